@@ -1,0 +1,170 @@
+"""The one description of an InfLLM-V2 attention layer."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+_LSE_CHOICES = ("coarse", "exact")
+_ENGINE_CHOICES = ("auto", "flex", "fused")
+_LARGEST = 2**31 - 1  # block and token indices are int32
+
+
+@dataclass(frozen=True, kw_only=True)
+class InfLLMConfig:
+    """Settings of InfLLM-V2 attention, named and defaulted as in the released ``sparse_config``.
+
+    Lengths and sizes are in tokens; ``*_blocks`` and ``topk`` are in blocks of ``block_size`` keys.
+
+    Attributes:
+        kernel_size: Pooling window of the compressed keys.
+        kernel_stride: Step between pooling windows. The coarse keys use four times both.
+        init_blocks: First blocks of the sequence, always selected.
+        block_size: Keys per block, the unit of selection.
+        window_size: Tokens before the query's own block that are always visible, in whole blocks.
+        topk: Blocks of the budget beyond the window's; the whole budget is ``num_selected``.
+        dense_len: A sequence is dense iff its length is below this. -1: always sparse.
+        use_nope: Score with the queries and keys from before the rotary embedding.
+        lse: Normalise scores by the log-sum-exp of the ``"coarse"`` keys, or by the compressed
+            keys' own, ``"exact"``.
+        engine: Attention over the selected blocks by ``"flex"`` (compiled FlexAttention),
+            ``"fused"`` (the ``attend_blocks`` operator), or ``"auto"``.
+
+    Raises:
+        ValueError: A value has the wrong type or is impossible; the message names key and value.
+
+    Source: arXiv 2509.24663, sections 3 and 4, and the ``sparse_config`` of openbmb/MiniCPM4.1-8B.
+    """
+
+    kernel_size: int = 32
+    kernel_stride: int = 16
+    init_blocks: int = 1
+    block_size: int = 64
+    window_size: int = 2048
+    topk: int = 64
+    dense_len: int = 8192
+    use_nope: bool = False
+    lse: str = "coarse"
+    engine: str = "auto"
+
+    def __post_init__(self) -> None:
+        self._check_integer("kernel_stride", minimum=1)
+        self._check_integer("kernel_size", minimum=1)
+        self._check_integer("block_size", minimum=1)
+        self._check_integer("init_blocks", minimum=0)
+        self._check_integer("window_size", minimum=0)
+        self._check_integer("topk", minimum=1)
+        self._check_integer("dense_len", minimum=-1)
+        if not isinstance(self.use_nope, bool):
+            raise ValueError(f"use_nope must be true or false, got {self.use_nope!r}")
+        self._check_choice("lse", _LSE_CHOICES)
+        self._check_choice("engine", _ENGINE_CHOICES)
+        self._check_multiple("kernel_size", "kernel_stride")
+        self._check_multiple("block_size", "kernel_stride")
+        self._check_multiple("window_size", "block_size")
+        if self.topk <= self.init_blocks:
+            raise ValueError(
+                f"topk must be at least init_blocks + 1 = {self.init_blocks + 1}, "
+                f"so that the forced blocks fit the budget, got {self.topk}"
+            )
+
+    def _check_integer(self, key: str, minimum: int) -> None:
+        value = getattr(self, key)
+        if isinstance(value, bool) or not isinstance(value, int):
+            raise ValueError(f"{key} must be an integer, got {value!r} ({type(value).__name__})")
+        if not minimum <= value <= _LARGEST:
+            raise ValueError(f"{key} must be between {minimum} and {_LARGEST}, got {value}")
+
+    def _check_choice(self, key: str, choices: tuple[str, ...]) -> None:
+        value = getattr(self, key)
+        if value not in choices:
+            raise ValueError(f"{key} must be one of {', '.join(choices)}, got {value!r}")
+
+    def _check_multiple(self, key: str, of: str) -> None:
+        value, unit = getattr(self, key), getattr(self, of)
+        if value % unit:
+            raise ValueError(f"{key} must be a multiple of {of} = {unit}, got {value}")
+
+    @property
+    def local_blocks(self) -> int:
+        """Blocks before the query's own block that are always selected."""
+        return self.window_size // self.block_size
+
+    @property
+    def num_selected(self) -> int:
+        """Selected blocks per query; init, local and own blocks count toward it."""
+        return self.topk + self.local_blocks
+
+    @property
+    def coarse_size(self) -> int:
+        """Pooling window of the coarse keys, in tokens."""
+        return 4 * self.kernel_size
+
+    @property
+    def coarse_stride(self) -> int:
+        """Step between the windows of the coarse keys, in tokens."""
+        return 4 * self.kernel_stride
+
+    def is_dense(self, length: int) -> bool:
+        """Whether a sequence of ``length`` tokens attends densely; equality is sparse."""
+        return length < self.dense_len
+
+    @classmethod
+    def from_dict(cls, mapping: Mapping[str, Any]) -> InfLLMConfig:
+        """Build a config from settings by name; what is left out keeps its default.
+
+        Args:
+            mapping: Setting names to values.
+
+        Raises:
+            ValueError: Not a mapping, an unknown key (with the nearest known one), or a bad value.
+        """
+        if not isinstance(mapping, Mapping):
+            raise ValueError(
+                f"attention settings must be a mapping of names to values, "
+                f"got {type(mapping).__name__}"
+            )
+        known = [field.name for field in dataclasses.fields(cls)]
+        for key in mapping:
+            if key not in known:
+                near = difflib.get_close_matches(str(key), known, n=1)
+                hint = f"did you mean {near[0]}?" if near else f"known: {', '.join(known)}"
+                raise ValueError(f"unknown attention setting {key!r}: {mapping[key]!r} ({hint})")
+        return cls(**mapping)
+
+    @classmethod
+    def from_model_config(cls, hf_config: object) -> InfLLMConfig:
+        """Read the ``sparse_config`` of a checkpoint's model config; defaults where it has none.
+
+        Args:
+            hf_config: A transformers ``PretrainedConfig``, or any object or mapping of that shape.
+
+        Raises:
+            ValueError: ``sparse_config`` is there but not a valid mapping of settings.
+        """
+        if isinstance(hf_config, Mapping):
+            sparse_config = hf_config.get("sparse_config")
+        else:
+            sparse_config = getattr(hf_config, "sparse_config", None)
+        return cls() if sparse_config is None else cls.from_dict(sparse_config)
+
+    @classmethod
+    def from_yaml(cls, path: str | Path) -> InfLLMConfig:
+        """Read the ``attention:`` section of a config file, or a file of that section alone.
+
+        Args:
+            path: A YAML file.
+
+        Raises:
+            ValueError: The file is missing, empty, a directory, not YAML, not a mapping, or holds
+                an unknown key or bad value. The message names file, line, key and nearest key.
+        """
+        from infllm_flex.strict_yaml import build_dataclass, load_yaml
+
+        document = load_yaml(path)
+        section = document.section("attention") if "attention" in document else document
+        return build_dataclass(cls, section)
