@@ -1,0 +1,36 @@
+"""What is wrong with a config file, collected so that it is said in one go."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Mistake:
+    """One thing to correct.
+
+    Attributes:
+        where: ``file:line``, or the command-line override that said it.
+        key: Dotted path of the setting, empty for the file as a whole.
+        problem: What was expected and what came.
+    """
+
+    where: str
+    key: str
+    problem: str
+
+    def __str__(self) -> str:
+        return ": ".join(part for part in (self.where, self.key, self.problem) if part)
+
+
+class ConfigError(ValueError):
+    """A config that cannot be used. The message holds one line per mistake.
+
+    Attributes:
+        mistakes: All of them, in the order of the file.
+    """
+
+    def __init__(self, mistakes: Sequence[Mistake]) -> None:
+        self.mistakes = tuple(mistakes)
+        super().__init__("\n".join(str(mistake) for mistake in self.mistakes))
