@@ -1,0 +1,74 @@
+"""The folder of a run: whose it is, and that two runs never share one."""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+from infllm_flex.strict_yaml import ConfigError, Mistake, build_dataclass, load_yaml, to_yaml
+from infllm_flex.training.settings import TrainingSettings
+
+SETTINGS = "run.yaml"
+METRICS = "metrics.jsonl"
+CHECKPOINTS = "checkpoints"
+_LOCK = ".lock"
+
+
+def check_folder(settings: TrainingSettings, resume: bool) -> None:
+    """Refuse a folder that holds another run or something else. Changes nothing.
+
+    Raises:
+        ConfigError: With what the folder holds and what to do.
+    """
+    folder = settings.run.folder
+    if not os.path.lexists(folder):
+        return
+    if not folder.is_dir():
+        _refuse(f"{folder} is a file, expected a folder for the run")
+    content = {path.name for path in folder.iterdir()} - {_LOCK}
+    if not content:
+        return
+    if SETTINGS not in content:
+        _refuse(f"{folder} holds something else ({sorted(content)[0]}): choose another folder")
+    if not resume:
+        _refuse(f"{folder} holds a run already: add --resume to go on, or choose another folder")
+    differing = _differences(settings, folder / SETTINGS)
+    if differing:
+        _refuse(
+            f"{folder} holds a run with another {', '.join(differing)}: to resume it, give the "
+            f"settings in {folder / SETTINGS}"
+        )
+
+
+@contextlib.contextmanager
+def claim_folder(settings: TrainingSettings) -> Iterator[Path]:
+    """Make the folder, note the settings in it and keep other processes out for the block."""
+    folder = settings.run.folder
+    folder.mkdir(parents=True, exist_ok=True)
+    with (folder / _LOCK).open("w") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            _refuse(f"{folder} is in use by another process")
+        if not (folder / SETTINGS).exists():
+            header = "# The settings of this run, defaults included.\n"
+            aside = folder / f"{SETTINGS}.tmp"
+            aside.write_text(header + to_yaml(settings))
+            os.replace(aside, folder / SETTINGS)
+        yield folder
+
+
+def _differences(settings: TrainingSettings, path: Path) -> list[str]:
+    before = build_dataclass(TrainingSettings, load_yaml(path))
+    sections = ("model", "attention", "data", "stages", "optim")
+    differing = [name for name in sections if getattr(settings, name) != getattr(before, name)]
+    if settings.run.seed != before.run.seed:
+        differing.append("run.seed")
+    return differing
+
+
+def _refuse(problem: str) -> None:
+    raise ConfigError([Mistake("", "run.folder", problem)])

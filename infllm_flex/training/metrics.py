@@ -1,0 +1,112 @@
+"""What a run says while it goes: a progress bar, and one JSON object per line on the disk."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import sys
+import time
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+
+class MetricsFile:
+    """``metrics.jsonl``, cut back to the step that a run is resumed from.
+
+    Args:
+        path: The file; made if missing.
+        done: Steps done. Lines of later steps, from before an interruption, are dropped.
+    """
+
+    def __init__(self, path: Path, done: int) -> None:
+        kept = [line for line in _lines(path) if json.loads(line)["step"] <= done]
+        aside = path.with_suffix(".tmp")
+        aside.write_text("".join(line + "\n" for line in kept))
+        os.replace(aside, path)
+        self._file = path.open("a")
+
+    def write(self, values: dict[str, Any]) -> None:
+        """Append a line; it is on its way to the disk when this returns."""
+        self._file.write(json.dumps(values) + "\n")
+        self._file.flush()
+
+    def close(self) -> None:
+        """Close the file."""
+        self._file.close()
+
+
+def _lines(path: Path) -> list[str]:
+    if not path.exists():
+        return []
+    lines = path.read_text().splitlines()
+    # The last line may be half written where the machine stopped.
+    return [line for line in lines if line.startswith("{") and line.endswith("}")]
+
+
+class Progress:
+    """A bar over the steps of a run with the loss, the speed and the time left.
+
+    Without tqdm, or with ``show=False``, nothing is drawn.
+
+    Args:
+        title: Stands before the bar.
+        total: Steps of the whole run.
+        done: Steps done before.
+        show: Whether to draw.
+    """
+
+    def __init__(self, title: str, total: int, done: int, show: bool = True) -> None:
+        self._bar: Any = None
+        self._tokens, self._started = 0, time.perf_counter()
+        if not show:
+            return
+        from tqdm import tqdm
+
+        terminal = sys.stderr.isatty()
+        self._bar = tqdm(
+            total=total,
+            initial=done,
+            desc=title,
+            unit="step",
+            dynamic_ncols=terminal,
+            ncols=None if terminal else 110,
+            mininterval=0.2 if terminal else 15,  # a log file gets a line now and then
+            file=sys.stderr,
+        )
+
+    def __enter__(self) -> Progress:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        if self._bar is not None:
+            self._bar.close()
+
+    @property
+    def tokens_per_second(self) -> float:
+        """Average since the last `restart`."""
+        return self._tokens / max(time.perf_counter() - self._started, 1e-9)
+
+    def restart(self) -> None:
+        """Measure the speed anew, as after a pause or in another stage."""
+        self._tokens, self._started = 0, time.perf_counter()
+
+    def advance(self, loss: float, tokens: int) -> None:
+        """Count a step.
+
+        Args:
+            loss: Mean over its tokens, in nats.
+            tokens: How many tokens it had.
+        """
+        self._tokens += tokens
+        if self._bar is not None:
+            bits = loss / math.log(2)
+            text = f"{bits:.2f} bits/byte, {self.tokens_per_second:,.0f} tokens/s"
+            self._bar.set_postfix_str(text, refresh=False)
+            self._bar.update()

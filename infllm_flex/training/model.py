@@ -1,0 +1,134 @@
+"""The model of a run: made with random weights, or read from a local folder."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import json
+import warnings
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from infllm_flex.config import InfLLMConfig
+from infllm_flex.training.data import BYTE_VALUES
+from infllm_flex.training.settings import ModelSettings, StageSettings, TinyModelSettings
+
+
+def build_model(settings: ModelSettings, longest: int, device: torch.device) -> Any:
+    """Make or load the model, in training mode.
+
+    Args:
+        settings: The ``model`` section.
+        longest: Most tokens of any stage's sequences; a model made here is given room for them.
+        device: Where the weights go.
+
+    Raises:
+        ValueError: The model has fewer than 256 tokens, or positions for fewer than ``longest``.
+    """
+    dtype = getattr(torch, settings.dtype)
+    if settings.path is None:
+        assert settings.tiny is not None  # settings hold exactly one of the two
+        model = _tiny_llama(settings.tiny, longest).to(dtype)
+    else:
+        model = load_model(settings.path, dtype)
+    config = model.config
+    if config.vocab_size < BYTE_VALUES:
+        raise ValueError(
+            f"model.path: the model knows {config.vocab_size} tokens, text as bytes needs 256"
+        )
+    if getattr(config, "max_position_embeddings", longest) < longest:
+        raise ValueError(
+            f"model.path: the model has positions for {config.max_position_embeddings} tokens, "
+            f"the longest stage asks for {longest}"
+        )
+    return model.to(device).train()
+
+
+def load_model(folder: Path, dtype: torch.dtype = torch.float32) -> Any:
+    """Read a causal LM from a local folder: safetensors only, no download, none of its code run."""
+    from transformers import AutoModelForCausalLM
+
+    return AutoModelForCausalLM.from_pretrained(
+        folder, dtype=dtype, local_files_only=True, use_safetensors=True, trust_remote_code=False
+    )
+
+
+def _tiny_llama(tiny: TinyModelSettings, longest: int) -> Any:
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    config = LlamaConfig(
+        vocab_size=BYTE_VALUES,
+        num_hidden_layers=tiny.num_layers,
+        hidden_size=tiny.hidden_size,
+        intermediate_size=tiny.intermediate_size,
+        num_attention_heads=tiny.num_heads,
+        num_key_value_heads=tiny.num_kv_heads,
+        max_position_embeddings=longest,
+        rope_parameters={"rope_type": "default", "rope_theta": tiny.rope_theta},
+        tie_word_embeddings=True,
+        # Bytes 1 and 2 are text like any other.
+        bos_token_id=None,
+        eos_token_id=None,
+    )
+    return LlamaForCausalLM(config)
+
+
+@contextlib.contextmanager
+def stage_attention(
+    model: nn.Module, stage: StageSettings, attention: InfLLMConfig
+) -> Iterator[float]:
+    """Give the model the attention of a stage for the block.
+
+    Yields:
+        The share of its attention layers that attend sparsely at the stage's length.
+    """
+    if stage.attention == "dense":
+        yield 0.0
+        return
+    from infllm_flex.patch import describe, patch_model, unpatch_model
+
+    patch_model(model, attention)
+    try:
+        rows = describe(model)
+        share = sum(row.sparse for row in rows) / len(rows)
+        yield 0.0 if attention.is_dense(stage.max_length) else share
+    finally:
+        unpatch_model(model)
+
+
+def warn_of_no_effect(name: str, stage: StageSettings, attention: InfLLMConfig) -> None:
+    """Warn where a stage asks for sparse attention but would compute dense attention."""
+    if stage.attention == "dense":
+        return
+    length, budget = stage.max_length, attention.num_selected * attention.block_size
+    if attention.is_dense(length):
+        warnings.warn(
+            f"stages.{name}: nothing will be sparse: max_length = {length} is below "
+            f"attention.dense_len = {attention.dense_len}",
+            stacklevel=2,
+        )
+    elif budget >= length:
+        warnings.warn(
+            f"stages.{name}: every block will be selected: the budget of "
+            f"{attention.num_selected} blocks of {attention.block_size} = {budget} tokens covers "
+            f"max_length = {length}",
+            stacklevel=2,
+        )
+
+
+def config_json(model: Any, attention: InfLLMConfig | None) -> str:
+    """The ``config.json`` of a checkpoint.
+
+    Args:
+        model: A transformers model.
+        attention: Written as ``sparse_config``, where ``patch_model`` finds it.
+    """
+    description = json.loads(model.config.to_json_string(use_diff=True))
+    description["architectures"] = [type(model).__name__]
+    if attention is not None:
+        description["sparse_config"] = dataclasses.asdict(attention)
+    return json.dumps(description, indent=2, sort_keys=True) + "\n"

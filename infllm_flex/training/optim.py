@@ -1,0 +1,120 @@
+"""Optimizers, and their state as plain named tensors."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from infllm_flex.training.settings import OptimSettings
+
+
+class Optimizers:
+    """The one or two optimizers of a run, driven as one.
+
+    Args:
+        model: Whose weights to train.
+        settings: The ``optim`` section.
+    """
+
+    def __init__(self, model: Any, settings: OptimSettings) -> None:
+        self._weights = [weight for weight in model.parameters() if weight.requires_grad]
+        self._clip_norm = settings.clip_norm
+        self._parts = _build(model, self._weights, settings)
+
+    def step(self, learning_rate: float) -> float:
+        """Clip the gradients, update the weights and clear the gradients.
+
+        Returns:
+            The norm of the gradients before clipping. Where it is not finite, no weight changes.
+        """
+        norm = float(nn.utils.clip_grad_norm_(self._weights, self._clip_norm))
+        if norm - norm == 0:  # finite: neither NaN nor infinite
+            self._set_learning_rate(learning_rate)
+            for part in self._parts:
+                part.step()
+        for part in self._parts:
+            part.zero_grad(set_to_none=True)
+        return norm
+
+    def _set_learning_rate(self, learning_rate: float) -> None:
+        for part in self._parts:
+            for group in part.param_groups:
+                if isinstance(group["lr"], Tensor):  # torchao compiles its step around the tensor
+                    group["lr"].fill_(learning_rate)
+                else:
+                    group["lr"] = learning_rate
+
+    def tensors(self) -> dict[str, Tensor]:
+        """The state by name: part, index of the weight, name of the moment. Views, not copies."""
+        found: dict[str, Tensor] = {}
+        for number, part in enumerate(self._parts):
+            weights = [weight for group in part.param_groups for weight in group["params"]]
+            for index, weight in enumerate(weights):
+                for moment, value in sorted(part.state.get(weight, {}).items()):
+                    found.update(_flatten(f"{number}.{index}.{moment}", value))
+        return found
+
+    def load_tensors(self, saved: dict[str, Tensor]) -> None:
+        """Take over the state that `tensors` gave. Changes the weights, so load those afterwards.
+
+        Raises:
+            ValueError: The state is that of another optimizer or model.
+        """
+        # The state of a fresh optimizer does not exist yet: one empty step makes it, in its own
+        # layout (8-bit state included), and the saved numbers are copied in.
+        for weight in self._weights:
+            weight.grad = torch.zeros_like(weight)
+        self.step(0.0)
+        state = self.tensors()
+        if state.keys() != saved.keys():
+            raise ValueError("the optimizer's state in the checkpoint is that of another optimizer")
+        for name, value in state.items():
+            if value.shape != saved[name].shape or value.dtype != saved[name].dtype:
+                raise ValueError(
+                    f"the optimizer's state {name} has another shape in the checkpoint"
+                )
+            value.copy_(saved[name])
+
+
+def _flatten(name: str, value: Tensor) -> dict[str, Tensor]:
+    if hasattr(value, "__tensor_flatten__"):
+        inner, _ = value.__tensor_flatten__()
+        return {f"{name}.{part}": getattr(value, part) for part in inner}
+    return {name: value}
+
+
+def _build(
+    model: Any, weights: list[nn.Parameter], settings: OptimSettings
+) -> list[torch.optim.Optimizer]:
+    betas = (settings.beta1, settings.beta2)
+    if settings.kind == "muon":
+        ends = {id(model.get_input_embeddings().weight)}
+        if model.get_output_embeddings() is not None:
+            ends.add(id(model.get_output_embeddings().weight))
+        inner = [weight for weight in weights if weight.ndim == 2 and id(weight) not in ends]
+        rest = [weight for weight in weights if weight.ndim != 2 or id(weight) in ends]
+        muon = torch.optim.Muon(
+            inner,
+            lr=0.0,
+            weight_decay=settings.weight_decay,
+            # Updates as large as AdamW's, so that one learning rate serves both.
+            adjust_lr_fn="match_rms_adamw",
+        )
+        return [muon, torch.optim.AdamW(_groups(rest, settings), lr=0.0, betas=betas, fused=True)]
+    if settings.kind == "adamw8bit":
+        from torchao.optim import AdamW8bit
+
+        return [AdamW8bit(_groups(weights, settings), lr=0.0, betas=betas)]
+    return [torch.optim.AdamW(_groups(weights, settings), lr=0.0, betas=betas, fused=True)]
+
+
+def _groups(weights: list[nn.Parameter], settings: OptimSettings) -> list[dict[str, Any]]:
+    matrices = [weight for weight in weights if weight.ndim >= 2]
+    others = [weight for weight in weights if weight.ndim < 2]
+    groups: list[dict[str, Any]] = [
+        {"params": matrices, "weight_decay": settings.weight_decay},
+        {"params": others, "weight_decay": 0.0},
+    ]
+    return [group for group in groups if group["params"]]
