@@ -1,0 +1,109 @@
+"""Which modules of a transformers model are attention layers, and which of them can be sparse."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable
+from typing import Any
+
+from torch import nn
+
+from infllm_flex.config import InfLLMConfig
+from infllm_flex.patch.layer import PatchedLayer, get_layer, set_layer
+
+# The attention implementation a model had before -> the name it has while patched. The previous one
+# stays readable from the name, so that undoing needs no memory of it.
+NAMES = {"sdpa": "infllm_flex", "eager": "infllm_flex_eager"}
+PREVIOUS = {name: previous for previous, name in NAMES.items()}
+
+
+def attention_layers(model: nn.Module) -> dict[str, nn.Module]:
+    """All modules that take their attention function from transformers' registry, by name."""
+    return {name: module for name, module in model.named_modules() if _reads_registry(module)}
+
+
+def _reads_registry(module: nn.Module) -> bool:
+    """Whether a module's forward looks its attention function up under its config's name.
+
+    Read from the code, as class names tell nothing and transformers' own check greps the file.
+    ``ALL_ATTENTION_FUNCTIONS`` is in the body of every such forward, and in that of remote code
+    written for the indexed form, which ``set_attn_implementation`` refuses to serve.
+    """
+    code = getattr(_undecorated_forward(module), "__code__", None)
+    return code is not None and "ALL_ATTENTION_FUNCTIONS" in code.co_names
+
+
+def _undecorated_forward(module: nn.Module) -> Callable[..., Any]:
+    return inspect.unwrap(type(module).forward)
+
+
+def why_left(module: nn.Module) -> str | None:
+    """Why an attention layer cannot be sparse, in a few words; None when it can."""
+    config: Any = module.config
+    if not getattr(module, "is_causal", True):
+        return "not causal"
+    if getattr(module, "is_cross_attention", False):
+        return "cross-attention"
+    if (window := _sliding_window(module)) is not None:
+        return f"sliding window {window}"
+    if (layer_type := _layer_type(module)) not in (None, "full_attention"):
+        return str(layer_type).replace("_", " ")
+    if (cap := getattr(config, "attn_logit_softcapping", None)) is not None:
+        return f"logits soft-capped at {cap:g}"
+    if getattr(module, "sinks", None) is not None:
+        return "learned attention sinks"
+    if (previous := previous_implementation(module)) not in NAMES:
+        return f"attn_implementation={previous!r}, not 'sdpa' or 'eager'"
+    return None
+
+
+def _layer_type(module: nn.Module) -> str | None:
+    layer_types = getattr(module.config, "layer_types", None)
+    index = getattr(module, "layer_idx", None)
+    return None if layer_types is None or index is None else layer_types[index]
+
+
+def _sliding_window(module: nn.Module) -> int | None:
+    """The window of this layer: its own, else that of a config whose every layer has it."""
+    if hasattr(module, "sliding_window"):
+        return module.sliding_window  # type: ignore[return-value]
+    if _layer_type(module) == "full_attention":
+        return None
+    return getattr(module.config, "sliding_window", None)
+
+
+def implementation(module: nn.Module) -> str:
+    """The name under which a layer looks up its attention function."""
+    return str(module.config._attn_implementation)  # type: ignore[union-attr]
+
+
+def previous_implementation(module: nn.Module) -> str:
+    """The same as before patching."""
+    name = implementation(module)
+    return PREVIOUS.get(name, name)
+
+
+def layer_for(module: nn.Module, config: InfLLMConfig, **fields: Any) -> PatchedLayer:
+    """A new record for an attention layer, with the attention function that it had before."""
+    return PatchedLayer(config, _dense_attention(module), why_left(module), **fields)
+
+
+def _dense_attention(module: nn.Module) -> Callable[..., Any]:
+    # As the modelling file does it: its own function for "eager", which the registry lacks.
+    from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+    eager = _undecorated_forward(module).__globals__.get("eager_attention_forward")
+    return ALL_ATTENTION_FUNCTIONS.get(previous_implementation(module), eager)
+
+
+def layer_of(module: nn.Module) -> PatchedLayer:
+    """The record of an attention layer; made on first sight.
+
+    A model built with ``attn_implementation="infllm_flex"`` never passed through ``patch_model``:
+    its layers take the settings of their own ``sparse_config``, or the defaults.
+    """
+    layer = get_layer(module)
+    if layer is None:
+        layer = layer_for(module, InfLLMConfig.from_model_config(module.config))
+        set_layer(module, layer)
+    return layer

@@ -1,0 +1,64 @@
+"""What a patched attention layer remembers: one record, an ordinary attribute of the module."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from torch import nn
+
+from infllm_flex.config import InfLLMConfig
+
+_ATTRIBUTE = "infllm_layer"
+
+
+@dataclass
+class PatchedLayer:
+    """The settings of one attention layer.
+
+    It holds no tensor and no back reference, and lives in the module's ``__dict__``: checkpoints
+    and ``state_dict`` never see it, ``copy.deepcopy`` of the model carries it along, and two models
+    never share one.
+
+    Attributes:
+        config: Settings of the sparse attention.
+        dense_attention: The attention function the layer had before.
+        left: Why the layer stays as it was; None for a layer that turns sparse.
+        reads_positions: Whether this layer checks ``position_ids`` on behalf of all others.
+        dense_depth: Number of ``dense`` blocks the layer is inside.
+    """
+
+    config: InfLLMConfig
+    dense_attention: Callable[..., Any]
+    left: str | None = None
+    reads_positions: bool = True
+    dense_depth: int = 0
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> PatchedLayer:
+        # A copy made inside a `dense` block has no block that would ever end it.
+        return dataclasses.replace(self, dense_depth=0)
+
+    def attends_densely(self, length: int) -> bool:
+        """Whether the layer does what it did before patching, at ``length`` keys."""
+        return self.left is not None or self.dense_depth > 0 or self.config.is_dense(length)
+
+
+def get_layer(module: nn.Module) -> PatchedLayer | None:
+    """The record of a module, or None where it has none."""
+    return getattr(module, _ATTRIBUTE, None)
+
+
+def set_layer(module: nn.Module, layer: PatchedLayer) -> None:
+    """Give a module its record, or renew the one it has."""
+    previous = get_layer(module)
+    if previous is not None:
+        layer.dense_depth = previous.dense_depth
+    setattr(module, _ATTRIBUTE, layer)
+
+
+def remove_layer(module: nn.Module) -> None:
+    """Take the record of a module away."""
+    if get_layer(module) is not None:
+        delattr(module, _ATTRIBUTE)

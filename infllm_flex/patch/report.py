@@ -1,0 +1,84 @@
+"""What became of each attention layer, as rows and as a table."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+from torch import nn
+
+from infllm_flex.patch import huggingface
+from infllm_flex.patch.api import require_module
+from infllm_flex.patch.layer import PatchedLayer
+
+
+class LayerRow(NamedTuple):
+    """One attention layer.
+
+    Attributes:
+        name: Of the module, as in ``named_modules``.
+        patched_through: The way into the model, ``"transformers"``; empty if the layer does not go
+            through this package.
+        sparse: Whether the layer is sparse at ``dense_len`` and beyond.
+        status: The same in words, and why not.
+    """
+
+    name: str
+    patched_through: str
+    sparse: bool
+    status: str
+
+
+class LayerTable(tuple[LayerRow, ...]):
+    """A sequence of `LayerRow` that prints as an aligned table."""
+
+    __slots__ = ()
+
+    def __str__(self) -> str:
+        head = ("layer", "patched through", "attention")
+        lines = [head, *((row.name, row.patched_through or "-", row.status) for row in self)]
+        widths = [max(len(line[column]) for line in lines) for column in range(2)]
+        return "\n".join(
+            f"{name:<{widths[0]}}  {through:<{widths[1]}}  {status}"
+            for name, through, status in lines
+        )
+
+    __repr__ = __str__
+
+
+def describe(model: nn.Module) -> LayerTable:
+    """Say of each attention layer how it was patched, and whether it is sparse or why not.
+
+    Args:
+        model: Any model, patched or not; layers that cannot be told as such are not listed.
+
+    Returns:
+        One row per attention layer, in the order of ``named_modules``.
+
+    Raises:
+        TypeError: ``model`` is no ``torch.nn.Module``.
+    """
+    require_module(model)
+    patched = huggingface.patched_layers(model)
+    return LayerTable(
+        _row(name, patched.get(name), huggingface.why_left(module))
+        for name, module in huggingface.attention_layers(model).items()
+    )
+
+
+def _row(name: str, layer: PatchedLayer | None, left: str | None) -> LayerRow:
+    if left is not None:
+        return LayerRow(
+            name, "" if layer is None else "transformers", False, f"{left}: left as it was"
+        )
+    if layer is None:
+        return LayerRow(name, "", False, "dense: not patched")
+    if layer.dense_depth > 0:
+        return LayerRow(name, "transformers", False, "dense: inside infllm_flex.dense()")
+    config = layer.config
+    return LayerRow(
+        name,
+        "transformers",
+        True,
+        f"sparse from {max(config.dense_len, 1)} tokens on: "
+        f"{config.num_selected} blocks of {config.block_size}",
+    )
