@@ -52,10 +52,12 @@ def get_layer(module: nn.Module) -> PatchedLayer | None:
 
 def set_layer(module: nn.Module, layer: PatchedLayer) -> None:
     """Give a module its record, or renew the one it has."""
-    previous = get_layer(module)
-    if previous is not None:
-        layer.dense_depth = previous.dense_depth
-    setattr(module, _ATTRIBUTE, layer)
+    existing = get_layer(module)
+    if existing is None:
+        setattr(module, _ATTRIBUTE, layer)
+    else:
+        # The same object: a `dense` block around this call holds on to it, to end it.
+        vars(existing).update(vars(layer), dense_depth=existing.dense_depth)
 
 
 def remove_layer(module: nn.Module) -> None:

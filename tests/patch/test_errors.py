@@ -1,0 +1,174 @@
+"""What cannot be patched or served says so: one line, what came, what to do."""
+
+import pytest
+import torch
+from torch import nn
+from transformers import BertConfig, BertModel, DynamicCache, FalconConfig, StaticCache
+
+import infllm_flex as ifx
+from tests.patch.models import CACHE, LONG, SETTINGS, SHORT, build, logits, tokens
+
+
+@pytest.fixture
+def model():
+    return ifx.patch_model(build(), SETTINGS)
+
+
+@pytest.mark.parametrize("function", [ifx.patch_model, ifx.unpatch_model, ifx.describe])
+def test_only_modules_are_models(function):
+    with pytest.raises(TypeError, match=r"^model must be a torch\.nn\.Module, got str$"):
+        function("llama")
+
+
+def test_settings_of_another_type():
+    with pytest.raises(
+        TypeError, match=r"config must be an InfLLMConfig, a mapping, a path .* got int"
+    ):
+        ifx.patch_model(build(), 3)
+
+
+def test_an_unknown_override_names_the_nearest_setting():
+    with pytest.raises(ValueError, match=r"'top_k': 3 \(did you mean topk\?\)"):
+        ifx.patch_model(build(), top_k=3)
+
+
+def test_scoring_before_the_rotary_embedding():
+    with pytest.raises(NotImplementedError, match=r"use_nope=True .* set use_nope=False$"):
+        ifx.patch_model(build(), use_nope=True)
+
+
+def test_a_refused_patch_leaves_the_model_alone():
+    model = build()
+    with pytest.raises(ValueError, match="topk"):
+        ifx.patch_model(model, topk=0)
+    assert not any(row.patched_through for row in ifx.describe(model))
+
+
+def test_unpatching_what_was_never_patched():
+    with pytest.raises(ValueError, match=r"^LlamaForCausalLM is not patched: "):
+        ifx.unpatch_model(build())
+
+
+def test_a_model_without_attention():
+    with pytest.raises(
+        ifx.UnsupportedModelError, match=r"Linear cannot be patched: found no layer .*; tried"
+    ):
+        ifx.patch_model(nn.Linear(2, 2))
+
+
+def test_an_encoder():
+    encoder = BertModel(BertConfig(hidden_size=32, num_attention_heads=2, num_hidden_layers=2))
+    with pytest.raises(
+        ifx.UnsupportedModelError, match=r"found 2 attention layers, none .*: 2 x not causal"
+    ):
+        ifx.patch_model(encoder)
+    assert encoder.config._attn_implementation == "sdpa"
+
+
+def test_a_model_that_does_not_use_the_registry():
+    config = FalconConfig(vocab_size=64, hidden_size=64, num_hidden_layers=1, num_attention_heads=4)
+    with pytest.raises(ifx.UnsupportedModelError, match="FalconForCausalLM cannot be patched"):
+        ifx.patch_model(build(config))
+
+
+def test_another_implementation_than_sdpa_or_eager():
+    model = build(attn_implementation="flex_attention")
+    with pytest.raises(ifx.UnsupportedModelError, match="2 x attn_implementation='flex_attention'"):
+        ifx.patch_model(model)
+
+
+def padded(length):
+    mask = torch.ones(2, length, dtype=torch.int64)
+    mask[0, :9] = 0
+    return mask
+
+
+def packed(length):
+    return torch.cat([torch.arange(40), torch.arange(length - 40)]).expand(2, -1)
+
+
+MASK = "an attention mask beyond plain causal (padding, packed documents, or a 4-D mask)"
+POSITIONS = "position_ids that restart or jump (packed documents)"
+UNSERVED = {
+    "left padding": ({"attention_mask": padded(LONG)}, MASK),
+    "packing without cache": (
+        {"position_ids": packed(LONG), "use_cache": False},
+        MASK,
+    ),
+    "packing with cache": ({"position_ids": packed(LONG)}, POSITIONS),
+    "packing behind a mask": (
+        {"position_ids": packed(LONG), "attention_mask": torch.ones(2, LONG)},
+        POSITIONS,
+    ),
+    "packing by lengths": (
+        {"cu_seq_lens_q": torch.tensor([0, 40, LONG], dtype=torch.int32)},
+        "packed documents (cu_seq_lens_q)",
+    ),
+    "a mask of one's own": (
+        {"attention_mask": torch.ones(2, 1, LONG, LONG).tril().bool()},
+        MASK,
+    ),
+    "sinks": ({"s_aux": torch.zeros(4)}, "learned attention sinks"),
+    "soft cap": ({"softcap": 50.0}, "soft-capped logits"),
+    "position bias": ({"position_bias": torch.zeros(1)}, "a position bias"),
+    "sliding window": ({"sliding_window": 32}, "a sliding window"),
+    "not causal": ({"is_causal": False}, "attention that is not causal"),
+}
+
+
+@pytest.mark.parametrize("kwargs", UNSERVED.values(), ids=UNSERVED)
+def test_what_is_not_served_at_length_is_refused(model, kwargs):
+    kwargs, came = kwargs
+    with pytest.raises(NotImplementedError) as caught:
+        logits(model, LONG, **kwargs)
+    assert str(caught.value) == (
+        f"sparse attention cannot serve {came} yet: got 128 keys; stay below dense_len = 96, "
+        "or run inside infllm_flex.dense(model)"
+    )
+
+
+def test_dropout_at_length_is_refused():
+    config = build().config
+    config.attention_dropout = 0.1
+    model = ifx.patch_model(build(config), SETTINGS).train()
+    with pytest.raises(NotImplementedError, match=r"attention dropout \(0\.1\)"):
+        model(tokens(LONG))
+
+
+def test_decoding_at_length_is_refused(model):
+    cache = DynamicCache()
+    model(tokens(LONG), **{CACHE: cache})
+    with pytest.raises(NotImplementedError, match=r"decoding, .* \(1 queries\) yet: got 129 keys"):
+        model(tokens(1), **{CACHE: cache})
+
+
+def test_generation_that_grows_past_dense_len_is_refused(model):
+    ids = tokens(SHORT)
+    with pytest.raises(NotImplementedError, match="decoding"):
+        model.generate(
+            ids, attention_mask=torch.ones_like(ids), max_new_tokens=3, eos_token_id=None
+        )
+
+
+def test_a_static_cache_at_length_is_refused(model):
+    cache = StaticCache(config=model.config, max_cache_len=LONG)
+    with pytest.raises(NotImplementedError, match="static cache"):
+        model(tokens(20), **{CACHE: cache})
+
+
+def test_a_static_cache_below_dense_len_keeps_working():
+    outputs = []
+    for model in (build(), ifx.patch_model(build(), SETTINGS)):
+        cache = StaticCache(config=model.config, max_cache_len=40)
+        first = model(tokens(20), **{CACHE: cache}).logits
+        outputs.append([first, model(tokens(1), **{CACHE: cache}).logits])
+    assert all(map(torch.equal, *outputs))
+
+
+def test_inside_dense_everything_is_served(model):
+    plain = build()
+    with ifx.dense(model):
+        assert torch.equal(
+            logits(model, LONG, attention_mask=padded(LONG)),
+            logits(plain, LONG, attention_mask=padded(LONG)),
+        )

@@ -1,0 +1,99 @@
+"""What patching does, and does not do, to the outputs of each family of models."""
+
+import pytest
+import torch
+
+import infllm_flex as ifx
+from tests.patch.masked import masked_sdpa
+from tests.patch.models import (
+    CONFIGS,
+    EVERYTHING,
+    FULL_ATTENTION,
+    LONG,
+    SETTINGS,
+    SHORT,
+    VARIANTS,
+    build,
+    enable_checkpointing,
+    equal,
+    gemma2,
+    logits,
+    loss_and_gradients,
+)
+
+
+@pytest.mark.parametrize(("family", "implementation"), VARIANTS)
+def test_below_dense_len_every_bit_is_that_of_the_unpatched_model(family, implementation):
+    model = build(family, attn_implementation=implementation)
+    plain, plain_training = logits(model, SHORT), loss_and_gradients(model, SHORT)
+    ifx.patch_model(model, SETTINGS)
+    assert torch.equal(logits(model, SHORT), plain)
+    assert equal(loss_and_gradients(model, SHORT), plain_training)
+
+
+@pytest.mark.parametrize(("family", "implementation"), VARIANTS)
+def test_below_dense_len_padding_and_generation_keep_working(family, implementation):
+    model = build(family, attn_implementation=implementation)
+    ids = torch.arange(3, 43).view(2, 20)
+    mask = torch.ones_like(ids)
+    mask[0, :7] = 0
+    options = {"attention_mask": mask, "max_new_tokens": 5, "do_sample": False}
+    options |= {"output_logits": True, "return_dict_in_generate": True, "eos_token_id": None}
+    plain = model.generate(ids, **options)
+    ifx.patch_model(model, SETTINGS)
+    patched = model.generate(ids, **options)
+    assert torch.equal(patched.sequences, plain.sequences)
+    assert equal(list(patched.logits), list(plain.logits))
+
+
+@pytest.mark.parametrize("family", FULL_ATTENTION)
+def test_with_every_block_selected_sparse_equals_dense(family):
+    model = build(family)
+    plain, plain_training = logits(model, LONG), loss_and_gradients(model, LONG)
+    ifx.patch_model(model, EVERYTHING)
+    assert_close([logits(model, LONG)], [plain])
+    assert_close(loss_and_gradients(model, LONG), plain_training)
+
+
+@pytest.mark.parametrize("family", CONFIGS)
+def test_at_length_the_model_attends_to_the_selected_blocks(family, monkeypatch):
+    model = build(family)
+    plain = logits(model, LONG)
+    ifx.patch_model(model, SETTINGS)
+    ours, ours_training = logits(model, LONG), loss_and_gradients(model, LONG)
+    monkeypatch.setattr("infllm_flex.patch.huggingface.attention.infllm_attention", masked_sdpa)
+    assert_close([ours], [logits(model, LONG)])
+    assert_close(ours_training, loss_and_gradients(model, LONG))
+    assert (ours - plain).abs().max() > 1e-2, "a budget of 3 in 8 blocks must change the output"
+
+
+def test_gradient_checkpointing_gives_the_same_gradients():
+    model = ifx.patch_model(build(), SETTINGS)
+    plain = loss_and_gradients(model, LONG)
+    enable_checkpointing(model)
+    assert_close(loss_and_gradients(model, LONG), plain)
+
+
+def test_sliding_window_layers_stay_as_they_were():
+    model = build("gemma2")
+    plain = logits(model, LONG)
+    ifx.patch_model(model, EVERYTHING)
+    rows = ifx.describe(model)
+    assert [row.sparse for row in rows] == [False, True]
+    assert rows[0].status == "sliding window 32: left as it was"
+    # With everything selected, only a broken sliding window could tell the two apart.
+    assert_close([logits(model, LONG)], [plain])
+
+
+def test_soft_capped_logits_are_refused_when_patching():
+    model = build(gemma2(attn_logit_softcapping=50.0))
+    with pytest.raises(
+        ifx.UnsupportedModelError, match=r"1 x sliding window 32, 1 x logits soft-capped at 50"
+    ):
+        ifx.patch_model(model, SETTINGS)
+
+
+def assert_close(ours, theirs):
+    # float32 through two layers, whose norms amplify rounding; a wrong block is off by over 1e-2.
+    for our, their in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(our, their, rtol=1e-3, atol=2e-5)

@@ -1,0 +1,155 @@
+"""patch_model, unpatch_model: settings in every form, idempotence, and leaving no trace."""
+
+import copy
+import json
+import logging
+import pickle
+
+import pytest
+import torch
+from torch import nn
+
+import infllm_flex as ifx
+from tests.patch.models import LONG, SETTINGS, SHORT, build, logits
+
+CONFIG = ifx.InfLLMConfig.from_dict(SETTINGS)
+
+
+def layer_config(model):
+    return model.model.layers[0].self_attn.infllm_layer.config
+
+
+def test_patches_in_place_and_returns_the_model():
+    model = build()
+    assert ifx.patch_model(model) is model
+    assert ifx.unpatch_model(model) is model
+
+
+def test_settings_come_as_config_mapping_path_or_text(tmp_path):
+    path = tmp_path / "run.yaml"
+    path.write_text("attention:\n" + "".join(f"  {k}: {v}\n" for k, v in SETTINGS.items()))
+    for settings in (CONFIG, SETTINGS, path, str(path)):
+        assert layer_config(ifx.patch_model(build(), settings)) == CONFIG
+
+
+def test_without_settings_the_models_own_are_used_else_the_defaults():
+    model = build()
+    assert layer_config(ifx.patch_model(model)) == ifx.InfLLMConfig()
+    model.config.sparse_config = SETTINGS
+    assert layer_config(ifx.patch_model(model)) == CONFIG
+    assert layer_config(ifx.patch_model(model, topk=7)).topk == 7
+
+
+def test_overrides_go_on_top():
+    config = layer_config(ifx.patch_model(build(), SETTINGS, topk=5, dense_len=-1))
+    assert (config.topk, config.dense_len, config.block_size) == (5, -1, 16)
+
+
+def test_patching_twice_changes_settings_and_nothing_else():
+    model = ifx.patch_model(build(), SETTINGS)
+    once = logits(model, LONG)
+    assert torch.equal(logits(ifx.patch_model(model, SETTINGS), LONG), once)
+    ifx.patch_model(model, SETTINGS, topk=3)
+    assert not torch.equal(logits(model, LONG), once)
+    ifx.patch_model(model, SETTINGS)
+    assert torch.equal(logits(model, LONG), once)
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma2"])
+def test_unpatching_leaves_no_trace(family):
+    model = build(family)
+    plain = logits(model, LONG)
+    before = traces(model)
+    ifx.patch_model(model, SETTINGS)
+    assert traces(model) != before
+    ifx.unpatch_model(model)
+    assert traces(model) == before
+    assert torch.equal(logits(model, LONG), plain)
+
+
+def traces(model):
+    """Classes, attribute names and hooks of every module, and the whole config."""
+    modules = [
+        (name, type(module), sorted(vars(module)), len(module._forward_pre_hooks))
+        for name, module in model.named_modules()
+    ]
+    return modules, dict(vars(model.config)), model.config._attn_implementation
+
+
+def test_the_user_may_change_the_implementation_in_between():
+    model = ifx.patch_model(build(), SETTINGS)
+    model.set_attn_implementation("eager")
+    assert not any(row.sparse for row in ifx.describe(model))
+    ifx.unpatch_model(model)
+    assert model.config._attn_implementation == "eager"
+
+
+def test_two_models_keep_their_own_settings():
+    one, other, unpatched = build(), build(), build()
+    plain = logits(unpatched, LONG)
+    ifx.patch_model(one, SETTINGS)
+    alone = logits(one, LONG)
+    ifx.patch_model(other, SETTINGS, topk=3)
+    assert torch.equal(logits(one, LONG), alone)
+    assert not torch.equal(logits(other, LONG), alone)
+    assert torch.equal(logits(unpatched, LONG), plain)
+    ifx.unpatch_model(other)
+    assert torch.equal(logits(other, LONG), plain)
+    assert torch.equal(logits(one, LONG), alone)
+
+
+def test_a_deep_copy_is_patched_and_independent():
+    model = ifx.patch_model(build(), SETTINGS)
+    sparse = logits(model, LONG)
+    twin = copy.deepcopy(model)
+    ifx.unpatch_model(model)
+    assert torch.equal(logits(twin, LONG), sparse)
+    ifx.unpatch_model(twin)
+    assert torch.equal(logits(twin, LONG), logits(model, LONG))
+
+
+def test_a_pickled_model_is_patched():
+    model = ifx.patch_model(build(), SETTINGS)
+    twin = pickle.loads(pickle.dumps(model))
+    assert torch.equal(logits(twin, LONG), logits(model, LONG))
+
+
+def test_checkpoints_do_not_know_of_patching(tmp_path):
+    model = build()
+    names = list(model.state_dict())
+    model.save_pretrained(tmp_path / "plain")
+    ifx.patch_model(model, SETTINGS)
+    assert list(model.state_dict()) == names
+    model.save_pretrained(tmp_path / "patched")
+    plain, patched = (
+        json.loads((tmp_path / which / "config.json").read_text()) for which in ("plain", "patched")
+    )
+    assert plain == patched
+
+
+def test_a_model_inside_another_module_is_found():
+    wrapper = nn.ModuleDict({"policy": build(), "value": nn.Linear(4, 1)})
+    ifx.patch_model(wrapper, SETTINGS)
+    assert [row.name for row in ifx.describe(wrapper)] == [
+        f"policy.model.layers.{layer}.self_attn" for layer in range(2)
+    ]
+
+
+def test_one_line_is_logged(caplog):
+    with caplog.at_level(logging.INFO, logger="infllm_flex"):
+        ifx.patch_model(build("gemma2"), SETTINGS)
+    assert [record.getMessage() for record in caplog.records] == [
+        "Gemma2ForCausalLM: 1 of 2 attention layers sparse from 96 tokens on; "
+        "1 left as they were: sliding window 32"
+    ]
+
+
+def test_a_model_can_be_built_with_the_implementation():
+    config = build().config
+    config.sparse_config = SETTINGS
+    model = build(config, attn_implementation="infllm_flex")
+    patched = ifx.patch_model(build(), SETTINGS)
+    assert torch.equal(logits(model, SHORT), logits(patched, SHORT))
+    assert torch.equal(logits(model, LONG), logits(patched, LONG))
+    ifx.unpatch_model(model)
+    assert model.config._attn_implementation == "sdpa"
