@@ -1,0 +1,1 @@
+"""What a model has learned: bits per token by position, as tables and plots."""

@@ -125,12 +125,11 @@ class _Builder:
     def _say_of_field(self, node: Node, line: str) -> None:
         name, _, rest = line.partition(" ")
         if name in node.entries:
-            self._say(node.entries[name], rest)
+            self._say(node.entries[name], rest if rest.startswith("must ") else line)
             return
         # A default in conflict with what is written: show the line of what is written.
         written = [word for word in re.findall(r"\w+", line) if word in node.entries]
-        where = node.entries[written[0]] if written else node
-        self._say(where, line, node.key)
+        self._say(node.entries[written[0]] if written else node, line, node.key)
 
 
 def _nearest(name: str, fields: Mapping[str, Any]) -> str:

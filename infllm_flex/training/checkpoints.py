@@ -61,7 +61,7 @@ def save(folder: Path, checkpoint: Checkpoint, keep: int) -> Path:
     """
     folder.mkdir(parents=True, exist_ok=True)
     _clear_leftovers(folder)
-    target = _path(folder, checkpoint.step)
+    target = path_of(folder, checkpoint.step)
     if target.exists():
         # Saved before by this run, which was then resumed from an earlier checkpoint.
         if not _is_ours(target):
@@ -69,10 +69,15 @@ def save(folder: Path, checkpoint: Checkpoint, keep: int) -> Path:
         _discard(target)
     publish(target, lambda aside: _write(aside, checkpoint))
     verify(target)
-    ours = [path for step in sorted(_steps(folder)) if _is_ours(path := _path(folder, step))]
+    ours = [path for step in sorted(_steps(folder)) if _is_ours(path := path_of(folder, step))]
     for path in ours[:-keep]:
         _discard(path)
     return target
+
+
+def path_of(folder: Path, step: int) -> Path:
+    """Where the checkpoint of ``step`` is, or would be."""
+    return folder / f"step-{step:08d}"
 
 
 def newest(folder: Path) -> Path | None:
@@ -85,7 +90,7 @@ def newest(folder: Path) -> Path | None:
     """
     reasons = []
     for step in sorted(_steps(folder), reverse=True):
-        path = _path(folder, step)
+        path = path_of(folder, step)
         try:
             verify(path)
         except BrokenFolderError as error:
@@ -152,10 +157,6 @@ def _steps(folder: Path) -> list[int]:
         return []
     matches = (_NAME.fullmatch(path.name) for path in folder.iterdir() if path.is_dir())
     return [int(match[1]) for match in matches if match]
-
-
-def _path(folder: Path, step: int) -> Path:
-    return folder / f"step-{step:08d}"
 
 
 def _is_ours(path: Path) -> bool:

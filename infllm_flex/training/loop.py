@@ -2,29 +2,23 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from infllm_flex.training import checkpoints
 from infllm_flex.training.data import Corpus, Sampler, load_corpus
 from infllm_flex.training.folder import CHECKPOINTS, METRICS, check_folder, claim_folder
 from infllm_flex.training.interruption import Interruption
 from infllm_flex.training.metrics import MetricsFile, Progress
-from infllm_flex.training.model import (
-    build_model,
-    config_json,
-    stage_attention,
-    warn_of_no_effect,
-)
-from infllm_flex.training.optim import Optimizers
-from infllm_flex.training.schedule import Position, position_of
-from infllm_flex.training.settings import TrainingSettings
+from infllm_flex.training.model import stage_attention, warn_of_no_effect
+from infllm_flex.training.schedule import position_of
+from infllm_flex.training.settings import StageSettings, TrainingSettings
+from infllm_flex.training.state import TrainingState
 
 
 class TrainingDivergedError(RuntimeError):
@@ -77,7 +71,6 @@ def train(
         torch.set_num_threads(settings.run.threads)
     with Interruption() as interruption, claim_folder(settings) as folder:
         trainer = _Trainer(settings, folder, corpus or load_corpus(settings.data))
-        trainer.restore()
         return trainer.run(interruption, title, show)
 
 
@@ -86,133 +79,77 @@ class _Trainer:
         self._settings, self._folder = settings, folder
         self._device = _device(settings.run.device)
         self._stream = corpus.train_stream()
-        torch.manual_seed(settings.run.seed)
-        longest = max(stage.max_length for stage in settings.stages.values())
-        self._model = build_model(settings.model, longest, self._device)
-        self._optimizers = Optimizers(self._model, settings.optim)
-        self._done, self._saved = 0, -1
-
-    def restore(self) -> None:
-        path = checkpoints.newest(self._folder / CHECKPOINTS)
-        if path is None:
-            return
-        found = checkpoints.load(path)
-        if found.optimizer:
-            self._optimizers.load_tensors(found.optimizer)
-        with torch.no_grad():
-            for name, weight in _weights(self._model).items():
-                weight.copy_(found.weights[name])
-        torch.set_rng_state(found.random_state["cpu"])
-        if self._device.type == "cuda" and "cuda" in found.random_state:
-            torch.cuda.set_rng_state(found.random_state["cuda"], self._device)
-        self._done = self._saved = found.step
+        self._state = TrainingState(settings, folder / CHECKPOINTS, self._device)
 
     def run(self, interruption: Interruption, title: str, show: bool) -> Outcome:
-        settings = self._settings
-        metrics = MetricsFile(self._folder / METRICS, self._done)
-        with Progress(title, settings.total_steps, self._done, show) as progress:
-            try:
-                while position := position_of(settings.stages, self._done):
-                    self._run_stage(position, interruption, progress, metrics)
-                    if interruption.signal:
-                        break
-                return Outcome(self._done, self._save(), interruption.signal)
-            finally:
-                metrics.close()
+        state, stages = self._state, self._settings.stages
+        state.restore()
+        metrics = MetricsFile(self._folder / METRICS, state.done)
+        with (
+            contextlib.closing(metrics),
+            Progress(title, self._settings.total_steps, state.done, show) as progress,
+        ):
+            while (position := position_of(stages, state.done)) and not interruption.signal:
+                if position.step == 0:
+                    state.start_stage()
+                progress.restart()
+                self._run_stage(position.name, position.stage, interruption, progress, metrics)
+            return Outcome(state.done, state.save(), interruption.signal)
 
     def _run_stage(
         self,
-        position: Position | None,
+        name: str,
+        stage: StageSettings,
         interruption: Interruption,
         progress: Progress,
         metrics: MetricsFile,
     ) -> None:
-        assert position is not None
-        settings, name, stage = self._settings, position.name, position.stage
-        if position.step == 0:
-            self._optimizers = Optimizers(self._model, settings.optim)
+        settings, state = self._settings, self._state
         sampler = Sampler(self._stream, stage.max_length, settings.run.seed, name)
-        progress.restart()
-        with stage_attention(self._model, stage, settings.attention) as sparse_share:
-            while position and position.name == name and not interruption.signal:
+        with stage_attention(state.model, stage, settings.attention) as sparse_layers:
+            while not interruption.signal:
+                position = position_of(settings.stages, state.done)
+                if position is None or position.name != name:
+                    return
                 batch = sampler.batch(position.sample_indices()).to(self._device)
-                loss, norm = self._step(batch, position)
-                self._done += 1
+                loss, norm = self._step(batch, position.learning_rate)
+                state.done += 1
                 progress.advance(loss, stage.tokens_per_step)
-                if self._done % settings.log.every == 0 or self._done == settings.total_steps:
+                if state.done % settings.log.every == 0 or state.done == settings.total_steps:
                     metrics.write(
                         {
-                            "step": self._done,
+                            "step": state.done,
                             "stage": name,
                             "loss": loss,
                             "bits_per_byte": loss / math.log(2),
                             "gradient_norm": norm,
                             "learning_rate": position.learning_rate,
                             "tokens_per_second": round(progress.tokens_per_second),
-                            "sparse_layers": sparse_share,
+                            "sparse_layers": sparse_layers,
                         }
                     )
-                position = position_of(settings.stages, self._done)
-                if self._done % settings.checkpoint.every == 0:
-                    self._save()
+                if state.done % settings.checkpoint.every == 0:
+                    state.save()
 
-    def _step(self, batch: Tensor, position: Position) -> tuple[float, float]:
-        logits = self._model(batch[:, :-1], use_cache=False).logits
+    def _step(self, batch: Tensor, learning_rate: float) -> tuple[float, float]:
+        logits = self._state.model(batch[:, :-1], use_cache=False).logits
         loss = F.cross_entropy(logits.flatten(0, 1).float(), batch[:, 1:].flatten())
         value = float(loss.detach())
-        if math.isfinite(value):
-            loss.backward()
-            norm = self._optimizers.step(position.learning_rate)
-            if math.isfinite(norm):
-                return value, norm
+        if not math.isfinite(value):
+            raise self._diverged("the loss", value)
+        loss.backward()
+        norm = self._state.optimizers.step(learning_rate)
+        if not math.isfinite(norm):
             raise self._diverged("the gradient", norm)
-        raise self._diverged("the loss", value)
+        return value, norm
 
     def _diverged(self, what: str, value: float) -> TrainingDivergedError:
-        last = (
-            f"its last checkpoint is that of step {self._saved}"
-            if self._saved >= 0
-            else ("there is no checkpoint yet")
-        )
+        saved = self._state.saved
+        last = f"the last checkpoint is of step {saved}" if saved >= 0 else "no checkpoint exists"
         return TrainingDivergedError(
-            f"{what} of step {self._done + 1} is {value}: the run stops, {last}; "
-            "a lower learning_rate or clip_norm may help"
+            f"{what} of step {self._state.done + 1} is {value}: the run stops; {last}; "
+            "a lower learning_rate may help"
         )
-
-    def _save(self) -> Path:
-        settings = self._settings
-        folder = self._folder / CHECKPOINTS
-        if self._saved == self._done:
-            path = checkpoints.newest(folder)
-            assert path is not None
-            return path
-        position = position_of(settings.stages, self._done)
-        sparse = any(stage.attention == "sparse" for stage in settings.stages.values())
-        random_state = {"cpu": torch.get_rng_state()}
-        if self._device.type == "cuda":
-            random_state["cuda"] = torch.cuda.get_rng_state(self._device)
-        checkpoint = checkpoints.Checkpoint(
-            step=self._done,
-            weights=_weights(self._model),
-            # The next stage starts with a fresh optimizer, a finished run needs none.
-            optimizer=self._optimizers.tensors() if position and position.step else {},
-            config_json=config_json(self._model, settings.attention if sparse else None),
-            random_state=random_state,
-        )
-        path = checkpoints.save(folder, checkpoint, settings.checkpoint.keep)
-        self._saved = self._done
-        return path
-
-
-def _weights(model: Any) -> dict[str, Tensor]:
-    """Every saved tensor by name; tied weights under their first name only, as they load."""
-    found: dict[str, Tensor] = {}
-    seen = set()
-    for name, value in model.state_dict(keep_vars=True).items():
-        if id(value) not in seen:
-            seen.add(id(value))
-            found[name] = value
-    return found
 
 
 def _device(name: str) -> torch.device:

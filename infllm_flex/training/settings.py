@@ -88,7 +88,7 @@ class ModelSettings:
 
     def __post_init__(self) -> None:
         if (self.path is None) == (self.tiny is None):
-            raise ValueError("path or tiny must be given, and not both")
+            raise ValueError("exactly one of path and tiny must be given")
         if self.path is None:
             return
         if not self.path.is_dir():
@@ -161,8 +161,8 @@ class StageSettings:
         _check_range(self, "decay_steps", 0, _LARGEST_COUNT)
         if self.warmup_steps + self.decay_steps > self.steps:
             raise ValueError(
-                f"warmup_steps and decay_steps together must be at most steps = {self.steps}, "
-                f"got {self.warmup_steps} + {self.decay_steps}"
+                f"steps must be at least warmup_steps + decay_steps = "
+                f"{self.warmup_steps + self.decay_steps}, got {self.steps}"
             )
 
     @property

@@ -1,0 +1,100 @@
+"""All that changes while a model trains, and its way to the disk and back."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from infllm_flex.training import checkpoints
+from infllm_flex.training.model import build_model, config_json
+from infllm_flex.training.optim import Optimizers
+from infllm_flex.training.schedule import position_of
+from infllm_flex.training.settings import TrainingSettings
+
+
+class TrainingState:
+    """Weights, optimizer and the number of steps done; the data needs no more than that number.
+
+    Args:
+        settings: The whole run; its seed decides random weights.
+        folder: Where checkpoints go.
+        device: Where the model is.
+
+    Attributes:
+        model: In training mode.
+        optimizers: Of the stage that ``done`` stands in.
+        done: Steps done.
+        saved: Step of the newest checkpoint, -1 before the first.
+    """
+
+    def __init__(self, settings: TrainingSettings, folder: Path, device: torch.device) -> None:
+        self._settings, self._folder, self._device = settings, folder, device
+        torch.manual_seed(settings.run.seed)
+        longest = max(stage.max_length for stage in settings.stages.values())
+        self.model = build_model(settings.model, longest, device)
+        self.optimizers = Optimizers(self.model, settings.optim)
+        self.done, self.saved = 0, -1
+
+    def start_stage(self) -> None:
+        """Begin with a fresh optimizer."""
+        self.optimizers = Optimizers(self.model, self._settings.optim)
+
+    def restore(self) -> None:
+        """Take over the newest checkpoint, if there is one.
+
+        Raises:
+            CheckpointError: There are checkpoints, but none is whole.
+        """
+        path = checkpoints.newest(self._folder)
+        if path is None:
+            return
+        found = checkpoints.load(path)
+        if found.optimizer:
+            self.optimizers.load_tensors(found.optimizer)
+        with torch.no_grad():
+            for name, weight in _weights(self.model).items():
+                weight.copy_(found.weights[name])
+        torch.set_rng_state(found.random_state["cpu"])
+        if self._device.type == "cuda" and "cuda" in found.random_state:
+            torch.cuda.set_rng_state(found.random_state["cuda"], self._device)
+        self.done = self.saved = found.step
+
+    def save(self) -> Path:
+        """Write a checkpoint, unless the newest is that of this step.
+
+        Returns:
+            Its folder.
+        """
+        if self.saved == self.done:
+            return checkpoints.path_of(self._folder, self.done)
+        settings = self._settings
+        position = position_of(settings.stages, self.done)
+        sparse = any(stage.attention == "sparse" for stage in settings.stages.values())
+        random_state = {"cpu": torch.get_rng_state()}
+        if self._device.type == "cuda":
+            random_state["cuda"] = torch.cuda.get_rng_state(self._device)
+        checkpoint = checkpoints.Checkpoint(
+            step=self.done,
+            weights=_weights(self.model),
+            # The next stage starts with a fresh optimizer, a finished run needs none.
+            optimizer=self.optimizers.tensors() if position and position.step else {},
+            config_json=config_json(self.model, settings.attention if sparse else None),
+            random_state=random_state,
+        )
+        path = checkpoints.save(self._folder, checkpoint, settings.checkpoint.keep)
+        self.saved = self.done
+        return path
+
+
+def _weights(model: Any) -> dict[str, Tensor]:
+    """Every saved tensor by name; tied weights under their first name only, as they load."""
+    found: dict[str, Tensor] = {}
+    seen = set()
+    for name, value in model.state_dict(keep_vars=True).items():
+        if id(value) not in seen:
+            seen.add(id(value))
+            found[name] = value
+    return found

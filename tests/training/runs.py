@@ -1,0 +1,61 @@
+"""Small runs and texts for the tests of training."""
+
+from __future__ import annotations
+
+import hashlib
+from pathlib import Path
+from typing import Any
+
+import infllm_flex as ifx
+from infllm_flex.training.settings import (
+    CheckpointSettings,
+    DataSettings,
+    LogSettings,
+    ModelSettings,
+    OptimSettings,
+    RunSettings,
+    StageSettings,
+    TinyModelSettings,
+    TrainingSettings,
+)
+
+TINY = TinyModelSettings(
+    num_layers=2, hidden_size=32, intermediate_size=48, num_heads=4, num_kv_heads=2
+)
+ATTENTION = ifx.InfLLMConfig(
+    kernel_size=4, kernel_stride=2, block_size=8, window_size=8, topk=2, dense_len=64
+)
+
+
+def write_texts(folder: Path, files: int = 30, length: int = 400) -> Path:
+    """A folder of text files, all different, made from their own hashes."""
+    for number in range(files):
+        words = [hashlib.sha256(f"{number}/{i}".encode()).hexdigest()[:7] for i in range(length)]
+        path = folder / f"part{number % 3}" / f"{number}.txt"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(" ".join(words)[:length])
+    return folder
+
+
+def stage(**changes: Any) -> StageSettings:
+    values = {"max_length": 32, "batch_size": 2, "steps": 3, "learning_rate": 1e-2}
+    return StageSettings(**({"attention": "dense"} | values | changes))
+
+
+def settings(folder: Path, texts: Path, **changes: Any) -> TrainingSettings:
+    """A run of six steps in two stages, both dense."""
+    values: dict[str, Any] = {
+        "run": RunSettings(folder=folder, device="cpu"),
+        "model": ModelSettings(tiny=TINY),
+        "stages": {"short": stage(warmup_steps=1), "long": stage(max_length=64, decay_steps=2)},
+        "attention": ATTENTION,
+        "data": DataSettings(source=str(texts), held_out_percent=20),
+        "optim": OptimSettings(),
+        "checkpoint": CheckpointSettings(every=100),
+        "log": LogSettings(every=1),
+    }
+    return TrainingSettings(**(values | changes))
+
+
+def weights_hash(checkpoint: Path) -> str:
+    return hashlib.sha256((checkpoint / "model.safetensors").read_bytes()).hexdigest()

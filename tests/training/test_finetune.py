@@ -1,0 +1,188 @@
+"""The command: its exit status, and that nothing is loaded before everything is checked."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from infllm_flex.strict_yaml import build_dataclass, load_yaml
+from infllm_flex.training.data import Sampler
+from infllm_flex.training.settings import TrainingSettings
+from tests.training.runs import settings
+
+ROOT = Path(__file__).parents[2]
+SCRIPT = ROOT / "scripts" / "finetune.py"
+
+
+@pytest.fixture
+def config(tmp_path, texts):
+    path = tmp_path / "run.yaml"
+    path.write_text(
+        f"""\
+run: {{folder: {tmp_path / "out"}, device: cpu}}
+model:
+  tiny: {{num_layers: 1, hidden_size: 16, intermediate_size: 16, num_heads: 2, num_kv_heads: 1}}
+data: {{source: {texts}}}
+stages:
+  only: {{attention: dense, max_length: 16, batch_size: 2, steps: 3, learning_rate: 2e-3}}
+"""
+    )
+    return path
+
+
+@pytest.fixture
+def finetune(monkeypatch, capsys):
+    """Run the command in this process: its status, standard output and standard error."""
+    spec = importlib.util.spec_from_file_location("finetune", SCRIPT)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+
+    def run(*arguments):
+        monkeypatch.setattr(sys, "argv", ["finetune.py", *map(str, arguments)])
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr("warnings.showwarning", None)  # the command sets its own
+            status = module.main()
+        captured = capsys.readouterr()
+        return status, captured.out, captured.err
+
+    return run
+
+
+def test_a_run_ends_with_status_0_and_says_where_the_model_is(finetune, config, tmp_path):
+    status, out, err = finetune("--config", config)
+    assert status == 0
+    checkpoint = tmp_path / "out" / "checkpoints" / "step-00000003"
+    assert f"3 of 3 steps done; model in {checkpoint}" in out
+    assert (checkpoint / "model.safetensors").is_file()
+    assert "bits/byte" in err
+    assert "tokens/s" in err
+    assert "100%" in err
+
+
+def test_all_mistakes_end_the_command_with_status_2_before_anything_is_loaded(config, tmp_path):
+    text = config.read_text().replace("learning_rate: 2e-3", "lerning_rate: 2e-3, warmup_steps: x")
+    config.write_text(text + "optim: {kind: adam}\n")
+    code = (
+        "import runpy, sys\n"
+        f"sys.argv = ['finetune.py', '--config', {str(config)!r}, 'log.every=0']\n"
+        "try:\n"
+        f"    runpy.run_path({str(SCRIPT)!r}, run_name='__main__')\n"
+        "except SystemExit as end:\n"
+        "    print(end.code, 'transformers' in sys.modules)\n"
+    )
+    ended = subprocess.run(
+        [sys.executable, "-c", code],
+        capture_output=True,
+        text=True,
+        cwd=ROOT,
+        env=os.environ | {"PYTHONPATH": str(ROOT)},
+        check=True,
+    )
+    assert ended.stdout == "2 False\n"
+    said = ended.stderr.replace(f"{config}:", "run.yaml:").splitlines()
+    assert said == [
+        "run.yaml:6: stages.only.lerning_rate: unknown key (did you mean learning_rate?)",
+        "run.yaml:6: stages.only.warmup_steps: expected an integer, got x",
+        "run.yaml:6: stages.only.learning_rate: is missing and has no default",
+        "run.yaml:7: optim.kind: expected one of adamw, muon, adamw8bit, got adam",
+        "override 'log.every=0': log.every: must be between 1 and 2147483647, got 0",
+    ]
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("content", [None, "", "- a\n", "run: [\n"])
+def test_a_config_that_is_none_ends_the_command_with_status_2(finetune, tmp_path, content):
+    path = tmp_path / "x.yaml"
+    if content is not None:
+        path.write_text(content)
+    status, out, err = finetune("--config", path)
+    assert status == 2
+    assert out == ""
+    assert err.startswith(f"{path}")
+    assert err.count("\n") == 1
+
+
+def test_a_folder_that_holds_a_run_ends_the_command_with_status_2(finetune, config):
+    assert finetune("--config", config)[0] == 0
+    status, _, err = finetune("--config", config)
+    assert status == 2
+    assert "holds a run already: add --resume" in err
+    assert finetune("--config", config, "--resume")[0] == 0
+
+
+@pytest.mark.parametrize(("number", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_a_signal_saves_and_its_status_says_so(
+    finetune, config, tmp_path, monkeypatch, number, status
+):
+    real = Sampler.batch
+
+    def batch(self, indices):
+        os.kill(os.getpid(), number)
+        return real(self, indices)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Sampler, "batch", batch)
+        assert finetune("--config", config)[0] == status
+    assert (tmp_path / "out" / "checkpoints" / "step-00000001" / "MANIFEST.json").is_file()
+    assert finetune("--config", config, "--resume")[0] == 0
+
+
+def test_a_failure_on_the_way_is_one_line_with_status_1(finetune, config):
+    status, _, err = finetune("--config", config, "stages.only.max_length=100000")
+    assert status == 1
+    assert "error: data.source: " in err
+    assert "too few for sequences of 100000" in err
+    assert "Traceback" not in err
+
+
+def test_print_config_shows_settings_that_read_back_the_same(finetune, config, tmp_path):
+    status, out, _ = finetune("--config", config, "optim.weight_decay=2e-5", "--print-config")
+    assert status == 0
+    (tmp_path / "shown.yaml").write_text(out)
+    shown = build_dataclass(TrainingSettings, load_yaml(tmp_path / "shown.yaml"))
+    given = load_yaml(config, ["optim.weight_decay=2e-5"])
+    assert shown == build_dataclass(TrainingSettings, given)
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_dry_run_says_what_would_happen_and_does_nothing(finetune, tmp_path, texts):
+    path = ROOT / "configs" / "quickstart.yaml"
+    status, out, _ = finetune("--config", path, f"run.folder={tmp_path / 'out'}", "--dry-run")
+    assert status == 0
+    assert "sparse (a query sees at most 464 = 23%)" in out
+    assert not (tmp_path / "out").exists()
+
+
+def test_the_quickstart_really_is_sparse_long_and_within_its_budget():
+    run = build_dataclass(TrainingSettings, load_yaml(ROOT / "configs" / "quickstart.yaml"))
+    short, long = run.stages["short"], run.stages["long"]
+    assert (short.attention, long.attention) == ("dense", "sparse")
+    assert long.max_length >= 8 * short.max_length
+    assert not run.attention.is_dense(long.max_length)
+    assert run.attention.num_selected * run.attention.block_size < long.max_length / 4
+
+
+def test_every_config_starts_with_the_command_that_uses_it():
+    paths = sorted((ROOT / "configs").glob("*.yaml"))
+    assert paths
+    for path in paths:
+        header = path.read_text().partition("\n\n")[0]
+        assert header.startswith("#"), path
+        assert f"configs/{path.name}" in header, path
+
+
+def test_the_settings_kept_in_a_run_folder_are_complete(tmp_path, texts):
+    from infllm_flex.training.loop import train
+
+    run = settings(tmp_path / "run", texts)
+    train(run, show=False)
+    kept = load_yaml(tmp_path / "run" / "run.yaml")
+    assert build_dataclass(TrainingSettings, kept) == run
+    assert json.loads((tmp_path / "run" / "metrics.jsonl").read_text().splitlines()[0])["step"] == 1

@@ -1,0 +1,265 @@
+"""A run ends as its settings say, and a stopped and resumed one ends in the same bits."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from dataclasses import replace
+
+import pytest
+import torch
+
+from infllm_flex.strict_yaml import ConfigError
+from infllm_flex.training import loop
+from infllm_flex.training.checkpoints import newest
+from infllm_flex.training.data import Sampler
+from infllm_flex.training.loop import TrainingDivergedError, train
+from infllm_flex.training.model import load_model
+from infllm_flex.training.settings import (
+    CheckpointSettings,
+    ModelSettings,
+    OptimSettings,
+    RunSettings,
+)
+from tests.training.runs import ATTENTION, settings, stage, weights_hash
+
+
+def metrics(run):
+    lines = (run.run.folder / "metrics.jsonl").read_text().splitlines()
+    return [json.loads(line) for line in lines]
+
+
+def losses(run):
+    return [(line["step"], line["loss"], line["gradient_norm"]) for line in metrics(run)]
+
+
+@pytest.fixture
+def stop_at(monkeypatch):
+    """Make Ctrl-C, or another signal, arrive while a step fetches its text."""
+
+    def arrange(step, number=signal.SIGINT):
+        real, calls = Sampler.batch, iter(range(1, 1000))
+
+        def batch(self, indices):
+            if next(calls) == step:
+                os.kill(os.getpid(), number)
+            return real(self, indices)
+
+        monkeypatch.setattr(Sampler, "batch", batch)
+
+    return arrange
+
+
+@pytest.mark.parametrize("kind", ["adamw", "muon"])
+def test_a_run_resumed_after_any_step_ends_in_the_same_bits(tmp_path, texts, kind):
+    optim = OptimSettings(kind=kind)
+    straight = settings(tmp_path / "straight", texts, optim=optim)
+    expected = train(straight, show=False)
+    assert (expected.step, expected.signal) == (6, 0)
+    for stopped_after in range(1, 6):
+        run = settings(tmp_path / str(stopped_after), texts, optim=optim)
+        with pytest.MonkeyPatch.context() as patch:
+            real, calls = Sampler.batch, iter(range(1, 100))
+
+            def batch(self, indices, real=real, calls=calls, last=stopped_after):
+                if next(calls) == last:
+                    os.kill(os.getpid(), signal.SIGINT)
+                return real(self, indices)
+
+            patch.setattr(Sampler, "batch", batch)
+            stopped = train(run, show=False)
+        assert (stopped.step, stopped.signal) == (stopped_after, signal.SIGINT)
+        torch.rand(7)  # another process would stand elsewhere in the random numbers
+        resumed = train(run, resume=True, show=False)
+        assert weights_hash(resumed.checkpoint) == weights_hash(expected.checkpoint)
+        assert losses(run) == losses(straight)
+
+
+def test_a_run_killed_between_checkpoints_repeats_the_lost_steps_exactly(
+    tmp_path, texts, monkeypatch
+):
+    straight = settings(tmp_path / "straight", texts, checkpoint=CheckpointSettings(every=2))
+    expected = train(straight, show=False)
+    run = replace(straight, run=replace(straight.run, folder=tmp_path / "killed"))
+    with monkeypatch.context() as patch:
+        real, calls = Sampler.batch, iter(range(1, 100))
+
+        def batch(self, indices):
+            if next(calls) == 6:
+                raise KeyboardInterrupt  # as from nowhere: nothing is saved
+            return real(self, indices)
+
+        patch.setattr(Sampler, "batch", batch)
+        with pytest.raises(KeyboardInterrupt):
+            train(run, show=False)
+    assert newest(run.run.folder / "checkpoints").name == "step-00000004"
+    resumed = train(run, resume=True, show=False)
+    assert weights_hash(resumed.checkpoint) == weights_hash(expected.checkpoint)
+    assert losses(run) == losses(straight)
+
+
+def test_a_finished_run_resumed_changes_nothing(tmp_path, texts):
+    run = settings(tmp_path / "run", texts)
+    first = train(run, show=False)
+    before = weights_hash(first.checkpoint)
+    assert train(run, resume=True, show=False) == first
+    assert weights_hash(first.checkpoint) == before
+    assert len(metrics(run)) == 6
+
+
+def test_sigterm_saves_too_and_the_handlers_are_put_back(tmp_path, texts, stop_at):
+    handler = signal.getsignal(signal.SIGTERM)
+    run = settings(tmp_path / "run", texts)
+    stop_at(2, signal.SIGTERM)
+    outcome = train(run, show=False)
+    assert (outcome.step, outcome.signal) == (2, signal.SIGTERM)
+    assert newest(run.run.folder / "checkpoints") == outcome.checkpoint
+    assert signal.getsignal(signal.SIGTERM) is handler
+
+
+def test_a_second_signal_ends_the_process_at_once():
+    code = (
+        "import os, signal, time\n"
+        "from infllm_flex.training.interruption import Interruption\n"
+        "with Interruption() as interruption:\n"
+        "    os.kill(os.getpid(), signal.SIGTERM)\n"
+        "    assert interruption.signal == signal.SIGTERM\n"
+        "    os.kill(os.getpid(), signal.SIGTERM)\n"
+        "    time.sleep(60)\n"
+    )
+    ended = subprocess.run([sys.executable, "-c", code], timeout=30, check=False)
+    assert ended.returncode == -signal.SIGTERM
+
+
+def test_the_loss_falls_and_the_checkpoint_is_a_model_folder(tmp_path, texts):
+    run = settings(
+        tmp_path / "run", texts, stages={"only": stage(steps=40, batch_size=4, warmup_steps=3)}
+    )
+    outcome = train(run, show=False)
+    lines = metrics(run)
+    assert lines[-1]["loss"] < lines[0]["loss"] - 1
+    assert set(lines[0]) == {
+        "step",
+        "stage",
+        "loss",
+        "bits_per_byte",
+        "gradient_norm",
+        "learning_rate",
+        "tokens_per_second",
+        "sparse_layers",
+    }
+    model = load_model(outcome.checkpoint)
+    assert model.get_output_embeddings().weight is model.get_input_embeddings().weight
+    goes_on = settings(
+        tmp_path / "next",
+        texts,
+        model=ModelSettings(path=outcome.checkpoint),
+        stages={"only": stage(steps=1)},
+    )
+    train(goes_on, show=False)
+    assert metrics(goes_on)[0]["loss"] < lines[0]["loss"] - 1
+
+
+def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_last_good_checkpoint(
+    tmp_path, texts, monkeypatch
+):
+    run = settings(tmp_path / "run", texts, checkpoint=CheckpointSettings(every=2))
+    real, calls = loop.F.cross_entropy, iter(range(1, 100))
+
+    def cross_entropy(*args, **kwargs):
+        return real(*args, **kwargs) * (float("nan") if next(calls) == 4 else 1.0)
+
+    monkeypatch.setattr(loop.F, "cross_entropy", cross_entropy)
+    with pytest.raises(TrainingDivergedError, match=r"the loss of step 4 is nan.* is of step 2;"):
+        train(run, show=False)
+    assert newest(run.run.folder / "checkpoints").name == "step-00000002"
+
+
+def test_the_folder_of_another_run_or_program_is_refused_before_any_work(tmp_path, texts):
+    run = settings(tmp_path / "run", texts)
+    train(run, show=False)
+    with pytest.raises(ConfigError, match=r"holds a run already: add --resume"):
+        train(run, show=False)
+    other = replace(run, run=replace(run.run, seed=1), optim=OptimSettings(weight_decay=0.0))
+    with pytest.raises(ConfigError, match=r"holds a run with another optim, run\.seed: "):
+        train(other, resume=True, show=False)
+    (tmp_path / "thesis").mkdir()
+    (tmp_path / "thesis" / "thesis.tex").write_text("")
+    with pytest.raises(ConfigError, match=r"holds something else \(thesis\.tex\)"):
+        train(settings(tmp_path / "thesis", texts), show=False)
+    (tmp_path / "file").write_text("")
+    with pytest.raises(ConfigError, match="is a file, expected a folder"):
+        train(settings(tmp_path / "file", texts), show=False)
+    assert os.listdir(tmp_path / "thesis") == ["thesis.tex"]
+
+
+def test_two_runs_cannot_share_a_folder_at_once(tmp_path, texts, monkeypatch):
+    run = settings(tmp_path / "run", texts)
+    real = Sampler.batch
+
+    def batch(self, indices):
+        with pytest.raises(ConfigError, match="is in use by another process"):
+            train(run, resume=True, show=False)
+        return real(self, indices)
+
+    monkeypatch.setattr(Sampler, "batch", batch)
+    train(run, show=False)
+
+
+@pytest.mark.parametrize(
+    ("attention", "length", "warning"),
+    [
+        (ATTENTION, 63, "nothing will be sparse: max_length = 63 is below attention.dense_len"),
+        (replace(ATTENTION, topk=9), 80, "every block will be selected: the budget of 10 blocks"),
+    ],
+)
+def test_a_sparse_stage_that_would_be_dense_is_warned_of(
+    tmp_path, texts, attention, length, warning
+):
+    run = settings(
+        tmp_path / "run",
+        texts,
+        attention=attention,
+        stages={"long": stage(attention="sparse", max_length=length, steps=1)},
+    )
+    with pytest.warns(UserWarning, match=warning):
+        train(run, show=False)
+
+
+def test_a_sparse_stage_is_sparse_in_every_layer_and_gives_the_model_back(tmp_path, texts):
+    short = stage(steps=1)
+    stages = {"short": short, "long": stage(attention="sparse", max_length=128, steps=2)}
+    run = settings(tmp_path / "sparse", texts, stages=stages)
+    outcome = train(run, show=False)
+    assert [line["sparse_layers"] for line in metrics(run)] == [0.0, 1.0, 1.0]
+    dense = settings(
+        tmp_path / "dense", texts, stages={"short": short, "long": stage(max_length=128, steps=2)}
+    )
+    train(dense, show=False)
+    assert losses(dense)[0] == losses(run)[0]
+    assert losses(dense)[1:] != losses(run)[1:]
+    config = json.loads((outcome.checkpoint / "config.json").read_text())
+    assert config["sparse_config"]["topk"] == ATTENTION.topk
+    assert "attn_implementation" not in str(config)
+
+
+def test_a_model_too_small_for_the_text_is_refused(tmp_path, texts):
+    outcome = train(settings(tmp_path / "run", texts), show=False)
+    longer = settings(
+        tmp_path / "next",
+        texts,
+        model=ModelSettings(path=outcome.checkpoint),
+        stages={"long": stage(max_length=65)},
+    )
+    with pytest.raises(ValueError, match="positions for 64 tokens, the longest stage asks for 65"):
+        train(longer, show=False)
+
+
+def test_a_gpu_that_is_not_there_is_refused(tmp_path, texts, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    run = settings(tmp_path / "run", texts, run=RunSettings(folder=tmp_path / "r", device="cuda"))
+    with pytest.raises(ValueError, match="cuda is not available here"):
+        train(run, show=False)
