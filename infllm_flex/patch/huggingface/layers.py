@@ -6,6 +6,7 @@ import inspect
 from collections.abc import Callable
 from typing import Any
 
+import torch
 from torch import nn
 
 from infllm_flex.config import InfLLMConfig
@@ -104,6 +105,11 @@ def layer_of(module: nn.Module) -> PatchedLayer:
     """
     layer = get_layer(module)
     if layer is None:
+        if torch.compiler.is_compiling():
+            # Reading settings cannot be traced. Said here, it is one line instead of a stack.
+            torch._dynamo.graph_break(
+                "for a single graph, call infllm_flex.patch_model(model) before torch.compile"
+            )
         layer = layer_for(module, InfLLMConfig.from_model_config(module.config))
         set_layer(module, layer)
     return layer

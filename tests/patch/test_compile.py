@@ -1,0 +1,110 @@
+"""A patched model compiles as one graph, forward and backward; what cannot be read is asserted."""
+
+import pytest
+import torch
+
+import infllm_flex as ifx
+from tests.patch.models import (
+    CONFIGS,
+    LONG,
+    SETTINGS,
+    SHORT,
+    build,
+    logits,
+    loss_and_gradients,
+    tokens,
+)
+
+
+@pytest.fixture(autouse=True)
+def _fresh():
+    torch.compiler.reset()
+    yield
+    torch.compiler.reset()
+
+
+def compiled(model, backend="aot_eager"):
+    return torch.compile(model, fullgraph=True, backend=backend)
+
+
+@pytest.mark.parametrize("length", [SHORT, LONG])
+def test_one_graph_forward_and_backward(length):
+    model = ifx.patch_model(build(), SETTINGS)
+    eager = loss_and_gradients(model, length)
+    for ours, theirs in zip(loss_and_gradients(compiled(model), length), eager, strict=True):
+        assert_close(ours, theirs)
+
+
+def test_through_inductor():
+    model = ifx.patch_model(build(one_layer()), SETTINGS)
+    function = compiled(model, "inductor")
+    positions = torch.arange(LONG).expand(2, -1)
+    ours = logits(function, LONG, position_ids=positions, use_cache=False)
+    assert_close(ours, logits(model, LONG))
+    # The same graph: an error, where Inductor's own assertion would end the process.
+    with pytest.raises(RuntimeError, match="cannot serve an attention mask beyond plain causal"):
+        logits(function, LONG, position_ids=positions % 40, use_cache=False)
+
+
+@pytest.mark.slow
+def test_training_through_inductor():
+    model = ifx.patch_model(build(), SETTINGS)
+    eager = loss_and_gradients(model, LONG)
+    ours = loss_and_gradients(compiled(model, "inductor"), LONG)
+    for our, their in zip(ours, eager, strict=True):
+        assert_close(our, their)
+
+
+def test_settings_changed_after_compiling_take_effect():
+    model = build()
+    plain = logits(model, LONG)
+    function = compiled(model)
+    torch.testing.assert_close(logits(function, LONG), plain)
+    ifx.patch_model(model, SETTINGS)
+    sparse = logits(model, LONG)
+    assert_close(logits(function, LONG), sparse)
+    with ifx.dense(model):
+        torch.testing.assert_close(logits(function, LONG), plain)
+    ifx.unpatch_model(model)
+    torch.testing.assert_close(logits(function, LONG), plain)
+
+
+def test_a_mask_of_ones_is_plain_causal():
+    model = ifx.patch_model(build(), SETTINGS)
+    ones = torch.ones_like(tokens(LONG))
+    ours = logits(compiled(model), LONG, attention_mask=ones)
+    assert_close(ours, logits(model, LONG))
+
+
+def test_padding_and_packing_raise_at_run_time():
+    function = compiled(ifx.patch_model(build(), SETTINGS))
+    padding = torch.ones_like(tokens(LONG))
+    padding[0, :9] = 0
+    packed = torch.arange(LONG).expand(2, -1) % 40
+    with pytest.raises(RuntimeError, match="cannot serve an attention mask beyond plain causal"):
+        logits(function, LONG, attention_mask=padding)
+    with pytest.raises(RuntimeError, match="cannot serve an attention mask beyond plain causal"):
+        logits(function, LONG, position_ids=packed, use_cache=False)
+    with pytest.raises(RuntimeError, match="cannot serve position_ids that restart or jump"):
+        logits(function, LONG, position_ids=packed)
+
+
+def test_a_model_built_with_the_implementation():
+    config = one_layer()
+    config.sparse_config = SETTINGS
+    model = build(config, attn_implementation="infllm_flex")
+    with pytest.raises(RuntimeError, match=r"call infllm_flex\.patch_model\(model\) before"):
+        logits(compiled(model), LONG)
+    in_pieces = logits(torch.compile(model, backend="aot_eager"), LONG)
+    assert_close(in_pieces, logits(model, LONG))
+    assert_close(logits(compiled(model), LONG), in_pieces)
+
+
+def one_layer():
+    config = CONFIGS["llama"]()
+    config.num_hidden_layers = 1
+    return config
+
+
+def assert_close(ours, theirs):
+    torch.testing.assert_close(ours, theirs, rtol=1e-3, atol=2e-5)

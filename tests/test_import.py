@@ -1,0 +1,106 @@
+"""Importing is quick, silent and light; the public names are these."""
+
+import subprocess
+import sys
+import textwrap
+import zipfile
+from pathlib import Path
+
+import pytest
+
+import infllm_flex
+
+ROOT = Path(__file__).parent.parent
+
+
+def run(code: str) -> str:
+    """What a fresh interpreter prints, on either stream."""
+    done = subprocess.run(
+        [sys.executable, "-c", textwrap.dedent(code)],
+        cwd=ROOT,
+        check=True,
+        text=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+    )
+    return done.stdout
+
+
+def test_public_names():
+    assert infllm_flex.__all__ == [
+        "InfLLMConfig",
+        "UnsupportedModelError",
+        "build_block_mask",
+        "dense",
+        "describe",
+        "infllm_attention",
+        "patch_model",
+        "select_blocks",
+        "unpatch_model",
+    ]
+    assert all(hasattr(infllm_flex, name) for name in infllm_flex.__all__)
+
+
+def test_version_is_that_of_the_package():
+    from importlib.metadata import PackageNotFoundError, version
+
+    try:
+        assert infllm_flex.__version__ == version("infllm-flex")
+    except PackageNotFoundError:
+        pytest.skip("infllm-flex is not installed here")
+
+
+def test_import_is_silent_light_and_quick():
+    heavy = ("transformers", "torchao", "triton", "matplotlib", "torch._inductor", "torch._dynamo")
+    assert (
+        run(
+            f"""
+            import sys, time, torch
+            start = time.process_time()
+            import infllm_flex
+            seconds = time.process_time() - start
+            loaded = [name for name in {heavy} if name in sys.modules]
+            if loaded or seconds > 2:
+                print("imported:", loaded, "in", seconds)
+            """
+        )
+        == ""
+    )
+
+
+@pytest.mark.parametrize(
+    "imports",
+    [
+        "import transformers.modeling_utils, infllm_flex",
+        # Looking for the module is not importing it.
+        "import infllm_flex, transformers; from importlib.util import find_spec; "
+        "find_spec('transformers.modeling_utils')",
+    ],
+)
+def test_the_implementation_is_known_in_whatever_order_one_imports(imports):
+    pytest.importorskip("transformers")
+    assert run(
+        f"""
+        import os, sys
+        os.environ["TRANSFORMERS_VERBOSITY"] = "error"
+        {imports}
+        config = transformers.LlamaConfig(vocab_size=8, hidden_size=16, intermediate_size=16,
+                                          num_hidden_layers=1, num_attention_heads=2)
+        model = transformers.AutoModelForCausalLM.from_config(
+            config, attn_implementation="infllm_flex")
+        print(model.config._attn_implementation)
+        print([finder for finder in sys.meta_path if "infllm_flex" in type(finder).__module__])
+        """
+    ).endswith("infllm_flex\n[]\n")
+
+
+def test_the_wheel_ships_two_packages_and_nothing_else(tmp_path):
+    pytest.importorskip("hatchling")
+    from hatchling.builders.wheel import WheelBuilder
+
+    (wheel,) = WheelBuilder(str(ROOT)).build(directory=str(tmp_path), versions=["standard"])
+    names = zipfile.ZipFile(wheel).namelist()
+    tops = {name.split("/")[0] for name in names if ".dist-info/" not in name}
+    assert tops == {"infllm_flex", "custom_ops"}
+    assert all(name.endswith((".py", ".typed")) for name in names if ".dist-info/" not in name)
+    assert any(name.endswith("licenses/LICENSE") for name in names)
