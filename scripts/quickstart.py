@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import math
 import sys
 import time
 import warnings
@@ -249,13 +248,15 @@ def explain_result(bits: dict[str, Tensor], last: Bucket, repeats: Tensor) -> st
             *paired(far[SPARSE], far[DENSE])
         ),
     ]
-    if lost < 2 * error or math.isnan(error):
+    closed = 1 - (far[SPARSE] - far[DENSE]).mean().item() / lost if lost else 0.0
+    if not lost > 2 * error:
         lines.append(
             "So far the dense model itself gains nothing from afar: train longer to compare."
         )
-    else:
-        closed = 1 - (far[SPARSE] - far[DENSE]).mean().item() / lost
+    elif closed > 0:
         lines.append(f"Selection closes {closed:.0%} of the gap.")
+    else:
+        lines.append("Selection does not help here: it does no better than the window alone.")
     marked = {name: bits[name][repeats].mean().item() for name in (DENSE, SPARSE, WINDOW)}
     lines.append(
         f"On distant repeats ({int(repeats.sum())} bytes of words last seen beyond the window): "

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import json
+import logging
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
@@ -50,17 +51,14 @@ def build_model(settings: ModelSettings, longest: int, device: torch.device) -> 
 
 def load_model(folder: Path, dtype: torch.dtype = torch.float32) -> Any:
     """Read a causal LM from a local folder: safetensors only, no download, none of its code run."""
-    from transformers import AutoModelForCausalLM
-
-    return AutoModelForCausalLM.from_pretrained(
+    return _import_transformers().AutoModelForCausalLM.from_pretrained(
         folder, dtype=dtype, local_files_only=True, use_safetensors=True, trust_remote_code=False
     )
 
 
 def _tiny_llama(tiny: TinyModelSettings, longest: int) -> Any:
-    from transformers import LlamaConfig, LlamaForCausalLM
-
-    config = LlamaConfig(
+    transformers = _import_transformers()
+    config = transformers.LlamaConfig(
         vocab_size=BYTE_VALUES,
         num_hidden_layers=tiny.num_layers,
         hidden_size=tiny.hidden_size,
@@ -74,7 +72,22 @@ def _tiny_llama(tiny: TinyModelSettings, longest: int) -> Any:
         bos_token_id=None,
         eos_token_id=None,
     )
-    return LlamaForCausalLM(config)
+    return transformers.LlamaForCausalLM(config)
+
+
+def _import_transformers() -> Any:
+    # It imports torchao, which logs a warning for every kernel that other hardware would need.
+    loggers = [logging.getLogger(name) for name in ("torchao", "torch.utils._pytree")]
+    levels = [logger.level for logger in loggers]
+    for logger in loggers:
+        logger.setLevel(logging.ERROR)
+    try:
+        import transformers
+
+        return transformers
+    finally:
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.setLevel(level)
 
 
 @contextlib.contextmanager

@@ -7,6 +7,7 @@ import os
 import signal
 import subprocess
 import sys
+import warnings
 from dataclasses import replace
 
 import pytest
@@ -24,7 +25,7 @@ from infllm_flex.training.settings import (
     OptimSettings,
     RunSettings,
 )
-from tests.training.runs import ATTENTION, settings, stage, weights_hash
+from tests.training.runs import ATTENTION, TINY, settings, stage, weights_hash
 
 
 def metrics(run):
@@ -263,3 +264,18 @@ def test_a_gpu_that_is_not_there_is_refused(tmp_path, texts, monkeypatch):
     run = settings(tmp_path / "run", texts, run=RunSettings(folder=tmp_path / "r", device="cuda"))
     with pytest.raises(ValueError, match="cuda is not available here"):
         train(run, show=False)
+
+
+@pytest.mark.slow  # torchao compiles its step
+def test_a_run_with_8_bit_state_resumes_in_the_same_bits(tmp_path, texts, stop_at):
+    model = ModelSettings(tiny=replace(TINY, hidden_size=128))  # large enough for 8-bit state
+    optim = OptimSettings(kind="adamw8bit")
+    straight = settings(tmp_path / "straight", texts, model=model, optim=optim)
+    run = settings(tmp_path / "run", texts, model=model, optim=optim)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # torch's about torchao
+        expected = train(straight, show=False)
+        stop_at(2)
+        assert train(run, show=False).step == 2
+        resumed = train(run, resume=True, show=False)
+    assert weights_hash(resumed.checkpoint) == weights_hash(expected.checkpoint)

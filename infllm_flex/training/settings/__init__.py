@@ -1,0 +1,66 @@
+"""Everything a training run can be told, one frozen dataclass per section of its YAML file."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from infllm_flex.config import InfLLMConfig
+from infllm_flex.training.settings.data import STDLIB, DataSettings
+from infllm_flex.training.settings.model import ModelSettings, TinyModelSettings
+from infllm_flex.training.settings.run import (
+    CheckpointSettings,
+    CompareSettings,
+    LogSettings,
+    RunSettings,
+)
+from infllm_flex.training.settings.stage import OptimSettings, StageSettings
+
+__all__ = [
+    "STDLIB",
+    "CheckpointSettings",
+    "CompareSettings",
+    "DataSettings",
+    "LogSettings",
+    "ModelSettings",
+    "OptimSettings",
+    "RunSettings",
+    "StageSettings",
+    "TinyModelSettings",
+    "TrainingSettings",
+]
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainingSettings:
+    """A whole run, as ``scripts/finetune.py`` reads it from one YAML file.
+
+    Attributes:
+        run: Folder, seed, device.
+        model: What is trained.
+        stages: The parts of the training by name, in order.
+        attention: The sparse attention of the stages that ask for it.
+        data: The text.
+        optim: The optimizer.
+        checkpoint: When to save.
+        log: When to write metrics.
+        compare: Only read by ``scripts/quickstart``.
+    """
+
+    run: RunSettings
+    model: ModelSettings
+    stages: dict[str, StageSettings]
+    attention: InfLLMConfig = field(default_factory=InfLLMConfig)
+    data: DataSettings = field(default_factory=DataSettings)
+    optim: OptimSettings = field(default_factory=OptimSettings)
+    checkpoint: CheckpointSettings = field(default_factory=CheckpointSettings)
+    log: LogSettings = field(default_factory=LogSettings)
+    compare: CompareSettings = field(default_factory=CompareSettings)
+
+    def __post_init__(self) -> None:
+        if not self.stages:
+            raise ValueError("stages must name at least one stage, got none")
+
+    @property
+    def total_steps(self) -> int:
+        """Optimizer steps of all stages."""
+        return sum(stage.steps for stage in self.stages.values())

@@ -1,0 +1,74 @@
+"""The model to train."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from infllm_flex.training.settings.bounds import check_range
+
+
+@dataclass(frozen=True, kw_only=True)
+class TinyModelSettings:
+    """A Llama-style model with random weights and one token per byte.
+
+    Attributes:
+        num_layers: Transformer layers.
+        hidden_size: Width, a multiple of ``num_heads``.
+        intermediate_size: Width of the feed-forward layers.
+        num_heads: Query heads, a multiple of ``num_kv_heads``.
+        num_kv_heads: Key/value heads.
+        rope_theta: Base of the rotary embedding.
+    """
+
+    num_layers: int = 4
+    hidden_size: int = 128
+    intermediate_size: int = 336
+    num_heads: int = 4
+    num_kv_heads: int = 2
+    rope_theta: float = 10_000.0
+
+    def __post_init__(self) -> None:
+        for name in ("num_layers", "hidden_size", "intermediate_size", "num_heads", "num_kv_heads"):
+            check_range(self, name, 1, 65536)
+        if self.hidden_size % (2 * self.num_heads):
+            raise ValueError(
+                f"hidden_size must be a multiple of twice num_heads = {2 * self.num_heads}, "
+                f"got {self.hidden_size}"
+            )
+        if self.num_heads % self.num_kv_heads:
+            raise ValueError(
+                f"num_heads must be a multiple of num_kv_heads = {self.num_kv_heads}, "
+                f"got {self.num_heads}"
+            )
+        if self.rope_theta <= 1:
+            raise ValueError(f"rope_theta must be above 1, got {self.rope_theta}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelSettings:
+    """The model to train: exactly one of ``path`` and ``tiny``.
+
+    Attributes:
+        path: A local transformers folder with ``config.json`` and safetensors weights. Nothing is
+            downloaded and no code of the folder is run.
+        tiny: A small model to make, with random weights.
+        dtype: Precision of weights and arithmetic.
+    """
+
+    path: Path | None = None
+    tiny: TinyModelSettings | None = None
+    dtype: Literal["float32", "bfloat16"] = "float32"
+
+    def __post_init__(self) -> None:
+        if (self.path is None) == (self.tiny is None):
+            raise ValueError("exactly one of path and tiny must be given")
+        if self.path is None:
+            return
+        if not self.path.is_dir():
+            raise ValueError(f"path must be a local folder, got {self.path}, which is none")
+        if not (self.path / "config.json").is_file():
+            raise ValueError(f"path must hold a config.json, {self.path} has none")
+        if not any(self.path.glob("*.safetensors")):
+            raise ValueError(f"path must hold *.safetensors weights, {self.path} has none")

@@ -1,0 +1,78 @@
+"""Where a run happens, and what it leaves behind."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from infllm_flex.training.settings.bounds import LARGEST_COUNT, check_range
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunSettings:
+    """Where and how the run happens.
+
+    Attributes:
+        folder: Holds the run: settings, metrics and checkpoints. New, or the same run's own.
+        seed: Decides the initial weights and the order of the data.
+        device: ``"auto"`` takes the GPU where there is one.
+        threads: CPU threads; 0 leaves PyTorch's choice.
+    """
+
+    folder: Path
+    seed: int = 0
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    threads: int = 0
+
+    def __post_init__(self) -> None:
+        check_range(self, "seed", 0, 2**63 - 1)
+        check_range(self, "threads", 0, 1024)
+
+
+@dataclass(frozen=True, kw_only=True)
+class CheckpointSettings:
+    """When checkpoints are written; one is always written at the end.
+
+    Attributes:
+        every: Steps between checkpoints.
+        keep: How many of the newest are kept.
+    """
+
+    every: int = 500
+    keep: int = 2
+
+    def __post_init__(self) -> None:
+        check_range(self, "every", 1, LARGEST_COUNT)
+        check_range(self, "keep", 2, 1000)
+
+
+@dataclass(frozen=True, kw_only=True)
+class LogSettings:
+    """What is written to ``metrics.jsonl``.
+
+    Attributes:
+        every: Steps between lines.
+    """
+
+    every: int = 10
+
+    def __post_init__(self) -> None:
+        check_range(self, "every", 1, LARGEST_COUNT)
+
+
+@dataclass(frozen=True, kw_only=True)
+class CompareSettings:
+    """What ``scripts/quickstart`` measures on held-out files after training.
+
+    Attributes:
+        windows: Stretches of text, each from one file, as long as the last stage's sequences.
+        batch_size: Windows per forward pass.
+    """
+
+    windows: int = 48
+    batch_size: int = 4
+
+    def __post_init__(self) -> None:
+        check_range(self, "windows", 1, 100_000)
+        check_range(self, "batch_size", 1, 65536)

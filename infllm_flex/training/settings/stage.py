@@ -1,0 +1,87 @@
+"""How long, how fast and with which optimizer to train."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from infllm_flex.training.settings.bounds import LARGEST_COUNT, check_range
+
+_LARGEST_LENGTH = 2**24
+
+
+@dataclass(frozen=True, kw_only=True)
+class StageSettings:
+    """One part of the training; stages follow one another with a fresh optimizer each.
+
+    The learning rate rises linearly, stays, and falls linearly to zero at the end.
+
+    Attributes:
+        max_length: Tokens per sequence.
+        batch_size: Sequences per step.
+        steps: Optimizer steps.
+        learning_rate: Its highest value.
+        attention: ``"sparse"`` patches the model with the ``attention`` section.
+        warmup_steps: Steps of the rise.
+        decay_steps: Steps of the fall.
+    """
+
+    max_length: int
+    batch_size: int
+    steps: int
+    learning_rate: float
+    attention: Literal["dense", "sparse"] = "sparse"
+    warmup_steps: int = 0
+    decay_steps: int = 0
+
+    def __post_init__(self) -> None:
+        check_range(self, "max_length", 2, _LARGEST_LENGTH)
+        check_range(self, "batch_size", 1, 65536)
+        check_range(self, "steps", 1, LARGEST_COUNT)
+        if not 0 < self.learning_rate <= 1:
+            raise ValueError(
+                f"learning_rate must be above 0 and at most 1, got {self.learning_rate}"
+            )
+        check_range(self, "warmup_steps", 0, LARGEST_COUNT)
+        check_range(self, "decay_steps", 0, LARGEST_COUNT)
+        if self.warmup_steps + self.decay_steps > self.steps:
+            raise ValueError(
+                f"steps must be at least warmup_steps + decay_steps = "
+                f"{self.warmup_steps + self.decay_steps}, got {self.steps}"
+            )
+
+    @property
+    def tokens_per_step(self) -> int:
+        """Tokens the model sees per optimizer step."""
+        return self.batch_size * self.max_length
+
+
+@dataclass(frozen=True, kw_only=True)
+class OptimSettings:
+    """The optimizer.
+
+    Attributes:
+        kind: ``adamw``; ``muon`` (Muon for the layers' matrices, AdamW for the rest, at the same
+            learning rate); or ``adamw8bit`` (AdamW with 8-bit state, from torchao).
+        beta1: Decay of AdamW's mean of gradients.
+        beta2: Decay of AdamW's mean of squared gradients.
+        weight_decay: Decoupled, on matrices only.
+        clip_norm: Largest norm of the gradient of all weights together.
+    """
+
+    kind: Literal["adamw", "muon", "adamw8bit"] = "adamw"
+    beta1: float = 0.9
+    beta2: float = 0.95
+    weight_decay: float = 0.1
+    clip_norm: float = 1.0
+
+    def __post_init__(self) -> None:
+        for name in ("beta1", "beta2"):
+            if not 0 <= getattr(self, name) < 1:
+                raise ValueError(
+                    f"{name} must be at least 0 and below 1, got {getattr(self, name)}"
+                )
+        if not 0 <= self.weight_decay <= 1:
+            raise ValueError(f"weight_decay must be between 0 and 1, got {self.weight_decay}")
+        if self.clip_norm <= 0:
+            raise ValueError(f"clip_norm must be above 0, got {self.clip_norm}")
