@@ -1,0 +1,9 @@
+"""Registered ``infllm_flex::*`` operators. Importing this package registers them all."""
+
+from custom_ops.attend_blocks import attend_blocks
+from custom_ops.compress_keys import compress_keys
+from custom_ops.select_blocks import select_blocks
+from custom_ops.tile_blocks import tile_blocks
+from custom_ops.transpose_blocks import transpose_blocks
+
+__all__ = ["attend_blocks", "compress_keys", "select_blocks", "tile_blocks", "transpose_blocks"]

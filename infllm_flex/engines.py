@@ -1,0 +1,131 @@
+"""Attention over selected blocks: compiled FlexAttention, or the ``attend_blocks`` operator."""
+
+from __future__ import annotations
+
+import functools
+import warnings
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.nn.attention.flex_attention import BlockMask, flex_attention
+
+import custom_ops
+from infllm_flex.block_mask import build_block_mask, union_width
+from infllm_flex.config import InfLLMConfig
+
+_FUSED_TILE_ROWS = 128  # rows per tile of `attend_blocks`: large products, one gather for many
+_MAX_GRAPHS = 32  # static lengths are powers of two, so a program needs few
+
+
+def attend_with_lists(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    selected: Tensor,
+    config: InfLLMConfig,
+    scale: float,
+) -> Tensor:
+    """Attend through ``attend_blocks``: exact and differentiable on any device, linear memory.
+
+    Args:
+        query: ``[B, Hq, Sq, D]``.
+        key: ``[B, Hkv, Skv, D]``.
+        value: ``[B, Hkv, Skv, D]``.
+        selected: int32 ``[B, Hkv, Sq, K]``.
+        config: Sparsity settings.
+        scale: Factor on the dot products.
+
+    Returns:
+        ``[B, Hq, Sq, D]``.
+    """
+    groups = query.shape[1] // key.shape[1]
+    tile_tokens = min(32, max(1, _FUSED_TILE_ROWS // groups))
+    num_blocks = (key.shape[2] + config.block_size - 1) // config.block_size
+    width = union_width(selected.shape[3], tile_tokens, num_blocks)
+    lists = custom_ops.tile_blocks(selected, key.shape[2], config.block_size, tile_tokens, width)
+    out, _ = custom_ops.attend_blocks(
+        query, key, value, *lists, config.block_size, tile_tokens, scale
+    )
+    return out
+
+
+def attend_with_flex(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    selected: Tensor,
+    config: InfLLMConfig,
+    scale: float,
+) -> Tensor:
+    """Attend through compiled FlexAttention, the query group folded into the sequence.
+
+    Arguments and result are those of ``attend_with_lists``, as is the attention where PyTorch
+    would run FlexAttention uncompiled.
+    """
+    Hq, Sq = query.shape[1:3]
+    Hkv, Skv = key.shape[1:3]
+    rows, keys, values, choice = query, key, value, selected
+    if query.device.type == "cpu":
+        rows, keys, values = _pad_length(rows), _pad_length(keys), _pad_length(values)
+        choice = F.pad(selected, (0, 0, 0, rows.shape[2] - Sq), value=-1)
+    block_mask = build_block_mask(
+        choice,
+        config,
+        kv_len=keys.shape[2],
+        num_groups=Hq // Hkv,
+        first=Skv - Sq,
+        backward=torch.is_grad_enabled() and query.requires_grad,
+    )
+    folded = rows.unflatten(1, (Hkv, -1)).transpose(2, 3).flatten(2, 3)  # [B, Hkv, Sq * G, D]
+    if torch.compiler.is_compiling():
+        out = _flex(folded, keys, values, block_mask, scale)
+    else:
+        with torch._dynamo.config.patch(recompile_limit=_MAX_GRAPHS):
+            compiled = _compiled_flex(False if query.device.type == "cpu" else None)
+            out = compiled(folded, keys, values, block_mask, scale)
+    if out is None:
+        return attend_with_lists(query, key, value, selected, config, scale)
+    return out.unflatten(2, (-1, Hq // Hkv))[:, :, :Sq].transpose(2, 3).flatten(1, 2)
+
+
+def _pad_length(x: Tensor) -> Tensor:
+    """Zero-fill ``[B, H, S, D]`` to the next power of two of S.
+
+    FlexAttention's CPU code generator fails on many symbolic sizes, so lengths must be static, and
+    few. Rows without blocks cost next to nothing.
+    """
+    S = x.shape[2]
+    return F.pad(x, (0, 0, 0, (1 << (S - 1).bit_length()) - S))
+
+
+def _flex(
+    q: Tensor, k: Tensor, v: Tensor, block_mask: BlockMask, scale: float
+) -> Tensor | None:
+    """FlexAttention where a compiler takes it up, ``None`` where it would run uncompiled.
+
+    Uncompiled FlexAttention scores every pair of tokens. PyTorch runs this very function so when
+    its recompile limit is hit or compilation is switched off, which the test below tells apart.
+    """
+    if not torch.compiler.is_dynamo_compiling():
+        _warn_uncompiled()
+        return None
+    return flex_attention(q, k, v, block_mask=block_mask, scale=scale)
+
+
+@functools.cache
+def _compiled_flex(dynamic: bool | None) -> Callable[..., Tensor | None]:
+    """Compile once per process and kind of shapes."""
+    return torch.compile(_flex, dynamic=dynamic)
+
+
+@functools.cache
+def _warn_uncompiled() -> None:
+    warnings.warn(
+        "torch.compile did not take up FlexAttention (recompile limit, or compilation disabled): "
+        "infllm_attention goes on with its own operator, as exact and slower; "
+        "see torch._dynamo.config.recompile_limit",
+        RuntimeWarning,
+        stacklevel=2,
+    )

@@ -1,0 +1,145 @@
+"""The definition of InfLLM-V2 in float64, slow and plain: the judge of everything else.
+
+Follows the numbered steps of "What InfLLM-V2 computes" in README one query at a time, and shares
+no code with the operators it judges. For tests and for readers; use small sizes.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from infllm_flex.config import InfLLMConfig
+
+
+def compress_keys(key: Tensor, size: int, stride: int) -> Tensor:
+    """Average whole windows of ``key [S, D]``: ``[C, D]``."""
+    key = key.double()
+    windows = [key[j : j + size].mean(0) for j in range(0, len(key) - size + 1, stride)]
+    return torch.stack(windows) if windows else key.new_zeros(0, key.shape[1])
+
+
+def score_blocks(query: Tensor, key: Tensor, config: InfLLMConfig, *, scale: float) -> Tensor:
+    """Score the blocks of one sequence and one KV head for every query.
+
+    Args:
+        query: ``[G, Sq, D]``, the group's queries, the last ``Sq`` positions.
+        key: ``[Skv, D]``.
+        config: Sparsity settings.
+        scale: Factor on the dot products.
+
+    Returns:
+        float64 ``[Sq, Nkv]``; -inf where no window of the block is visible.
+    """
+    G, Sq, _ = query.shape
+    Skv = len(key)
+    size, stride = config.kernel_size, config.kernel_stride
+    compressed = compress_keys(key, size, stride)
+    coarse = compress_keys(key, 4 * size, 4 * stride)
+    scores = torch.full((Sq, math.ceil(Skv / config.block_size)), -torch.inf, dtype=torch.float64)
+    for s in range(Sq):
+        p = Skv - Sq + s
+        visible = [j for j in range(len(compressed)) if stride * j + size - 1 <= p]
+        coarse_visible = [j for j in range(len(coarse)) if 4 * stride * j + 4 * size - 1 <= p]
+        if not visible:
+            continue
+        weight = torch.zeros(len(visible), dtype=torch.float64)
+        for g in range(G):
+            q = query[g, s].double() * scale
+            logits = compressed[visible] @ q
+            use_coarse = config.lse == "coarse" and coarse_visible
+            lse = (coarse[coarse_visible] @ q if use_coarse else logits).logsumexp(0)
+            weight += (logits - lse).exp()
+        for j, w in zip(visible, weight.tolist(), strict=True):
+            first = stride * j // config.block_size
+            last = (stride * j + size - 1) // config.block_size
+            for block in range(first, min(last + 1, scores.shape[1])):
+                scores[s, block] = max(scores[s, block].item(), w)
+    return scores
+
+
+def is_forced(block: int, own: int, config: InfLLMConfig) -> bool:
+    """Whether ``block`` is an init, local or own block of a query whose own block is ``own``."""
+    return block <= own and (block < config.init_blocks or block >= own - config.local_blocks)
+
+
+def select_blocks(query: Tensor, key: Tensor, config: InfLLMConfig, *, scale: float) -> Tensor:
+    """Choose the blocks of every query.
+
+    Args:
+        query: ``[B, Hq, Sq, D]``.
+        key: ``[B, Hkv, Skv, D]``.
+        config: Sparsity settings.
+        scale: Factor on the dot products.
+
+    Returns:
+        int32 ``[B, Hkv, Sq, K]``, ascending, -1 for unused slots.
+    """
+    (B, Hq, Sq, _), (Hkv, Skv) = query.shape, key.shape[1:3]
+    G = Hq // Hkv
+    K = min(config.num_selected, math.ceil(Skv / config.block_size))
+    selected = torch.full((B, Hkv, Sq, K), -1, dtype=torch.int32)
+    for b in range(B):
+        for h in range(Hkv):
+            group = query[b, h * G : (h + 1) * G]
+            scores = score_blocks(group, key[b, h], config, scale=scale).tolist()
+            for s in range(Sq):
+                own = (Skv - Sq + s) // config.block_size
+                ranked = sorted(
+                    range(own + 1), key=lambda n: (not is_forced(n, own, config), -scores[s][n], n)
+                )
+                chosen = sorted(ranked[:K])
+                selected[b, h, s, : len(chosen)] = torch.tensor(chosen, dtype=torch.int32)
+    return selected
+
+
+def attention_mask(selected: Tensor, block_size: int, kv_len: int) -> Tensor:
+    """Spell a selection out, key by key: bool ``[B, Hkv, Sq, Skv]``, causal."""
+    Sq = selected.shape[2]
+    key_block = torch.arange(kv_len) // block_size
+    chosen = (selected[..., None].cpu() == key_block).any(-2)
+    position = torch.arange(kv_len - Sq, kv_len)[:, None]
+    return chosen & (torch.arange(kv_len) <= position)
+
+
+def masked_attention(
+    query: Tensor, key: Tensor, value: Tensor, mask: Tensor, *, scale: float
+) -> Tensor:
+    """Softmax attention over the keys that ``mask [B, Hkv, Sq, Skv]`` allows, in float64.
+
+    Differentiable. A query that may see no key gives 0.
+    """
+    G = query.shape[1] // key.shape[1]
+    q, k, v = query.double(), key.double(), value.double()
+    k, v, mask = (x.repeat_interleave(G, dim=1) for x in (k, v, mask.to(query.device)))
+    logits = (q @ k.mT * scale).masked_fill(~mask, -torch.inf)
+    empty = ~mask.any(-1, keepdim=True)
+    return logits.masked_fill(empty, 0.0).softmax(-1).masked_fill(empty, 0.0) @ v
+
+
+def attention(
+    query: Tensor, key: Tensor, value: Tensor, config: InfLLMConfig, *, scale: float | None = None
+) -> Tensor:
+    """Attend as ``infllm_attention`` does: densely if short, else to the selected blocks.
+
+    Args:
+        query: ``[B, Hq, Sq, D]``, the last ``Sq`` positions.
+        key: ``[B, Hkv, Skv, D]``.
+        value: ``[B, Hkv, Skv, D]``.
+        config: Sparsity settings.
+        scale: Factor on the dot products; default ``1 / sqrt(D)``.
+
+    Returns:
+        float64 ``[B, Hq, Sq, D]``.
+    """
+    scale = query.shape[-1] ** -0.5 if scale is None else scale
+    Sq, Skv = query.shape[2], key.shape[2]
+    if config.is_dense(Skv):
+        mask = torch.ones(Sq, Skv, dtype=torch.bool).tril(Skv - Sq).expand(*key.shape[:2], -1, -1)
+    else:
+        with torch.no_grad():
+            selected = select_blocks(query, key, config, scale=scale)
+        mask = attention_mask(selected, config.block_size, Skv)
+    return masked_attention(query, key, value, mask, scale=scale)

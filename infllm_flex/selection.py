@@ -1,0 +1,122 @@
+"""Choose the blocks of keys that each query may attend to."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+import custom_ops
+from infllm_flex.config import InfLLMConfig
+
+_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+_MAX_HEAD_DIM = 256
+
+
+@torch.no_grad()
+def select_blocks(
+    query: Tensor,
+    key: Tensor,
+    config: InfLLMConfig,
+    *,
+    scale: float | None = None,
+    attention_mask: Tensor | None = None,
+    cu_seqlens: Tensor | None = None,
+) -> Tensor:
+    """Pick the best blocks of every query, shared by the query heads of a group.
+
+    Args:
+        query: ``[B, Hq, Sq, D]``, after the rotary embedding (before it for ``use_nope`` models);
+            the last ``Sq`` positions of the sequence.
+        key: ``[B, Hkv, Skv, D]``, alike; ``Hkv`` divides ``Hq``.
+        config: Sparsity settings. ``dense_len`` plays no part here.
+        scale: Factor on the dot products. Defaults to ``1 / sqrt(D)``.
+        attention_mask: Not served yet.
+        cu_seqlens: Not served yet.
+
+    Returns:
+        Selected blocks, int32 ``[B, Hkv, Sq, K]`` with ``K = min(num_selected, Nkv)``, ascending,
+        unused slots last as -1. No gradient flows through the choice.
+
+    Raises:
+        ValueError: Shapes, dtypes or devices do not fit together.
+        NotImplementedError: ``attention_mask`` or ``cu_seqlens`` is given.
+
+    Source: arXiv 2509.24663, section 3.
+    """
+    check_query_and_key(query, key)
+    reject_batch_layouts(attention_mask, cu_seqlens)
+    query, key = query.detach(), key.detach()
+    compressed = custom_ops.compress_keys(key, config.kernel_size, config.kernel_stride)
+    if config.lse == "exact":
+        coarse, coarse_size, coarse_stride = compressed, config.kernel_size, config.kernel_stride
+    else:
+        coarse_size, coarse_stride = config.coarse_size, config.coarse_stride
+        coarse = custom_ops.compress_keys(key, coarse_size, coarse_stride)
+    return custom_ops.select_blocks(
+        query,
+        compressed,
+        coarse,
+        kv_len=key.shape[2],
+        kernel_size=config.kernel_size,
+        kernel_stride=config.kernel_stride,
+        coarse_size=coarse_size,
+        coarse_stride=coarse_stride,
+        block_size=config.block_size,
+        init_blocks=config.init_blocks,
+        local_blocks=config.local_blocks,
+        num_selected=config.num_selected,
+        scale=default_scale(query) if scale is None else scale,
+    )
+
+
+def default_scale(query: Tensor) -> float:
+    """Scale dot products by ``1 / sqrt(D)``."""
+    return float(query.shape[-1]) ** -0.5
+
+
+def check_query_and_key(query: Tensor, key: Tensor) -> None:
+    """Raise a ValueError unless the shapes, dtypes and devices of the two fit together."""
+    for name, tensor in (("query", query), ("key", key)):
+        if tensor.dim() != 4:
+            raise ValueError(f"{name} must be [B, H, S, D], got shape {tuple(tensor.shape)}")
+        if 0 in tensor.shape:
+            raise ValueError(f"{name} must not be empty, got shape {tuple(tensor.shape)}")
+    if query.shape[0] != key.shape[0]:
+        raise ValueError(
+            f"query and key must have one batch size, got {query.shape[0]} and {key.shape[0]}"
+        )
+    if query.shape[1] % key.shape[1]:
+        raise ValueError(
+            f"query heads must be a multiple of key heads, got {query.shape[1]} and {key.shape[1]}"
+        )
+    if query.shape[2] > key.shape[2]:
+        raise ValueError(
+            f"query must not be longer than key, whose last positions it holds, "
+            f"got {query.shape[2]} and {key.shape[2]}"
+        )
+    if query.shape[3] != key.shape[3]:
+        raise ValueError(
+            f"query and key must have one head dim, got {query.shape[3]} and {key.shape[3]}"
+        )
+    if query.shape[3] > _MAX_HEAD_DIM:
+        raise ValueError(f"head dim must be at most {_MAX_HEAD_DIM}, got {query.shape[3]}")
+    if query.dtype not in _DTYPES:
+        raise ValueError(f"query must be floating point, got {query.dtype}")
+    if query.dtype != key.dtype:
+        raise ValueError(f"query and key must have one dtype, got {query.dtype} and {key.dtype}")
+    if query.device != key.device:
+        raise ValueError(
+            f"query and key must be on one device, got {query.device} and {key.device}"
+        )
+
+
+def reject_batch_layouts(attention_mask: Tensor | None, cu_seqlens: Tensor | None) -> None:
+    """Refuse padded and packed batches by name."""
+    if attention_mask is not None:
+        raise NotImplementedError(
+            "attention_mask is not served yet: call each sequence of the batch without its padding"
+        )
+    if cu_seqlens is not None:
+        raise NotImplementedError(
+            "cu_seqlens is not served yet: call each document of the batch by itself"
+        )
