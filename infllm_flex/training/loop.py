@@ -90,8 +90,7 @@ class _Trainer:
             Progress(title, self._settings.total_steps, state.done, show) as progress,
         ):
             while (position := position_of(stages, state.done)) and not interruption.signal:
-                if position.step == 0:
-                    state.start_stage()
+                state.enter_stage(position.name)
                 progress.restart()
                 self._run_stage(position.name, position.stage, interruption, progress, metrics)
             return Outcome(state.done, state.save(), interruption.signal)

@@ -19,34 +19,62 @@ from infllm_flex.training.data import BYTE_VALUES
 from infllm_flex.training.settings import ModelSettings, StageSettings, TinyModelSettings
 
 
-def build_model(settings: ModelSettings, longest: int, device: torch.device) -> Any:
+def build_model(settings: ModelSettings, length: int, device: torch.device) -> Any:
     """Make or load the model, in training mode.
 
     Args:
         settings: The ``model`` section.
-        longest: Most tokens of any stage's sequences; a model made here is given room for them.
+        length: Positions that a model made here has.
         device: Where the weights go.
 
     Raises:
-        ValueError: The model has fewer than 256 tokens, or positions for fewer than ``longest``.
+        ValueError: The model has fewer than 256 tokens.
     """
     dtype = getattr(torch, settings.dtype)
     if settings.path is None:
         assert settings.tiny is not None  # settings hold exactly one of the two
-        model = _tiny_llama(settings.tiny, longest).to(dtype)
+        model = _tiny_llama(settings.tiny, length).to(dtype)
     else:
         model = load_model(settings.path, dtype)
-    config = model.config
-    if config.vocab_size < BYTE_VALUES:
+    if model.config.vocab_size < BYTE_VALUES:
         raise ValueError(
-            f"model.path: the model knows {config.vocab_size} tokens, text as bytes needs 256"
-        )
-    if getattr(config, "max_position_embeddings", longest) < longest:
-        raise ValueError(
-            f"model.path: the model has positions for {config.max_position_embeddings} tokens, "
-            f"the longest stage asks for {longest}"
+            f"model.path: the model knows {model.config.vocab_size} tokens, "
+            f"text as bytes needs {BYTE_VALUES}"
         )
     return model.to(device).train()
+
+
+def fit_positions(model: Any, name: str, length: int, rope_theta: float | None) -> None:
+    """Make sure that a model knows the positions of a stage.
+
+    Args:
+        model: A transformers model.
+        name: The stage.
+        length: Tokens per sequence.
+        rope_theta: The new base of the rotary embedding, or None to leave it.
+
+    Raises:
+        ValueError: The model has too few positions, or no rotary embedding to change.
+    """
+    config = model.config
+    known = getattr(config, "max_position_embeddings", length)
+    if rope_theta is None:
+        if known < length:
+            raise ValueError(
+                f"stages.{name}: the model has positions for {known} tokens, max_length asks for "
+                f"{length}; a larger rope_theta lets it reach further"
+            )
+        return
+    rotary = getattr(model.get_decoder(), "rotary_emb", None)
+    parameters = getattr(config, "rope_parameters", None) or {}
+    if rotary is None or parameters.get("rope_type") != "default":
+        raise ValueError(
+            f"stages.{name}: rope_theta can be set for models with one plain rotary embedding, "
+            f"{type(model).__name__} has none"
+        )
+    config.rope_parameters = {**parameters, "rope_theta": rope_theta}
+    config.max_position_embeddings = max(known, length)
+    model.get_decoder().rotary_emb = type(rotary)(config=config).to(rotary.inv_freq.device)
 
 
 def load_model(folder: Path, dtype: torch.dtype = torch.float32) -> Any:
@@ -56,7 +84,7 @@ def load_model(folder: Path, dtype: torch.dtype = torch.float32) -> Any:
     )
 
 
-def _tiny_llama(tiny: TinyModelSettings, longest: int) -> Any:
+def _tiny_llama(tiny: TinyModelSettings, length: int) -> Any:
     transformers = _import_transformers()
     config = transformers.LlamaConfig(
         vocab_size=BYTE_VALUES,
@@ -65,7 +93,7 @@ def _tiny_llama(tiny: TinyModelSettings, longest: int) -> Any:
         intermediate_size=tiny.intermediate_size,
         num_attention_heads=tiny.num_heads,
         num_key_value_heads=tiny.num_kv_heads,
-        max_position_embeddings=longest,
+        max_position_embeddings=length,
         rope_parameters={"rope_type": "default", "rope_theta": tiny.rope_theta},
         tie_word_embeddings=True,
         # Bytes 1 and 2 are text like any other.

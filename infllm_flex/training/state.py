@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from infllm_flex.training import checkpoints
-from infllm_flex.training.model import build_model, config_json
+from infllm_flex.training.model import build_model, config_json, fit_positions
 from infllm_flex.training.optim import Optimizers
 from infllm_flex.training.schedule import position_of
 from infllm_flex.training.settings import TrainingSettings
@@ -33,14 +33,20 @@ class TrainingState:
     def __init__(self, settings: TrainingSettings, folder: Path, device: torch.device) -> None:
         self._settings, self._folder, self._device = settings, folder, device
         torch.manual_seed(settings.run.seed)
-        longest = max(stage.max_length for stage in settings.stages.values())
-        self.model = build_model(settings.model, longest, device)
+        first = next(iter(settings.stages.values()))
+        self.model = build_model(settings.model, first.max_length, device)
         self.optimizers = Optimizers(self.model, settings.optim)
         self.done, self.saved = 0, -1
 
-    def start_stage(self) -> None:
-        """Begin with a fresh optimizer."""
-        self.optimizers = Optimizers(self.model, self._settings.optim)
+    def enter_stage(self, name: str) -> None:
+        """Make the model fit the stage, also after a resume; begin it with a fresh optimizer."""
+        stages, position = self._settings.stages, position_of(self._settings.stages, self.done)
+        for earlier, stage in stages.items():
+            fit_positions(self.model, earlier, stage.max_length, stage.rope_theta)
+            if earlier == name:
+                break
+        if position and position.step == 0:
+            self.optimizers = Optimizers(self.model, self._settings.optim)
 
     def restore(self) -> None:
         """Take over the newest checkpoint, if there is one.

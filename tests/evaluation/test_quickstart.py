@@ -40,7 +40,8 @@ attention:
 data: {{source: {texts}, held_out_percent: 20}}
 stages:
   short: {{attention: dense, max_length: 16, batch_size: 2, steps: 2, learning_rate: 1e-2}}
-  long: {{attention: sparse, max_length: 128, batch_size: 2, steps: 2, learning_rate: 1e-2}}
+  long:
+    {{max_length: 128, batch_size: 2, steps: 2, learning_rate: 1e-2, rope_theta: 1e5}}
 compare: {{windows: 4, batch_size: 2}}
 """
     )

@@ -42,12 +42,15 @@ def stage(**changes: Any) -> StageSettings:
     return StageSettings(**({"attention": "dense"} | values | changes))
 
 
+LONG = stage(max_length=64, decay_steps=2, rope_theta=50_000.0)
+
+
 def settings(folder: Path, texts: Path, **changes: Any) -> TrainingSettings:
-    """A run of six steps in two stages, both dense."""
+    """A run of six steps in two stages, both dense, the second with another ``rope_theta``."""
     values: dict[str, Any] = {
         "run": RunSettings(folder=folder, device="cpu"),
         "model": ModelSettings(tiny=TINY),
-        "stages": {"short": stage(warmup_steps=1), "long": stage(max_length=64, decay_steps=2)},
+        "stages": {"short": stage(warmup_steps=1), "long": LONG},
         "attention": ATTENTION,
         "data": DataSettings(source=str(texts), held_out_percent=20),
         "optim": OptimSettings(),

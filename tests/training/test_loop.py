@@ -25,7 +25,7 @@ from infllm_flex.training.settings import (
     OptimSettings,
     RunSettings,
 )
-from tests.training.runs import ATTENTION, TINY, settings, stage, weights_hash
+from tests.training.runs import ATTENTION, LONG, TINY, settings, stage, weights_hash
 
 
 def metrics(run):
@@ -232,12 +232,12 @@ def test_a_sparse_stage_that_would_be_dense_is_warned_of(
 
 def test_a_sparse_stage_is_sparse_in_every_layer_and_gives_the_model_back(tmp_path, texts):
     short = stage(steps=1)
-    stages = {"short": short, "long": stage(attention="sparse", max_length=128, steps=2)}
+    stages = {"short": short, "long": replace(LONG, attention="sparse", max_length=128)}
     run = settings(tmp_path / "sparse", texts, stages=stages)
     outcome = train(run, show=False)
-    assert [line["sparse_layers"] for line in metrics(run)] == [0.0, 1.0, 1.0]
+    assert [line["sparse_layers"] for line in metrics(run)] == [0.0, 1.0, 1.0, 1.0]
     dense = settings(
-        tmp_path / "dense", texts, stages={"short": short, "long": stage(max_length=128, steps=2)}
+        tmp_path / "dense", texts, stages={"short": short, "long": replace(LONG, max_length=128)}
     )
     train(dense, show=False)
     assert losses(dense)[0] == losses(run)[0]
@@ -247,16 +247,23 @@ def test_a_sparse_stage_is_sparse_in_every_layer_and_gives_the_model_back(tmp_pa
     assert "attn_implementation" not in str(config)
 
 
-def test_a_model_too_small_for_the_text_is_refused(tmp_path, texts):
-    outcome = train(settings(tmp_path / "run", texts), show=False)
+def test_a_model_reaches_beyond_its_positions_only_with_another_rope_theta(tmp_path, texts):
+    outcome = train(settings(tmp_path / "run", texts, stages={"a": stage(steps=1)}), show=False)
     longer = settings(
         tmp_path / "next",
         texts,
         model=ModelSettings(path=outcome.checkpoint),
-        stages={"long": stage(max_length=65)},
+        stages={"long": stage(max_length=33)},
     )
-    with pytest.raises(ValueError, match="positions for 64 tokens, the longest stage asks for 65"):
+    with pytest.raises(
+        ValueError, match=r"stages\.long: .* positions for 32 tokens, .* asks for 33"
+    ):
         train(longer, show=False)
+    stages = {"long": stage(max_length=33, rope_theta=5e5, steps=1), "on": stage(max_length=33)}
+    further = replace(longer, run=RunSettings(folder=tmp_path / "far"), stages=stages)
+    config = load_model(train(further, show=False).checkpoint).config
+    assert config.max_position_embeddings == 33
+    assert config.rope_parameters["rope_theta"] == 5e5
 
 
 def test_a_gpu_that_is_not_there_is_refused(tmp_path, texts, monkeypatch):

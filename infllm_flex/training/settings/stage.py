@@ -24,6 +24,8 @@ class StageSettings:
         attention: ``"sparse"`` patches the model with the ``attention`` section.
         warmup_steps: Steps of the rise.
         decay_steps: Steps of the fall.
+        rope_theta: Base of the rotary embedding from this stage on. A larger one than before lets
+            a model reach beyond the positions it was made for. None: as it was.
     """
 
     max_length: int
@@ -33,6 +35,7 @@ class StageSettings:
     attention: Literal["dense", "sparse"] = "sparse"
     warmup_steps: int = 0
     decay_steps: int = 0
+    rope_theta: float | None = None
 
     def __post_init__(self) -> None:
         check_range(self, "max_length", 2, _LARGEST_LENGTH)
@@ -44,6 +47,8 @@ class StageSettings:
             )
         check_range(self, "warmup_steps", 0, LARGEST_COUNT)
         check_range(self, "decay_steps", 0, LARGEST_COUNT)
+        if self.rope_theta is not None and self.rope_theta <= 1:
+            raise ValueError(f"rope_theta must be above 1, got {self.rope_theta}")
         if self.warmup_steps + self.decay_steps > self.steps:
             raise ValueError(
                 f"steps must be at least warmup_steps + decay_steps = "
