@@ -1,0 +1,69 @@
+"""Triton kernel of ``compress_keys``: one program averages a few windows of one KV head."""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+_WINDOWS = 8  # per program: a warp reads whole key rows, and a short prompt still fills the device
+
+
+@triton.jit(do_not_specialize=["C"])
+def _compress_keys_kernel(
+    k_ptr,
+    out_ptr,
+    stride_kb,
+    stride_kh,
+    stride_ks,
+    stride_kd,
+    C,
+    Hkv,
+    KERNEL_SIZE: tl.constexpr,
+    KERNEL_STRIDE: tl.constexpr,
+    D: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    WINDOWS: tl.constexpr,
+):
+    groups = tl.cdiv(C, WINDOWS)
+    head = (tl.program_id(0) // groups).to(tl.int64)  # flattened (batch, KV head)
+    window = tl.program_id(0) % groups * WINDOWS + tl.arange(0, WINDOWS)
+    d = tl.arange(0, BLOCK_D)
+    mask = (window < C)[:, None] & (d < D)[None, :]
+
+    k_ptr += head // Hkv * stride_kb + head % Hkv * stride_kh
+    first = window.to(tl.int64) * KERNEL_STRIDE
+    column_ptr = k_ptr + d[None, :].to(tl.int64) * stride_kd
+    # Strides first, then the window's strides: the order of the definition, at every position.
+    total = tl.zeros([WINDOWS, BLOCK_D], tl.float32)
+    for begin in range(0, KERNEL_SIZE, KERNEL_STRIDE):
+        stride_sum = tl.zeros([WINDOWS, BLOCK_D], tl.float32)
+        for offset in tl.range(0, KERNEL_STRIDE, loop_unroll_factor=8):
+            token = first + (begin + offset)
+            k = tl.load(column_ptr + token[:, None] * stride_ks, mask=mask, other=0.0)
+            stride_sum += k.to(tl.float32)
+        total += stride_sum
+    size = tl.full([WINDOWS, BLOCK_D], KERNEL_SIZE, tl.float32)
+    mean = tl.div_rn(total, size)
+    out_row = head * C + window
+    tl.store(out_ptr + out_row[:, None] * D + d[None, :], mean, mask=mask)
+
+
+def launch(k: Tensor, kernel_size: int, kernel_stride: int) -> Tensor:
+    """Allocate the compressed keys and fill them; bits do not depend on place or length."""
+    B, Hkv, S, D = k.shape
+    C = max(0, (S - kernel_size) // kernel_stride + 1)
+    out = torch.empty(B, Hkv, C, D, dtype=k.dtype, device=k.device)
+    if out.numel():
+        _compress_keys_kernel[(triton.cdiv(C, _WINDOWS) * B * Hkv,)](
+            k,
+            out,
+            *k.stride(),
+            C,
+            Hkv,
+            kernel_size,
+            kernel_stride,
+            D,
+            triton.next_power_of_2(D),
+            _WINDOWS,
+        )
+    return out

@@ -1,0 +1,207 @@
+"""Triton kernels of ``select_blocks``, run over chunks of queries within a fixed workspace."""
+
+import math
+
+import torch
+import triton
+from torch import Tensor
+
+from custom_ops.kernels.select_blocks.lse import lse_kernel
+from custom_ops.kernels.select_blocks.pick import pick_kernel
+from custom_ops.kernels.select_blocks.scores import score_kernel
+
+_SCORE_BYTES = 128 << 20
+_LSE_BYTES = 64 << 20
+_MAX_BLOCKS = 1 << 14  # a row's scores live in the registers of at most 32 warps
+_MIN_PROGRAMS = 1024  # several per multiprocessor: below that, columns are split among programs
+
+
+def launch(
+    q: Tensor,
+    compressed: Tensor,
+    coarse: Tensor,
+    kv_len: int,
+    kernel_size: int,
+    kernel_stride: int,
+    coarse_size: int,
+    coarse_stride: int,
+    block_size: int,
+    init_blocks: int,
+    local_blocks: int,
+    num_selected: int,
+    scale: float,
+) -> Tensor:
+    """Fill the rows that take every block directly, and score the others chunk by chunk."""
+    B, _, Sq, _ = q.shape
+    Hkv = compressed.shape[1]
+    num_blocks = triton.cdiv(kv_len, block_size)
+    if num_blocks > _MAX_BLOCKS:
+        raise NotImplementedError(
+            f"select_blocks handles at most {_MAX_BLOCKS} blocks on CUDA, got {num_blocks}: "
+            f"use a larger block_size"
+        )
+    K = min(num_selected, num_blocks)
+    out = torch.empty(B, Hkv, Sq, K, dtype=torch.int32, device=q.device)
+    if out.numel() == 0:
+        return out
+    offset = kv_len - Sq
+    per_block = block_size // kernel_stride
+    before = kernel_size // kernel_stride - 1
+    # Windows that begin before a block: kept as a second score of the block they begin in, or,
+    # if they begin further back than that, scored again.
+    tail, before = (before, 0) if before <= per_block else (0, before)
+    picking = {
+        "BLOCK_SIZE": block_size,
+        "INIT_BLOCKS": init_blocks,
+        "LOCAL_BLOCKS": local_blocks,
+        "TAIL": tail,
+        "BLOCK_K": triton.next_power_of_2(num_selected),
+    }
+
+    def pick(scores: Tensor, tails: Tensor, heads: range, rows: range, columns: int) -> None:
+        N = max(128, triton.next_power_of_2((offset + rows.stop - 1) // block_size + 1))
+        N = N if columns else 16  # nothing scored, nothing to choose
+        pick_kernel[(len(heads) * len(rows),)](
+            scores,
+            tails,
+            out,
+            heads.start,
+            rows.start,
+            rows.stop,
+            offset,
+            columns,
+            Sq,
+            K,
+            **picking,
+            N=N,
+            num_warps=max(1, min(16, N // 512)),
+        )
+
+    all_heads = range(B * Hkv)
+    first_scored = min(max(num_selected * block_size - offset, 0), Sq)
+    if first_scored:
+        pick(out, out, all_heads, range(first_scored), 0)
+    if first_scored == Sq:
+        return out
+
+    tile = _tile(q, Hkv, triton.next_power_of_2(per_block + before))
+    tokens, tile_rows = tile["TOKENS"], tile["HEADS"] * tile["TOKENS"]
+    columns = (kv_len - 1) // block_size - local_blocks
+    columns = max(16, triton.cdiv(columns, 16) * 16)  # rows start aligned, for wide loads
+    planes = 2 if tail else 1
+    num_tiles = triton.cdiv(Sq - first_scored, tokens)
+    step_heads, step_tiles = _chunk(_SCORE_BYTES, 4 * planes * columns * tokens, B * Hkv, num_tiles)
+    lse_chunks = max(1, _LSE_BYTES // (4 * tile_rows * step_heads * step_tiles))
+    span_tiles = min(step_tiles * lse_chunks, num_tiles)
+    space = _workspace(q, planes, step_heads * step_tiles * tokens * columns)
+    lse = _workspace(q, step_heads * span_tiles * tile_rows)
+    shared = {
+        "G": q.shape[1] // Hkv,
+        "D": q.shape[3],
+        "KERNEL_SIZE": kernel_size,
+        "KERNEL_STRIDE": kernel_stride,
+        "DENSE": num_selected * block_size,
+        **tile,
+    }
+    factor = scale * math.log2(math.e)
+    for head in range(0, B * Hkv, step_heads):
+        heads = all_heads[head : head + step_heads]
+        for row in range(first_scored, Sq, step_tiles * tokens):
+            chunk = (row - first_scored) // (step_tiles * tokens) % lse_chunks
+            if chunk == 0:  # many chunks at once: a chunk alone would not fill the device
+                span = range(Sq)[row : row + span_tiles * tokens]
+                lse_kernel[(triton.cdiv(len(span), tokens) * len(heads),)](
+                    q,
+                    compressed,
+                    coarse,
+                    lse,
+                    *q.stride(),
+                    *compressed.stride(),
+                    *coarse.stride(),
+                    heads.start,
+                    len(heads),
+                    span.start,
+                    span.stop,
+                    offset,
+                    compressed.shape[2],
+                    coarse.shape[2],
+                    factor,
+                    Hkv,
+                    COARSE_SIZE=coarse_size,
+                    COARSE_STRIDE=coarse_stride,
+                    **shared,
+                )
+            rows = range(Sq)[row : row + step_tiles * tokens]
+            programs = triton.cdiv(len(rows), tokens) * len(heads)
+            splits, split_blocks = _split(columns, programs)
+            score_kernel[(programs * splits,)](
+                q,
+                compressed,
+                lse,
+                space[0],
+                space[-1],
+                *q.stride(),
+                *compressed.stride(),
+                heads.start,
+                len(heads),
+                rows.start,
+                rows.stop,
+                offset,
+                compressed.shape[2],
+                columns,
+                split_blocks,
+                splits,
+                chunk * step_tiles,
+                triton.cdiv(len(span), tokens),
+                factor,
+                Hkv,
+                BLOCK_SIZE=block_size,
+                LOCAL_BLOCKS=local_blocks,
+                PER_BLOCK=per_block,
+                BEFORE=before,
+                TAIL=tail,
+                SLOTS=triton.next_power_of_2(per_block + before),
+                **shared,
+            )
+            pick(space[0], space[-1], heads, rows, columns)
+    return out
+
+
+def _workspace(like: Tensor, *shape: int) -> Tensor:
+    return torch.empty(shape, dtype=torch.float32, device=like.device)
+
+
+def _chunk(limit: int, tile_bytes: int, num_heads: int, num_tiles: int) -> tuple[int, int]:
+    """Choose how many heads, and how many tiles of each, are scored within ``limit`` bytes."""
+    budget = max(1, limit // tile_bytes)
+    heads = min(num_heads, budget)
+    return heads, min(num_tiles, budget // heads)
+
+
+def _tile(q: Tensor, Hkv: int, slots: int) -> dict[str, int]:
+    """Choose the tile by dtype, head dim and group alone, so that a row's bits never change."""
+    heads = triton.next_power_of_2(q.shape[1] // Hkv)
+    block_d = max(16, triton.next_power_of_2(q.shape[3]))
+    if q.element_size() > 2:  # float32 without tensor cores: the tile must fit in registers
+        rows, block_n, warps, stages = 32, 32, 8, 1
+    else:
+        rows, block_n, warps, stages = (128, 64, 4, 3) if block_d <= 128 else (64, 64, 4, 2)
+    rows = max(rows, heads)
+    return {
+        "HEADS": heads,
+        "TOKENS": rows // heads,
+        "BLOCK_N": max(block_n, slots),
+        "BLOCK_D": block_d,
+        "IN_PARTS": q.element_size() > 2,
+        "num_warps": warps,
+        "num_stages": stages,
+    }
+
+
+def _split(columns: int, programs: int) -> tuple[int, int]:
+    """Cut the blocks among programs: enough of them at any length, long runs where they abound."""
+    splits = max(
+        triton.cdiv(columns, 512), min(triton.cdiv(columns, 64), _MIN_PROGRAMS // programs)
+    )
+    split_blocks = triton.cdiv(triton.cdiv(columns, splits), 64) * 64
+    return triton.cdiv(columns, split_blocks), split_blocks

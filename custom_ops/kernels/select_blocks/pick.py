@@ -1,0 +1,65 @@
+"""Pick the best blocks of a row: the threshold of its K-th score, found bit by bit, no sort."""
+
+import triton
+import triton.language as tl
+
+
+@triton.jit(do_not_specialize=["first_head", "first_row", "end_row", "offset", "Sq", "K"])
+def pick_kernel(
+    scores_ptr,
+    tails_ptr,
+    out_ptr,
+    first_head,
+    first_row,
+    end_row,
+    offset,
+    columns,
+    Sq,
+    K,
+    BLOCK_SIZE: tl.constexpr,
+    INIT_BLOCKS: tl.constexpr,
+    LOCAL_BLOCKS: tl.constexpr,
+    TAIL: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    N: tl.constexpr,
+):
+    """Write one row's blocks, ascending: the forced ones, then the best scored, lowest at ties."""
+    rows = end_row - first_row
+    head = (tl.program_id(0) // rows).to(tl.int64)
+    row = tl.program_id(0) % rows
+    own = (offset + first_row + row) // BLOCK_SIZE
+    out_ptr += ((first_head + head) * Sq + first_row + row) * K
+    slot = tl.arange(0, BLOCK_K)
+    if own < K:  # every block fits
+        tl.store(out_ptr + slot, tl.where(slot <= own, slot, -1), mask=slot < K)
+        return
+
+    block = tl.arange(0, N)
+    scored = block < own - LOCAL_BLOCKS
+    at = (head * rows + row) * columns + block
+    score = tl.load(scores_ptr + at, mask=scored, other=-1.0)
+    if TAIL > 0:
+        tail = tl.load(tails_ptr + at, mask=scored & (block > 0), other=-1.0)
+        score = tl.maximum(score, tail)
+    # Non-negative floats order as their bits do: unscored 0, scores from 1 up, forced above all.
+    key = tl.where(score < 0.0, 0, score.to(tl.int32, bitcast=True) + 1)
+    key = tl.where((block < INIT_BLOCKS) | (block >= own - LOCAL_BLOCKS), 0x7FFFFFFF, key)
+    key = tl.where(block <= own, key, -1)
+
+    # The largest threshold that at least K keys reach, bit by bit; or any that exactly K reach.
+    threshold = 0
+    kept = own + 1
+    bit = 30
+    while bit >= 0:
+        trial = threshold | (1 << bit)
+        count = tl.sum((key >= trial).to(tl.int32), 0)
+        threshold = tl.where(count >= K, trial, threshold)
+        kept = tl.where(count >= K, count, kept)
+        bit = tl.where(kept == K, -1, bit - 1)
+    if kept > K:  # ties at the threshold: the lowest blocks
+        room = K - tl.sum((key > threshold).to(tl.int32), 0)
+        tied = key == threshold
+        key = tl.where(tied & (tl.cumsum(tied.to(tl.int32), 0) > room), -1, key)
+    chosen = key >= threshold
+    place = tl.cumsum(chosen.to(tl.int32), 0) - 1
+    tl.store(out_ptr + place, block, mask=chosen)

@@ -1,0 +1,125 @@
+"""Score blocks for tiles of queries: weights of windows, summed over the group, pooled on chip.
+
+A row's bits depend on its position and on what it sees alone: the tile's shape is fixed by dtype,
+head dim and group, and every reduction runs over fixed groups of keys in a fixed order.
+"""
+
+import triton
+import triton.language as tl
+
+from custom_ops.kernels.dot_in_parts import dot_in_parts
+
+_VARYING = ["first_head", "num_heads", "first_row", "end_row", "offset", "C"]
+_VARYING += ["split_blocks", "splits", "lse_tile", "lse_tiles"]
+
+
+@triton.jit(do_not_specialize=_VARYING)
+def score_kernel(
+    q_ptr,
+    keys_ptr,
+    lse_ptr,
+    scores_ptr,
+    tails_ptr,
+    stride_qb,
+    stride_qh,
+    stride_qs,
+    stride_qd,
+    stride_kb,
+    stride_kh,
+    stride_ks,
+    stride_kd,
+    first_head,
+    num_heads,
+    first_row,
+    end_row,
+    offset,
+    C,
+    columns,
+    split_blocks,
+    splits,
+    lse_tile,
+    lse_tiles,
+    factor,
+    Hkv,
+    G: tl.constexpr,
+    D: tl.constexpr,
+    KERNEL_SIZE: tl.constexpr,
+    KERNEL_STRIDE: tl.constexpr,
+    BLOCK_SIZE: tl.constexpr,
+    LOCAL_BLOCKS: tl.constexpr,
+    DENSE: tl.constexpr,
+    PER_BLOCK: tl.constexpr,
+    BEFORE: tl.constexpr,
+    TAIL: tl.constexpr,
+    SLOTS: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    HEADS: tl.constexpr,
+    TOKENS: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    IN_PARTS: tl.constexpr,
+):
+    """Fill ``scores`` and ``tails [num_heads, rows, columns]``: a tile, a run of blocks each.
+
+    A score is the best of the windows that begin in the block; a tail is the best of those that
+    begin in the block before and reach into this one.
+    """
+    tiles = tl.cdiv(end_row - first_row, TOKENS)
+    head = tl.program_id(0) % num_heads
+    split = tl.program_id(0) // num_heads % splits
+    tile = tiles - 1 - tl.program_id(0) // num_heads // splits
+    first = first_row + tile * TOKENS
+    last_position = offset + tl.minimum(first + TOKENS, end_row) - 1
+    num_scored = last_position // BLOCK_SIZE - LOCAL_BLOCKS  # the blocks after these are forced
+    if (last_position < DENSE) | (split * split_blocks >= num_scored):
+        return
+    b = ((first_head + head) // Hkv).to(tl.int64)
+    h = ((first_head + head) % Hkv).to(tl.int64)
+    column = tl.arange(0, HEADS * TOKENS)  # heads outer, so that their sum stays in a thread
+    group = column // TOKENS
+    row = first + column % TOKENS
+    d = tl.arange(0, BLOCK_D)
+    q_row = b * stride_qb + (h * G + group) * stride_qh + row.to(tl.int64) * stride_qs
+    q_ptr += q_row[None, :]
+    q_mask = ((group < G) & (row < end_row))[None, :]
+    if not IN_PARTS:
+        q = tl.load(q_ptr + d[:, None] * stride_qd, mask=q_mask & (d < D)[:, None], other=0.0)
+    lse_ptr += (head.to(tl.int64) * lse_tiles + lse_tile + tile) * (HEADS * TOKENS)
+    lse = tl.load(lse_ptr + column)
+
+    keys_ptr += b * stride_kb + h * stride_kh
+    token = first + tl.arange(0, TOKENS)
+    out_row = (head.to(tl.int64) * (end_row - first_row) + token - first_row) * columns
+    n = tl.arange(0, BLOCK_N)
+    slot = n % SLOTS
+    block_slot = tl.arange(0, BLOCK_N // SLOTS)
+    end_block = tl.minimum(split * split_blocks + split_blocks, num_scored)
+    for start in range(split * split_blocks, end_block, BLOCK_N // SLOTS):
+        window = (start + n // SLOTS) * PER_BLOCK + slot - BEFORE
+        valid = (window >= 0) & (window < C) & (slot < PER_BLOCK + BEFORE)
+        key_ptr = keys_ptr + window.to(tl.int64)[:, None] * stride_ks
+        if IN_PARTS:
+            logits = dot_in_parts(
+                key_ptr, valid[:, None], stride_kd, q_ptr, q_mask, stride_qd, D, BLOCK_D
+            )
+        else:
+            mask = valid[:, None] & (d < D)[None, :]
+            logits = tl.dot(tl.load(key_ptr + d[None, :] * stride_kd, mask=mask, other=0.0), q)
+        weights = tl.exp2((logits - lse[None, :]) * factor)
+        if HEADS > G:
+            weights = tl.where((group < G)[None, :], weights, 0.0)
+        weight = tl.sum(tl.reshape(weights, [BLOCK_N, HEADS, TOKENS]), 1)
+        weight = tl.where(weight == weight, tl.minimum(weight, 3.4028234663852886e38), 0.0)
+        window_end = window * KERNEL_STRIDE + KERNEL_SIZE - 1
+        seen = valid[:, None] & (window_end[:, None] <= offset + token[None, :])
+        weight = tl.where(seen, weight, -1.0)
+
+        block = start + block_slot
+        out = out_row[None, :] + block[:, None]
+        out_mask = (block < num_scored)[:, None] & (token < end_row)[None, :]
+        by_block = tl.reshape(weight, [BLOCK_N // SLOTS, SLOTS, TOKENS])
+        tl.store(scores_ptr + out, tl.max(by_block, 1), mask=out_mask)
+        if TAIL > 0:  # the windows that reach into the next block, stored there
+            tail = tl.where((slot >= PER_BLOCK - TAIL)[:, None], weight, -1.0)
+            tail = tl.reshape(tail, [BLOCK_N // SLOTS, SLOTS, TOKENS])
+            tail_mask = (block + 1 < num_scored)[:, None] & (token < end_row)[None, :]
+            tl.store(tails_ptr + out + 1, tl.max(tail, 1), mask=tail_mask)

@@ -1,0 +1,91 @@
+"""Triton kernels of ``transpose_blocks``: a bitmap of the listed pairs, read off in order.
+
+The bitmap is filled by atomic ORs: their order does not matter, so the result is deterministic.
+It takes one bit where the result reserves a 32-bit slot.
+"""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+_CHUNK = 1024  # tiles whose bits a program expands at a time
+
+
+@triton.jit(do_not_specialize=["num_tiles", "num_blocks", "row_words"])
+def _mark_kernel(
+    num_ptr,
+    idx_ptr,
+    bitmap_ptr,
+    stride_nb,
+    stride_nh,
+    stride_nt,
+    stride_ib,
+    stride_ih,
+    stride_it,
+    stride_iw,
+    num_tiles,
+    num_blocks,
+    row_words,
+    Hkv,
+    BLOCK: tl.constexpr,
+):
+    """Mark the pairs of one tile."""
+    head = (tl.program_id(0) // num_tiles).to(tl.int64)
+    tile = tl.program_id(0) % num_tiles
+    b, h = head // Hkv, head % Hkv
+    num = tl.load(num_ptr + b * stride_nb + h * stride_nh + tile.to(tl.int64) * stride_nt)
+    idx_ptr += b * stride_ib + h * stride_ih + tile.to(tl.int64) * stride_it
+    for start in range(0, num, BLOCK):
+        slot = start + tl.arange(0, BLOCK)
+        block = tl.load(idx_ptr + slot.to(tl.int64) * stride_iw, mask=slot < num, other=0)
+        word_ptr = bitmap_ptr + (head * num_blocks + block) * row_words + tile // 32
+        bit = tl.zeros([BLOCK], tl.int32) + (1 << (tile % 32))
+        tl.atomic_or(word_ptr, bit, mask=slot < num, sem="relaxed")
+
+
+@triton.jit(do_not_specialize=["num_tiles", "row_words"])
+def _read_kernel(bitmap_ptr, q_num_ptr, q_idx_ptr, num_tiles, row_words, CHUNK: tl.constexpr):
+    """List the marked tiles of one block, and zero the slots after them."""
+    row = tl.program_id(0).to(tl.int64)  # flattened (batch, KV head, block)
+    lane = tl.arange(0, CHUNK)
+    count = 0
+    for start in range(0, num_tiles, CHUNK):
+        tile = start + lane
+        word_ptr = bitmap_ptr + row * row_words + tile // 32
+        word = tl.load(word_ptr, mask=tile < num_tiles, other=0)
+        marked = (word >> (tile % 32)) & 1
+        place = count + tl.cumsum(marked, 0) - 1
+        tl.store(q_idx_ptr + row * num_tiles + place, tile, mask=marked != 0)
+        count += tl.sum(marked, 0)
+    tl.store(q_num_ptr + row, count)
+    for start in range(count, num_tiles, CHUNK):
+        slot = start + lane
+        tl.store(q_idx_ptr + row * num_tiles + slot, 0, mask=slot < num_tiles)
+
+
+def launch(num: Tensor, idx: Tensor, num_blocks: int) -> tuple[Tensor, Tensor]:
+    """Mark every listed pair, then read each block's row of marks."""
+    B, Hkv, num_tiles, width = idx.shape
+    q_num = torch.empty(B, Hkv, num_blocks, dtype=torch.int32, device=idx.device)
+    q_idx = torch.empty(B, Hkv, num_blocks, num_tiles, dtype=torch.int32, device=idx.device)
+    if q_num.numel() == 0:
+        return q_num, q_idx
+    row_words = triton.cdiv(num_tiles, 32)
+    bitmap = torch.zeros(B, Hkv, num_blocks, row_words, dtype=torch.int32, device=idx.device)
+    if idx.numel():
+        _mark_kernel[(B * Hkv * num_tiles,)](
+            num,
+            idx,
+            bitmap,
+            *num.stride(),
+            *idx.stride(),
+            num_tiles,
+            num_blocks,
+            row_words,
+            Hkv,
+            min(256, triton.next_power_of_2(width)),
+            num_warps=2,
+        )
+    _read_kernel[(B * Hkv * num_blocks,)](bitmap, q_num, q_idx, num_tiles, row_words, _CHUNK)
+    return q_num, q_idx

@@ -1,0 +1,103 @@
+"""Compile kernels for GPUs that are not here: what a launcher would launch, and what it takes."""
+
+import re
+import subprocess
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import pytest
+import torch
+
+# Shared memory a program may use, in bytes, by compute capability.
+SHARED_LIMIT = {80: 163 << 10, 90: 227 << 10, 100: 227 << 10}
+
+_POINTERS = {
+    torch.float32: "*fp32",
+    torch.float16: "*fp16",
+    torch.bfloat16: "*bf16",
+    torch.int32: "*i32",
+}
+_OPTIONS = ("num_warps", "num_stages")
+
+
+class Launch(NamedTuple):
+    """One recorded launch: the kernel and its arguments by name, compile options apart."""
+
+    kernel: Any
+    arguments: dict[str, Any]
+    options: dict[str, int]
+
+    def __str__(self) -> str:
+        names = ("N", "BLOCK_N", "TOKENS", "HEADS", "D")
+        shape = " ".join(f"{n}={self.arguments[n]}" for n in names if n in self.arguments)
+        return f"{self.kernel.__name__} {shape} {self.options}"
+
+
+class Resources(NamedTuple):
+    """What one compiled kernel takes."""
+
+    registers: int
+    stack: int
+    shared: int
+
+
+def record_launches(monkeypatch: pytest.MonkeyPatch, call: Callable[[], Any]) -> list[Launch]:
+    """Run a launcher, on meta tensors, without running its kernels; repeats are left out."""
+    import triton
+
+    launches: dict[str, Launch] = {}
+
+    def run(self: Any, *args: Any, grid: Any, warmup: bool, **kwargs: Any) -> None:
+        options = {name: kwargs.pop(name) for name in _OPTIONS if name in kwargs}
+        launch = Launch(self, dict(zip(self.arg_names, args, strict=False)) | kwargs, options)
+        assert set(launch.arguments) == set(self.arg_names)
+        launches.setdefault(str(launch), launch)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(triton.runtime.JITFunction, "run", run)
+        call()
+    return list(launches.values())
+
+
+def compile_for(launch: Launch, capability: int) -> Resources:
+    """Compile as the launch would be: integers 1 and multiples of 16 are specialised."""
+    import triton
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    signature, constants, attributes = {}, {}, {}
+    for i, parameter in enumerate(launch.kernel.params):
+        name, value = parameter.name, launch.arguments[parameter.name]
+        specialise = not parameter.do_not_specialize
+        if parameter.is_constexpr or (specialise and type(value) is int and value == 1):
+            signature[name], constants[name] = "constexpr", value
+        elif isinstance(value, torch.Tensor):
+            signature[name] = _POINTERS[value.dtype]
+            attributes[i,] = [["tt.divisibility", 16]]
+        elif isinstance(value, float):
+            signature[name] = "fp32"
+        else:
+            signature[name] = "i32" if abs(value) < 1 << 31 else "i64"
+            if specialise and value % 16 == 0:
+                attributes[i,] = [["tt.divisibility", 16]]
+    source = ASTSource(
+        fn=launch.kernel, signature=signature, constexprs=constants, attrs=attributes
+    )
+    target = GPUTarget("cuda", capability, 32)
+    compiled = triton.compile(source, target=target, options=launch.options)
+    usage = _resource_usage(compiled.asm["cubin"])
+    return Resources(usage["REG"], usage["STACK"], compiled.metadata.shared)
+
+
+def _resource_usage(cubin: bytes) -> dict[str, int]:
+    import triton
+
+    tool = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        command = [str(tool), "-res-usage", file.name]
+        text = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    return {key: int(value) for key, value in re.findall(r"(REG|STACK):(\d+)", text)}

@@ -1,0 +1,93 @@
+"""Every kernel compiles for sm_80, sm_90 and sm_100, without spills and within shared memory.
+
+Show what each takes: ``pytest tests/custom_ops/test_compile_kernels.py -s``.
+"""
+
+import sys
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+
+from tests.custom_ops.ahead_of_time import SHARED_LIMIT, compile_for, record_launches
+from tests.custom_ops.harness import INTERPRETED
+
+pytest.importorskip("triton")
+if INTERPRETED:
+    pytest.skip("needs the compiler: unset TRITON_INTERPRET", allow_module_level=True)
+# Triton 3.9 announces another default of its own; it does not concern a test of resources.
+pytestmark = pytest.mark.filterwarnings("ignore:TRITON_DEFAULT_FP_FUSION:UserWarning")
+
+FLOAT, HALF, BRAIN = torch.float32, torch.float16, torch.bfloat16
+
+
+def _meta(*shape: int, dtype: torch.dtype) -> torch.Tensor:
+    return torch.empty(*shape, dtype=dtype, device="meta")
+
+
+def _compress(dtype: torch.dtype, D: int) -> None:
+    from custom_ops.kernels.compress_keys import launch
+
+    launch(_meta(1, 2, 4096, D, dtype=dtype), 32, 16)
+    launch(_meta(1, 2, 4096, D, dtype=dtype), 128, 64)
+
+
+def _select(
+    dtype: torch.dtype, D: int, G: int, S: int = 8192, size: int = 32, block_size: int = 64
+) -> None:
+    from custom_ops.kernels.select_blocks import launch
+
+    q = _meta(1, 2 * G, S, D, dtype=dtype)
+    compressed, coarse = (
+        _meta(1, 2, (S - w) // s + 1, D, dtype=dtype) for w, s in ((size, 16), (4 * size, 64))
+    )
+    windows = (size, 16, 4 * size, 64)
+    launch(q, compressed, coarse, S, *windows, block_size, 1, 2048 // block_size, 96, D**-0.5)
+
+
+def _tile(tile_tokens: int) -> None:
+    from custom_ops.kernels.tile_blocks import launch
+
+    launch(_meta(1, 2, 8192, 96, dtype=torch.int32), 8192, 64, tile_tokens, 128)
+
+
+def _transpose() -> None:
+    from custom_ops.kernels.transpose_blocks import launch
+
+    num, idx = (_meta(1, 2, 1024, *w, dtype=torch.int32) for w in ((), (128,)))
+    launch(num, idx, 128)
+
+
+@pytest.mark.parametrize("capability", SHARED_LIMIT)
+@pytest.mark.parametrize(
+    ("call", "args"),
+    [
+        (_compress, (BRAIN, 128)),
+        (_compress, (FLOAT, 80)),
+        (_select, (BRAIN, 128, 16)),
+        pytest.param(_select, (BRAIN, 64, 4), marks=pytest.mark.slow),
+        pytest.param(_select, (BRAIN, 128, 64), marks=pytest.mark.slow),
+        (_select, (HALF, 80, 7)),
+        (_select, (HALF, 256, 1)),
+        (_select, (BRAIN, 128, 16, 8192, 96, 32)),
+        pytest.param(_select, (FLOAT, 128, 16), marks=pytest.mark.slow),
+        (_select, (FLOAT, 256, 3)),
+        pytest.param(_select, (BRAIN, 128, 16, 1 << 20), marks=pytest.mark.slow),
+        (_tile, (1,)),
+        (_tile, (8,)),
+        (_tile, (32,)),
+        (_transpose, ()),
+    ],
+)
+def test_compiles_without_spills(
+    call: Callable[..., None],
+    args: tuple[Any, ...],
+    capability: int,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    for launch in record_launches(monkeypatch, lambda: call(*args)):
+        used = compile_for(launch, capability)
+        sys.stdout.write(f"sm_{capability} {launch}: {used}\n")
+        assert used.stack == 0, f"{launch} spills"
+        assert used.shared <= SHARED_LIMIT[capability]

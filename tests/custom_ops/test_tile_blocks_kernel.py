@@ -1,0 +1,170 @@
+"""The Triton kernels of ``tile_blocks`` and ``transpose_blocks`` equal their definitions."""
+
+import pytest
+import torch
+from torch import Tensor
+
+from custom_ops.tile_blocks import tile_blocks
+from custom_ops.transpose_blocks import transpose_blocks
+from tests.custom_ops.harness import (
+    DEVICE,
+    INTERPRETED,
+    far_apart,
+    fenced,
+    fenced_allocations,
+    require_kernels,
+    run_on_device,
+    uninitialised_memory_is_poison,  # noqa: F401
+)
+
+require_kernels()
+
+from custom_ops.kernels.tile_blocks import launch as launch_tiles  # noqa: E402
+from custom_ops.kernels.transpose_blocks import launch as launch_transpose  # noqa: E402
+
+
+def _selected(
+    B: int, Hkv: int, Sq: int, kv_len: int, block_size: int, K: int, seed: int = 0
+) -> Tensor:
+    """Select at random: the first block, two local ones and the own one always."""
+    num_blocks = -(-kv_len // block_size)
+    own = (torch.arange(Sq)[:, None] + kv_len - Sq) // block_size
+    block = torch.arange(num_blocks)
+    score = torch.rand(B, Hkv, Sq, num_blocks, generator=torch.Generator().manual_seed(seed))
+    score = score.masked_fill((block < 1) | (block >= own - 2), 2).masked_fill(block > own, -1)
+    best, index = score.topk(min(K, num_blocks), -1)
+    index = index.masked_fill(best < 0, num_blocks).sort(-1).values
+    return torch.where(index == num_blocks, -1, index).int()
+
+
+def _width(selected: Tensor, kv_len: int, block_size: int, tile_tokens: int) -> int:
+    return min(-(-kv_len // block_size), tile_tokens * selected.shape[-1])
+
+
+def _same(actual: tuple[Tensor, ...], expected: tuple[Tensor, ...]) -> bool:
+    return all(
+        a.dtype == torch.int32 and torch.equal(a, e) for a, e in zip(actual, expected, strict=True)
+    )
+
+
+@pytest.mark.parametrize(
+    ("shape", "tile_tokens"),
+    [
+        ((1, 2, 70, 200, 16, 6), 8),
+        ((2, 1, 37, 37, 8, 5), 32),  # one ragged tile, all 32 bits of a word in use
+        ((1, 1, 64, 64, 8, 5), 32),
+        ((1, 3, 50, 120, 10, 6), 7),
+        ((1, 2, 20, 20, 64, 9), 1),
+        ((1, 1, 1, 300, 16, 6), 8),
+        ((1, 1, 1, 1, 64, 96), 16),
+        ((3, 1, 9, 2000, 16, 96), 4),
+    ],
+)
+def test_equals_the_definition(
+    shape: tuple[int, int, int, int, int, int], tile_tokens: int
+) -> None:
+    selected, kv_len, block_size = _selected(*shape), shape[3], shape[4]
+    width = _width(selected, kv_len, block_size, tile_tokens)
+    expected = tile_blocks(selected, kv_len, block_size, tile_tokens, width)
+    actual = run_on_device(launch_tiles, selected, kv_len, block_size, tile_tokens, width)
+    assert _same(actual, expected)
+
+    num_blocks = -(-kv_len // block_size)
+    for num, idx in (actual[:2], actual[3:]):
+        back = run_on_device(launch_transpose, num, idx, num_blocks)
+        assert _same(back, transpose_blocks(num, idx, num_blocks))
+
+
+def test_bit_31_makes_the_word_negative() -> None:
+    selected = torch.zeros(1, 1, 32, 1, dtype=torch.int32)
+    _, _, words, _, _ = run_on_device(launch_tiles, selected, 32, 64, 32, 1)
+    assert words.item() == -1
+
+
+def test_rows_that_selected_nothing() -> None:
+    selected = torch.full((1, 1, 9, 3), -1, dtype=torch.int32)
+    selected[0, 0, 8, 0] = 2
+    expected = tile_blocks(selected, 600, 64, 4, 5)
+    assert _same(run_on_device(launch_tiles, selected, 600, 64, 4, 5), expected)
+
+
+def test_takes_any_strides() -> None:
+    selected = _selected(2, 3, 20, 300, 16, 6)
+    expected = tile_blocks(selected, 300, 16, 8, 19)
+    shuffled = selected.permute(3, 1, 0, 2).contiguous().permute(2, 1, 3, 0)
+    assert _same(run_on_device(launch_tiles, shuffled, 300, 16, 8, 19), expected)
+    num, idx = (x.transpose(1, 2).contiguous().transpose(1, 2) for x in expected[:2])
+    back = run_on_device(launch_transpose, num, idx, 19)
+    assert _same(back, transpose_blocks(*expected[:2], 19))
+
+
+def test_a_tile_is_the_same_in_any_company() -> None:
+    selected = _selected(2, 2, 48, 300, 16, 6)
+    whole = run_on_device(launch_tiles, selected, 300, 16, 8, 19)
+    part = run_on_device(launch_tiles, selected[1:, 1:, 16:24], 300 - 24, 16, 8, 19)
+    assert _same(part, tuple(x[1:, 1:, 2:3] for x in whole))
+
+
+def test_a_list_longer_than_the_width_writes_nothing_past_it() -> None:
+    selected = torch.arange(6, dtype=torch.int32).expand(1, 1, 3, 6).contiguous()
+    kv_num, kv_idx, _, _, _ = run_on_device(launch_tiles, selected, 6, 1, 1, 4)
+    assert kv_num.max() <= 4
+    assert kv_idx.shape[-1] == 4
+
+
+def test_transposes_many_tiles() -> None:
+    random = torch.Generator().manual_seed(0)
+    num = torch.randint(0, 3, (1, 2, 2100), generator=random, dtype=torch.int32)
+    idx = torch.tensor([[0, 1, 7], [0, 2, 7], [3, 4, 7]], dtype=torch.int32)
+    idx = idx[torch.randint(0, 3, (1, 2, 2100), generator=random)]
+    if INTERPRETED:
+        num, idx = num[:, :1, :1100].contiguous(), idx[:, :1, :1100].contiguous()
+    actual = run_on_device(launch_transpose, num, idx, 9)
+    assert _same(actual, transpose_blocks(num, idx, 9))
+
+
+def test_nothing_past_the_counts_is_read() -> None:
+    selected = _selected(1, 1, 24, 200, 16, 5)
+    num, idx, *_ = tile_blocks(selected, 200, 16, 8, 13)
+    expected = transpose_blocks(num, idx, 13)
+    past = torch.arange(13) >= num[..., None]
+    poisoned = idx.masked_fill(past, 2**31 - 1)
+    assert _same(run_on_device(launch_transpose, num, poisoned, 13), expected)
+
+
+def test_reads_offsets_beyond_32_bits() -> None:
+    selected = _selected(2, 2, 12, 200, 16, 5)
+    expected = tile_blocks(selected, 200, 16, 8, 13)
+    for dim in range(4):
+        actual = launch_tiles(far_apart(selected, dim), 200, 16, 8, 13)
+        assert _same(tuple(x.cpu() for x in actual), expected)
+    num, idx = expected[:2]
+    back = transpose_blocks(num, idx, 13)
+    for dim in range(3):
+        far = far_apart(num, dim), far_apart(idx, dim)
+        assert _same(tuple(x.cpu() for x in launch_transpose(*far, 13)), back)
+
+
+@pytest.mark.skipif(not INTERPRETED, reason="guard pages surround CPU memory only")
+def test_touches_nothing_outside(monkeypatch: pytest.MonkeyPatch) -> None:
+    for shape, tile_tokens in (((1, 3, 13, 200, 16, 5), 4), ((2, 1, 33, 100, 16, 4), 32)):
+        selected, kv_len, block_size = _selected(*shape), shape[3], shape[4]
+        width = _width(selected, kv_len, block_size, tile_tokens)
+        num_blocks = -(-kv_len // block_size)
+        expected = tile_blocks(selected, kv_len, block_size, tile_tokens, width)
+        back = transpose_blocks(*expected[:2], num_blocks)
+        with fenced_allocations(monkeypatch):
+            args = (fenced(selected), kv_len, block_size, tile_tokens, width)
+            assert _same(launch_tiles(*args), expected)
+            num, idx = fenced(expected[0]), fenced(expected[1])
+            assert _same(launch_transpose(num, idx, num_blocks), back)
+
+
+@pytest.mark.skipif(INTERPRETED, reason="too many programs for the interpreter")
+def test_more_heads_than_a_grid_axis_holds() -> None:
+    selected = torch.tensor([0, 1, -1], dtype=torch.int32).expand(70_000, 1, 2, 3)
+    expected = tile_blocks(selected, 128, 64, 2, 2)
+    assert _same(run_on_device(launch_tiles, selected, 128, 64, 2, 2), expected)
+    num, idx = (x.to(DEVICE) for x in expected[:2])
+    back = launch_transpose(num, idx, 2)
+    assert _same(tuple(x.cpu() for x in back), transpose_blocks(*expected[:2], 2))
