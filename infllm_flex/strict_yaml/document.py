@@ -164,7 +164,7 @@ class _Reader:
             return Node(where, key, children, "list")
         self._check_tag(node, where, key, _SCALAR_TAGS)
         tag = node.tag.removeprefix(_YAML_TAG)
-        return Node(where, key, node.value, tag, quoted=node.style is not None)
+        return Node(where, key, node.value, tag, quoted=bool(getattr(node, "style", None)))
 
     def _read_section(self, node: yaml.MappingNode, where: str, key: str, depth: int) -> Node:
         self._check_tag(node, where, key, ("map",))

@@ -79,43 +79,58 @@ def fit_positions(model: Any, name: str, length: int, rope_theta: float | None) 
 
 def load_model(folder: Path, dtype: torch.dtype = torch.float32) -> Any:
     """Read a causal LM from a local folder: safetensors only, no download, none of its code run."""
-    return _import_transformers().AutoModelForCausalLM.from_pretrained(
-        folder, dtype=dtype, local_files_only=True, use_safetensors=True, trust_remote_code=False
-    )
+    with _quiet_transformers() as transformers:
+        return transformers.AutoModelForCausalLM.from_pretrained(
+            folder,
+            dtype=dtype,
+            local_files_only=True,
+            use_safetensors=True,
+            trust_remote_code=False,
+        )
 
 
 def _tiny_llama(tiny: TinyModelSettings, length: int) -> Any:
-    transformers = _import_transformers()
-    config = transformers.LlamaConfig(
-        vocab_size=BYTE_VALUES,
-        num_hidden_layers=tiny.num_layers,
-        hidden_size=tiny.hidden_size,
-        intermediate_size=tiny.intermediate_size,
-        num_attention_heads=tiny.num_heads,
-        num_key_value_heads=tiny.num_kv_heads,
-        max_position_embeddings=length,
-        rope_parameters={"rope_type": "default", "rope_theta": tiny.rope_theta},
-        tie_word_embeddings=True,
-        # Bytes 1 and 2 are text like any other.
-        bos_token_id=None,
-        eos_token_id=None,
-    )
-    return transformers.LlamaForCausalLM(config)
+    with _quiet_transformers() as transformers:
+        config = transformers.LlamaConfig(
+            vocab_size=BYTE_VALUES,
+            num_hidden_layers=tiny.num_layers,
+            hidden_size=tiny.hidden_size,
+            intermediate_size=tiny.intermediate_size,
+            num_attention_heads=tiny.num_heads,
+            num_key_value_heads=tiny.num_kv_heads,
+            max_position_embeddings=length,
+            rope_parameters={"rope_type": "default", "rope_theta": tiny.rope_theta},
+            tie_word_embeddings=True,
+            # Bytes 1 and 2 are text like any other.
+            bos_token_id=None,
+            eos_token_id=None,
+        )
+        return transformers.LlamaForCausalLM(config)
 
 
-def _import_transformers() -> Any:
-    # It imports torchao, which logs a warning for every kernel that other hardware would need.
+@contextlib.contextmanager
+def _quiet_transformers() -> Iterator[Any]:
+    """Transformers without what is no news here.
+
+    A bar for loading weights, and torchao, which it imports on first use and which warns of every
+    kernel that other hardware would need.
+    """
+    import transformers
+
+    bars = transformers.utils.logging
+    had_bars = bars.is_progress_bar_enabled()
     loggers = [logging.getLogger(name) for name in ("torchao", "torch.utils._pytree")]
     levels = [logger.level for logger in loggers]
+    bars.disable_progress_bar()
     for logger in loggers:
         logger.setLevel(logging.ERROR)
     try:
-        import transformers
-
-        return transformers
+        yield transformers
     finally:
         for logger, level in zip(loggers, levels, strict=True):
             logger.setLevel(level)
+        if had_bars:
+            bars.enable_progress_bar()
 
 
 @contextlib.contextmanager
