@@ -1,5 +1,24 @@
 """InfLLM-V2: dense-sparse switchable attention for any PyTorch causal LM."""
 
+from infllm_flex.attention import infllm_attention
+from infllm_flex.block_mask import build_block_mask
 from infllm_flex.config import InfLLMConfig
+from infllm_flex.patch import UnsupportedModelError, dense, describe, patch_model, unpatch_model
+from infllm_flex.patch.huggingface import register_when_imported
+from infllm_flex.selection import select_blocks
 
-__all__ = ["InfLLMConfig"]
+__version__ = "0.1.0"
+__all__ = [
+    "InfLLMConfig",
+    "UnsupportedModelError",
+    "build_block_mask",
+    "dense",
+    "describe",
+    "infllm_attention",
+    "patch_model",
+    "select_blocks",
+    "unpatch_model",
+]
+
+# So that `attn_implementation="infllm_flex"` is a known name in transformers.
+register_when_imported()

@@ -112,6 +112,7 @@ UNSERVED = {
     "soft cap": ({"softcap": 50.0}, "soft-capped logits"),
     "position bias": ({"position_bias": torch.zeros(1)}, "a position bias"),
     "sliding window": ({"sliding_window": 32}, "a sliding window"),
+    "weights": ({"output_attentions": True}, "attention weights (output_attentions=True)"),
     "not causal": ({"is_causal": False}, "attention that is not causal"),
 }
 

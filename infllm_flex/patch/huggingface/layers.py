@@ -41,7 +41,7 @@ def _undecorated_forward(module: nn.Module) -> Callable[..., Any]:
 def why_left(module: nn.Module) -> str | None:
     """Why an attention layer cannot be sparse, in a few words; None when it can."""
     config: Any = module.config
-    if not getattr(module, "is_causal", True):
+    if not (getattr(module, "is_causal", True) and getattr(config, "is_causal", True)):
         return "not causal"
     if getattr(module, "is_cross_attention", False):
         return "cross-attention"

@@ -43,6 +43,8 @@ def find_obstacle(
     for keyword, meaning in _SPECIAL_KEYWORDS.items():
         if kwargs.get(keyword) is not None:
             return meaning
+    if kwargs.get("output_attentions"):
+        return "attention weights (output_attentions=True)"
     if kwargs.get("is_causal") is False:
         return "attention that is not causal"
     if dropout > 0:
