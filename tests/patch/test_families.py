@@ -67,6 +67,13 @@ def test_at_length_the_model_attends_to_the_selected_blocks(family, monkeypatch)
     assert (ours - plain).abs().max() > 1e-2, "a budget of 3 in 8 blocks must change the output"
 
 
+def test_engines_agree():
+    model = ifx.patch_model(build(), SETTINGS)
+    fused = logits(model, LONG)
+    ifx.patch_model(model, SETTINGS, engine="flex")
+    assert_close([logits(model, LONG)], [fused])
+
+
 def test_gradient_checkpointing_gives_the_same_gradients():
     model = ifx.patch_model(build(), SETTINGS)
     plain = loss_and_gradients(model, LONG)
