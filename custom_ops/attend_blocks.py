@@ -61,8 +61,7 @@ def attend_blocks(
             peak.masked_fill_(peak == -torch.inf, 0.0)  # no key: exp(-inf - 0) = 0, not nan
             weights = logits.sub_(peak).exp_()
             total = weights.sum(-1, keepdim=True)
-            gathered = values[chunk.slots].flatten(1, 2)  # [n, W * block_size, D]
-            result = weights @ gathered / total.masked_fill(total == 0, 1.0)
+            result = chunk.weigh(weights, values) / total.masked_fill(total == 0, 1.0)
             chunk.store(head, out, result)
             chunk.store(head, lse[..., None], peak + total.log())
     return out, lse
@@ -108,7 +107,7 @@ def attend_blocks_backward(
             rows = chunk.load(head, q, accumulate) * scale
             drows = chunk.load(head, grad_out, accumulate)
             row_lse = chunk.load(head, lse[..., None], accumulate)
-            row_lse.masked_fill_(row_lse == -torch.inf, 0.0)
+            row_lse = row_lse.masked_fill(row_lse == -torch.inf, 0.0)
             correction = (drows * chunk.load(head, out, accumulate)).sum(-1, keepdim=True)
             weights = chunk.logits(rows, keys).sub_(row_lse).exp_()
             gathered = values[chunk.slots].flatten(1, 2)
@@ -222,14 +221,32 @@ class _Chunk(NamedTuple):
 
     def logits(self, rows: Tensor, keys: Tensor) -> Tensor:
         """Dot products with the gathered keys ``[n, T * G, W * block_size]``, -inf if unseen."""
-        n, T, W = self.seen.shape
-        block_size = keys.shape[1]
         logits = rows @ keys[self.slots].flatten(1, 2).mT
-        offset = torch.arange(block_size, device=rows.device)
-        unseen = offset >= self.seen[..., None]  # [n, T, W, block_size]
-        per_head = logits.view(n, T, -1, W * block_size)
-        per_head.masked_fill_(unseen.view(n, T, 1, W * block_size), -torch.inf)
+        unseen = ~self.sees(keys.shape[1])
+        logits.unflatten(1, (unseen.shape[1], -1)).masked_fill_(unseen[:, :, None], -torch.inf)
         return logits
+
+    def sees(self, block_size: int) -> Tensor:
+        """Spell out which gathered keys each token sees: bool ``[n, T, W * block_size]``."""
+        offset = torch.arange(block_size, device=self.seen.device)
+        return (offset < self.seen[..., None]).flatten(2)
+
+    def weigh(self, weights: Tensor, values: Tensor) -> Tensor:
+        """Sum the gathered values by ``weights [n, T * G, W * block_size]``.
+
+        A product multiplies unseen values by zero, and 0 x nan is nan: where values are not finite,
+        they are left out of the product and given only to the rows that see them.
+        """
+        gathered = values[self.slots].flatten(1, 2)  # [n, W * block_size, D]
+        if gathered.isfinite().all():
+            return weights @ gathered
+        out = weights @ gathered.nan_to_num(0.0, 0.0, 0.0)
+        seen = self.sees(values.shape[1]).to(weights.dtype)
+        for special in (torch.inf, -torch.inf, torch.nan):
+            is_special = gathered.isnan() if special != special else gathered == special
+            reached = (seen @ is_special.to(weights.dtype) > 0)[:, :, None]  # [n, T, 1, D]
+            out.unflatten(1, (seen.shape[1], -1)).add_(torch.where(reached, special, 0.0))
+        return out
 
     def add_to_blocks(self, total: Tensor, rows: Tensor) -> None:
         """Add ``rows [n, W * block_size, D]`` onto the blocks they belong to."""

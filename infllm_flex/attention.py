@@ -98,9 +98,16 @@ def _attend_dense(query: Tensor, key: Tensor, value: Tensor, scale: float) -> Te
 def _use_flex(query: Tensor, key: Tensor, value: Tensor, config: InfLLMConfig) -> bool:
     """FlexAttention, except where it cannot go: float64, and on the CPU gradients and tracing.
 
-    Its CPU code has no backward, and fails on a query that the same graph has just folded.
+    Its CPU code has no backward, and fails on a query that the same graph has just folded. It also
+    loses a nan among scores, and lets one among values reach rows that do not see it.
     """
     if config.engine == "fused" or query.dtype == torch.float64:
         return False
-    needs_grad = torch.is_grad_enabled() and any(x.requires_grad for x in (query, key, value))
-    return query.device.type != "cpu" or not (needs_grad or torch.compiler.is_compiling())
+    if query.device.type != "cpu":
+        return True
+    if torch.is_grad_enabled() and any(x.requires_grad for x in (query, key, value)):
+        return False
+    if torch.compiler.is_compiling():
+        return False
+    # Sums are finite only where all terms are, and cost one pass without a temporary.
+    return all(bool(x.sum(dtype=torch.float32).isfinite()) for x in (query, key, value))

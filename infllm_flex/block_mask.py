@@ -5,11 +5,14 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention.flex_attention import BlockMask
 
 import custom_ops
 from infllm_flex.config import InfLLMConfig
+
+_MaskMod = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
 
 _CPU_TILE_ROWS = 4  # FlexAttention's CPU code is as fast on 4 rows as on 64, with less union
 _GPU_TILE_ROWS = 16  # the least that tensor cores take; more tokens a tile, more union
@@ -106,7 +109,7 @@ def build_block_mask(
         full_kv_indices=full_idx,
         **q_lists,
         BLOCK_SIZE=(tile_tokens * num_groups, config.block_size),
-        mask_mod=_selected_and_causal(selected, config, first, num_groups),
+        mask_mod=_selected_and_causal(selected, first, num_groups, config.block_size, num_blocks),
     )
 
 
@@ -117,29 +120,61 @@ def _widen(idx: Tensor, num_blocks: int) -> Tensor:
     the counted slots; so rows may run into the next one's.
     """
     B, Hkv, Nq, W = idx.shape
-    flat = torch.nn.functional.pad(idx.reshape(-1), (0, num_blocks))
+    flat = F.pad(idx.reshape(-1), (0, num_blocks))
     return flat.as_strided((B, Hkv, Nq, num_blocks), (Hkv * Nq * W, Nq * W, W, 1))
 
 
 def _selected_and_causal(
-    selected: Tensor, config: InfLLMConfig, first: int, num_groups: int
-) -> Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]:
-    """Make the exact ``mask_mod``: find the key's block in the token's ascending list."""
-    slots = config.num_selected
-    steps = [1 << bit for bit in reversed(range(slots.bit_length()))]
-    block_size = config.block_size
+    selected: Tensor, first: int, num_groups: int, block_size: int, num_blocks: int
+) -> _MaskMod:
+    """Make the exact ``mask_mod``: is the key's block among the token's own, and its past?"""
+    directory, words = _pack_choice(selected, num_blocks)
     # A tensor, since a captured number that changes from call to call would be compiled anew.
     first_position = torch.full((1,), first, dtype=torch.int32, device=selected.device)
+    last_word = selected.shape[3] - 1
 
     def mask_mod(b: Tensor, h: Tensor, q_idx: Tensor, kv_idx: Tensor) -> Tensor:
         token = q_idx // num_groups
         block = kv_idx // block_size
-        last = selected.shape[3] - 1
-        slot = torch.zeros_like(q_idx)
-        for step in steps:  # binary search for the last slot that is not beyond the block
-            ahead = (slot + step).clamp(max=last)
-            candidate = selected[b, h, token, ahead]
-            slot = torch.where((candidate >= 0) & (candidate <= block), ahead, slot)
-        return (selected[b, h, token, slot] == block) & (kv_idx <= token + first_position[0])
+        bit = (block >> 4) & 15
+        entry = directory[b, h, token, block >> 8]
+        word = (entry >> 16) + _count_bits((entry << (16 - bit)) & 0xFFFF)
+        members = words[b, h, token, word.clamp(max=last_word)]
+        chosen = (entry >> bit) & (members >> (block & 15)) & 1
+        return (chosen != 0) & (kv_idx <= token + first_position[0])
 
     return mask_mod
+
+
+def _pack_choice(selected: Tensor, num_blocks: int) -> tuple[Tensor, Tensor]:
+    """Make ``selected [B, Hkv, Sq, K]`` answer "is this block chosen?" in two look-ups.
+
+    A bit per (token, block) would be a table of all pairs. So 16 blocks share a word, kept only
+    where a bit is set, and 16 words an entry of the directory: which words are kept (low half), and
+    how many precede them (high half).
+
+    Returns:
+        ``directory`` int32 ``[B, Hkv, Sq, ceil(Nkv / 256)]`` and ``words`` int32
+        ``[B, Hkv, Sq, K]``, of which only 16 bits are used, so that shifts meet no sign.
+    """
+    chosen = selected >= 0
+    group = selected >> 4
+    opens = chosen & (group != F.pad(group[..., :-1], (1, 0), value=-1))
+    word = (opens.cumsum(-1) - 1).clamp_(min=0)
+    bits = chosen.int() << (selected & 15)
+    words = torch.zeros_like(selected).scatter_add_(-1, word, bits)
+
+    entry = (group >> 4).clamp_(min=0).long()
+    shape = (*selected.shape[:3], (num_blocks + 255) // 256)
+    kept = selected.new_zeros(shape).scatter_add_(-1, entry, opens.int() << (group & 15))
+    count = selected.new_zeros(shape).scatter_add_(-1, entry, opens.int())
+    preceding = count.cumsum(-1, dtype=torch.int32) - count
+    return kept | preceding << 16, words
+
+
+def _count_bits(x: Tensor) -> Tensor:
+    """Count the set bits of 16-bit numbers, pairs first, then fours, then eights."""
+    x = x - ((x >> 1) & 0x5555)
+    x = (x & 0x3333) + ((x >> 2) & 0x3333)
+    x = (x + (x >> 4)) & 0x0F0F
+    return (x * 0x0101 >> 8) & 31

@@ -1,0 +1,93 @@
+import sys
+
+import pytest
+import torch
+
+from custom_ops import tile_blocks, transpose_blocks
+from tests.inputs import make_selected
+
+BLOCK = 16
+
+
+def unite_slowly(selected, kv_len, tile_tokens):
+    """Say for each (head, tile) what is partial, full, and who is a member: plain Python."""
+    Sq = selected.shape[2]
+    for head in selected.flatten(0, 1).tolist():
+        for begin in range(0, Sq, tile_tokens):
+            tokens = [set(row) - {-1} for row in head[begin : begin + tile_tokens]]
+            first = kv_len - Sq + begin
+            union = sorted(set.union(*tokens))
+            full = [b for b in union if all(b in t for t in tokens) and (b + 1) * BLOCK - 1 <= first]
+            partial = [b for b in union if b not in full]
+            yield partial, full, [[b in t for t in tokens] for b in partial]
+
+
+@pytest.mark.parametrize("tile_tokens", [1, 4, 7, 32])
+@pytest.mark.parametrize(("S", "Sq"), [(128, 128), (205, 205), (205, 30), (5, 5)])
+def test_lists_the_union_and_what_of_it_is_whole(S, Sq, tile_tokens):
+    selected = make_selected(S)[:, :, -Sq:]
+    width = min(-(-S // BLOCK), 5 * tile_tokens)
+    lists = tile_blocks(selected, S, BLOCK, tile_tokens, width)
+    kv_num, kv_idx, words, full_num, full_idx = (x.flatten(0, 2) for x in lists)
+    expected = list(unite_slowly(selected, S, tile_tokens))
+    assert len(kv_num) == len(expected)
+    for row, (partial, full, members) in enumerate(expected):
+        assert kv_idx[row, : kv_num[row]].tolist() == partial
+        assert full_idx[row, : full_num[row]].tolist() == full
+        for slot, member in enumerate(members):
+            word = words[row, slot].item()
+            assert [word >> t & 1 for t in range(tile_tokens)] == [
+                *map(int, member),
+                *[0] * (tile_tokens - len(member)),
+            ]
+        assert not kv_idx[row, kv_num[row] :].any()
+        assert not full_idx[row, full_num[row] :].any()
+        assert not words[row, kv_num[row] :].any()
+
+
+@pytest.mark.parametrize("chunk", [1, 100])
+def test_chunks_of_tiles_join_seamlessly(monkeypatch, chunk):
+    selected = make_selected(205)
+    whole = tile_blocks(selected, 205, BLOCK, 4, 13)
+    monkeypatch.setattr(sys.modules["custom_ops.tile_blocks"], "_CHUNK_ENTRIES", chunk)
+    for x, y in zip(tile_blocks(selected, 205, BLOCK, 4, 13), whole, strict=True):
+        assert torch.equal(x, y)
+
+
+def test_transposed_lists_name_the_same_pairs_in_order():
+    kv_num, kv_idx, *_ = tile_blocks(make_selected(205, B=2), 205, BLOCK, 4, 13)
+    q_num, q_idx = transpose_blocks(kv_num, kv_idx, 13)
+    for b in range(2):
+        for h in range(2):
+            listed = [
+                (block, tile)
+                for tile in range(kv_num.shape[2])
+                for block in kv_idx[b, h, tile, : kv_num[b, h, tile]].tolist()
+            ]
+            transposed = [
+                (block, tile)
+                for block in range(13)
+                for tile in q_idx[b, h, block, : q_num[b, h, block]].tolist()
+            ]
+            assert transposed == sorted(listed)
+
+
+@pytest.mark.parametrize("tile_tokens", [1, 4])
+def test_are_registered_right(tile_tokens):
+    selected = make_selected(50)
+    torch.library.opcheck(
+        torch.ops.infllm_flex.tile_blocks.default, (selected, 50, BLOCK, tile_tokens, 4)
+    )
+    kv_num, kv_idx, *_ = tile_blocks(selected, 50, BLOCK, tile_tokens, 4)
+    torch.library.opcheck(torch.ops.infllm_flex.transpose_blocks.default, (kv_num, kv_idx, 4))
+
+
+def test_compile_as_one_graph():
+    def lists(selected):
+        kv_num, kv_idx, *_ = tile_blocks(selected, 50, BLOCK, 4, 4)
+        return transpose_blocks(kv_num, kv_idx, 4)
+
+    selected = make_selected(50)
+    compiled = torch.compile(lists, fullgraph=True)(selected)
+    for x, y in zip(compiled, lists(selected), strict=True):
+        assert torch.equal(x, y)

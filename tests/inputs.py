@@ -1,0 +1,53 @@
+"""The tensor and settings factories of the tests."""
+
+import torch
+from torch import Tensor
+
+from infllm_flex import InfLLMConfig
+
+# Eight-key windows and sixteen-key blocks: long behaviour at short, quick lengths.
+SMALL = {
+    "kernel_size": 8,
+    "kernel_stride": 4,
+    "block_size": 16,
+    "window_size": 32,
+    "topk": 3,
+    "dense_len": -1,
+}
+
+
+def small_config(**overrides: object) -> InfLLMConfig:
+    return InfLLMConfig.from_dict({**SMALL, **overrides})
+
+
+def make_qkv(
+    S: int,
+    *,
+    B: int = 1,
+    Hq: int = 4,
+    Hkv: int = 2,
+    D: int = 16,
+    Sq: int | None = None,
+    dtype: torch.dtype = torch.float32,
+    seed: int = 0,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Draw normal queries (the last ``Sq`` of ``S``), keys and values."""
+    random = torch.Generator().manual_seed(seed)
+    shapes = (B, Hq, S if Sq is None else Sq, D), (B, Hkv, S, D), (B, Hkv, S, D)
+    q, k, v = (torch.randn(shape, generator=random).to(dtype) for shape in shapes)
+    return q, k, v
+
+
+def make_selected(
+    S: int, *, K: int = 5, B: int = 1, Hkv: int = 2, block_size: int = 16, seed: int = 0
+) -> Tensor:
+    """Draw an ascending choice of at most K visible blocks, the own one among them."""
+    random = torch.Generator().manual_seed(seed)
+    num_blocks = -(-S // block_size)
+    own = torch.arange(S)[:, None] // block_size
+    score = torch.rand(B, Hkv, S, num_blocks, generator=random)
+    block = torch.arange(num_blocks)
+    score = score.masked_fill(block > own, -1.0).masked_fill(block == own, 2.0)
+    best, index = score.topk(min(K, num_blocks))
+    index = index.masked_fill(best < 0, num_blocks).sort(-1).values
+    return index.masked_fill(index == num_blocks, -1).int()
