@@ -273,6 +273,49 @@ def _(
     return q.new_empty(q.shape), q.new_empty(q.shape[:3], dtype=accumulate)
 
 
+@attend_blocks.register_kernel("cuda")
+def _(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    kv_num: Tensor,
+    kv_idx: Tensor,
+    words: Tensor,
+    full_num: Tensor,
+    full_idx: Tensor,
+    block_size: int,
+    tile_tokens: int,
+    scale: float,
+) -> tuple[Tensor, Tensor]:
+    from custom_ops.kernels.attend_blocks import launch
+
+    lists = (kv_num, kv_idx, words, full_num, full_idx)
+    return launch(q, k, v, *lists, block_size, tile_tokens, scale)
+
+
+@attend_blocks_backward.register_kernel("cuda")
+def _(
+    grad_out: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    kv_num: Tensor,
+    kv_idx: Tensor,
+    words: Tensor,
+    full_num: Tensor,
+    full_idx: Tensor,
+    block_size: int,
+    tile_tokens: int,
+    scale: float,
+) -> tuple[Tensor, Tensor, Tensor]:
+    from custom_ops.kernels.attend_blocks_backward import launch
+
+    lists = (kv_num, kv_idx, words, full_num, full_idx)
+    return launch(grad_out, q, k, v, out, lse, *lists, block_size, tile_tokens, scale)
+
+
 @attend_blocks_backward.register_fake
 def _(
     grad_out: Tensor, q: Tensor, k: Tensor, v: Tensor, *rest: object

@@ -71,8 +71,8 @@ def select_blocks(
     grouped = q.unflatten(1, (Hkv, Hq // Hkv))  # [B, Hkv, G, Sq, D]
     for b in range(B):
         for h in range(Hkv):
-            rows = grouped[b, h].transpose(0, 1).to(accumulate) * scale  # [Sq, G, D]
-            keys = (compressed[b, h].to(accumulate), coarse[b, h].to(accumulate))
+            rows = grouped[b, h].transpose(0, 1)  # [Sq, G, D]
+            keys = (x[b, h].to(accumulate) * scale for x in (compressed, coarse))
             _select_for_head(rows, *keys, kv_len - Sq, rule, selected[b, h])
     return selected
 
@@ -152,7 +152,7 @@ class _Rule(NamedTuple):
 def _select_for_head(
     rows: Tensor, compressed: Tensor, coarse: Tensor, first: int, rule: _Rule, out: Tensor
 ) -> None:
-    """Fill ``out [Sq, K]`` for scaled queries ``rows [Sq, G, D]`` that start at ``first``."""
+    """Fill ``out [Sq, K]`` for queries ``rows [Sq, G, D]`` from position ``first``, scaled keys."""
     Sq, G, _ = rows.shape
     K = out.shape[-1]
     tokens = max(16, _TILE_ROWS // G)
@@ -170,7 +170,7 @@ def _select_for_head(
             own = position[kept, None] // rule.block_size
             out[lo - first : hi - first] = torch.where(block <= own, block, -1)
             continue
-        tile = rows.new_zeros(tokens, *rows.shape[1:])
+        tile = compressed.new_zeros(tokens, *rows.shape[1:])
         tile[kept] = rows[lo - first : hi - first]
         weights = _score_windows(tile, compressed, coarse, position, rule)
         scores = _pool_to_blocks(weights, num_candidates, rule)

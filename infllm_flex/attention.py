@@ -96,17 +96,18 @@ def _attend_dense(query: Tensor, key: Tensor, value: Tensor, scale: float) -> Te
 
 
 def _use_flex(query: Tensor, key: Tensor, value: Tensor, config: InfLLMConfig) -> bool:
-    """FlexAttention, except where it cannot go: float64, and on the CPU gradients and tracing.
+    """FlexAttention for inference: where asked for on a GPU, on the CPU wherever it can go.
 
-    Its CPU code has no backward, and fails on a query that the same graph has just folded. It also
-    loses a nan among scores, and lets one among values reach rows that do not see it.
+    Training goes through ``attend_blocks`` on every device, as does float64. FlexAttention's CPU
+    code fails on a query that the same graph has just folded; it loses a nan among scores, and lets
+    one among values reach rows that do not see it.
     """
     if config.engine == "fused" or query.dtype == torch.float64:
         return False
-    if query.device.type != "cpu":
-        return True
     if torch.is_grad_enabled() and any(x.requires_grad for x in (query, key, value)):
         return False
+    if query.device.type == "cuda":
+        return config.engine == "flex"
     if torch.compiler.is_compiling():
         return False
     # Sums are finite only where all terms are, and cost one pass without a temporary.

@@ -15,7 +15,9 @@ import custom_ops
 from infllm_flex.block_mask import build_block_mask, union_width
 from infllm_flex.config import InfLLMConfig
 
-_FUSED_TILE_ROWS = 128  # rows per tile of `attend_blocks`: large products, one gather for many
+# Rows per tile of `attend_blocks`. On the CPU one gather of keys serves them all; on a GPU more
+# rows would load more of each other's blocks.
+_FUSED_TILE_ROWS = {"cpu": 128, "cuda": 64}
 _MAX_GRAPHS = 32  # static lengths are powers of two, so a program needs few
 
 
@@ -41,7 +43,8 @@ def attend_with_lists(
         ``[B, Hq, Sq, D]``.
     """
     groups = query.shape[1] // key.shape[1]
-    tile_tokens = min(32, max(1, _FUSED_TILE_ROWS // groups))
+    tile_rows = _FUSED_TILE_ROWS.get(query.device.type, 128)
+    tile_tokens = min(32, max(1, tile_rows // groups))
     num_blocks = (key.shape[2] + config.block_size - 1) // config.block_size
     width = union_width(selected.shape[3], tile_tokens, num_blocks)
     lists = custom_ops.tile_blocks(selected, key.shape[2], config.block_size, tile_tokens, width)
@@ -76,15 +79,15 @@ def attend_with_flex(
         kv_len=keys.shape[2],
         num_groups=Hq // Hkv,
         first=Skv - Sq,
-        backward=torch.is_grad_enabled() and query.requires_grad,
     )
     folded = rows.unflatten(1, (Hkv, -1)).transpose(2, 3).flatten(2, 3)  # [B, Hkv, Sq * G, D]
+    options = _kernel_options(block_mask) if query.device.type == "cuda" else None
     if torch.compiler.is_compiling():
-        out = _flex(folded, keys, values, block_mask, scale)
+        out = _flex(folded, keys, values, block_mask, scale, options)
     else:
         with torch._dynamo.config.patch(recompile_limit=_MAX_GRAPHS):
             compiled = _compiled_flex(False if query.device.type == "cpu" else None)
-            out = compiled(folded, keys, values, block_mask, scale)
+            out = compiled(folded, keys, values, block_mask, scale, options)
     if out is None:
         return attend_with_lists(query, key, value, selected, config, scale)
     return out.unflatten(2, (-1, Hq // Hkv))[:, :, :Sq].transpose(2, 3).flatten(1, 2)
@@ -100,8 +103,19 @@ def _pad_length(x: Tensor) -> Tensor:
     return F.pad(x, (0, 0, 0, (1 << (S - 1).bit_length()) - S))
 
 
+def _kernel_options(block_mask: BlockMask) -> dict[str, int]:
+    """Fit FlexAttention's matrix products into the mask's tiles and blocks."""
+    rows, keys = block_mask.BLOCK_SIZE
+    return {"BLOCK_M": min(rows & -rows, 128), "BLOCK_N": min(keys & -keys, 64)}
+
+
 def _flex(
-    q: Tensor, k: Tensor, v: Tensor, block_mask: BlockMask, scale: float
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    block_mask: BlockMask,
+    scale: float,
+    kernel_options: dict[str, int] | None,
 ) -> Tensor | None:
     """FlexAttention where a compiler takes it up, ``None`` where it would run uncompiled.
 
@@ -111,7 +125,9 @@ def _flex(
     if not torch.compiler.is_dynamo_compiling():
         _warn_uncompiled()
         return None
-    return flex_attention(q, k, v, block_mask=block_mask, scale=scale)
+    return flex_attention(
+        q, k, v, block_mask=block_mask, scale=scale, kernel_options=kernel_options
+    )
 
 
 @functools.cache
