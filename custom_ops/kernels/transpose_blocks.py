@@ -13,7 +13,7 @@ _CHUNK = 1024  # tiles whose bits a program expands at a time
 
 
 @triton.jit(do_not_specialize=["num_tiles", "num_blocks", "row_words"])
-def _mark_kernel(
+def mark_kernel(
     num_ptr,
     idx_ptr,
     bitmap_ptr,
@@ -74,7 +74,7 @@ def launch(num: Tensor, idx: Tensor, num_blocks: int) -> tuple[Tensor, Tensor]:
     row_words = triton.cdiv(num_tiles, 32)
     bitmap = torch.zeros(B, Hkv, num_blocks, row_words, dtype=torch.int32, device=idx.device)
     if idx.numel():
-        _mark_kernel[(B * Hkv * num_tiles,)](
+        mark_kernel[(B * Hkv * num_tiles,)](
             num,
             idx,
             bitmap,

@@ -18,6 +18,7 @@ _POINTERS = {
     torch.float16: "*fp16",
     torch.bfloat16: "*bf16",
     torch.int32: "*i32",
+    torch.int64: "*i64",
 }
 _OPTIONS = ("num_warps", "num_stages")
 
@@ -30,7 +31,7 @@ class Launch(NamedTuple):
     options: dict[str, int]
 
     def __str__(self) -> str:
-        names = ("N", "BLOCK_N", "TOKENS", "HEADS", "D")
+        names = ("N", "BLOCK_N", "ROWS", "TOKENS", "HEADS", "D", "TILE_TOKENS")
         shape = " ".join(f"{n}={self.arguments[n]}" for n in names if n in self.arguments)
         return f"{self.kernel.__name__} {shape} {self.options}"
 

@@ -59,6 +59,20 @@ def _transpose() -> None:
     launch(num, idx, 128)
 
 
+def _attend(dtype: torch.dtype, D: int, G: int, tile_tokens: int, block_size: int = 64) -> None:
+    from custom_ops.kernels import attend_blocks, attend_blocks_backward
+
+    S, num_tiles, width = 8192, 8192 // tile_tokens, 128
+    q, out, grad_out = (_meta(1, 2 * G, S, D, dtype=dtype) for _ in range(3))
+    k, v = (_meta(1, 2, S, D, dtype=dtype) for _ in range(2))
+    lse = _meta(1, 2 * G, S, dtype=FLOAT)
+    widths = ((), (width,), (width,), (), (width,))
+    lists = [_meta(1, 2, num_tiles, *w, dtype=torch.int32) for w in widths]
+    rest = (block_size, tile_tokens, D**-0.5)
+    attend_blocks.launch(q, k, v, *lists, *rest)
+    attend_blocks_backward.launch(grad_out, q, k, v, out, lse, *lists, *rest)
+
+
 @pytest.mark.parametrize("capability", SHARED_LIMIT)
 @pytest.mark.parametrize(
     ("call", "args"),
@@ -78,6 +92,15 @@ def _transpose() -> None:
         (_tile, (8,)),
         (_tile, (32,)),
         (_transpose, ()),
+        (_attend, (BRAIN, 128, 16, 8)),
+        (_attend, (BRAIN, 128, 16, 4)),
+        (_attend, (BRAIN, 64, 4, 16)),
+        (_attend, (HALF, 40, 3, 8)),
+        (_attend, (HALF, 80, 7, 8)),
+        (_attend, (HALF, 256, 2, 32)),
+        (_attend, (BRAIN, 128, 2, 16, 36)),
+        (_attend, (FLOAT, 128, 2, 16)),
+        (_attend, (FLOAT, 256, 2, 16)),
     ],
 )
 def test_compiles_without_spills(

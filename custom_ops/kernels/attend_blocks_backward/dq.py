@@ -1,0 +1,222 @@
+"""The gradient of the queries: a tile's rows walk its lists again, as in the forward pass."""
+
+import triton
+import triton.language as tl
+
+from custom_ops.kernels.dot_in_parts import dot_in_parts
+
+
+@triton.jit
+def _walk(
+    dq,
+    q,
+    do,
+    q_ptr,
+    do_ptr,
+    row_mask,
+    stride_qd,
+    lse,
+    delta,
+    k_ptr,
+    v_ptr,
+    stride_ks,
+    stride_kd,
+    stride_vs,
+    stride_vd,
+    num,
+    idx_ptr,
+    words_ptr,
+    token,
+    position,
+    Skv,
+    factor,
+    D: tl.constexpr,
+    BLOCK_SIZE: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    IN_PARTS: tl.constexpr,
+    PARTIAL: tl.constexpr,
+):
+    """Add what the keys of a list's blocks contribute to the gradient of the rows."""
+    CHUNKS: tl.constexpr = (BLOCK_SIZE + BLOCK_N - 1) // BLOCK_N
+    CHECK: tl.constexpr = PARTIAL or BLOCK_SIZE % BLOCK_N != 0
+    n = tl.arange(0, BLOCK_N)
+    d = tl.arange(0, BLOCK_D)
+    for i in tl.range(0, num * CHUNKS):
+        inner = i % CHUNKS * BLOCK_N + n
+        key = tl.load(idx_ptr + i // CHUNKS) * BLOCK_SIZE + inner
+        valid = inner < BLOCK_SIZE
+        seen = valid[None, :]
+        if PARTIAL:
+            valid = valid & (key < Skv)
+            member = ((tl.load(words_ptr + i // CHUNKS) >> token) & 1) != 0
+            seen = member[:, None] & valid[None, :] & (key[None, :] <= position[:, None])
+        k_row = k_ptr + key.to(tl.int64)[:, None] * stride_ks + d[None, :] * stride_kd
+        v_row = v_ptr + key.to(tl.int64)[:, None] * stride_vs + d[None, :] * stride_vd
+        if CHECK or D < BLOCK_D:
+            key_mask = valid[:, None] & (d < D)[None, :]
+            k = tl.load(k_row, mask=key_mask, other=0.0)
+        else:
+            k = tl.load(k_row)
+        if IN_PARTS:
+            k_column = k_ptr + key.to(tl.int64)[None, :] * stride_ks
+            v_column = v_ptr + key.to(tl.int64)[None, :] * stride_vs
+            logits = dot_in_parts(
+                q_ptr, row_mask, stride_qd, k_column, valid[None, :], stride_kd, D, BLOCK_D
+            )
+            dweights = dot_in_parts(
+                do_ptr, row_mask, 1, v_column, valid[None, :], stride_vd, D, BLOCK_D
+            )
+        else:
+            if CHECK or D < BLOCK_D:  # noqa: SIM108 -- Triton resolves statements, not expressions
+                v = tl.load(v_row, mask=key_mask, other=0.0)
+            else:
+                v = tl.load(v_row)
+            logits = tl.dot(q, tl.trans(k))
+            dweights = tl.dot(do, tl.trans(v))
+        weights = tl.exp2(logits * factor - lse[:, None])
+        if CHECK:
+            weights = tl.where(seen, weights, 0.0)
+        dlogits = weights * (dweights - delta[:, None])
+        dq = tl.dot(dlogits.to(k.dtype), k, dq, input_precision="ieee")
+    return dq
+
+
+@triton.jit(do_not_specialize=["Sq", "Skv", "num_tiles"])
+def dq_kernel(
+    do_ptr,
+    q_ptr,
+    k_ptr,
+    v_ptr,
+    out_ptr,
+    lse_ptr,
+    kv_num_ptr,
+    kv_idx_ptr,
+    words_ptr,
+    full_num_ptr,
+    full_idx_ptr,
+    delta_ptr,
+    dq_ptr,
+    stride_qb,
+    stride_qh,
+    stride_qs,
+    stride_qd,
+    stride_kb,
+    stride_kh,
+    stride_ks,
+    stride_kd,
+    stride_vb,
+    stride_vh,
+    stride_vs,
+    stride_vd,
+    Sq,
+    Skv,
+    num_tiles,
+    width,
+    full_width,
+    scale,
+    Hkv,
+    G: tl.constexpr,
+    D: tl.constexpr,
+    BLOCK_SIZE: tl.constexpr,
+    TILE_TOKENS: tl.constexpr,
+    PARTS: tl.constexpr,
+    ROWS: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    IN_PARTS: tl.constexpr,
+):
+    """Fill ``dq``, and ``delta``, the dot product of the output and its gradient, for some rows.
+
+    ``do``, ``out``, ``lse`` and what is filled are contiguous, as ``q`` would be.
+    """
+    part = tl.program_id(0) % PARTS
+    tile = tl.program_id(0) // PARTS % num_tiles
+    head = (tl.program_id(0) // PARTS // num_tiles).to(tl.int64)
+    b, h = head // Hkv, head % Hkv
+    row = part * ROWS + tl.arange(0, ROWS)
+    token = row // G
+    s = tile * TILE_TOKENS + token
+    position = Skv - Sq + s
+    q_head = h * G + row % G
+    real = (token < TILE_TOKENS) & (s < Sq)
+    d = tl.arange(0, BLOCK_D)
+    mask = real[:, None] & (d < D)[None, :]
+    q_ptr += (b * stride_qb + q_head * stride_qh + s.to(tl.int64) * stride_qs)[:, None]
+    k_ptr += b * stride_kb + h * stride_kh
+    v_ptr += b * stride_vb + h * stride_vh
+    flat = (b * Hkv * G + q_head) * Sq + s
+    do_ptr += flat[:, None] * D
+    do = tl.load(do_ptr + d[None, :], mask=mask, other=0.0)
+    out = tl.load(out_ptr + flat[:, None] * D + d[None, :], mask=mask, other=0.0)
+    delta = tl.sum(do.to(tl.float32) * out.to(tl.float32), 1)
+    tl.store(delta_ptr + flat, delta, mask=real)
+    lse = tl.load(lse_ptr + flat, mask=real, other=0.0) * 1.4426950408889634
+    q = do  # unused in parts
+    if not IN_PARTS:
+        q = tl.load(q_ptr + d[None, :] * stride_qd, mask=mask, other=0.0)
+
+    dq = tl.zeros([ROWS, BLOCK_D], tl.float32)
+    factor = scale * 1.4426950408889634
+    lists = head * num_tiles + tile
+    dq = _walk(
+        dq,
+        q,
+        do,
+        q_ptr,
+        do_ptr,
+        real[:, None],
+        stride_qd,
+        lse,
+        delta,
+        k_ptr,
+        v_ptr,
+        stride_ks,
+        stride_kd,
+        stride_vs,
+        stride_vd,
+        tl.load(full_num_ptr + lists),
+        full_idx_ptr + lists * full_width,
+        words_ptr + lists * width,
+        token,
+        position,
+        Skv,
+        factor,
+        D,
+        BLOCK_SIZE,
+        BLOCK_N,
+        BLOCK_D,
+        IN_PARTS,
+        PARTIAL=False,
+    )
+    dq = _walk(
+        dq,
+        q,
+        do,
+        q_ptr,
+        do_ptr,
+        real[:, None],
+        stride_qd,
+        lse,
+        delta,
+        k_ptr,
+        v_ptr,
+        stride_ks,
+        stride_kd,
+        stride_vs,
+        stride_vd,
+        tl.load(kv_num_ptr + lists),
+        kv_idx_ptr + lists * width,
+        words_ptr + lists * width,
+        token,
+        position,
+        Skv,
+        factor,
+        D,
+        BLOCK_SIZE,
+        BLOCK_N,
+        BLOCK_D,
+        IN_PARTS,
+        PARTIAL=True,
+    )
+    tl.store(dq_ptr + flat[:, None] * D + d[None, :], dq * scale, mask=mask)

@@ -1,0 +1,164 @@
+"""The Triton kernels of ``attend_blocks`` and its backward are as exact as their definitions."""
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from custom_ops.attend_blocks import attend_blocks, attend_blocks_backward
+from custom_ops.tile_blocks import tile_blocks
+from tests.custom_ops.harness import (
+    DTYPES,
+    INTERPRETED,
+    far_apart,
+    fenced,
+    fenced_allocations,
+    require_kernels,
+    run_on_device,
+    uninitialised_memory_is_poison,  # noqa: F401
+)
+from tests.inputs import make_qkv, make_selected
+from tests.tolerance import assert_within_rounding
+
+require_kernels()
+pytestmark = pytest.mark.filterwarnings("ignore:.* encountered in:RuntimeWarning")  # by numpy
+
+from custom_ops.kernels import attend_blocks as forward  # noqa: E402
+from custom_ops.kernels import attend_blocks_backward as backward  # noqa: E402
+
+
+def _case(
+    shape: dict[str, int], block_size: int, tile_tokens: int, dtype: torch.dtype = torch.float32
+) -> tuple[list[Tensor], list[Tensor], tuple[int, int, float]]:
+    """Make q, k, v, the lists, and what follows them."""
+    qkv = make_qkv(**shape, dtype=dtype)
+    (B, _, Sq, _), (_, Hkv, S, _) = qkv[0].shape, qkv[1].shape
+    selected = make_selected(S, B=B, Hkv=Hkv, block_size=block_size)[:, :, -Sq:]
+    width = min(-(-S // block_size), 5 * tile_tokens)
+    lists = tile_blocks(selected, S, block_size, tile_tokens, width)
+    return list(qkv), list(lists), (block_size, tile_tokens, 0.25)
+
+
+def _judge(qkv: list[Tensor], lists: list[Tensor], rest: tuple[int, int, float]) -> tuple[Any, ...]:
+    out, lse = run_on_device(forward.launch, *qkv, *lists, *rest)
+    plain_out, plain_lse = attend_blocks(*qkv, *lists, *rest)
+    exact_out, exact_lse = attend_blocks(*(x.double() for x in qkv), *lists, *rest)
+    assert out.dtype == qkv[0].dtype
+    assert lse.dtype == torch.float32
+    assert_within_rounding(out, exact_out, plain_out)
+    seen = exact_lse > -torch.inf
+    assert torch.equal(lse > -torch.inf, seen)
+    assert_within_rounding(lse[seen], exact_lse[seen], plain_lse[seen])
+
+    grad_out = torch.randn(out.shape, generator=torch.Generator().manual_seed(1)).to(out.dtype)
+    state = (grad_out, *qkv, plain_out, plain_lse)
+    grads = run_on_device(backward.launch, *state, *lists, *rest)
+    plain = attend_blocks_backward(*state, *lists, *rest)
+    exact_state = (grad_out.double(), *(x.double() for x in qkv), exact_out, exact_lse)
+    exact = attend_blocks_backward(*exact_state, *lists, *rest)
+    for grad, exact_grad, plain_grad in zip(grads, exact, plain, strict=True):
+        assert grad.dtype == out.dtype
+        assert_within_rounding(grad, exact_grad, plain_grad, factor=3)
+    return out, lse, grads
+
+
+@pytest.mark.parametrize(
+    ("shape", "block_size", "tile_tokens"),
+    [
+        ({"S": 96, "Hq": 4, "Hkv": 2, "D": 16}, 16, 4),
+        ({"S": 101, "Hq": 6, "Hkv": 2, "D": 24, "B": 2, "Sq": 33}, 16, 7),
+        ({"S": 130, "Sq": 20, "Hq": 7, "Hkv": 1, "D": 40}, 16, 32),
+        ({"S": 70, "Hq": 2, "Hkv": 2, "D": 16, "Sq": 9}, 16, 1),
+        ({"S": 300, "Hq": 16, "Hkv": 1, "D": 80, "Sq": 9}, 64, 8),
+        ({"S": 200, "Hq": 3, "Hkv": 1, "D": 16, "Sq": 5}, 36, 3),
+        ({"S": 200, "Hq": 2, "Hkv": 2, "D": 256, "Sq": 1}, 16, 16),
+        ({"S": 1, "Hq": 2, "Hkv": 1, "D": 16}, 16, 4),
+    ],
+)
+def test_is_as_exact_as_the_definition(
+    shape: dict[str, int], block_size: int, tile_tokens: int
+) -> None:
+    _judge(*_case(shape, block_size, tile_tokens))
+
+
+@pytest.mark.parametrize("dtype", DTYPES[1:])
+@pytest.mark.parametrize("group", [1, 5, 16])
+@pytest.mark.parametrize("D", [40, 128])
+def test_is_as_exact_in_half_precision(group: int, D: int, dtype: torch.dtype) -> None:
+    shape = {"S": 260, "Sq": 20, "Hq": group, "Hkv": 1, "D": D}
+    _judge(*_case(shape, 64, 8, dtype))
+
+
+def test_rows_without_a_key() -> None:
+    qkv, lists, rest = _case({"S": 64, "Hq": 2, "Hkv": 1, "D": 16, "Sq": 12}, 16, 4)
+    lists[0][0, 0, 1], lists[3][0, 0, 1] = 0, 0  # the second tile has nothing
+    lists[2] &= ~2  # the second token of every tile is in no partial list
+    out, lse, grads = _judge(qkv, lists, rest)
+    assert out[0, :, 4:8].eq(0).all()
+    assert lse[0, :, 4:8].eq(-torch.inf).all()
+    assert grads[0][0, :, 4:8].eq(0).all()
+
+
+def test_keys_beyond_the_lists_and_the_position_are_left_alone() -> None:
+    (q, k, v), lists, rest = _case({"S": 96, "Hq": 2, "Hkv": 1, "D": 16}, 16, 4)
+    expected, _ = run_on_device(forward.launch, q, k, v, *lists, *rest)
+    num, idx = lists[0][..., None], lists[1]
+    slot = torch.arange(idx.shape[-1])
+    lists[1] = idx.masked_fill(slot >= num, 2**31 - 1)
+    lists[4] = lists[4].masked_fill(slot >= lists[3][..., None], 2**31 - 1)
+    k[:, :, 95], v[:, :, 95] = 1e9, 1e9  # the last position alone sees it
+    actual, _ = run_on_device(forward.launch, q, k, v, *lists, *rest)
+    assert torch.equal(actual[:, :, :95], expected[:, :, :95])
+
+
+def test_large_logits_do_not_overflow() -> None:
+    (q, k, v), lists, rest = _case({"S": 96, "Hq": 2, "Hkv": 1, "D": 16, "Sq": 20}, 16, 4)
+    out, lse = run_on_device(forward.launch, q * 1e4, k, v, *lists, *rest)
+    assert out.isfinite().all()
+    assert lse.isfinite().all()
+
+
+def test_takes_any_strides() -> None:
+    qkv, lists, rest = _case({"S": 80, "Hq": 4, "Hkv": 2, "D": 16, "B": 2, "Sq": 20}, 16, 4)
+    out, lse = run_on_device(forward.launch, *qkv, *lists, *rest)
+    grad_out = torch.ones_like(out)
+    grads = run_on_device(backward.launch, grad_out, *qkv, out, lse, *lists, *rest)
+    strided = [x.transpose(1, 2).contiguous().transpose(1, 2) for x in qkv]
+    strided = [torch.stack([x, torch.full_like(x, torch.nan)], -1)[..., 0] for x in strided]
+    assert torch.equal(run_on_device(forward.launch, *strided, *lists, *rest)[0], out)
+    expanded = torch.ones(()).expand(out.shape)
+    again = run_on_device(backward.launch, expanded, *strided, out, lse, *lists, *rest)
+    assert all(torch.equal(a, b) for a, b in zip(again, grads, strict=True))
+
+
+def test_reads_offsets_beyond_32_bits() -> None:
+    shape = {"S": 40, "Hq": 2, "Hkv": 2, "D": 16, "Sq": 6}
+    qkv, lists, rest = _case(shape, 16, 4, torch.float16)
+    out, lse = run_on_device(forward.launch, *qkv, *lists, *rest)
+    grads = run_on_device(backward.launch, out, *qkv, out, lse, *lists, *rest)
+    device = "cpu" if INTERPRETED else "cuda"
+    near = [x.to(device) for x in (*qkv, *lists)]
+    for tensor in range(3):
+        for dim in (1, 2):
+            far = list(near)
+            far[tensor] = far_apart(qkv[tensor], dim)
+            assert torch.equal(forward.launch(*far, *rest)[0].cpu(), out)
+            state = [out.to(device), *far[:3], out.to(device), lse.to(device)]
+            again = backward.launch(*state, *far[3:], *rest)
+            assert all(torch.equal(a.cpu(), b) for a, b in zip(again, grads, strict=True))
+
+
+@pytest.mark.skipif(not INTERPRETED, reason="guard pages surround CPU memory only")
+def test_touches_nothing_outside(monkeypatch: pytest.MonkeyPatch) -> None:
+    qkv, lists, rest = _case({"S": 75, "Hq": 6, "Hkv": 2, "D": 24, "Sq": 10}, 16, 4)
+    out, lse = forward.launch(*qkv, *lists, *rest)
+    grads = backward.launch(out, *qkv, out, lse, *lists, *rest)
+    qkv, lists = [fenced(x) for x in qkv], [fenced(x) for x in lists]
+    with fenced_allocations(monkeypatch):
+        again, lse_again = forward.launch(*qkv, *lists, *rest)
+        assert torch.equal(again, out)
+        assert torch.equal(lse_again, lse)
+        state = [fenced(x) for x in (out, out, lse)]
+        grads_again = backward.launch(state[0], *qkv, *state[1:], *lists, *rest)
+        assert all(torch.equal(a, b) for a, b in zip(grads_again, grads, strict=True))
