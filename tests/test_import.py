@@ -94,6 +94,20 @@ def test_the_implementation_is_known_in_whatever_order_one_imports(imports):
     ).endswith("infllm_flex\n[]\n")
 
 
+def test_without_transformers_patching_still_says_why_not():
+    assert run(
+        """
+        import sys, torch
+        sys.modules["transformers"] = None
+        import infllm_flex
+        try:
+            infllm_flex.patch_model(torch.nn.Linear(2, 2))
+        except infllm_flex.UnsupportedModelError as error:
+            print(error)
+        """
+    ).startswith("Linear cannot be patched: found no layer")
+
+
 def test_the_wheel_ships_two_packages_and_nothing_else(tmp_path):
     pytest.importorskip("hatchling")
     from hatchling.builders.wheel import WheelBuilder

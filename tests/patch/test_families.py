@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from transformers import CLIPVisionConfig, LlavaConfig, LlavaForConditionalGeneration
 
 import infllm_flex as ifx
 from tests.patch.masked import masked_sdpa
@@ -90,6 +91,41 @@ def test_sliding_window_layers_stay_as_they_were():
     assert rows[0].status == "sliding window 32: left as it was"
     # With everything selected, only a broken sliding window could tell the two apart.
     assert_close([logits(model, LONG)], [plain])
+
+
+def test_a_window_on_some_layers_leaves_those():
+    config = CONFIGS["qwen2"]()
+    changes = {"sliding_window": 32, "layer_types": ["full_attention", "sliding_attention"]}
+    model = build(type(config)(**{**config.to_dict(), "use_sliding_window": True, **changes}))
+    ifx.patch_model(model, SETTINGS)
+    assert [row.sparse for row in ifx.describe(model)] == [True, False]
+
+
+def test_a_window_on_every_layer_leaves_none_to_patch():
+    config = CONFIGS["mistral"]()
+    config.sliding_window = 32
+    with pytest.raises(ifx.UnsupportedModelError, match="2 x sliding window 32"):
+        ifx.patch_model(build(config), SETTINGS)
+
+
+def test_only_the_language_model_of_a_vision_model_is_patched():
+    vision = CLIPVisionConfig(
+        hidden_size=32,
+        intermediate_size=32,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        image_size=28,
+        patch_size=14,
+    )
+    config = LlavaConfig(text_config=CONFIGS["llama"](), vision_config=vision)
+    model = LlavaForConditionalGeneration(config)
+    configs = (config, config.text_config, config.vision_config)
+    before = [c._attn_implementation for c in configs]
+    ifx.patch_model(model, SETTINGS)
+    assert [c._attn_implementation for c in configs] == ["sdpa", "infllm_flex", "sdpa"]
+    assert ifx.describe(model)[0].status == "not causal: left as it was"
+    ifx.unpatch_model(model)
+    assert [c._attn_implementation for c in configs] == before
 
 
 def test_soft_capped_logits_are_refused_when_patching():

@@ -45,12 +45,12 @@ def attach(model: nn.Module, config: InfLLMConfig) -> None:
     Raises:
         UnsupportedModelError: No layer can be sparse; the model is as it was.
     """
-    register()
     layers = attention_layers(model)
     left = {name: why_left(module) for name, module in layers.items()}
     sparse = [layers[name] for name, reason in left.items() if reason is None]
     if not sparse:
         raise UnsupportedModelError(_nothing_to_patch(model, left))
+    register()
     for module in layers.values():
         set_layer(module, layer_for(module, config, reads_positions=module is sparse[0]))
     for module in sparse:
