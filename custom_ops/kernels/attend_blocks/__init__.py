@@ -60,17 +60,16 @@ def _tile(q: Tensor, tile_rows: int, block_size: int) -> dict[str, int]:
     """Choose how many of the tile's rows a program takes, and how many keys at a time."""
     block_d = max(16, triton.next_power_of_2(q.shape[3]))
     in_parts = q.element_size() > 2  # float32 without tensor cores: operands in registers
-    wide = block_d > 128
-    most_rows, most_keys = (16, 16) if in_parts else (64 if wide else 128, 64)
-    rows = max(16, min(most_rows, triton.next_power_of_2(tile_rows)))
     # Wide heads take registers, and so do the masks of a head dim that is no power of two.
-    many_warps = rows == 128 or (rows == 64 and (wide or q.shape[3] < block_d))
+    costly = block_d > 128 or q.shape[3] < block_d
+    most_rows, most_keys = (16, 16) if in_parts else (64, 32) if costly else (128, 64)
+    rows = max(16, min(most_rows, triton.next_power_of_2(tile_rows)))
     return {
         "PARTS": triton.cdiv(tile_rows, rows),
         "ROWS": rows,
         "BLOCK_N": max(16, min(most_keys, triton.next_power_of_2(block_size))),
         "BLOCK_D": block_d,
         "IN_PARTS": in_parts,
-        "num_warps": 8 if many_warps else 4,
-        "num_stages": 1 if in_parts else 2 if wide else 3,
+        "num_warps": 8 if rows == 128 or (rows == 64 and costly) else 4,
+        "num_stages": 1 if in_parts else 2 if costly else 3,
     }

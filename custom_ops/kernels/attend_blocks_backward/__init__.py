@@ -93,24 +93,23 @@ def _tiles(q: Tensor, tile_rows: int, block_size: int) -> tuple[dict[str, int], 
     D = q.shape[3]
     block_d = max(16, triton.next_power_of_2(D))
     in_parts = q.element_size() > 2  # float32 without tensor cores: operands in registers
-    if in_parts:
-        most = (16, 16), (16, 16)
-    elif block_d > 128:
-        most = (32, 64), (32, 32)
-    else:
-        most = (64, 64 if block_d == 128 else 32), (64 if D == 128 else 32, 64)
-    tiles = []
-    for most_rows, most_keys in most:
+
+    def tile(most_rows: int, most_keys: int, warps: int) -> dict[str, int]:
         rows = max(16, min(most_rows, triton.next_power_of_2(tile_rows)))
-        tiles.append(
-            {
-                "PARTS": triton.cdiv(tile_rows, rows),
-                "ROWS": rows,
-                "BLOCK_N": max(16, min(most_keys, triton.next_power_of_2(block_size))),
-                "BLOCK_D": block_d,
-                "IN_PARTS": in_parts,
-                "num_warps": 4 if in_parts or block_d <= 64 else 8,
-                "num_stages": 1 if in_parts else 2,
-            }
-        )
-    return tiles[0], tiles[1]
+        return {
+            "PARTS": triton.cdiv(tile_rows, rows),
+            "ROWS": rows,
+            "BLOCK_N": max(16, min(most_keys, triton.next_power_of_2(block_size))),
+            "BLOCK_D": block_d,
+            "IN_PARTS": in_parts,
+            "num_warps": 4 if rows < 64 and D == 128 else warps,
+            "num_stages": 1 if in_parts else 2,
+        }
+
+    if in_parts:
+        return tile(16, 16, 4), tile(16, 16, 4)
+    if block_d > 128:
+        return tile(32, 64, 8), tile(32, 32, 8)
+    if block_d == 128:
+        return tile(64, 64, 8), tile(64 if D == 128 else 32, 64, 8)
+    return tile(64, 32, 4), (tile(32, 64, 4) if D == 64 else tile(32, 32, 8))
