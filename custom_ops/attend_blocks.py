@@ -1,13 +1,11 @@
 """Attend from tiles of queries to their listed blocks, with gradients, on any device."""
 
-from collections.abc import Iterator
-from typing import NamedTuple
+from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-_CHUNK_SCORES = 2 << 20  # scores held at a time, over all tiles of a chunk
+from custom_ops.tile_chunks import TileLists, heads
 
 
 @torch.library.custom_op("infllm_flex::attend_blocks", mutates_args=())
@@ -51,8 +49,8 @@ def attend_blocks(
     accumulate = torch.promote_types(q.dtype, torch.float32)
     out = torch.empty_like(q, memory_format=torch.contiguous_format)
     lse = q.new_empty(q.shape[:3], dtype=accumulate)
-    lists = _Lists(kv_num, kv_idx, words, full_num, full_idx, block_size, tile_tokens)
-    for head in _heads(q, k, v):
+    lists = TileLists(kv_num, kv_idx, words, full_num, full_idx, block_size, tile_tokens)
+    for head in heads(q, k):
         keys, values = (head.blocks(x, block_size, accumulate) for x in (k, v))
         for chunk in lists.chunks(head, k.shape[2], q.shape[2]):
             rows = chunk.load(head, q, accumulate) * scale
@@ -88,9 +86,19 @@ def attend_blocks_backward(
 
     Args:
         grad_out: Gradient of the output ``[B, Hq, Sq, D]``.
-        q: As in ``attend_blocks``, like every argument not listed here.
+        q: Queries, as in ``attend_blocks``.
+        k: Keys.
+        v: Values.
         out: The output of ``attend_blocks``.
         lse: Its log-sum-exp.
+        kv_num: Partial blocks per tile; this and the next four as ``tile_blocks`` returns them.
+        kv_idx: The partial blocks.
+        words: Their membership words.
+        full_num: Full blocks per tile.
+        full_idx: The full blocks.
+        block_size: Keys per block.
+        tile_tokens: Tokens per tile.
+        scale: Factor on the dot products.
 
     Returns:
         Gradients of q, k and v, in their shapes and dtypes.
@@ -98,9 +106,9 @@ def attend_blocks_backward(
     accumulate = torch.promote_types(q.dtype, torch.float32)
     dq = torch.empty_like(q, memory_format=torch.contiguous_format)
     dk, dv = (torch.empty_like(x, memory_format=torch.contiguous_format) for x in (k, v))
-    lists = _Lists(kv_num, kv_idx, words, full_num, full_idx, block_size, tile_tokens)
-    Skv, D = k.shape[2:]
-    for head in _heads(q, k, v):
+    lists = TileLists(kv_num, kv_idx, words, full_num, full_idx, block_size, tile_tokens)
+    Skv = k.shape[2]
+    for head in heads(q, k):
         keys, values = (head.blocks(x, block_size, accumulate) for x in (k, v))
         dkeys, dvalues = torch.zeros_like(keys), torch.zeros_like(values)
         for chunk in lists.chunks(head, Skv, q.shape[2]):
@@ -118,141 +126,6 @@ def attend_blocks_backward(
         dk[head.batch, head.kv] = dkeys.flatten(0, 1)[:Skv]
         dv[head.batch, head.kv] = dvalues.flatten(0, 1)[:Skv]
     return dq, dk, dv
-
-
-class _Head(NamedTuple):
-    """One key/value head of one batch entry, and the query heads that share it."""
-
-    batch: int
-    kv: int
-    group: slice
-
-    def blocks(self, x: Tensor, block_size: int, dtype: torch.dtype) -> Tensor:
-        """Cut ``x [B, Hkv, Skv, D]`` into ``[Nkv, block_size, D]``; the last one zero-filled."""
-        x = x[self.batch, self.kv].to(dtype)
-        return F.pad(x, (0, 0, 0, -x.shape[0] % block_size)).unflatten(0, (-1, block_size))
-
-
-def _heads(q: Tensor, k: Tensor, v: Tensor) -> Iterator[_Head]:
-    G = q.shape[1] // k.shape[1]
-    for batch in range(k.shape[0]):
-        for kv in range(k.shape[1]):
-            yield _Head(batch, kv, slice(kv * G, (kv + 1) * G))
-
-
-class _Lists(NamedTuple):
-    kv_num: Tensor
-    kv_idx: Tensor
-    words: Tensor
-    full_num: Tensor
-    full_idx: Tensor
-    block_size: int
-    tile_tokens: int
-
-    def chunks(self, head: _Head, Skv: int, Sq: int) -> Iterator["_Chunk"]:
-        """Walk a head's tiles, several at a time, their lists joined and padded to one width."""
-        at = (head.batch, head.kv)
-        kv_num, full_num = self.kv_num[at], self.full_num[at]
-        counts = (kv_num + full_num).tolist()
-        group = head.group.stop - head.group.start
-        per_slot = self.tile_tokens * group * self.block_size
-        begin = 0
-        while begin < len(counts):
-            width, end = counts[begin], begin + 1
-            while end < len(counts):
-                wider = max(width, counts[end])
-                if (end + 1 - begin) * wider * per_slot > _CHUNK_SCORES:
-                    break
-                width, end = wider, end + 1
-            tiles = slice(begin, end)
-            yield self._join(at, tiles, max(width, 1), Skv, Sq)
-            begin = end
-
-    def _join(self, at: tuple[int, int], tiles: slice, width: int, Skv: int, Sq: int) -> "_Chunk":
-        num, full_num = self.kv_num[at][tiles, None], self.full_num[at][tiles, None]
-        kv_idx, words, full_idx = (x[at][tiles] for x in (self.kv_idx, self.words, self.full_idx))
-        slot = torch.arange(width, device=num.device)
-        is_full = slot < full_num
-        is_partial = ~is_full & (slot < full_num + num)
-        from_full = slot.clamp(max=full_idx.shape[-1] - 1).expand_as(is_full)
-        from_partial = (slot - full_num).clamp(0, kv_idx.shape[-1] - 1)
-        block = torch.where(
-            is_full, full_idx.gather(1, from_full), kv_idx.gather(1, from_partial)
-        ).masked_fill_(~(is_full | is_partial), 0)  # [n, W]
-        word = words.gather(1, from_partial).masked_fill_(~is_partial, 0).masked_fill_(is_full, -1)
-
-        token = torch.arange(self.tile_tokens, device=num.device)
-        first = Skv - Sq + torch.arange(tiles.start, tiles.stop, device=num.device) * token.numel()
-        position = first[:, None] + token  # [n, T]
-        member = (word[:, None] >> token[:, None]) & 1  # [n, T, W]
-        past = position[:, :, None] - block[:, None] * self.block_size + 1
-        return _Chunk(
-            block.long(), past.clamp(0, self.block_size) * member, tiles, self.tile_tokens, Sq
-        )
-
-
-class _Chunk(NamedTuple):
-    """Several tiles: ``slots [n, W]`` name blocks, ``seen [n, T, W]`` counts their visible keys."""
-
-    slots: Tensor
-    seen: Tensor
-    tiles: slice
-    tile_tokens: int
-    Sq: int
-
-    def _tokens(self) -> slice:
-        return slice(
-            self.tiles.start * self.tile_tokens, min(self.tiles.stop * self.tile_tokens, self.Sq)
-        )
-
-    def load(self, head: _Head, x: Tensor, dtype: torch.dtype) -> Tensor:
-        """Read rows of ``x [B, Hq, Sq, E]`` as ``[n, T * G, E]``, zero beyond the sequence."""
-        rows = x[head.batch, head.group, self._tokens()].to(dtype).transpose(0, 1)  # [tokens, G, E]
-        missing = self.slots.shape[0] * self.tile_tokens - rows.shape[0]
-        rows = F.pad(rows, (0, 0, 0, 0, 0, missing)) if missing else rows
-        return rows.reshape(self.slots.shape[0], -1, x.shape[-1])
-
-    def store(self, head: _Head, out: Tensor, rows: Tensor) -> None:
-        """Write ``rows [n, T * G, E]`` back to ``out [B, Hq, Sq, E]``."""
-        at = self._tokens()
-        G = head.group.stop - head.group.start
-        rows = rows.reshape(-1, G, rows.shape[-1])[: at.stop - at.start]
-        out[head.batch, head.group, at] = rows.transpose(0, 1).to(out.dtype)
-
-    def logits(self, rows: Tensor, keys: Tensor) -> Tensor:
-        """Dot products with the gathered keys ``[n, T * G, W * block_size]``, -inf if unseen."""
-        logits = rows @ keys[self.slots].flatten(1, 2).mT
-        unseen = ~self.sees(keys.shape[1])
-        logits.unflatten(1, (unseen.shape[1], -1)).masked_fill_(unseen[:, :, None], -torch.inf)
-        return logits
-
-    def sees(self, block_size: int) -> Tensor:
-        """Spell out which gathered keys each token sees: bool ``[n, T, W * block_size]``."""
-        offset = torch.arange(block_size, device=self.seen.device)
-        return (offset < self.seen[..., None]).flatten(2)
-
-    def weigh(self, weights: Tensor, values: Tensor) -> Tensor:
-        """Sum the gathered values by ``weights [n, T * G, W * block_size]``.
-
-        A product multiplies unseen values by zero, and 0 x nan is nan: where values are not finite,
-        they are left out of the product and given only to the rows that see them.
-        """
-        gathered = values[self.slots].flatten(1, 2)  # [n, W * block_size, D]
-        if gathered.isfinite().all():
-            return weights @ gathered
-        out = weights @ gathered.nan_to_num(0.0, 0.0, 0.0)
-        seen = self.sees(values.shape[1]).to(weights.dtype)
-        for special in (torch.inf, -torch.inf, torch.nan):
-            is_special = gathered.isnan() if special != special else gathered == special
-            reached = (seen @ is_special.to(weights.dtype) > 0)[:, :, None]  # [n, T, 1, D]
-            out.unflatten(1, (seen.shape[1], -1)).add_(torch.where(reached, special, 0.0))
-        return out
-
-    def add_to_blocks(self, total: Tensor, rows: Tensor) -> None:
-        """Add ``rows [n, W * block_size, D]`` onto the blocks they belong to."""
-        used = self.seen.amax(1) > 0
-        parts = rows.unflatten(1, (-1, total.shape[1]))[used]
-        total.index_add_(0, self.slots[used], parts)
 
 
 @attend_blocks.register_fake
@@ -323,7 +196,7 @@ def _(
     return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
 
 
-def _save_for_backward(ctx: torch.autograd.function.FunctionCtx, inputs: tuple, output: tuple):
+def _save_for_backward(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
     *tensors, block_size, tile_tokens, scale = inputs
     out, lse = output
     ctx.mark_non_differentiable(lse)
@@ -331,7 +204,7 @@ def _save_for_backward(ctx: torch.autograd.function.FunctionCtx, inputs: tuple, 
     ctx.settings = (block_size, tile_tokens, scale)
 
 
-def _backward(ctx: torch.autograd.function.FunctionCtx, grad_out: Tensor, grad_lse: Tensor):
+def _backward(ctx: Any, grad_out: Tensor, grad_lse: Tensor) -> tuple[Tensor | None, ...]:
     grads = attend_blocks_backward(grad_out, *ctx.saved_tensors, *ctx.settings)
     return *grads, *(None,) * 8
 

@@ -37,10 +37,10 @@ def compress_keys(k: Tensor, kernel_size: int, kernel_stride: int) -> Tensor:
     accumulate = torch.promote_types(k.dtype, torch.float32)
     tokens = k[:, :, : num_strides * kernel_stride].to(accumulate)
     tokens = tokens.unflatten(2, (num_strides, kernel_stride))  # [B, Hkv, C', kernel_stride, D]
-    stride_sums = tokens[:, :, :, 0].clone()
+    stride_sums = tokens[:, :, :, 0].clone(memory_format=torch.contiguous_format)
     for offset in range(1, kernel_stride):
         stride_sums += tokens[:, :, :, offset]
-    window_sums = stride_sums[:, :, :C].clone()
+    window_sums = stride_sums[:, :, :C].clone(memory_format=torch.contiguous_format)
     for offset in range(1, strides_per_window):
         window_sums += stride_sums[:, :, offset : offset + C]
     return (window_sums / kernel_size).to(k.dtype)

@@ -72,8 +72,8 @@ def select_blocks(
     for b in range(B):
         for h in range(Hkv):
             rows = grouped[b, h].transpose(0, 1)  # [Sq, G, D]
-            keys = (x[b, h].to(accumulate) * scale for x in (compressed, coarse))
-            _select_for_head(rows, *keys, kv_len - Sq, rule, selected[b, h])
+            fine, wide = (x[b, h].to(accumulate) * scale for x in (compressed, coarse))
+            _select_for_head(rows, fine, wide, kv_len - Sq, rule, selected[b, h])
     return selected
 
 
@@ -160,10 +160,12 @@ def _select_for_head(
     last_tile_end = -(-end // tokens) * tokens
     compressed = _pad_rows(compressed, rule.windows.seen_from(last_tile_end))
     coarse = _pad_rows(coarse, rule.coarse_windows.seen_from(last_tile_end))
+    # Kept from tile to tile: fresh pages for each would cost as much as the products.
+    scratch = compressed.new_empty(tokens * G * (len(compressed) + len(coarse)))
     for start in range(first // tokens * tokens, end, tokens):
         lo, hi = max(start, first), min(start + tokens, end)
         position = torch.arange(start, start + tokens, device=rows.device)
-        num_candidates = position[-1:].item() // rule.block_size + 1
+        num_candidates = (start + tokens - 1) // rule.block_size + 1
         kept = slice(lo - start, hi - start)
         if (hi - 1) // rule.block_size < K:  # every block up to the query's own fits
             block = torch.arange(K, device=rows.device)
@@ -172,7 +174,7 @@ def _select_for_head(
             continue
         tile = compressed.new_zeros(tokens, *rows.shape[1:])
         tile[kept] = rows[lo - first : hi - first]
-        weights = _score_windows(tile, compressed, coarse, position, rule)
+        weights = _score_windows(tile, compressed, coarse, position, rule, scratch)
         scores = _pool_to_blocks(weights, num_candidates, rule)
         out[lo - first : hi - first] = _pick_best(scores[kept], position[kept], K, rule)
 
@@ -182,7 +184,12 @@ def _pad_rows(keys: Tensor, num_rows: int) -> Tensor:
 
 
 def _score_windows(
-    tile: Tensor, compressed: Tensor, coarse: Tensor, position: Tensor, rule: _Rule
+    tile: Tensor,
+    compressed: Tensor,
+    coarse: Tensor,
+    position: Tensor,
+    rule: _Rule,
+    scratch: Tensor,
 ) -> Tensor:
     """Weigh the windows visible to a tile ``[T, G, D]``, summed over its group: ``[T, C']``."""
     T, G, D = tile.shape
@@ -190,8 +197,10 @@ def _score_windows(
     q = tile.view(T * G, D)
     num_coarse = rule.coarse_windows.seen_from(last)
     num_fine = rule.windows.seen_from(last)
-    logits = q @ compressed[:num_fine].t()
-    coarse_logits = q @ coarse[:num_coarse].t()
+    logits = scratch[: T * G * num_fine].view(T * G, num_fine)
+    torch.mm(q, compressed[:num_fine].t(), out=logits)
+    coarse_logits = scratch[logits.numel() :][: T * G * num_coarse].view(T * G, num_coarse)
+    torch.mm(q, coarse[:num_coarse].t(), out=coarse_logits)
     _hide_unseen(coarse_logits.view(T, G, -1), position, rule.coarse_windows, -torch.inf)
     lse = coarse_logits.logsumexp(-1)
     if rule.coarse_windows.seen_from(start) == 0:

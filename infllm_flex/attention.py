@@ -5,7 +5,6 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.nn.attention.bias import causal_lower_right
 
 from infllm_flex.config import InfLLMConfig
 from infllm_flex.engines import attend_with_flex, attend_with_lists
@@ -89,6 +88,9 @@ def _attend_dense(query: Tensor, key: Tensor, value: Tensor, scale: float) -> Te
         return F.scaled_dot_product_attention(
             query, key, value, is_causal=True, scale=scale, enable_gqa=enable_gqa
         )
+    # Here, since it imports the compiler, which `import infllm_flex` must not wait for.
+    from torch.nn.attention.bias import causal_lower_right
+
     mask = None if Sq == 1 else causal_lower_right(Sq, Skv)
     return F.scaled_dot_product_attention(
         query, key, value, attn_mask=mask, scale=scale, enable_gqa=enable_gqa

@@ -71,7 +71,7 @@ def build_block_mask(
             rows are as wide as the number of tiles.
 
     Returns:
-        A BlockMask of ``[B, Hkv, Sq * G, Skv]`` with ``BLOCK_SIZE = (tile_tokens * G, block_size)``.
+        A BlockMask of ``[B, Hkv, Sq * G, Skv]``, ``BLOCK_SIZE = (tile_tokens * G, block_size)``.
 
     Raises:
         ValueError: ``selected`` is not int32 of four dimensions, or ``tile_tokens`` out of range.
@@ -92,13 +92,10 @@ def build_block_mask(
     kv_num, kv_idx, _, full_num, full_idx = custom_ops.tile_blocks(
         selected, first + Sq, config.block_size, tile_tokens, width
     )
-    q_lists: dict[str, Tensor | None] = dict.fromkeys(
-        ("q_num_blocks", "q_indices", "full_q_num_blocks", "full_q_indices")
-    )
+    q_num = q_idx = full_q_num = full_q_idx = None
     if backward:
         q_num, q_idx = custom_ops.transpose_blocks(kv_num, kv_idx, num_blocks)
         full_q_num, full_q_idx = custom_ops.transpose_blocks(full_num, full_idx, num_blocks)
-        q_lists = dict(zip(q_lists, (q_num, q_idx, full_q_num, full_q_idx), strict=True))
     if selected.device.type == "cpu":
         kv_idx, full_idx = (_widen(idx, num_blocks) for idx in (kv_idx, full_idx))
     return BlockMask(
@@ -107,7 +104,10 @@ def build_block_mask(
         kv_indices=kv_idx,
         full_kv_num_blocks=full_num,
         full_kv_indices=full_idx,
-        **q_lists,
+        q_num_blocks=q_num,
+        q_indices=q_idx,
+        full_q_num_blocks=full_q_num,
+        full_q_indices=full_q_idx,
         BLOCK_SIZE=(tile_tokens * num_groups, config.block_size),
         mask_mod=_selected_and_causal(selected, first, num_groups, config.block_size, num_blocks),
     )

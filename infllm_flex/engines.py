@@ -9,7 +9,7 @@ from collections.abc import Callable
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.nn.attention.flex_attention import BlockMask, flex_attention
+from torch.nn.attention.flex_attention import BlockMask, FlexKernelOptions, flex_attention
 
 import custom_ops
 from infllm_flex.block_mask import build_block_mask, union_width
@@ -103,7 +103,7 @@ def _pad_length(x: Tensor) -> Tensor:
     return F.pad(x, (0, 0, 0, (1 << (S - 1).bit_length()) - S))
 
 
-def _kernel_options(block_mask: BlockMask) -> dict[str, int]:
+def _kernel_options(block_mask: BlockMask) -> FlexKernelOptions:
     """Fit FlexAttention's matrix products into the mask's tiles and blocks."""
     rows, keys = block_mask.BLOCK_SIZE
     return {"BLOCK_M": min(rows & -rows, 128), "BLOCK_N": min(keys & -keys, 64)}
@@ -115,7 +115,7 @@ def _flex(
     v: Tensor,
     block_mask: BlockMask,
     scale: float,
-    kernel_options: dict[str, int] | None,
+    kernel_options: FlexKernelOptions | None,
 ) -> Tensor | None:
     """FlexAttention where a compiler takes it up, ``None`` where it would run uncompiled.
 

@@ -28,9 +28,11 @@ def attend_exactly(q, k, v, config):
 
 # Each shape compiles FlexAttention once, some seconds: few, and unlike.
 FLEX_SHAPES = [
-    pytest.param(dict(S=205, B=2, Hq=8, Hkv=2), torch.float32, id="ragged"),
-    pytest.param(dict(S=205, Sq=30, Hq=3, Hkv=3, D=40), torch.float32, id="last_queries"),
-    pytest.param(dict(S=150, Hq=7, Hkv=1, D=24), torch.bfloat16, id="bfloat16"),
+    pytest.param({"S": 205, "B": 2, "Hq": 8, "Hkv": 2}, torch.float32, id="ragged"),
+    pytest.param(
+        {"S": 205, "Sq": 30, "Hq": 3, "Hkv": 3, "D": 40}, torch.float32, id="last_queries"
+    ),
+    pytest.param({"S": 150, "Hq": 7, "Hkv": 1, "D": 24}, torch.bfloat16, id="bfloat16"),
 ]
 
 

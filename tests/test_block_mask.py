@@ -131,6 +131,4 @@ def test_no_table_of_all_pairs_is_made():
 )
 def test_bad_input_is_named(selected, tile_tokens, message):
     with pytest.raises(ValueError, match=message):
-        build_block_mask(
-            selected, small_config(), kv_len=64, num_groups=2, tile_tokens=tile_tokens
-        )
+        build_block_mask(selected, small_config(), kv_len=64, num_groups=2, tile_tokens=tile_tokens)

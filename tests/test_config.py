@@ -62,7 +62,10 @@ def test_settings_must_be_a_mapping(not_a_mapping):
 
 def test_a_models_own_settings_are_read():
     released = {"kernel_size": 32, "window_size": 1024, "topk": 16, "dense_len": 4096}
-    for model_config in (types.SimpleNamespace(sparse_config=released), {"sparse_config": released}):
+    for model_config in (
+        types.SimpleNamespace(sparse_config=released),
+        {"sparse_config": released},
+    ):
         assert InfLLMConfig.from_model_config(model_config) == InfLLMConfig(
             window_size=1024, topk=16, dense_len=4096
         )
@@ -98,5 +101,5 @@ def test_a_bad_file_is_answered_in_one_line(tmp_path, text, message):
 
 
 def test_a_folder_is_no_config(tmp_path):
-    with pytest.raises(ValueError, match="directory|folder"):
+    with pytest.raises(ValueError, match=r"directory|folder"):
         InfLLMConfig.from_yaml(tmp_path)

@@ -1,9 +1,7 @@
-import sys
-
 import pytest
 import torch
 
-from custom_ops import attend_blocks, tile_blocks
+from custom_ops import attend_blocks, tile_blocks, tile_chunks
 from infllm_flex import reference
 from tests.inputs import make_qkv, make_selected
 from tests.tolerance import assert_within_rounding
@@ -11,10 +9,10 @@ from tests.tolerance import assert_within_rounding
 BLOCK = 16
 
 SHAPES = [
-    pytest.param(dict(S=128, Hq=4, Hkv=2, D=16), 4, id="aligned"),
-    pytest.param(dict(S=205, Hq=6, Hkv=2, D=24, B=2), 7, id="ragged"),
-    pytest.param(dict(S=205, Sq=30, Hq=7, Hkv=1, D=40), 32, id="last_queries"),
-    pytest.param(dict(S=90, Hq=2, Hkv=2, D=16), 1, id="one_token"),
+    pytest.param({"S": 128, "Hq": 4, "Hkv": 2, "D": 16}, 4, id="aligned"),
+    pytest.param({"S": 205, "Hq": 6, "Hkv": 2, "D": 24, "B": 2}, 7, id="ragged"),
+    pytest.param({"S": 205, "Sq": 30, "Hq": 7, "Hkv": 1, "D": 40}, 32, id="last_queries"),
+    pytest.param({"S": 90, "Hq": 2, "Hkv": 2, "D": 16}, 1, id="one_token"),
 ]
 
 
@@ -60,22 +58,22 @@ def test_is_masked_attention_with_its_gradients(shape, tile_tokens, dtype):
 
 
 def test_gradients_agree_with_finite_differences():
-    qkv, _, rest = make_case(dict(S=40, Hq=2, Hkv=1, D=4), 4)
+    qkv, _, rest = make_case({"S": 40, "Hq": 2, "Hkv": 1, "D": 4}, 4)
     leaves = [x.double().requires_grad_() for x in qkv]
     assert torch.autograd.gradcheck(lambda q, k, v: attend_blocks(q, k, v, *rest)[0], leaves)
 
 
 @pytest.mark.parametrize("scores", [1, 50_000])
 def test_chunks_of_tiles_join_seamlessly(monkeypatch, scores):
-    qkv, selected, rest = make_case(dict(S=205, Hq=4, Hkv=2, D=16), 4)
-    monkeypatch.setattr(sys.modules["custom_ops.attend_blocks"], "_CHUNK_SCORES", scores)
+    qkv, selected, rest = make_case({"S": 205, "Hq": 4, "Hkv": 2, "D": 16}, 4)
+    monkeypatch.setattr(tile_chunks, "CHUNK_SCORES", scores)
     mask = reference.attention_mask(selected, BLOCK, 205)
     exact = reference.masked_attention(*qkv, mask, scale=0.25)
     torch.testing.assert_close(attend_blocks(*qkv, *rest)[0].double(), exact, rtol=0, atol=1e-6)
 
 
 def test_log_sum_exp_is_that_of_the_seen_keys():
-    (q, k, v), selected, rest = make_case(dict(S=100, Hq=2, Hkv=2, D=16), 4)
+    (q, k, v), selected, rest = make_case({"S": 100, "Hq": 2, "Hkv": 2, "D": 16}, 4)
     mask = reference.attention_mask(selected, BLOCK, 100)
     logits = (q.double() @ k.double().mT * 0.25).masked_fill(~mask, -torch.inf)
     lse = attend_blocks(q, k, v, *rest)[1]
@@ -83,7 +81,7 @@ def test_log_sum_exp_is_that_of_the_seen_keys():
 
 
 def test_a_query_without_keys_is_zero_and_has_no_gradient():
-    (q, k, v), selected, _ = make_case(dict(S=64, Hq=2, Hkv=2, D=16), 4)
+    (q, k, v), selected, _ = make_case({"S": 64, "Hq": 2, "Hkv": 2, "D": 16}, 4)
     selected[:, :, 17] = -1
     lists = tile_blocks(selected, 64, BLOCK, 4, 4)
     q.requires_grad_()
@@ -96,7 +94,7 @@ def test_a_query_without_keys_is_zero_and_has_no_gradient():
 
 
 def test_blocks_not_chosen_never_matter():
-    (q, k, v), selected, rest = make_case(dict(S=205, Hq=4, Hkv=2, D=16), 4)
+    (q, k, v), selected, rest = make_case({"S": 205, "Hq": 4, "Hkv": 2, "D": 16}, 4)
     unchosen = torch.tensor([b for b in range(13) if b not in selected[0, 0, 150]])
     poisoned = v.clone()
     poisoned.unflatten(1, (2, 1))[0, 0, 0].index_fill_(
@@ -107,7 +105,7 @@ def test_blocks_not_chosen_never_matter():
 
 
 def test_keys_no_one_chose_have_no_gradient():
-    (q, k, v), selected, _ = make_case(dict(S=64, Hq=2, Hkv=2, D=16), 4)
+    (q, k, v), selected, _ = make_case({"S": 64, "Hq": 2, "Hkv": 2, "D": 16}, 4)
     selected = torch.where(selected == 1, -1, selected)
     ascending = selected.masked_fill(selected < 0, 99).sort(-1).values
     lists = tile_blocks(ascending.masked_fill(ascending == 99, -1), 64, BLOCK, 4, 4)
@@ -120,7 +118,7 @@ def test_keys_no_one_chose_have_no_gradient():
 
 
 def test_is_registered_right():
-    qkv, _, rest = make_case(dict(S=40, Hq=4, Hkv=2, D=8), 4)
+    qkv, _, rest = make_case({"S": 40, "Hq": 4, "Hkv": 2, "D": 8}, 4)
     torch.library.opcheck(
         torch.ops.infllm_flex.attend_blocks.default,
         (*(x.requires_grad_() for x in qkv), *rest),
@@ -128,16 +126,14 @@ def test_is_registered_right():
 
 
 def test_compiles_as_one_graph_with_its_backward():
-    qkv, _, rest = make_case(dict(S=40, Hq=4, Hkv=2, D=8), 4)
+    qkv, _, rest = make_case({"S": 40, "Hq": 4, "Hkv": 2, "D": 8}, 4)
     grad_out = torch.randn_like(qkv[0])
 
     def attend(q, k, v):
         return attend_blocks(q, k, v, *rest)[0]
 
     out, grads = gradients(attend, qkv, grad_out)
-    compiled_out, compiled_grads = gradients(
-        torch.compile(attend, fullgraph=True), qkv, grad_out
-    )
+    compiled_out, compiled_grads = gradients(torch.compile(attend, fullgraph=True), qkv, grad_out)
     assert torch.equal(out, compiled_out)
     for x, y in zip(grads, compiled_grads, strict=True):
         assert torch.equal(x, y)

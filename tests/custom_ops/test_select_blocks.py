@@ -11,20 +11,20 @@ from tests.inputs import make_qkv, small_config
 definition = sys.modules["custom_ops.select_blocks"]
 
 SHAPES = [
-    pytest.param(dict(S=200, B=2), {}, id="aligned"),
-    pytest.param(dict(S=205, Sq=70, Hq=6, D=24), {}, id="last_queries"),
-    pytest.param(dict(S=205, Sq=1, Hq=7, Hkv=1), {}, id="one_query"),
-    pytest.param(dict(S=1, Hq=1, Hkv=1), {}, id="one_token"),
-    pytest.param(dict(S=150, Hq=3, Hkv=3), dict(init_blocks=0), id="no_init"),
-    pytest.param(dict(S=150), dict(lse="exact", window_size=0), id="exact_lse"),
+    pytest.param({"S": 200, "B": 2}, {}, id="aligned"),
+    pytest.param({"S": 205, "Sq": 70, "Hq": 6, "D": 24}, {}, id="last_queries"),
+    pytest.param({"S": 205, "Sq": 1, "Hq": 7, "Hkv": 1}, {}, id="one_query"),
+    pytest.param({"S": 1, "Hq": 1, "Hkv": 1}, {}, id="one_token"),
+    pytest.param({"S": 150, "Hq": 3, "Hkv": 3}, {"init_blocks": 0}, id="no_init"),
+    pytest.param({"S": 150}, {"lse": "exact", "window_size": 0}, id="exact_lse"),
     pytest.param(
-        dict(S=170, Hq=2, Hkv=1),
-        dict(kernel_size=32, kernel_stride=16, window_size=0, topk=2),
+        {"S": 170, "Hq": 2, "Hkv": 1},
+        {"kernel_size": 32, "kernel_stride": 16, "window_size": 0, "topk": 2},
         id="windows_wider_than_blocks",
     ),
-    pytest.param(dict(S=170), dict(kernel_size=12, topk=2, window_size=16), id="three_strides"),
-    pytest.param(dict(S=130), dict(kernel_size=4, topk=5), id="windows_apart"),
-    pytest.param(dict(S=100), dict(topk=90), id="everything_fits"),
+    pytest.param({"S": 170}, {"kernel_size": 12, "topk": 2, "window_size": 16}, id="three_strides"),
+    pytest.param({"S": 130}, {"kernel_size": 4, "topk": 5}, id="windows_apart"),
+    pytest.param({"S": 100}, {"topk": 90}, id="everything_fits"),
 ]
 
 

@@ -17,7 +17,9 @@ def unite_slowly(selected, kv_len, tile_tokens):
             tokens = [set(row) - {-1} for row in head[begin : begin + tile_tokens]]
             first = kv_len - Sq + begin
             union = sorted(set.union(*tokens))
-            full = [b for b in union if all(b in t for t in tokens) and (b + 1) * BLOCK - 1 <= first]
+            full = [
+                b for b in union if all(b in t for t in tokens) and (b + 1) * BLOCK - 1 <= first
+            ]
             partial = [b for b in union if b not in full]
             yield partial, full, [[b in t for t in tokens] for b in partial]
 
