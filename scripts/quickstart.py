@@ -32,13 +32,14 @@ from infllm_flex.strict_yaml import ConfigError, Mistake, build_dataclass, load_
 from infllm_flex.training.data import Corpus, held_out_windows, load_corpus
 from infllm_flex.training.folder import check_folder
 from infllm_flex.training.loop import TrainingDivergedError, train
-from infllm_flex.training.model import load_model, stage_attention
+from infllm_flex.training.model import load_model
 from infllm_flex.training.settings import (
     ModelSettings,
     RunSettings,
     StageSettings,
     TrainingSettings,
 )
+from infllm_flex.training.stages import stage_attention
 
 SHORT, DENSE, SPARSE, WINDOW = "short, as it is", "dense", "sparse", "window only"
 
@@ -230,8 +231,8 @@ def show(settings: TrainingSettings, windows: Tensor, bits: dict[str, Tensor]) -
     plot_by_position(
         folder / "bits_by_position.png",
         bits,
+        baseline=DENSE,
         smooth=64,
-        marks={short.max_length: "length of the pretraining", attention.dense_len: "dense_len"},
         title="Held-out text: bits per byte by position",
     )
     print(f"\nPlot: {folder / 'bits_by_position.png'}   Models: {folder}/*/checkpoints/")
@@ -254,13 +255,14 @@ def explain_result(bits: dict[str, Tensor], last: Bucket, repeats: Tensor) -> st
             "So far the dense model itself gains nothing from afar: train longer to compare."
         )
     elif closed > 0:
-        lines.append(f"Selection closes {closed:.0%} of the gap.")
+        lines.append(f"Selection closes {min(closed, 1):.0%} of the gap.")
     else:
         lines.append("Selection does not help here: it does no better than the window alone.")
-    marked = {name: bits[name][repeats].mean().item() for name in (DENSE, SPARSE, WINDOW)}
+    marked = [f"{name} {bits[name][repeats].mean():.3f}" for name in (DENSE, SPARSE, WINDOW)]
     lines.append(
-        f"On distant repeats ({int(repeats.sum())} bytes of words last seen beyond the window): "
-        f"dense {marked[DENSE]:.2f}, sparse {marked[SPARSE]:.2f}, window only {marked[WINDOW]:.2f}."
+        f"Distant repeats, {int(repeats.sum())} bytes of words last seen beyond the window: "
+        f"{', '.join(marked)}.\nIn so short a training a model hardly learns to copy words from "
+        "afar; if these are equal, it has not."
     )
     return "\n".join(lines)
 

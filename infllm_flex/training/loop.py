@@ -15,9 +15,9 @@ from infllm_flex.training.data import Corpus, Sampler, load_corpus
 from infllm_flex.training.folder import CHECKPOINTS, METRICS, check_folder, claim_folder
 from infllm_flex.training.interruption import Interruption
 from infllm_flex.training.metrics import MetricsFile, Progress
-from infllm_flex.training.model import stage_attention, warn_of_no_effect
 from infllm_flex.training.schedule import position_of
 from infllm_flex.training.settings import StageSettings, TrainingSettings
+from infllm_flex.training.stages import stage_attention, warn_of_no_effect
 from infllm_flex.training.state import TrainingState
 
 

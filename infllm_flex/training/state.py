@@ -9,10 +9,11 @@ import torch
 from torch import Tensor
 
 from infllm_flex.training import checkpoints
-from infllm_flex.training.model import build_model, config_json, fit_positions
+from infllm_flex.training.model import build_model, config_json
 from infllm_flex.training.optim import Optimizers
 from infllm_flex.training.schedule import position_of
 from infllm_flex.training.settings import TrainingSettings
+from infllm_flex.training.stages import fit_positions
 
 
 class TrainingState:

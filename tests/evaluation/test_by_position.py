@@ -94,6 +94,6 @@ def test_tables_align_text_left_and_numbers_right():
 def test_the_plot_is_a_png(tmp_path):
     path = tmp_path / "new" / "plot.png"
     bits = {"dense": torch.rand(3, 128), "sparse": torch.rand(3, 128)}
-    plot_by_position(path, bits, smooth=16, marks={64: "here"}, title="Bits")
+    plot_by_position(path, bits, baseline="dense", smooth=16, title="Bits")
     assert path.read_bytes().startswith(b"\x89PNG")
     assert path.stat().st_size > 10_000

@@ -36,7 +36,8 @@ run: {{folder: {tmp_path / "out"}, device: cpu, threads: 1}}
 model:
   tiny: {{num_layers: 1, hidden_size: 32, intermediate_size: 32, num_heads: 4, num_kv_heads: 2}}
 attention:
-  {{kernel_size: 4, kernel_stride: 2, block_size: 8, window_size: 8, topk: 3, dense_len: 64}}
+  {{kernel_size: 4, kernel_stride: 2, block_size: 8, window_size: 8, topk: 3, dense_len: 64,
+    engine: fused}}
 data: {{source: {texts}, held_out_percent: 20}}
 stages:
   short: {{attention: dense, max_length: 16, batch_size: 2, steps: 2, learning_rate: 1e-2}}

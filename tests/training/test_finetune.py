@@ -156,7 +156,7 @@ def test_a_dry_run_says_what_would_happen_and_does_nothing(finetune, tmp_path, t
     path = ROOT / "configs" / "quickstart.yaml"
     status, out, _ = finetune("--config", path, f"run.folder={tmp_path / 'out'}", "--dry-run")
     assert status == 0
-    assert "sparse (a query sees at most 464 = 23%)" in out
+    assert "sparse (a query sees at most 448 = 22%)" in out
     assert not (tmp_path / "out").exists()
 
 
