@@ -1,0 +1,1 @@
+"""What scripts/benchmark.py is made of: settings, inputs, judges, clocks and tables."""

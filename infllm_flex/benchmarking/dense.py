@@ -1,0 +1,92 @@
+"""Dense causal attention, the fastest there is on the device: what sparse has to beat."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.nn.attention.flex_attention import create_block_mask, flex_attention
+
+from infllm_flex.benchmarking.inputs import QKV
+
+_CUDA_BACKENDS = {
+    "sdpa_cudnn": SDPBackend.CUDNN_ATTENTION,
+    "sdpa_flash": SDPBackend.FLASH_ATTENTION,
+    "sdpa_efficient": SDPBackend.EFFICIENT_ATTENTION,
+}
+
+
+class Dense(NamedTuple):
+    """A dense attention over given tensors, and those of them that collect gradients."""
+
+    attend: Callable[[], Tensor]
+    qkv: QKV
+
+
+def dense_attentions(qkv: QKV) -> tuple[dict[str, Dense], dict[str, str]]:
+    """Find the dense attentions that serve these tensors.
+
+    Args:
+        qkv: Their device, dtype and shape decide.
+
+    Returns:
+        The attentions by name, and the reasons of those that do not serve.
+    """
+    if qkv.query.device.type != "cuda":
+        return {"sdpa": Dense(lambda: _sdpa(qkv), qkv)}, {}
+    wanted = {name: _with_backend(backend, qkv) for name, backend in _CUDA_BACKENDS.items()}
+    wanted["flex_dense"] = Dense(_dense_flex(qkv), qkv)
+    serving, failing = {}, {}
+    for name, dense in wanted.items():
+        try:
+            with warnings.catch_warnings():  # SDPA explains at length why it declines
+                warnings.simplefilter("ignore")
+                dense.attend()
+            serving[name] = dense
+        except (RuntimeError, NotImplementedError) as error:
+            failing[name] = str(error).splitlines()[0]
+    return serving, failing
+
+
+def _sdpa(qkv: QKV) -> Tensor:
+    is_grouped = qkv.query.shape[1] != qkv.key.shape[1]
+    return F.scaled_dot_product_attention(*qkv, is_causal=True, enable_gqa=is_grouped)
+
+
+def _with_backend(backend: SDPBackend, qkv: QKV) -> Dense:
+    query, key, value = qkv
+    if backend == SDPBackend.EFFICIENT_ATTENTION:  # knows no groups: hand it one key per query
+        G = query.shape[1] // key.shape[1]
+        qkv = QKV(query, *(_repeated(x, G) for x in (key, value)))
+
+    def attend() -> Tensor:
+        with sdpa_kernel(backend):
+            return _sdpa(qkv)
+
+    return Dense(attend, qkv)
+
+
+def _repeated(x: Tensor, G: int) -> Tensor:
+    """Repeat heads outside of what is timed, as a leaf of its own: the baseline's advantage."""
+    return x.detach().repeat_interleave(G, dim=1).requires_grad_(x.requires_grad)
+
+
+def _dense_flex(qkv: QKV) -> Callable[[], Tensor]:
+    compiled = torch.compile(flex_attention, dynamic=False)
+    block_mask = None
+
+    def attend() -> Tensor:
+        nonlocal block_mask
+        S = qkv.query.shape[2]
+        if block_mask is None:
+            block_mask = create_block_mask(
+                lambda b, h, q, k: q >= k, None, None, S, S, device="cuda", _compile=True
+            )
+        return compiled(*qkv, block_mask=block_mask, enable_gqa=True)
+
+    return attend

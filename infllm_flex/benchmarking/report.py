@@ -1,0 +1,87 @@
+"""What a run found, for people: one line per shape, speed-ups, and the limits it was held to."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+
+Row = Mapping[str, str]
+
+SHAPE = ("device", "dtype", "B", "Hq", "Hkv", "D", "mode", "inputs", "S")
+
+
+def by_shape(rows: Iterable[Row]) -> dict[tuple[str, ...], dict[tuple[str, str], float]]:
+    """Medians by what was measured, apart for each shape; of repeated ones, the newest.
+
+    Args:
+        rows: Of the CSV.
+
+    Returns:
+        ``{values of SHAPE: {(op, variant): milliseconds}}`` in the order of the rows.
+    """
+    shapes: dict[tuple[str, ...], dict[tuple[str, str], float]] = {}
+    for row in rows:
+        if row["ms_p50"] and row["op"] != "model":
+            times = shapes.setdefault(tuple(row[name] for name in SHAPE), {})
+            times[row["op"], row["variant"]] = float(row["ms_p50"])
+    return {shape: times for shape, times in shapes.items() if any(_engines(times))}
+
+
+def fastest_dense(times: Mapping[tuple[str, str], float]) -> tuple[str, float] | None:
+    """Name and milliseconds of the fastest dense attention at a shape."""
+    dense = [(ms, variant) for (op, variant), ms in times.items() if op == "dense"]
+    if not dense:
+        return None
+    ms, variant = min(dense)
+    return variant, ms
+
+
+def speed_table(rows: Iterable[Row]) -> tuple[list[str], list[list[str]]]:
+    """Milliseconds of the stages, of their sum, of every dense attention, and ratios of the sums.
+
+    Returns:
+        Header and cells of a table: a line per shape and engine.
+    """
+    shapes = by_shape(rows)
+    baselines = list(
+        dict.fromkeys(
+            variant for times in shapes.values() for op, variant in times if op == "dense"
+        )
+    )
+    header = ["mode", "queries", "heads", "tokens", "engine", "select", "lists", "attend", "all ms"]
+    header += [title for name in baselines for title in (name, "x")]
+    lines = []
+    for shape, times in shapes.items():
+        at = dict(zip(SHAPE, shape, strict=True))
+        for engine in _engines(times):
+            total = times["infllm_attention", engine]
+            line = [at["mode"], at["inputs"], f"{at['Hq']}/{at['Hkv']}", at["S"], engine]
+            stages = (("select_blocks", ""), ("build_lists", engine), ("attend", engine))
+            line += [_ms(times.get(stage)) for stage in stages]
+            line.append(_ms(total))
+            for name in baselines:
+                dense = times.get(("dense", name))
+                line += [_ms(dense), "" if dense is None else f"{dense / total:.2f}"]
+            lines.append(line)
+    return header, lines
+
+
+def model_ratio(rows: Sequence[Row]) -> float:
+    """Median of the patched model over that of the unpatched one, in the model's whole step."""
+    last = {row["variant"]: float(row["ms_p50"]) for row in rows if row["op"] == "model"}
+    return last["patched"] / last["unpatched"]
+
+
+def verdict(what: str, value: float, limit: float, unit: str) -> str:
+    """A figure beside its limit."""
+    reached = "reached" if value <= limit else "NOT reached"
+    return f"{what}: {value:,.4g}{unit}, at most {limit:,.4g}{unit}: {reached}"
+
+
+def _engines(times: Mapping[tuple[str, str], float]) -> list[str]:
+    return [variant for op, variant in times if op == "infllm_attention"]
+
+
+def _ms(value: float | None) -> str:
+    if value is None:
+        return ""
+    return f"{value:,.0f}" if value >= 100 else f"{value:.3g}"

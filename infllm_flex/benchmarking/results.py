@@ -1,0 +1,140 @@
+"""One CSV row per measurement, each on the disk before the next is taken."""
+
+from __future__ import annotations
+
+import csv
+import datetime
+import importlib.metadata
+import platform
+import subprocess
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import torch
+
+COLUMNS = (
+    *("op", "variant", "mode", "inputs", "B", "Hq", "Hkv", "S", "D", "dtype"),
+    *("ms_p20", "ms_p50", "ms_p80", "ms_floor", "tflops", "peak_mib"),
+    *("device", "torch", "triton", "commit", "date"),
+)
+_ROOT = Path(__file__).parents[2]
+
+
+class Results:
+    """The CSV, and the rows that this run has added to it.
+
+    Args:
+        path: The file. What it holds stays; new rows go below.
+        common: Cells that all rows of the run share.
+
+    Raises:
+        ValueError: The file is there with other columns.
+    """
+
+    def __init__(self, path: Path, common: dict[str, str]) -> None:
+        self.rows: list[dict[str, str]] = []
+        self._common = common
+        is_new = not path.exists() or path.stat().st_size == 0
+        if not is_new:
+            check_columns(path)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        self._file = path.open("a", newline="")
+        self._writer = csv.DictWriter(self._file, COLUMNS, lineterminator="\n")
+        if is_new:
+            self._writer.writeheader()
+
+    def __enter__(self) -> Results:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self._file.close()
+
+    def add(self, **cells: Any) -> None:
+        """Write a row; columns not named are left empty."""
+        row = dict.fromkeys(COLUMNS, "") | self._common
+        row |= {name: _format(value) for name, value in cells.items()}
+        self._writer.writerow(row)
+        self._file.flush()
+        self.rows.append(row)
+
+
+def check_columns(path: Path) -> None:
+    """Raise a ValueError unless ``path`` is a CSV of this benchmark."""
+    try:
+        with path.open(newline="") as file:
+            header = next(csv.reader(file), [])
+    except (OSError, UnicodeDecodeError) as error:
+        raise ValueError(f"{path} cannot be read as a CSV: {error}") from error
+    if header != list(COLUMNS):
+        raise ValueError(
+            f"{path} has other columns than this benchmark writes; move it away or name another"
+        )
+
+
+def read_results(path: Path) -> list[dict[str, str]]:
+    """All rows of a CSV of this benchmark.
+
+    Raises:
+        ValueError: It is none.
+    """
+    check_columns(path)
+    with path.open(newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def describe_environment(device: torch.device) -> dict[str, str]:
+    """The cells that say where and with what a row was measured."""
+    now = datetime.datetime.now(datetime.timezone.utc)
+    return {
+        "device": _device_name(device),
+        "torch": torch.__version__,
+        "triton": _version("triton"),
+        "commit": _commit(),
+        "date": now.isoformat(timespec="seconds"),
+    }
+
+
+def _format(value: Any) -> str:
+    return f"{value:.5g}" if isinstance(value, float) else str(value)
+
+
+def _device_name(device: torch.device) -> str:
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    name = platform.processor() or platform.machine()
+    cpuinfo = Path("/proc/cpuinfo")
+    if cpuinfo.exists():
+        for line in cpuinfo.read_text().splitlines():
+            if line.startswith("model name"):
+                name = line.partition(":")[2].strip()
+                break
+    return f"{name}, {torch.get_num_threads()} threads"
+
+
+def _version(package: str) -> str:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return ""
+
+
+def _commit() -> str:
+    """The commit, marked where the code that is measured differs from it."""
+    try:
+        commit = _git("rev-parse", "--short=10", "HEAD").strip()
+        changed = _git("status", "--porcelain", "--", "infllm_flex", "custom_ops").strip()
+    except (OSError, subprocess.CalledProcessError):
+        return "unknown"
+    return f"{commit}+changes" if changed else commit
+
+
+def _git(*arguments: str) -> str:
+    return subprocess.run(
+        ["git", *arguments], cwd=_ROOT, capture_output=True, text=True, check=True
+    ).stdout

@@ -1,0 +1,236 @@
+"""Everything a benchmark can be told, one frozen dataclass per section of its YAML file."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal, NamedTuple
+
+from infllm_flex.config import InfLLMConfig
+
+Mode = Literal["forward", "forward+backward"]
+Inputs = Literal["drifting", "independent"]
+
+_LONGEST = 2**24
+
+
+class Heads(NamedTuple):
+    """Query heads and key/value heads."""
+
+    query: int
+    kv: int
+
+    def __str__(self) -> str:
+        return f"{self.query}/{self.kv}"
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunSettings:
+    """Where and how to measure.
+
+    Attributes:
+        out: The CSV. Rows are added to what it holds; nothing in it is ever replaced.
+        device: Where to run.
+        dtype: Of all tensors.
+        threads: CPU threads; 0 leaves PyTorch's choice.
+        seed: Decides the inputs.
+        tests: Arguments of pytest; unless these tests pass, nothing is timed.
+        warmup: Runs before the clock starts, compilation among them.
+        rounds: Least runs of everything that is compared, by turns.
+        max_rounds: Most of them.
+        seconds: After so long a comparison ends, once it has had its ``rounds``.
+    """
+
+    out: Path
+    device: Literal["cpu", "cuda"] = "cpu"
+    dtype: Literal["float32", "bfloat16", "float16"] = "float32"
+    threads: int = 0
+    seed: int = 0
+    tests: tuple[str, ...] = ()
+    warmup: int = 1
+    rounds: int = 5
+    max_rounds: int = 30
+    seconds: float = 30.0
+
+    def __post_init__(self) -> None:
+        _check_range("threads", self.threads, 0, 1024)
+        _check_range("seed", self.seed, 0, 2**63 - 1)
+        _check_range("warmup", self.warmup, 1, 1000)
+        _check_range("rounds", self.rounds, 1, 100_000)
+        _check_range("max_rounds", self.max_rounds, self.rounds, 100_000)
+        _check_range("seconds", self.seconds, 0, 86_400)
+        if self.out.suffix != ".csv":
+            raise ValueError(f"out must name a .csv file, got {self.out}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ShapeSettings:
+    """Shapes that all cases share.
+
+    Attributes:
+        heads: Query and key/value heads, ``8/2``; every case runs with each.
+        head_dim: ``D``.
+        batch: ``B``.
+    """
+
+    heads: tuple[str, ...]
+    head_dim: int
+    batch: int = 1
+
+    def __post_init__(self) -> None:
+        _check_range("head_dim", self.head_dim, 8, 256)
+        _check_range("batch", self.batch, 1, 65_536)
+        if not self.heads:
+            raise ValueError("heads must list at least one pair such as 8/2, got none")
+        for pair in self.heads:
+            match = re.fullmatch(r"([1-9]\d{0,3})/([1-9]\d{0,3})", pair)
+            if not match or int(match[1]) % int(match[2]):
+                raise ValueError(
+                    f"heads must be pairs such as 8/2, the first a multiple of the second, "
+                    f"got {pair}"
+                )
+
+    @property
+    def pairs(self) -> tuple[Heads, ...]:
+        """``heads`` as numbers."""
+        return tuple(Heads(*map(int, pair.split("/"))) for pair in self.heads)
+
+
+@dataclass(frozen=True, kw_only=True)
+class CaseSettings:
+    """A series of timings over lengths.
+
+    Attributes:
+        lengths: Tokens.
+        mode: Without gradients, or forward and backward.
+        inputs: Queries that drift as text does, or random ones, the worst case.
+    """
+
+    lengths: tuple[int, ...]
+    mode: Mode = "forward"
+    inputs: Inputs = "drifting"
+
+    def __post_init__(self) -> None:
+        for length in self.lengths:
+            _check_range("lengths", length, 1, _LONGEST)
+
+
+@dataclass(frozen=True, kw_only=True)
+class MemorySettings:
+    """At which lengths to measure the peak memory of forward and backward.
+
+    Attributes:
+        lengths: Tokens.
+    """
+
+    lengths: tuple[int, ...] = ()
+
+    def __post_init__(self) -> None:
+        for length in self.lengths:
+            _check_range("lengths", length, 1, _LONGEST)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelSettings:
+    """A Llama with random weights, patched against unpatched.
+
+    Attributes:
+        length: Tokens of its input.
+        sparse: Whether the patched one is sparse at that length; else it is one below dense_len.
+        mode: Without gradients, or forward and backward.
+        compile: Run both under torch.compile.
+        num_layers: Transformer layers.
+        hidden_size: Width, ``num_heads`` times the head dim.
+        intermediate_size: Width of the feed-forward layers.
+        num_heads: Query heads.
+        num_kv_heads: Key/value heads.
+        rounds: Runs of each, by turns, at least.
+        limit: Largest time of the patched one, as a multiple of the other's. None: not judged.
+    """
+
+    length: int
+    sparse: bool = False
+    mode: Mode = "forward"
+    compile: bool = False
+    num_layers: int = 2
+    hidden_size: int = 256
+    intermediate_size: int = 512
+    num_heads: int = 4
+    num_kv_heads: int = 2
+    rounds: int = 100
+    limit: float | None = None
+
+    def __post_init__(self) -> None:
+        _check_range("length", self.length, 1, _LONGEST)
+        _check_range("rounds", self.rounds, 1, 100_000)
+        for name in ("num_layers", "hidden_size", "intermediate_size", "num_heads", "num_kv_heads"):
+            _check_range(name, getattr(self, name), 1, 65_536)
+        if self.hidden_size % (2 * self.num_heads):
+            raise ValueError(
+                f"hidden_size must be a multiple of twice num_heads = {2 * self.num_heads}, "
+                f"got {self.hidden_size}"
+            )
+        if self.num_heads % self.num_kv_heads:
+            raise ValueError(
+                f"num_heads must be a multiple of num_kv_heads = {self.num_kv_heads}, "
+                f"got {self.num_heads}"
+            )
+
+
+@dataclass(frozen=True, kw_only=True)
+class FloorSettings:
+    """What the device can do at best; gives the column ``ms_floor``.
+
+    Attributes:
+        tflops: Matrix products, in 10^12 operations per second.
+        terabytes: Memory, in 10^12 bytes per second.
+    """
+
+    tflops: float
+    terabytes: float
+
+    def __post_init__(self) -> None:
+        for name in ("tflops", "terabytes"):
+            if getattr(self, name) <= 0:
+                raise ValueError(f"{name} must be above 0, got {getattr(self, name)}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class BenchmarkSettings:
+    """A whole benchmark, as ``scripts/benchmark.py`` reads it from one YAML file.
+
+    Attributes:
+        run: Where and how.
+        shapes: Shapes that all cases share.
+        cases: Series of timings by name.
+        attention: The sparse attention that is measured.
+        engines: Each is measured, as ``attention.engine``.
+        memory: Where to measure memory.
+        models: Whole models by name.
+        floor: The device's limits; None leaves the column empty.
+    """
+
+    run: RunSettings
+    shapes: ShapeSettings
+    cases: dict[str, CaseSettings]
+    attention: InfLLMConfig = field(default_factory=InfLLMConfig)
+    engines: tuple[Literal["auto", "flex", "fused"], ...] = ("auto",)
+    memory: MemorySettings = field(default_factory=MemorySettings)
+    models: dict[str, ModelSettings] = field(default_factory=dict)
+    floor: FloorSettings | None = None
+
+    def __post_init__(self) -> None:
+        if not self.engines or len(set(self.engines)) < len(self.engines):
+            raise ValueError(f"engines must be one or more, each once, got {list(self.engines)}")
+        shortest = min((n for case in self.cases.values() for n in case.lengths), default=None)
+        if shortest is not None and self.attention.is_dense(shortest):
+            raise ValueError(
+                f"cases must be sparse, got a length of {shortest}, below attention.dense_len = "
+                f"{self.attention.dense_len} (-1 is always sparse)"
+            )
+
+
+def _check_range(name: str, value: float, low: float, high: float) -> None:
+    if not low <= value <= high:
+        raise ValueError(f"{name} must be between {low} and {high}, got {value}")

@@ -1,0 +1,89 @@
+"""What a case compares: each stage of the sparse attention, their sum, and dense attention."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from infllm_flex.attention import infllm_attention
+from infllm_flex.benchmarking.dense import dense_attentions
+from infllm_flex.benchmarking.inputs import QKV, make_qkv, with_gradients
+from infllm_flex.benchmarking.settings import BenchmarkSettings, Heads, Inputs, Mode
+from infllm_flex.benchmarking.stages import RecordedLists
+from infllm_flex.benchmarking.timing import Subject
+from infllm_flex.config import InfLLMConfig
+from infllm_flex.selection import select_blocks
+
+
+def make_subjects(
+    settings: BenchmarkSettings, heads: Heads, S: int, inputs: Inputs, mode: Mode
+) -> tuple[list[Subject], dict[str, str]]:
+    """Prepare everything that is timed at one shape.
+
+    Args:
+        settings: The run.
+        heads: ``Hq`` and ``Hkv``.
+        S: Tokens.
+        inputs: Kind of queries.
+        mode: With gradients or without.
+
+    Returns:
+        The subjects, and which dense attentions do not serve here and why.
+    """
+    qkv = make_qkv(settings, heads, S, inputs)
+    grad_out = None
+    if mode == "forward+backward":
+        grad_out = torch.randn_like(qkv.query)
+        qkv = with_gradients(qkv)
+    selected = select_blocks(qkv.query, qkv.key, settings.attention)
+    subjects = [
+        Subject("select_blocks", "", lambda: select_blocks(qkv.query, qkv.key, settings.attention))
+    ]
+    for engine in settings.engines:
+        config = dataclasses.replace(settings.attention, engine=engine)
+        subjects += _sparse(qkv, selected, config, grad_out)
+    attentions, failing = dense_attentions(qkv)
+    subjects += [
+        Subject("dense", name, _graded(dense.attend, grad_out), _backward(dense.qkv, grad_out))
+        for name, dense in attentions.items()
+    ]
+    return subjects, failing
+
+
+def _sparse(
+    qkv: QKV, selected: Tensor, config: InfLLMConfig, grad_out: Tensor | None
+) -> list[Subject]:
+    """The lists, the attention over them, and everything together, by one engine."""
+    attend = _graded(lambda: infllm_attention(*qkv, config, selected=selected), grad_out)
+    everything = _graded(lambda: infllm_attention(*qkv, config), grad_out)
+    lists = RecordedLists(attend)
+
+    def attend_only() -> Tensor:
+        with lists.ready():
+            return attend()
+
+    backward = _backward(qkv, grad_out)
+    return [
+        Subject("build_lists", config.engine, lists.build),
+        Subject("attend", config.engine, attend_only, backward),
+        Subject("infllm_attention", config.engine, everything, backward),
+    ]
+
+
+def _graded(forward: Callable[[], Tensor], grad_out: Tensor | None) -> Callable[[], Tensor]:
+    """Run ``forward`` with gradients only where a backward follows."""
+
+    def run() -> Tensor:
+        with torch.set_grad_enabled(grad_out is not None):
+            return forward()
+
+    return run
+
+
+def _backward(qkv: QKV, grad_out: Tensor | None) -> Callable[[Tensor], object] | None:
+    if grad_out is None:
+        return None
+    return lambda out: torch.autograd.grad(out, qkv, grad_out)

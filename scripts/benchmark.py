@@ -1,0 +1,257 @@
+#!/usr/bin/env python3
+"""Time sparse attention against the fastest dense attention of the machine, as a YAML file says.
+
+    scripts/benchmark.py --config configs/bench_cpu.yaml [section.key=value ...]
+
+First the operators are tested on the device; where they are wrong, nothing is timed. Every
+measurement is a row of the CSV `run.out`, written at once, below the rows that are there.
+scripts/plot.py draws them.
+
+Exit status: 0 done, 1 wrong operators or a failure on the way, 2 settings that cannot be used
+(nothing was run), 130 stopped by Ctrl-C (what was measured is kept).
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import tempfile
+import warnings
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from infllm_flex.benchmarking.correctness import IncorrectError, check_operators, run_tests
+from infllm_flex.benchmarking.memory import limit_mib, peak_mib
+from infllm_flex.benchmarking.models import model_subjects
+from infllm_flex.benchmarking.report import model_ratio, speed_table, verdict
+from infllm_flex.benchmarking.results import Results, check_columns, describe_environment
+from infllm_flex.benchmarking.settings import (
+    BenchmarkSettings,
+    CaseSettings,
+    Heads,
+    ModelSettings,
+)
+from infllm_flex.benchmarking.subjects import make_subjects
+from infllm_flex.benchmarking.timing import Limits, time_by_turns
+from infllm_flex.benchmarking.work import work_of
+from infllm_flex.evaluation.table import format_table
+from infllm_flex.strict_yaml import ConfigError, build_dataclass, load_yaml, to_yaml
+
+
+def main() -> int:
+    """Run the command; returns its exit status."""
+    options = parse_arguments()
+    warnings.showwarning = lambda message, *_, **__: print(f"warning: {message}", file=sys.stderr)
+    try:
+        settings = build_dataclass(BenchmarkSettings, load_yaml(options.config, options.overrides))
+        if settings.run.out.exists():
+            check_columns(settings.run.out)
+    except (ConfigError, ValueError) as error:
+        print(error, file=sys.stderr)
+        return 2
+    if options.print_config:
+        print(to_yaml(settings), end="")
+        return 0
+    try:
+        benchmark(settings)
+    except KeyboardInterrupt:
+        print(f"stopped; what was measured is in {settings.run.out}", file=sys.stderr)
+        return 130
+    except IncorrectError as error:
+        print(f"error: nothing was timed: {error}", file=sys.stderr)
+        return 1
+    except (RuntimeError, ValueError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    return 0
+
+
+def parse_arguments() -> argparse.Namespace:
+    """The command line."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--config", required=True, metavar="FILE", help="a YAML file of configs/")
+    parser.add_argument("overrides", nargs="*", metavar="section.key=value")
+    parser.add_argument("--print-config", action="store_true", help="show all settings and stop")
+    return parser.parse_args()
+
+
+def benchmark(settings: BenchmarkSettings) -> None:
+    """Test, measure, and say what came out."""
+    run = settings.run
+    if run.device == "cuda" and not torch.cuda.is_available():
+        raise ValueError("run.device: cuda is not available here")
+    if run.threads:
+        torch.set_num_threads(run.threads)
+    judge(settings)
+    with Results(run.out, describe_environment(torch.device(run.device))) as results:
+        progress = Progress(count_steps(settings))
+        verdicts: list[str] = []
+        try:
+            for case, heads, S in shapes_of(settings):
+                progress.begin(f"{case.mode}, {case.inputs} queries, {heads} heads, {S} tokens")
+                time_shape(settings, case, heads, S, results)
+            verdicts += measure_memory(settings, results, progress)
+            for name, model in settings.models.items():
+                progress.begin(f"model {name}, {model.length} tokens")
+                verdicts += time_model(settings, name, model, results)
+        finally:
+            progress.close()
+            report(results, verdicts)
+
+
+def judge(settings: BenchmarkSettings) -> None:
+    """Raise an IncorrectError unless the operators are right on this device."""
+    if settings.run.tests:
+        print(f"testing: {' '.join(settings.run.tests)}", flush=True)
+        run_tests(settings.run.tests)
+    for heads in settings.shapes.pairs:
+        print(f"comparing with the float64 reference: {heads} heads", flush=True)
+        check_operators(settings, heads)
+
+
+def shapes_of(settings: BenchmarkSettings) -> Iterator[tuple[CaseSettings, Heads, int]]:
+    """What to time, in order."""
+    for case in settings.cases.values():
+        for heads in settings.shapes.pairs:
+            for S in case.lengths:
+                yield case, heads, S
+
+
+def count_steps(settings: BenchmarkSettings) -> int:
+    """How many times progress is reported."""
+    memory = len(settings.memory.lengths) * len(settings.shapes.heads)
+    return len(list(shapes_of(settings))) + memory + len(settings.models)
+
+
+def time_shape(
+    settings: BenchmarkSettings, case: CaseSettings, heads: Heads, S: int, results: Results
+) -> None:
+    """Time all stages and all dense attentions at one shape, by turns."""
+    run = settings.run
+    try:
+        subjects, failing = make_subjects(settings, heads, S, case.inputs, case.mode)
+        for name, reason in failing.items():
+            warnings.warn(
+                f"{name} does not serve {heads} heads, {S} tokens: {reason}", stacklevel=2
+            )
+        limits = Limits(run.warmup, run.rounds, run.max_rounds, run.seconds)
+        timings = time_by_turns(subjects, torch.device(run.device), limits)
+    except torch.OutOfMemoryError as error:
+        torch.cuda.empty_cache()
+        warnings.warn(f"{heads} heads, {S} tokens left out: {error}", stacklevel=2)
+        return
+    shape = shape_cells(settings, heads, S) | {"inputs": case.inputs}
+    for subject, parts in zip(subjects, timings, strict=True):
+        for part, timing in parts.items():
+            if part == "forward" != case.mode and subject.backward is not None:
+                continue  # with what backward needs kept: not the forward of the other mode
+            mode = part if subject.backward is not None else case.mode
+            cells: dict[str, Any] = dict(zip(("ms_p20", "ms_p50", "ms_p80"), timing, strict=True))
+            work = work_of(subject.op, part, settings, heads, S)
+            if work is not None:
+                cells["tflops"] = work.flops / timing.p50 / 1e9
+                if settings.floor is not None:
+                    cells["ms_floor"] = work.floor_ms(settings.floor)
+            results.add(op=subject.op, variant=subject.variant, mode=mode, **shape, **cells)
+
+
+def measure_memory(settings: BenchmarkSettings, results: Results, progress: Progress) -> list[str]:
+    """Measure the peak memory of forward and backward; returns how it compares to its limit."""
+    verdicts = []
+    for heads in settings.shapes.pairs:
+        for S in settings.memory.lengths:
+            progress.begin(f"memory, {heads} heads, {S} tokens")
+            with tempfile.TemporaryDirectory() as folder:
+                peak = peak_mib(settings, heads, S, Path(folder))
+            results.add(
+                op="infllm_attention",
+                variant=settings.attention.engine,
+                mode="forward+backward",
+                inputs="drifting",
+                peak_mib=peak,
+                **shape_cells(settings, heads, S),
+            )
+            what = f"peak memory of forward and backward, {heads} heads, {S} tokens"
+            verdicts.append(verdict(what, peak, limit_mib(settings, heads, S), " MiB"))
+    return verdicts
+
+
+def time_model(
+    settings: BenchmarkSettings, name: str, model: ModelSettings, results: Results
+) -> list[str]:
+    """Time a model patched and unpatched; returns how the ratio compares to its limit."""
+    subjects = model_subjects(settings, model)
+    limits = Limits(max(3, settings.run.warmup), model.rounds, model.rounds, 0)
+    timings = time_by_turns(subjects, torch.device(settings.run.device), limits)
+    shape = shape_cells(settings, Heads(model.num_heads, model.num_kv_heads), model.length)
+    shape["D"] = model.hidden_size // model.num_heads
+    for subject, parts in zip(subjects, timings, strict=True):
+        p20, p50, p80 = parts[model.mode]
+        cells = {"ms_p20": p20, "ms_p50": p50, "ms_p80": p80, "inputs": name}
+        results.add(op="model", variant=subject.variant, mode=model.mode, **shape, **cells)
+    ratio = model_ratio(results.rows[-2:])
+    what = f"model {name}, {model.length} tokens, patched over unpatched time"
+    return [
+        f"{what}: {ratio:.3f}" if model.limit is None else verdict(what, ratio, model.limit, "")
+    ]
+
+
+def shape_cells(settings: BenchmarkSettings, heads: Heads, S: int) -> dict[str, Any]:
+    """The cells of the CSV that say what shape was measured."""
+    shapes = settings.shapes
+    return {
+        "B": shapes.batch,
+        "Hq": heads.query,
+        "Hkv": heads.kv,
+        "S": S,
+        "D": shapes.head_dim,
+        "dtype": settings.run.dtype,
+    }
+
+
+def report(results: Results, verdicts: list[str]) -> None:
+    """Show what was measured, also of a run that was cut short."""
+    header, lines = speed_table(results.rows)
+    if lines:
+        print("\nmedians in ms; x: dense over sparse, selection and lists included\n")
+        print(format_table(header, lines))
+    if verdicts:
+        print("\n" + "\n".join(verdicts))
+    print(f"\n{len(results.rows)} rows added to the CSV")
+
+
+class Progress:
+    """A bar where there is a terminal and tqdm, else a line per step."""
+
+    def __init__(self, total: int) -> None:
+        self._total, self._begun = total, 0
+        self._bar: Any = None
+        if sys.stderr.isatty():
+            try:
+                from tqdm import tqdm
+            except ImportError:
+                return
+            self._bar = tqdm(total=total, unit="step", dynamic_ncols=True, file=sys.stderr)
+
+    def begin(self, what: str) -> None:
+        """Count the step before as done, and name the next."""
+        self._begun += 1
+        if self._bar is None:
+            print(f"[{self._begun}/{self._total}] {what}", file=sys.stderr, flush=True)
+            return
+        self._bar.update(self._begun - 1 - self._bar.n)
+        self._bar.set_description_str(what)
+
+    def close(self) -> None:
+        """Take the bar away."""
+        if self._bar is not None:
+            self._bar.close()
+
+
+if __name__ == "__main__":
+    sys.exit(main())

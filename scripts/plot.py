@@ -1,0 +1,42 @@
+#!/usr/bin/env python3
+"""Draw what scripts/benchmark.py has measured.
+
+    scripts/plot.py docs/results/bench_cpu.csv
+
+Writes NAME_speed_up.png and NAME_stages.png beside the CSV, over those of before. Of a shape
+that was measured several times the newest rows count.
+
+Exit status: 0 done, 2 a file that is not such a CSV or holds nothing to draw.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+
+from infllm_flex.benchmarking.plots import plot_speed_up, plot_stages
+from infllm_flex.benchmarking.results import read_results
+
+
+def main() -> int:
+    """Run the command; returns its exit status."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("csv", type=Path, help="a file of scripts/benchmark.py")
+    csv = parser.parse_args().csv
+    try:
+        rows = read_results(csv)
+        for name, plot in (("speed_up", plot_speed_up), ("stages", plot_stages)):
+            path = csv.with_name(f"{csv.stem}_{name}.png")
+            plot(path, rows)
+            print(path)
+    except (ValueError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
