@@ -205,7 +205,8 @@ def measure(checkpoint: Path, arm: Arm, windows: Tensor, batch_size: int, name: 
     title = f"{'measuring ' + name:<28}"
     with (
         stage_attention(model, arm.stage, arm.attention),
-        tqdm(total=len(windows), desc=title, unit="window", leave=False) as bar,
+        # disable=None: on a terminal only
+        tqdm(total=len(windows), desc=title, unit="window", leave=False, disable=None) as bar,
     ):
         return bits_per_token(model, windows, batch_size, bar.update)
 
