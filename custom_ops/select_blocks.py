@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-_TILE_ROWS = 256  # query rows (tokens x group) scored at a time: memory is rows x C
+_TILE_ROWS = 512  # query rows (tokens x group) scored at a time: memory is rows x C
 _INVISIBLE = -1.0  # ranks below every score, since scores are sums of exponentials
 _FIRST, _NEVER = torch.iinfo(torch.int64).max, torch.iinfo(torch.int64).min
 

@@ -15,7 +15,8 @@ import torch
 import custom_ops
 from infllm_flex import engines, infllm_attention, select_blocks
 from infllm_flex.benchmarking import correctness, timing
-from infllm_flex.benchmarking.inputs import make_qkv
+from infllm_flex.benchmarking.dense import _dense_flex
+from infllm_flex.benchmarking.inputs import QKV, make_qkv
 from infllm_flex.benchmarking.memory import limit_mib, tensors_mib
 from infllm_flex.benchmarking.report import by_shape
 from infllm_flex.benchmarking.results import COLUMNS
@@ -216,7 +217,7 @@ def test_a_missing_gpu_is_said_in_one_line(run_script, config, monkeypatch):
 def test_models_and_memory_are_held_to_their_limits(run_script, config, tmp_path):
     pytest.importorskip("transformers")
     status, out, err = run_script(
-        *("benchmark", "--config", config, "cases={}", "memory.lengths=[512]"),
+        *("benchmark", "--config", config, "cases={}", "memory.lengths=[8192]"),
         "models={tiny: {length: 64, hidden_size: 32, num_layers: 1, rounds: 2, limit: 1000}}",
     )
     assert status == 0, err
@@ -225,7 +226,7 @@ def test_models_and_memory_are_held_to_their_limits(run_script, config, tmp_path
     assert float(memory["peak_mib"]) > 0
     assert [row["variant"] for row in models] == ["unpatched", "patched"]
     assert "patched over unpatched time" in out
-    assert "peak memory of forward and backward, 4/2 heads, 512 tokens" in out
+    assert "peak memory of forward and backward, 4/2 heads, 8192 tokens" in out
     assert out.count(": reached") == 2
 
 
@@ -281,6 +282,17 @@ def test_lists_are_built_apart_and_then_found_ready(engine, monkeypatch):
         actual = infllm_attention(*qkv, config, selected=selected)
     assert torch.equal(actual, expected)
     assert (engines.build_block_mask, custom_ops.tile_blocks) == originals
+
+
+def test_dense_flex_stays_compiled_however_many_shapes_there_are():
+    # Uncompiled, it would warn, which is an error here.
+    with torch._dynamo.config.patch(recompile_limit=1), torch.no_grad():
+        for S in (192, 256, 320):
+            qkv = QKV(*draw_qkv(S))
+            expected = torch.nn.functional.scaled_dot_product_attention(
+                *qkv, is_causal=True, enable_gqa=True
+            )
+            torch.testing.assert_close(_dense_flex(qkv)(), expected)
 
 
 def test_an_attention_without_lists_is_an_error():

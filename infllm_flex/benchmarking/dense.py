@@ -19,6 +19,7 @@ _CUDA_BACKENDS = {
     "sdpa_flash": SDPBackend.FLASH_ATTENTION,
     "sdpa_efficient": SDPBackend.EFFICIENT_ATTENTION,
 }
+_MAX_GRAPHS = 200
 
 
 class Dense(NamedTuple):
@@ -77,16 +78,23 @@ def _repeated(x: Tensor, G: int) -> Tensor:
 
 
 def _dense_flex(qkv: QKV) -> Callable[[], Tensor]:
+    S, device = qkv.query.shape[2], qkv.query.device
     compiled = torch.compile(flex_attention, dynamic=False)
     block_mask = None
 
     def attend() -> Tensor:
         nonlocal block_mask
-        S = qkv.query.shape[2]
-        if block_mask is None:
-            block_mask = create_block_mask(
-                lambda b, h, q, k: q >= k, None, None, S, S, device="cuda", _compile=True
-            )
-        return compiled(*qkv, block_mask=block_mask, enable_gqa=True)
+        # Every shape is a graph. Beyond PyTorch's limit both would run uncompiled, in silence.
+        with torch._dynamo.config.patch(
+            recompile_limit=_MAX_GRAPHS, fail_on_recompile_limit_hit=True
+        ):
+            if block_mask is None:
+                make_mask = torch.compile(create_block_mask, dynamic=False)
+                block_mask = make_mask(_causal, None, None, S, S, device=str(device))
+            return compiled(*qkv, block_mask=block_mask, enable_gqa=True)
 
     return attend
+
+
+def _causal(b: Tensor, h: Tensor, q_idx: Tensor, kv_idx: Tensor) -> Tensor:
+    return q_idx >= kv_idx
