@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.nn.attention.flex_attention import create_block_mask, flex_attention
+from torch.nn.attention.flex_attention import BlockMask, flex_attention
 
 from infllm_flex.benchmarking.inputs import QKV
 
@@ -20,6 +20,7 @@ _CUDA_BACKENDS = {
     "sdpa_efficient": SDPBackend.EFFICIENT_ATTENTION,
 }
 _MAX_GRAPHS = 200
+_BLOCK = 128
 
 
 class Dense(NamedTuple):
@@ -84,16 +85,31 @@ def _dense_flex(qkv: QKV) -> Callable[[], Tensor]:
 
     def attend() -> Tensor:
         nonlocal block_mask
-        # Every shape is a graph. Beyond PyTorch's limit both would run uncompiled, in silence.
+        if block_mask is None:
+            block_mask = _causal_blocks(S, device)
+        # Every shape is a graph. Beyond PyTorch's limit it would run uncompiled.
         with torch._dynamo.config.patch(
             recompile_limit=_MAX_GRAPHS, fail_on_recompile_limit_hit=True
         ):
-            if block_mask is None:
-                make_mask = torch.compile(create_block_mask, dynamic=False)
-                block_mask = make_mask(_causal, None, None, S, S, device=str(device))
             return compiled(*qkv, block_mask=block_mask, enable_gqa=True)
 
     return attend
+
+
+def _causal_blocks(S: int, device: torch.device) -> BlockMask:
+    """Write the causal mask down: to derive it from ``mask_mod`` takes memory or compiling."""
+    block = torch.arange(-(-S // _BLOCK), dtype=torch.int32, device=device)
+    num_blocks = len(block)
+    square = (1, 1, num_blocks, num_blocks)
+    return BlockMask.from_kv_blocks(
+        kv_num_blocks=torch.ones_like(block).view(1, 1, -1),
+        kv_indices=block[:, None].expand(square).contiguous(),  # the diagonal, once
+        full_kv_num_blocks=block.view(1, 1, -1),
+        full_kv_indices=block.expand(square).contiguous(),
+        BLOCK_SIZE=_BLOCK,
+        mask_mod=_causal,
+        seq_lengths=(S, S),
+    )
 
 
 def _causal(b: Tensor, h: Tensor, q_idx: Tensor, kv_idx: Tensor) -> Tensor:
