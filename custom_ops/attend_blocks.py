@@ -52,6 +52,7 @@ def attend_blocks(
     lists = TileLists(kv_num, kv_idx, words, full_num, full_idx, block_size, tile_tokens)
     for head in heads(q, k):
         keys, values = (head.blocks(x, block_size, accumulate) for x in (k, v))
+        finite = bool(values.isfinite().all())
         for chunk in lists.chunks(head, k.shape[2], q.shape[2]):
             rows = chunk.load(head, q, accumulate) * scale
             logits = chunk.logits(rows, keys)
@@ -59,7 +60,7 @@ def attend_blocks(
             peak.masked_fill_(peak == -torch.inf, 0.0)  # no key: exp(-inf - 0) = 0, not nan
             weights = logits.sub_(peak).exp_()
             total = weights.sum(-1, keepdim=True)
-            result = chunk.weigh(weights, values) / total.masked_fill(total == 0, 1.0)
+            result = chunk.weigh(weights, values, finite) / total.masked_fill(total == 0, 1.0)
             chunk.store(head, out, result)
             chunk.store(head, lse[..., None], peak + total.log())
     return out, lse

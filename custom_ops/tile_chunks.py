@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-CHUNK_SCORES = 2 << 20  # scores held at a time, over all tiles of a chunk
+CHUNK_SCORES = 1 << 20  # scores held at a time, over all tiles of a chunk
 
 
 class Head(NamedTuple):
@@ -126,14 +126,14 @@ class TileChunk(NamedTuple):
         offset = torch.arange(block_size, device=self.seen.device)
         return (offset < self.seen[..., None]).flatten(2)
 
-    def weigh(self, weights: Tensor, values: Tensor) -> Tensor:
+    def weigh(self, weights: Tensor, values: Tensor, finite: bool) -> Tensor:
         """Sum the gathered values by ``weights [n, T * G, W * block_size]``.
 
         A product multiplies unseen values by zero, and 0 x nan is nan: where values are not finite,
         they are left out of the product and given only to the rows that see them.
         """
         gathered = values[self.slots].flatten(1, 2)  # [n, W * block_size, D]
-        if gathered.isfinite().all():
+        if finite:
             return weights @ gathered
         out = weights @ gathered.nan_to_num(0.0, 0.0, 0.0)
         seen = self.sees(values.shape[1]).to(weights.dtype)

@@ -15,9 +15,9 @@ import custom_ops
 from infllm_flex.block_mask import build_block_mask, union_width
 from infllm_flex.config import InfLLMConfig
 
-# Rows per tile of `attend_blocks`. On the CPU one gather of keys serves them all; on a GPU more
-# rows would load more of each other's blocks.
-_FUSED_TILE_ROWS = {"cpu": 128, "cuda": 64}
+_FUSED_TILE_ROWS = (
+    64  # rows per tile of `attend_blocks`; more would load more of each other's blocks
+)
 _MAX_GRAPHS = 32  # static lengths are powers of two, so a program needs few
 
 
@@ -43,8 +43,7 @@ def attend_with_lists(
         ``[B, Hq, Sq, D]``.
     """
     groups = query.shape[1] // key.shape[1]
-    tile_rows = _FUSED_TILE_ROWS.get(query.device.type, 128)
-    tile_tokens = min(32, max(1, tile_rows // groups))
+    tile_tokens = min(32, max(1, _FUSED_TILE_ROWS // groups))
     num_blocks = (key.shape[2] + config.block_size - 1) // config.block_size
     width = union_width(selected.shape[3], tile_tokens, num_blocks)
     lists = custom_ops.tile_blocks(selected, key.shape[2], config.block_size, tile_tokens, width)
