@@ -55,13 +55,13 @@ def attend_blocks(
         finite = bool(values.isfinite().all())
         for chunk in lists.chunks(head, k.shape[2], q.shape[2]):
             rows = chunk.load(head, q, accumulate) * scale
-            logits = chunk.logits(rows, keys)
+            logits = chunk.logits(rows, chunk.gather(keys))
             peak = logits.amax(-1, keepdim=True)
             peak.masked_fill_(peak == -torch.inf, 0.0)  # no key: exp(-inf - 0) = 0, not nan
             weights = logits.sub_(peak).exp_()
             total = weights.sum(-1, keepdim=True)
-            result = chunk.weigh(weights, values, finite) / total.masked_fill(total == 0, 1.0)
-            chunk.store(head, out, result)
+            summed = chunk.weigh(weights, chunk.gather(values), finite)
+            chunk.store(head, out, summed / total.masked_fill(total == 0, 1.0))
             chunk.store(head, lse[..., None], peak + total.log())
     return out, lse
 
@@ -118,12 +118,12 @@ def attend_blocks_backward(
             row_lse = chunk.load(head, lse[..., None], accumulate)
             row_lse = row_lse.masked_fill(row_lse == -torch.inf, 0.0)
             correction = (drows * chunk.load(head, out, accumulate)).sum(-1, keepdim=True)
-            weights = chunk.logits(rows, keys).sub_(row_lse).exp_()
-            gathered = values[chunk.slots].flatten(1, 2)
+            gathered = chunk.gather(keys)
+            weights = chunk.logits(rows, gathered).sub_(row_lse).exp_()
             chunk.add_to_blocks(dvalues, weights.mT @ drows)
-            dlogits = (drows @ gathered.mT).sub_(correction).mul_(weights)
+            dlogits = (drows @ chunk.gather(values).mT).sub_(correction).mul_(weights)
             chunk.add_to_blocks(dkeys, dlogits.mT @ rows)
-            chunk.store(head, dq, dlogits @ keys[chunk.slots].flatten(1, 2) * scale)
+            chunk.store(head, dq, dlogits @ gathered * scale)
         dk[head.batch, head.kv] = dkeys.flatten(0, 1)[:Skv]
         dv[head.batch, head.kv] = dvalues.flatten(0, 1)[:Skv]
     return dq, dk, dv

@@ -114,15 +114,20 @@ class TileChunk(NamedTuple):
         rows = rows.reshape(-1, G, rows.shape[-1])[: at.stop - at.start]
         out[head.batch, head.group, at] = rows.transpose(0, 1).to(out.dtype)
 
+    def gather(self, blocks: Tensor) -> Tensor:
+        """Join the listed blocks of ``[Nkv, block_size, D]``: ``[n, W * block_size, D]``."""
+        return blocks[self.slots].flatten(1, 2)
+
     def logits(self, rows: Tensor, keys: Tensor) -> Tensor:
         """Dot products with the gathered keys ``[n, T * G, W * block_size]``, -inf if unseen."""
-        logits = rows @ keys[self.slots].flatten(1, 2).mT
-        unseen = ~self.sees(keys.shape[1])
+        logits = rows @ keys.mT
+        unseen = ~self.sees(keys)
         logits.unflatten(1, (unseen.shape[1], -1)).masked_fill_(unseen[:, :, None], -torch.inf)
         return logits
 
-    def sees(self, block_size: int) -> Tensor:
+    def sees(self, gathered: Tensor) -> Tensor:
         """Spell out which gathered keys each token sees: bool ``[n, T, W * block_size]``."""
+        block_size = gathered.shape[1] // self.slots.shape[1]
         offset = torch.arange(block_size, device=self.seen.device)
         return (offset < self.seen[..., None]).flatten(2)
 
@@ -132,13 +137,12 @@ class TileChunk(NamedTuple):
         A product multiplies unseen values by zero, and 0 x nan is nan: where values are not finite,
         they are left out of the product and given only to the rows that see them.
         """
-        gathered = values[self.slots].flatten(1, 2)  # [n, W * block_size, D]
         if finite:
-            return weights @ gathered
-        out = weights @ gathered.nan_to_num(0.0, 0.0, 0.0)
-        seen = self.sees(values.shape[1]).to(weights.dtype)
+            return weights @ values
+        out = weights @ values.nan_to_num(0.0, 0.0, 0.0)
+        seen = self.sees(values).to(weights.dtype)
         for special in (torch.inf, -torch.inf, torch.nan):
-            is_special = gathered.isnan() if special != special else gathered == special
+            is_special = values.isnan() if special != special else values == special
             reached = (seen @ is_special.to(weights.dtype) > 0)[:, :, None]  # [n, T, 1, D]
             out.unflatten(1, (seen.shape[1], -1)).add_(torch.where(reached, special, 0.0))
         return out

@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from infllm_flex import InfLLMConfig, engines, infllm_attention, reference, select_blocks
 from tests.inputs import make_qkv, small_config
 from tests.tolerance import assert_within_rounding
+from tests.watch import WatchTensors
 
 DENSE = small_config(dense_len=10_000)
 
@@ -236,21 +237,10 @@ def test_memory_of_training_is_linear_in_the_length():
     config = InfLLMConfig(topk=4, window_size=128, dense_len=-1)
     peak = {}
     for S in (2048, 8192):
-        largest = 0
-
-        class Watch(torch.utils._python_dispatch.TorchDispatchMode):
-            def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-                nonlocal largest
-                out = func(*args, **(kwargs or {}))
-                for x in out if isinstance(out, tuple | list) else (out,):
-                    if isinstance(x, torch.Tensor):
-                        largest = max(largest, x.numel())
-                return out
-
         leaves = [x.requires_grad_() for x in make_qkv(S, Hq=2, Hkv=1)]
-        with Watch():
+        with WatchTensors() as watch:
             infllm_attention(*leaves, config).sum().backward()
-        peak[S] = largest
+        peak[S] = watch.largest_bytes
     assert peak[8192] <= 4 * peak[2048]
 
 

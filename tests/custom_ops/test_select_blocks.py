@@ -7,6 +7,7 @@ from custom_ops import compress_keys, select_blocks
 from infllm_flex import reference
 from infllm_flex import select_blocks as select_for
 from tests.inputs import make_qkv, small_config
+from tests.watch import WatchTensors
 
 definition = sys.modules["custom_ops.select_blocks"]
 
@@ -176,20 +177,9 @@ def test_compiles_as_one_graph():
 
 def test_memory_is_linear_in_the_length():
     """No tensor of the definition outgrows one tile's scores, whatever the length."""
-    largest = 0
-
-    class Watch(torch.utils._python_dispatch.TorchDispatchMode):
-        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-            nonlocal largest
-            out = func(*args, **(kwargs or {}))
-            for x in out if isinstance(out, tuple | list) else (out,):
-                if isinstance(x, torch.Tensor):
-                    largest = max(largest, x.untyped_storage().nbytes())
-            return out
-
     args = arguments(4096)
-    with Watch():
+    with WatchTensors() as watch:
         definition.select_blocks._init_fn(*args)
     q = args[0]
     C, rows = args[1].shape[2], definition._TILE_ROWS
-    assert 0 < largest <= max(q.numel(), rows * (C + 1)) * 8
+    assert 0 < watch.largest_bytes <= max(q.numel(), rows * (C + 1)) * 8
