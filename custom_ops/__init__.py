@@ -2,8 +2,16 @@
 
 from custom_ops.attend_blocks import attend_blocks
 from custom_ops.compress_keys import compress_keys
+from custom_ops.redo_special_heads import redo_special_heads
 from custom_ops.select_blocks import select_blocks
 from custom_ops.tile_blocks import tile_blocks
 from custom_ops.transpose_blocks import transpose_blocks
 
-__all__ = ["attend_blocks", "compress_keys", "select_blocks", "tile_blocks", "transpose_blocks"]
+__all__ = [
+    "attend_blocks",
+    "compress_keys",
+    "redo_special_heads",
+    "select_blocks",
+    "tile_blocks",
+    "transpose_blocks",
+]

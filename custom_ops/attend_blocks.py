@@ -13,11 +13,9 @@ def attend_blocks(
     q: Tensor,
     k: Tensor,
     v: Tensor,
-    kv_num: Tensor,
-    kv_idx: Tensor,
+    num: Tensor,
+    idx: Tensor,
     words: Tensor,
-    full_num: Tensor,
-    full_idx: Tensor,
     block_size: int,
     tile_tokens: int,
     scale: float,
@@ -31,12 +29,10 @@ def attend_blocks(
         q: Queries ``[B, Hq, Sq, D]``, the last ``Sq`` of ``Skv`` positions.
         k: Keys ``[B, Hkv, Skv, D]``.
         v: Values ``[B, Hkv, Skv, D]``.
-        kv_num: Partial blocks per tile, int32 ``[B, Hkv, Nq]``; this and the next four as
-            ``tile_blocks`` returns them.
-        kv_idx: The partial blocks, int32 ``[B, Hkv, Nq, W]``.
+        num: Blocks that a tile's tokens selected together, int32 ``[B, Hkv, Nq]``; this and the
+            next two as ``tile_blocks(..., separate_full=False)`` returns them.
+        idx: The blocks, int32 ``[B, Hkv, Nq, W]``, ascending.
         words: Their membership words, int32 ``[B, Hkv, Nq, W]``.
-        full_num: Full blocks per tile, int32 ``[B, Hkv, Nq]``.
-        full_idx: The full blocks, int32 ``[B, Hkv, Nq, W]``.
         block_size: Keys per block.
         tile_tokens: Tokens per tile.
         scale: Factor on the dot products.
@@ -49,7 +45,7 @@ def attend_blocks(
     accumulate = torch.promote_types(q.dtype, torch.float32)
     out = torch.empty_like(q, memory_format=torch.contiguous_format)
     lse = q.new_empty(q.shape[:3], dtype=accumulate)
-    lists = TileLists(kv_num, kv_idx, words, full_num, full_idx, block_size, tile_tokens)
+    lists = TileLists(num, idx, words, block_size, tile_tokens)
     for head in heads(q, k):
         keys, values = (head.blocks(x, block_size, accumulate) for x in (k, v))
         finite = bool(values.isfinite().all())
@@ -74,11 +70,9 @@ def attend_blocks_backward(
     v: Tensor,
     out: Tensor,
     lse: Tensor,
-    kv_num: Tensor,
-    kv_idx: Tensor,
+    num: Tensor,
+    idx: Tensor,
     words: Tensor,
-    full_num: Tensor,
-    full_idx: Tensor,
     block_size: int,
     tile_tokens: int,
     scale: float,
@@ -92,11 +86,9 @@ def attend_blocks_backward(
         v: Values.
         out: The output of ``attend_blocks``.
         lse: Its log-sum-exp.
-        kv_num: Partial blocks per tile; this and the next four as ``tile_blocks`` returns them.
-        kv_idx: The partial blocks.
+        num: Blocks per tile; this and the next two as in ``attend_blocks``.
+        idx: The blocks.
         words: Their membership words.
-        full_num: Full blocks per tile.
-        full_idx: The full blocks.
         block_size: Keys per block.
         tile_tokens: Tokens per tile.
         scale: Factor on the dot products.
@@ -107,7 +99,7 @@ def attend_blocks_backward(
     accumulate = torch.promote_types(q.dtype, torch.float32)
     dq = torch.empty_like(q, memory_format=torch.contiguous_format)
     dk, dv = (torch.empty_like(x, memory_format=torch.contiguous_format) for x in (k, v))
-    lists = TileLists(kv_num, kv_idx, words, full_num, full_idx, block_size, tile_tokens)
+    lists = TileLists(num, idx, words, block_size, tile_tokens)
     Skv = k.shape[2]
     for head in heads(q, k):
         keys, values = (head.blocks(x, block_size, accumulate) for x in (k, v))
@@ -134,11 +126,9 @@ def _(
     q: Tensor,
     k: Tensor,
     v: Tensor,
-    kv_num: Tensor,
-    kv_idx: Tensor,
+    num: Tensor,
+    idx: Tensor,
     words: Tensor,
-    full_num: Tensor,
-    full_idx: Tensor,
     block_size: int,
     tile_tokens: int,
     scale: float,
@@ -152,19 +142,16 @@ def _(
     q: Tensor,
     k: Tensor,
     v: Tensor,
-    kv_num: Tensor,
-    kv_idx: Tensor,
+    num: Tensor,
+    idx: Tensor,
     words: Tensor,
-    full_num: Tensor,
-    full_idx: Tensor,
     block_size: int,
     tile_tokens: int,
     scale: float,
 ) -> tuple[Tensor, Tensor]:
     from custom_ops.kernels.attend_blocks import launch
 
-    lists = (kv_num, kv_idx, words, full_num, full_idx)
-    return launch(q, k, v, *lists, block_size, tile_tokens, scale)
+    return launch(q, k, v, num, idx, words, block_size, tile_tokens, scale)
 
 
 @attend_blocks_backward.register_kernel("cuda")
@@ -175,18 +162,16 @@ def _(
     v: Tensor,
     out: Tensor,
     lse: Tensor,
-    kv_num: Tensor,
-    kv_idx: Tensor,
+    num: Tensor,
+    idx: Tensor,
     words: Tensor,
-    full_num: Tensor,
-    full_idx: Tensor,
     block_size: int,
     tile_tokens: int,
     scale: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
     from custom_ops.kernels.attend_blocks_backward import launch
 
-    lists = (kv_num, kv_idx, words, full_num, full_idx)
+    lists = (num, idx, words)
     return launch(grad_out, q, k, v, out, lse, *lists, block_size, tile_tokens, scale)
 
 
@@ -207,7 +192,7 @@ def _save_for_backward(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, 
 
 def _backward(ctx: Any, grad_out: Tensor, grad_lse: Tensor) -> tuple[Tensor | None, ...]:
     grads = attend_blocks_backward(grad_out, *ctx.saved_tensors, *ctx.settings)
-    return *grads, *(None,) * 8
+    return *grads, *(None,) * 6
 
 
 attend_blocks.register_autograd(_backward, setup_context=_save_for_backward)

@@ -9,13 +9,18 @@ _CHUNK_ENTRIES = 4 << 20  # (tile, block) pairs looked at together; bounds memor
 
 @torch.library.custom_op("infllm_flex::tile_blocks", mutates_args=())
 def tile_blocks(
-    selected: Tensor, kv_len: int, block_size: int, tile_tokens: int, width: int
+    selected: Tensor,
+    kv_len: int,
+    block_size: int,
+    tile_tokens: int,
+    width: int,
+    separate_full: bool = True,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Unite the selected blocks of each tile; keep apart those that need no mask.
 
     A block is *full* for a tile when every token of it selected the block and sees all its keys.
     The others are *partial*: a membership word says which tokens selected them, and the causal
-    test still applies.
+    test still applies. Blocks that begin after a token are left out of its choice.
 
     Args:
         selected: int32 ``[B, Hkv, Sq, K]``, ascending, -1 for unused slots.
@@ -23,20 +28,24 @@ def tile_blocks(
         block_size: Keys per block.
         tile_tokens: Tokens per tile, 1 to 32. The last tile may hold fewer.
         width: Slots per list, at least the size of the largest union.
+        separate_full: Whether full blocks are listed apart; else all are in the first list.
 
     Returns:
         Five int32 tensors; lists ascend and are zero past their counts.
         ``kv_num [B, Hkv, Nq]`` and ``kv_idx [B, Hkv, Nq, width]``: the partial blocks.
         ``words [B, Hkv, Nq, width]``: bit t is set iff token t of the tile selected that block.
-        ``full_num [B, Hkv, Nq]`` and ``full_idx [B, Hkv, Nq, width]``: the full blocks.
+        ``full_num [B, Hkv, Nq]`` and ``full_idx [B, Hkv, Nq, width]``: the full blocks; of width 0,
+        and none counted, unless they are separate.
     """
-    if tile_tokens == 1:
+    if tile_tokens == 1 and separate_full:
         return _split_own_lists(selected, kv_len, block_size, width)
     B, Hkv, Sq, _ = selected.shape
     num_tiles = -(-Sq // tile_tokens)
     rows = B * Hkv * num_tiles
     kv_num, full_num = (selected.new_zeros(rows) for _ in range(2))
-    kv_idx, words, full_idx = (selected.new_zeros(rows, width) for _ in range(3))
+    full_width = width if separate_full else 0
+    kv_idx, words = (selected.new_zeros(rows, width) for _ in range(2))
+    full_idx = selected.new_zeros(rows, full_width)
     num_blocks = -(-kv_len // block_size)
     per_chunk = max(1, _CHUNK_ENTRIES // num_blocks)
     flat = selected.reshape(B * Hkv, Sq, -1)
@@ -47,36 +56,49 @@ def tile_blocks(
             first = kv_len - Sq + tile * tile_tokens
             part, full, members = _unite(tokens, first, num_blocks, block_size, tile_tokens)
             at = slice(head * num_tiles + tile, head * num_tiles + last)
-            _list_blocks(part, kv_num[at], kv_idx[at], members, words[at])
-            _list_blocks(full, full_num[at], full_idx[at])
+            listed = part if separate_full else part | full
+            _list_blocks(listed, kv_num[at], kv_idx[at], members, words[at])
+            if separate_full:
+                _list_blocks(full, full_num[at], full_idx[at])
     shape = (B, Hkv, num_tiles)
     return (
         kv_num.view(shape),
         kv_idx.view(*shape, width),
         words.view(*shape, width),
         full_num.view(shape),
-        full_idx.view(*shape, width),
+        full_idx.view(*shape, full_width),
     )
 
 
 @tile_blocks.register_fake
 def _(
-    selected: Tensor, kv_len: int, block_size: int, tile_tokens: int, width: int
+    selected: Tensor,
+    kv_len: int,
+    block_size: int,
+    tile_tokens: int,
+    width: int,
+    separate_full: bool = True,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     B, Hkv, Sq, _ = selected.shape
     num_tiles = (Sq + tile_tokens - 1) // tile_tokens
     num = selected.new_empty(B, Hkv, num_tiles)
     idx = selected.new_empty(B, Hkv, num_tiles, width)
-    return num, idx, torch.empty_like(idx), torch.empty_like(num), torch.empty_like(idx)
+    full_idx = selected.new_empty(B, Hkv, num_tiles, width if separate_full else 0)
+    return num, idx, torch.empty_like(idx), torch.empty_like(num), full_idx
 
 
 @tile_blocks.register_kernel("cuda")
 def _(
-    selected: Tensor, kv_len: int, block_size: int, tile_tokens: int, width: int
+    selected: Tensor,
+    kv_len: int,
+    block_size: int,
+    tile_tokens: int,
+    width: int,
+    separate_full: bool = True,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     from custom_ops.kernels.tile_blocks import launch
 
-    return launch(selected, kv_len, block_size, tile_tokens, width)
+    return launch(selected, kv_len, block_size, tile_tokens, width, separate_full)
 
 
 def _split_own_lists(
@@ -85,7 +107,7 @@ def _split_own_lists(
     """Split each token's ascending list where its blocks stop to lie wholly in its past."""
     Sq, K = selected.shape[2:]
     position = torch.arange(kv_len - Sq, kv_len, device=selected.device)[:, None]
-    chosen = selected >= 0
+    chosen = (selected >= 0) & (selected * block_size <= position)
     full_num = (chosen & ((selected + 1) * block_size - 1 <= position)).sum(-1, dtype=torch.int32)
     kv_num = chosen.sum(-1, dtype=torch.int32) - full_num
     slot = torch.arange(width, device=selected.device)
@@ -112,7 +134,8 @@ def _unite(
     bit = torch.ones_like(token) << (token - tile * tile_tokens)
     # A token names a block at most once, so adding its bit sets it; the spare column takes -1.
     members = bit.new_zeros(num_tiles * (num_blocks + 1))
-    column = torch.where(tokens < 0, num_blocks, tokens) + (tile * (num_blocks + 1))[:, None]
+    unchosen = (tokens < 0) | (tokens * block_size > (first + token)[:, None])
+    column = torch.where(unchosen, num_blocks, tokens) + (tile * (num_blocks + 1))[:, None]
     members.index_add_(0, column.flatten(), bit[:, None].expand_as(tokens).reshape(-1))
     members = members.view(num_tiles, num_blocks + 1)[:, :num_blocks]
 

@@ -34,19 +34,16 @@ def heads(q: Tensor, k: Tensor) -> Iterator[Head]:
 class TileLists(NamedTuple):
     """The lists of ``tile_blocks``, and the sizes that give them a meaning."""
 
-    kv_num: Tensor
-    kv_idx: Tensor
+    num: Tensor
+    idx: Tensor
     words: Tensor
-    full_num: Tensor
-    full_idx: Tensor
     block_size: int
     tile_tokens: int
 
     def chunks(self, head: Head, Skv: int, Sq: int) -> Iterator["TileChunk"]:
-        """Walk a head's tiles, several at a time, their lists joined and padded to one width."""
+        """Walk a head's tiles, several at a time, their lists cut to one width."""
         at = (head.batch, head.kv)
-        kv_num, full_num = self.kv_num[at], self.full_num[at]
-        counts = (kv_num + full_num).tolist()
+        counts = self.num[at].tolist()
         group = head.group.stop - head.group.start
         per_slot = self.tile_tokens * group * self.block_size
         begin = 0
@@ -57,25 +54,14 @@ class TileLists(NamedTuple):
                 if (end + 1 - begin) * wider * per_slot > CHUNK_SCORES:
                     break
                 width, end = wider, end + 1
-            tiles = slice(begin, end)
-            yield self._join(at, tiles, max(width, 1), Skv, Sq)
+            yield self._cut(at, slice(begin, end), max(width, 1), Skv, Sq)
             begin = end
 
-    def _join(
-        self, at: tuple[int, int], tiles: slice, width: int, Skv: int, Sq: int
-    ) -> "TileChunk":
-        num, full_num = self.kv_num[at][tiles, None], self.full_num[at][tiles, None]
-        kv_idx, words, full_idx = (x[at][tiles] for x in (self.kv_idx, self.words, self.full_idx))
-        slot = torch.arange(width, device=num.device)
-        is_full = slot < full_num
-        is_partial = ~is_full & (slot < full_num + num)
-        from_full = slot.clamp(max=full_idx.shape[-1] - 1).expand_as(is_full)
-        from_partial = (slot - full_num).clamp(0, kv_idx.shape[-1] - 1)
-        block = torch.where(
-            is_full, full_idx.gather(1, from_full), kv_idx.gather(1, from_partial)
-        ).masked_fill_(~(is_full | is_partial), 0)  # [n, W]
-        word = words.gather(1, from_partial).masked_fill_(~is_partial, 0).masked_fill_(is_full, -1)
-
+    def _cut(self, at: tuple[int, int], tiles: slice, width: int, Skv: int, Sq: int) -> "TileChunk":
+        num, block, word = self.num[at][tiles], self.idx[at][tiles], self.words[at][tiles]
+        listed = torch.arange(width, device=num.device) < num[:, None]
+        block = block[:, :width].masked_fill(~listed, 0)  # [n, W]
+        word = word[:, :width].masked_fill(~listed, 0)
         token = torch.arange(self.tile_tokens, device=num.device)
         first = Skv - Sq + torch.arange(tiles.start, tiles.stop, device=num.device) * token.numel()
         position = first[:, None] + token  # [n, T]

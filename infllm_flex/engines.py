@@ -46,9 +46,11 @@ def attend_with_lists(
     tile_tokens = min(32, max(1, _FUSED_TILE_ROWS // groups))
     num_blocks = (key.shape[2] + config.block_size - 1) // config.block_size
     width = union_width(selected.shape[3], tile_tokens, num_blocks)
-    lists = custom_ops.tile_blocks(selected, key.shape[2], config.block_size, tile_tokens, width)
+    num, idx, words, _, _ = custom_ops.tile_blocks(
+        selected, key.shape[2], config.block_size, tile_tokens, width, separate_full=False
+    )
     out, _ = custom_ops.attend_blocks(
-        query, key, value, *lists, config.block_size, tile_tokens, scale
+        query, key, value, num, idx, words, config.block_size, tile_tokens, scale
     )
     return out
 
@@ -89,7 +91,11 @@ def attend_with_flex(
             out = compiled(folded, keys, values, block_mask, scale, options)
     if out is None:
         return attend_with_lists(query, key, value, selected, config, scale)
-    return out.unflatten(2, (-1, Hq // Hkv))[:, :, :Sq].transpose(2, 3).flatten(1, 2)
+    out = out.unflatten(2, (-1, Hq // Hkv))[:, :, :Sq].transpose(2, 3).flatten(1, 2)
+    if query.device.type == "cuda":
+        out = out.contiguous()
+        custom_ops.redo_special_heads(out, query, key, value, selected, config.block_size, scale)
+    return out
 
 
 def _pad_length(x: Tensor) -> Tensor:

@@ -29,6 +29,7 @@ def _tile_blocks_kernel(
     TILE_TOKENS: tl.constexpr,
     LANES: tl.constexpr,
     TILES: tl.constexpr,
+    SEPARATE_FULL: tl.constexpr,
 ):
     """Merge for a few tiles side by side, one lane a token: each step lists the lowest block."""
     end = 0x7FFFFFFF  # an exhausted list
@@ -44,8 +45,9 @@ def _tile_blocks_kernel(
 
     list_ptr = selected_ptr + (head // Hkv * stride_b + head % Hkv * stride_h)[:, None]
     list_ptr += row.to(tl.int64) * stride_s
+    own = (offset + row) // BLOCK_SIZE
     block = tl.load(list_ptr, mask=real, other=-1)
-    block = tl.where(block < 0, end, block)
+    block = tl.where((block < 0) | (block > own), end, block)
     taken = tl.zeros([TILES, LANES], tl.int32)
     kv_num = tl.zeros([TILES], tl.int32)
     full_num = tl.zeros([TILES], tl.int32)
@@ -53,21 +55,24 @@ def _tile_blocks_kernel(
     while tl.min(lowest, 0) < end:
         hit = (block == lowest[:, None]) & (block < end)
         word = tl.sum(tl.where(hit, bit, 0), 1)
-        full = (lowest < num_past) & (word == everyone)
-        part = (lowest < end) & (full == 0)
+        part = lowest < end
+        if SEPARATE_FULL:
+            full = (lowest < num_past) & (word == everyone)
+            part = part & (full == 0)
         part_slot = flat * width + kv_num
         tl.store(kv_idx_ptr + part_slot, lowest, mask=part & (kv_num < width))
         tl.store(words_ptr + part_slot, word, mask=part & (kv_num < width))
-        full_slot = flat * width + full_num
-        tl.store(full_idx_ptr + full_slot, lowest, mask=full & (full_num < width))
         kv_num += part.to(tl.int32)
-        full_num += full.to(tl.int32)
+        if SEPARATE_FULL:
+            full_slot = flat * width + full_num
+            tl.store(full_idx_ptr + full_slot, lowest, mask=full & (full_num < width))
+            full_num += full.to(tl.int32)
 
         taken += hit.to(tl.int32)
         following = tl.load(
             list_ptr + taken.to(tl.int64) * stride_k, mask=hit & (taken < K), other=-1
         )
-        following = tl.where(following < 0, end, following)
+        following = tl.where((following < 0) | (following > own), end, following)
         block = tl.where(hit, following, block)
         lowest = tl.min(block, 1)
     tl.store(kv_num_ptr + flat, tl.minimum(kv_num, width), mask=flat < total_tiles)
@@ -75,7 +80,12 @@ def _tile_blocks_kernel(
 
 
 def launch(
-    selected: Tensor, kv_len: int, block_size: int, tile_tokens: int, width: int
+    selected: Tensor,
+    kv_len: int,
+    block_size: int,
+    tile_tokens: int,
+    width: int,
+    separate_full: bool = True,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Allocate zeroed lists and merge into them, a warp for as many tiles as its lanes hold."""
     B, Hkv, Sq, K = selected.shape
@@ -85,8 +95,8 @@ def launch(
         torch.zeros(B, Hkv, num_tiles, dtype=torch.int32, device=selected.device) for _ in range(2)
     )
     kv_idx, words, full_idx = (
-        torch.zeros(B, Hkv, num_tiles, width, dtype=torch.int32, device=selected.device)
-        for _ in range(3)
+        torch.zeros(B, Hkv, num_tiles, slots, dtype=torch.int32, device=selected.device)
+        for slots in (width, width, width if separate_full else 0)
     )
     lanes = triton.next_power_of_2(tile_tokens)
     tiles = max(1, 32 // lanes)
@@ -110,6 +120,7 @@ def launch(
             tile_tokens,
             lanes,
             tiles,
+            separate_full,
             num_warps=1,
         )
     return kv_num, kv_idx, words, full_num, full_idx

@@ -21,7 +21,7 @@ def make_case(shape, tile_tokens, dtype=torch.float32):
     S, Sq = shape["S"], qkv[0].shape[2]
     selected = make_selected(S, B=qkv[1].shape[0], Hkv=qkv[1].shape[1])[:, :, -Sq:]
     width = min(-(-S // BLOCK), 5 * tile_tokens)
-    lists = tile_blocks(selected, S, BLOCK, tile_tokens, width)
+    lists = tile_blocks(selected, S, BLOCK, tile_tokens, width, False)[:3]
     return qkv, selected, (*lists, BLOCK, tile_tokens, 0.25)
 
 
@@ -83,7 +83,7 @@ def test_log_sum_exp_is_that_of_the_seen_keys():
 def test_a_query_without_keys_is_zero_and_has_no_gradient():
     (q, k, v), selected, _ = make_case({"S": 64, "Hq": 2, "Hkv": 2, "D": 16}, 4)
     selected[:, :, 17] = -1
-    lists = tile_blocks(selected, 64, BLOCK, 4, 4)
+    lists = tile_blocks(selected, 64, BLOCK, 4, 4, False)[:3]
     q.requires_grad_()
     out, lse = attend_blocks(q, k, v, *lists, BLOCK, 4, 0.25)
     out.sum().backward()
@@ -108,7 +108,7 @@ def test_keys_no_one_chose_have_no_gradient():
     (q, k, v), selected, _ = make_case({"S": 64, "Hq": 2, "Hkv": 2, "D": 16}, 4)
     selected = torch.where(selected == 1, -1, selected)
     ascending = selected.masked_fill(selected < 0, 99).sort(-1).values
-    lists = tile_blocks(ascending.masked_fill(ascending == 99, -1), 64, BLOCK, 4, 4)
+    lists = tile_blocks(ascending.masked_fill(ascending == 99, -1), 64, BLOCK, 4, 4, False)[:3]
     k.requires_grad_()
     v.requires_grad_()
     attend_blocks(q, k, v, *lists, BLOCK, 4, 0.25)[0].sum().backward()
@@ -122,6 +122,15 @@ def test_is_registered_right():
     torch.library.opcheck(
         torch.ops.infllm_flex.attend_blocks.default,
         (*(x.requires_grad_() for x in qkv), *rest),
+    )
+
+
+def test_redoing_special_heads_is_registered_right():
+    q, k, v = make_qkv(40, D=8)
+    v[0, 0, 3] = torch.nan
+    torch.library.opcheck(
+        torch.ops.infllm_flex.redo_special_heads.default,
+        (torch.zeros_like(q), q, k, v, make_selected(40), BLOCK, 0.25),
     )
 
 

@@ -7,8 +7,10 @@ import torch
 from torch import Tensor
 
 from custom_ops.attend_blocks import attend_blocks, attend_blocks_backward
+from custom_ops.redo_special_heads import redo_special_heads
 from custom_ops.tile_blocks import tile_blocks
 from tests.custom_ops.harness import (
+    DEVICE,
     DTYPES,
     INTERPRETED,
     far_apart,
@@ -36,7 +38,7 @@ def _case(
     (B, _, Sq, _), (_, Hkv, S, _) = qkv[0].shape, qkv[1].shape
     selected = make_selected(S, B=B, Hkv=Hkv, block_size=block_size)[:, :, -Sq:]
     width = min(-(-S // block_size), 5 * tile_tokens)
-    lists = tile_blocks(selected, S, block_size, tile_tokens, width)
+    lists = tile_blocks(selected, S, block_size, tile_tokens, width, False)[:3]
     return list(qkv), list(lists), (block_size, tile_tokens, 0.25)
 
 
@@ -92,8 +94,8 @@ def test_is_as_exact_in_half_precision(group: int, D: int, dtype: torch.dtype) -
 
 def test_rows_without_a_key() -> None:
     qkv, lists, rest = _case({"S": 64, "Hq": 2, "Hkv": 1, "D": 16, "Sq": 12}, 16, 4)
-    lists[0][0, 0, 1], lists[3][0, 0, 1] = 0, 0  # the second tile has nothing
-    lists[2] &= ~2  # the second token of every tile is in no partial list
+    lists[0][0, 0, 1] = 0  # the second tile has nothing
+    lists[2] &= ~2  # the second token of every tile has nothing
     out, lse, grads = _judge(qkv, lists, rest)
     assert out[0, :, 4:8].eq(0).all()
     assert lse[0, :, 4:8].eq(-torch.inf).all()
@@ -106,10 +108,72 @@ def test_keys_beyond_the_lists_and_the_position_are_left_alone() -> None:
     num, idx = lists[0][..., None], lists[1]
     slot = torch.arange(idx.shape[-1])
     lists[1] = idx.masked_fill(slot >= num, 2**31 - 1)
-    lists[4] = lists[4].masked_fill(slot >= lists[3][..., None], 2**31 - 1)
     k[:, :, 95], v[:, :, 95] = 1e9, 1e9  # the last position alone sees it
     actual, _ = run_on_device(forward.launch, q, k, v, *lists, *rest)
     assert torch.equal(actual[:, :, :95], expected[:, :, :95])
+
+
+@pytest.mark.parametrize("poison", [torch.nan, torch.inf, -torch.inf])
+@pytest.mark.parametrize("tensor", [1, 2], ids=["key", "value"])
+def test_nan_and_inf_reach_those_who_see_them_and_no_one_else(tensor: int, poison: float) -> None:
+    group = 3
+    shape = {"S": 96, "Hq": 2 * group, "Hkv": 2, "D": 24, "Sq": 20}
+    qkv, lists, rest = _case(shape, 16, 4)
+    clean, clean_lse = run_on_device(forward.launch, *qkv, *lists, *rest)
+    poisoned = [x.clone() for x in qkv]
+    poisoned[tensor][0, 0, [37, 85], 3] = poison
+    out, lse = run_on_device(forward.launch, *poisoned, *lists, *rest)
+    expected, expected_lse = attend_blocks(*poisoned, *lists, *rest)
+    same = expected == attend_blocks(*qkv, *lists, *rest)[0]
+    assert same.any()
+    assert not same.all()
+    torch.testing.assert_close(out[~same], expected[~same], equal_nan=True, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(lse, expected_lse, equal_nan=True, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(out[same], clean[same], rtol=1e-5, atol=1e-5)
+    other = slice(group, None)  # the other head has nothing to be careful about
+    assert torch.equal(out[:, other], clean[:, other])
+    assert torch.equal(lse[:, other], clean_lse[:, other])
+
+
+def test_heads_with_nan_are_done_again_after_another_engine() -> None:
+    q, k, v = make_qkv(96, Hq=6, Sq=20, D=24)
+    selected = make_selected(96)[:, :, -20:]
+    v[0, 1, 80] = torch.nan
+    for device in ("cpu", DEVICE):
+        launch = forward.redo_special_heads if device == DEVICE else redo_special_heads
+        on_device = [x.to(device) for x in (torch.full_like(q, 7.0), q, k, v, selected)]
+        launch(*on_device, 16, 0.25)
+        out = on_device[0].cpu()
+        lists = tile_blocks(selected, 96, 16, 1, 5, False)[:3]
+        expected = attend_blocks(q, k, v, *lists, 16, 1, 0.25)[0]
+        assert out[:, :3].eq(7.0).all()
+        assert out[:, 3:].isnan().any()
+        torch.testing.assert_close(out[:, 3:], expected[:, 3:], equal_nan=True)
+
+
+def test_wrong_numbers_in_lists_never_lead_outside() -> None:
+    qkv, lists, rest = _case({"S": 75, "Hq": 2, "Hkv": 1, "D": 16, "Sq": 12}, 16, 4)
+    lists[0][:] = 2**31 - 1
+    for wrong in (2**31 - 1, 2**27, 5, -1, -(2**31)):
+        lists[1][:] = wrong
+        guarded = [fenced(x) for x in (*qkv, *lists)] if INTERPRETED else [*qkv, *lists]
+        out, _ = run_on_device(forward.launch, *guarded, *rest)
+        assert out.isfinite().all()
+
+
+@pytest.mark.parametrize("stretch", [1, 3])
+def test_shared_blocks_have_the_gradients_of_whole_ones(
+    monkeypatch: pytest.MonkeyPatch, stretch: int
+) -> None:
+    qkv, lists, rest = _case({"S": 120, "Hq": 4, "Hkv": 2, "D": 24}, 16, 4)
+    out, lse = run_on_device(forward.launch, *qkv, *lists, *rest)
+    state = (torch.ones_like(out), *qkv, out, lse, *lists, *rest)
+    whole = run_on_device(backward.launch, *state)
+    monkeypatch.setattr(backward, "choose_stretch", lambda *_: stretch)
+    monkeypatch.setattr(backward.shares, "_MOST_SHARES", 40)  # not enough for all blocks
+    shared = run_on_device(backward.launch, *state)
+    for a, b in zip(shared, whole, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5)
 
 
 def test_large_logits_do_not_overflow() -> None:

@@ -66,7 +66,7 @@ def _attend(dtype: torch.dtype, D: int, G: int, tile_tokens: int, block_size: in
     q, out, grad_out = (_meta(1, 2 * G, S, D, dtype=dtype) for _ in range(3))
     k, v = (_meta(1, 2, S, D, dtype=dtype) for _ in range(2))
     lse = _meta(1, 2 * G, S, dtype=FLOAT)
-    widths = ((), (width,), (width,), (), (width,))
+    widths = ((), (width,), (width,))
     lists = [_meta(1, 2, num_tiles, *w, dtype=torch.int32) for w in widths]
     rest = (block_size, tile_tokens, D**-0.5)
     attend_blocks.launch(q, k, v, *lists, *rest)

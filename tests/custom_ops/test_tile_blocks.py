@@ -47,6 +47,41 @@ def test_lists_the_union_and_what_of_it_is_whole(S, Sq, tile_tokens):
         assert not words[row, kv_num[row] :].any()
 
 
+@pytest.mark.parametrize("tile_tokens", [1, 7])
+def test_lists_all_together_where_asked(tile_tokens):
+    selected = make_selected(205)
+    width = min(13, 5 * tile_tokens)
+    num, idx, words, full_num, full_idx = tile_blocks(
+        selected, 205, BLOCK, tile_tokens, width, separate_full=False
+    )
+    assert not full_num.any()
+    assert full_idx.shape[-1] == 0
+    everyone = unite_slowly(selected, 205, tile_tokens)
+    for row, (partial, full, members) in enumerate(everyone):
+        at = (x.flatten(0, 2)[row] for x in (num, idx, words))
+        count, listed, word = (x.tolist() for x in at)
+        assert listed[:count] == sorted(partial + full)
+        for block, member in zip(partial, members, strict=True):
+            bits = word[listed.index(block)]
+            assert [bits >> t & 1 for t in range(len(member))] == [*map(int, member)]
+        tokens = min(tile_tokens, 205 - row % -(-205 // tile_tokens) * tile_tokens)
+        assert all(word[listed.index(block)] == (1 << tokens) - 1 for block in full)
+
+
+@pytest.mark.parametrize("tile_tokens", [1, 4])
+@pytest.mark.parametrize("separate_full", [True, False])
+def test_blocks_that_begin_after_a_token_are_left_out(tile_tokens, separate_full):
+    beyond = torch.tensor([0, 1, 2], dtype=torch.int32).expand(1, 2, 40, 3)
+    own = torch.arange(40)[:, None] // BLOCK
+    clean = torch.where(beyond <= own, beyond, -1)
+    for x, y in zip(
+        tile_blocks(beyond, 40, BLOCK, tile_tokens, 3, separate_full),
+        tile_blocks(clean, 40, BLOCK, tile_tokens, 3, separate_full),
+        strict=True,
+    ):
+        assert torch.equal(x, y)
+
+
 @pytest.mark.parametrize("chunk", [1, 100])
 def test_chunks_of_tiles_join_seamlessly(monkeypatch, chunk):
     selected = make_selected(205)

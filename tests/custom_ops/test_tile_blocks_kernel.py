@@ -69,8 +69,12 @@ def test_equals_the_definition(
     actual = run_on_device(launch_tiles, selected, kv_len, block_size, tile_tokens, width)
     assert _same(actual, expected)
 
+    together = tile_blocks(selected, kv_len, block_size, tile_tokens, width, separate_full=False)
+    args = (selected, kv_len, block_size, tile_tokens, width, False)
+    assert _same(run_on_device(launch_tiles, *args), together)
+
     num_blocks = -(-kv_len // block_size)
-    for num, idx in (actual[:2], actual[3:]):
+    for num, idx in (actual[:2], actual[3:], together[:2]):
         back = run_on_device(launch_transpose, num, idx, num_blocks)
         assert _same(back, transpose_blocks(num, idx, num_blocks))
 
@@ -107,9 +111,17 @@ def test_a_tile_is_the_same_in_any_company() -> None:
 
 def test_a_list_longer_than_the_width_writes_nothing_past_it() -> None:
     selected = torch.arange(6, dtype=torch.int32).expand(1, 1, 3, 6).contiguous()
-    kv_num, kv_idx, _, _, _ = run_on_device(launch_tiles, selected, 6, 1, 1, 4)
-    assert kv_num.max() <= 4
-    assert kv_idx.shape[-1] == 4
+    _, _, _, full_num, full_idx = run_on_device(launch_tiles, selected, 12, 1, 1, 4)
+    assert full_num.eq(4).all()
+    assert full_idx.eq(torch.arange(4)).all()
+
+
+def test_blocks_that_begin_after_a_token_are_left_out() -> None:
+    selected = torch.tensor([0, 1, 2, 3], dtype=torch.int32).expand(1, 1, 40, 4).contiguous()
+    for tile_tokens in (1, 8):
+        for separate_full in (True, False):
+            args = (selected, 40, 16, tile_tokens, 4, separate_full)
+            assert _same(run_on_device(launch_tiles, *args), tile_blocks(*args))
 
 
 def test_transposes_many_tiles() -> None:

@@ -1,23 +1,26 @@
-"""Triton kernel of ``attend_blocks``: softmax attention of tiles to the blocks in their lists."""
+"""Triton kernels of ``attend_blocks``: softmax attention of tiles to the blocks in their lists."""
 
 import math
+from typing import Any
 
 import torch
 import triton
 from torch import Tensor
 
+from custom_ops.kernels.attend_blocks.careful import attend_carefully_kernel, find_special_kernel
 from custom_ops.kernels.attend_blocks.forward import attend_kernel
+
+_CAREFUL_PROGRAMS = 512  # per head; they share its tokens, and end at once where there is nothing
+_SEARCHED_KEYS = 64  # keys that a program searches for nan and inf
 
 
 def launch(
     q: Tensor,
     k: Tensor,
     v: Tensor,
-    kv_num: Tensor,
-    kv_idx: Tensor,
+    num: Tensor,
+    idx: Tensor,
     words: Tensor,
-    full_num: Tensor,
-    full_idx: Tensor,
     block_size: int,
     tile_tokens: int,
     scale: float,
@@ -25,38 +28,101 @@ def launch(
     """Allocate the output and its log-sum-exp, and attend with a program per tile and KV head."""
     B, Hq, Sq, D = q.shape
     Hkv, Skv = k.shape[1:3]
-    out = torch.empty(B, Hq, Sq, D, dtype=q.dtype, device=q.device)
+    out = torch.empty_like(q)
     lse = torch.empty(B, Hq, Sq, dtype=torch.float32, device=q.device)
     if out.numel() == 0:
         return out, lse
-    num_tiles = kv_num.shape[2]
-    tile = _tile(q, Hq // Hkv * tile_tokens, block_size)
-    attend_kernel[(B * Hkv * num_tiles * tile["PARTS"],)](
+    tile = choose_tile(q, Hq // Hkv * tile_tokens, block_size)
+    lists = [x.contiguous() for x in (num, idx, words)]
+    arguments = _arguments(q, k, v, lists, out, lse, block_size, tile_tokens, scale)
+    attend_kernel[(B * Hkv * num.shape[2] * tile["PARTS"],)](*arguments, **tile)
+    _attend_carefully(k, v, q, arguments)
+    return out, lse
+
+
+def redo_special_heads(
+    out: Tensor, q: Tensor, k: Tensor, v: Tensor, selected: Tensor, block_size: int, scale: float
+) -> None:
+    """Overwrite ``out`` of the heads whose keys or values hold nan or inf, in place."""
+    if out.numel() == 0:
+        return
+    num = (selected >= 0).sum(-1, dtype=torch.int32)
+    lists = [num, selected.contiguous(), torch.ones_like(selected).contiguous()]
+    lse = torch.empty(q.shape[:3], dtype=torch.float32, device=q.device)
+    arguments = _arguments(q, k, v, lists, out, lse, block_size, 1, scale)
+    _attend_carefully(k, v, q, arguments)
+
+
+def _arguments(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    lists: list[Tensor],
+    out: Tensor,
+    lse: Tensor,
+    block_size: int,
+    tile_tokens: int,
+    scale: float,
+) -> tuple[Any, ...]:
+    """What both kernels take."""
+    Hkv, Skv = k.shape[1:3]
+    return (
         q,
         k,
         v,
-        *(x.contiguous() for x in (kv_num, kv_idx, words, full_num, full_idx)),
+        *lists,
         out,
         lse,
         *q.stride(),
         *k.stride(),
         *v.stride(),
-        Sq,
+        *out.stride(),
+        q.shape[2],
         Skv,
-        num_tiles,
-        kv_idx.shape[3],
+        lists[0].shape[2],
+        lists[1].shape[3],
         scale * math.log2(math.e),
         Hkv,
-        Hq // Hkv,
-        D,
+        q.shape[1] // Hkv,
+        q.shape[3],
         block_size,
         tile_tokens,
-        **tile,
     )
-    return out, lse
 
 
-def _tile(q: Tensor, tile_rows: int, block_size: int) -> dict[str, int]:
+def _attend_carefully(k: Tensor, v: Tensor, q: Tensor, arguments: tuple[Any, ...]) -> None:
+    """Write the result again for the heads that hold nan or inf; nothing waits to know."""
+    B, Hkv, Skv, D = k.shape
+    block_d = max(16, triton.next_power_of_2(D))
+    rows = max(16, triton.next_power_of_2(q.shape[1] // Hkv))
+    in_parts = q.element_size() > 2
+    special = torch.zeros(B * Hkv, dtype=torch.int32, device=q.device)
+    find_special_kernel[(B * Hkv * triton.cdiv(Skv, _SEARCHED_KEYS),)](
+        k,
+        v,
+        special,
+        *k.stride(),
+        *v.stride(),
+        Skv,
+        Hkv,
+        D,
+        _SEARCHED_KEYS,
+        block_d,
+        num_warps=8,
+    )
+    attend_carefully_kernel[(B * Hkv, min(q.shape[2], _CAREFUL_PROGRAMS))](
+        special,
+        *arguments,
+        ROWS=rows,
+        BLOCK_N=16,
+        BLOCK_D=block_d,
+        IN_PARTS=in_parts,
+        num_warps=8 if in_parts or rows * block_d > 4096 else 4,
+        num_stages=1,
+    )
+
+
+def choose_tile(q: Tensor, tile_rows: int, block_size: int) -> dict[str, int]:
     """Choose how many of the tile's rows a program takes, and how many keys at a time."""
     block_d = max(16, triton.next_power_of_2(q.shape[3]))
     in_parts = q.element_size() > 2  # float32 without tensor cores: operands in registers
@@ -73,5 +139,5 @@ def _tile(q: Tensor, tile_rows: int, block_size: int) -> dict[str, int]:
         "BLOCK_D": block_d,
         "IN_PARTS": in_parts,
         "num_warps": 8 if rows == 128 or wide or (in_parts and block_d <= 128) else 4,
-        "num_stages": 1 if in_parts else 2 if costly else 3,
+        "num_stages": 1 if in_parts else 2,
     }

@@ -1,8 +1,9 @@
-"""Attention of tiles to their lists: a tile's rows walk its full list, then its partial list.
+"""Attention of tiles to their lists: a tile's rows walk the union of their tokens' blocks.
 
-A row is one head of one token, ``token * G + head``; all rows of a tile share the loaded keys. In
-the partial list a bit per token says who takes part, so exactness costs no loads of its own. Keys
-that a row does not see weigh exactly zero: its output stays clean as long as values are finite.
+A row is one head of one token, ``token * G + head``; all rows of a tile share the loaded keys. A
+bit per token says who takes part in a block: a row that does not measures its weights against
+infinity, which makes them zero at no cost per key. Only the last blocks of a list can reach beyond
+the tile's first token, so only they are tested key by key.
 """
 
 import triton
@@ -26,7 +27,8 @@ def _walk(
     stride_kd,
     stride_vs,
     stride_vd,
-    num,
+    begin,
+    end,
     idx_ptr,
     words_ptr,
     token,
@@ -38,22 +40,23 @@ def _walk(
     BLOCK_N: tl.constexpr,
     BLOCK_D: tl.constexpr,
     IN_PARTS: tl.constexpr,
-    PARTIAL: tl.constexpr,
+    EDGE: tl.constexpr,
 ):
-    """Take the keys of a list's blocks into the running softmax of the rows."""
+    """Take the keys of some slots of a list into the running softmax of the rows."""
     CHUNKS: tl.constexpr = (BLOCK_SIZE + BLOCK_N - 1) // BLOCK_N
-    CHECK: tl.constexpr = PARTIAL or BLOCK_SIZE % BLOCK_N != 0
+    CHECK: tl.constexpr = EDGE or BLOCK_SIZE % BLOCK_N != 0
     n = tl.arange(0, BLOCK_N)
     d = tl.arange(0, BLOCK_D)
-    for i in tl.range(0, num * CHUNKS):
+    last = (Skv - 1) // BLOCK_SIZE if EDGE else Skv // BLOCK_SIZE - 1
+    for i in tl.range(begin * CHUNKS, end * CHUNKS):
+        # No index, however wrong, leads out of the tensors.
+        block = tl.minimum(tl.maximum(tl.load(idx_ptr + i // CHUNKS), 0), last)
+        member = ((tl.load(words_ptr + i // CHUNKS) >> token) & 1) != 0
         inner = i % CHUNKS * BLOCK_N + n
-        key = tl.load(idx_ptr + i // CHUNKS) * BLOCK_SIZE + inner
+        key = block * BLOCK_SIZE + inner
         valid = inner < BLOCK_SIZE
-        seen = valid[None, :]
-        if PARTIAL:
+        if EDGE:
             valid = valid & (key < Skv)
-            member = ((tl.load(words_ptr + i // CHUNKS) >> token) & 1) != 0
-            seen = member[:, None] & valid[None, :] & (key[None, :] <= position[:, None])
         k_row = k_ptr + key.to(tl.int64)[None, :] * stride_ks
         v_row = v_ptr + key.to(tl.int64)[:, None] * stride_vs + d[None, :] * stride_vd
         if IN_PARTS:
@@ -65,10 +68,14 @@ def _walk(
             logits = tl.dot(q, tl.load(k_row + d[:, None] * stride_kd, mask=k_mask, other=0.0))
         else:
             logits = tl.dot(q, tl.load(k_row + d[:, None] * stride_kd))
-        if CHECK:
+        if EDGE:
+            seen = valid[None, :] & (key[None, :] <= position[:, None])
             logits = tl.where(seen, logits, float("-inf"))
-        new_top = tl.maximum(top, tl.max(logits, 1) * factor)
-        weights = tl.exp2(logits * factor - new_top[:, None])
+        elif CHECK:
+            logits = tl.where(valid[None, :], logits, float("-inf"))
+        new_top = tl.maximum(top, tl.where(member, tl.max(logits, 1) * factor, float("-inf")))
+        base = tl.where(member, new_top, float("inf"))
+        weights = tl.exp2(logits * factor - base[:, None])
         shrink = tl.exp2(top - new_top)
         total = total * shrink + tl.sum(weights, 1)
         top = new_top
@@ -85,11 +92,9 @@ def attend_kernel(
     q_ptr,
     k_ptr,
     v_ptr,
-    kv_num_ptr,
-    kv_idx_ptr,
+    num_ptr,
+    idx_ptr,
     words_ptr,
-    full_num_ptr,
-    full_idx_ptr,
     out_ptr,
     lse_ptr,
     stride_qb,
@@ -104,6 +109,10 @@ def attend_kernel(
     stride_vh,
     stride_vs,
     stride_vd,
+    stride_ob,
+    stride_oh,
+    stride_os,
+    stride_od,
     Sq,
     Skv,
     num_tiles,
@@ -144,67 +153,48 @@ def attend_kernel(
     top = tl.full([ROWS], -1e30, tl.float32)  # finite: a row that has seen nothing makes no NaN
     total = tl.zeros([ROWS], tl.float32)
     lists = head * num_tiles + tile
-    acc, top, total = _walk(
-        acc,
-        top,
-        total,
-        q,
-        q_ptr,
-        q_mask,
-        stride_qd,
-        k_ptr,
-        v_ptr,
-        stride_ks,
-        stride_kd,
-        stride_vs,
-        stride_vd,
-        tl.load(full_num_ptr + lists),
-        full_idx_ptr + lists * width,
-        words_ptr + lists * width,
-        token,
-        position,
-        Skv,
-        factor,
-        D,
-        BLOCK_SIZE,
-        BLOCK_N,
-        BLOCK_D,
-        IN_PARTS,
-        PARTIAL=False,
-    )
-    acc, top, total = _walk(
-        acc,
-        top,
-        total,
-        q,
-        q_ptr,
-        q_mask,
-        stride_qd,
-        k_ptr,
-        v_ptr,
-        stride_ks,
-        stride_kd,
-        stride_vs,
-        stride_vd,
-        tl.load(kv_num_ptr + lists),
-        kv_idx_ptr + lists * width,
-        words_ptr + lists * width,
-        token,
-        position,
-        Skv,
-        factor,
-        D,
-        BLOCK_SIZE,
-        BLOCK_N,
-        BLOCK_D,
-        IN_PARTS,
-        PARTIAL=True,
-    )
+    num = tl.minimum(tl.load(num_ptr + lists), width)
+    # So many blocks hold the tile's tokens at most, and lists ascend: the others are all past.
+    EDGES: tl.constexpr = (TILE_TOKENS + BLOCK_SIZE - 2) // BLOCK_SIZE + 1
+    num_past = tl.maximum(num - EDGES, 0)
+    if Skv < BLOCK_SIZE:
+        num_past = 0
+    for EDGE in tl.static_range(2):
+        acc, top, total = _walk(
+            acc,
+            top,
+            total,
+            q,
+            q_ptr,
+            q_mask,
+            stride_qd,
+            k_ptr,
+            v_ptr,
+            stride_ks,
+            stride_kd,
+            stride_vs,
+            stride_vd,
+            num_past if EDGE else 0,
+            num if EDGE else num_past,
+            idx_ptr + lists * width,
+            words_ptr + lists * width,
+            token,
+            position,
+            Skv,
+            factor,
+            D,
+            BLOCK_SIZE,
+            BLOCK_N,
+            BLOCK_D,
+            IN_PARTS,
+            EDGE,
+        )
 
-    out_row = (b * Hkv * G + q_head) * Sq + s
+    lse_row = (b * Hkv * G + q_head) * Sq + s
+    out_row = b * stride_ob + q_head * stride_oh + s.to(tl.int64) * stride_os
     lse = (top + tl.log2(tl.where(total == 0.0, 1.0, total))) * 0.6931471805599453
     lse = tl.where(total == 0.0, float("-inf"), lse)
-    tl.store(lse_ptr + out_row, lse, mask=real)
+    tl.store(lse_ptr + lse_row, lse, mask=real)
     out = acc / tl.where(total == 0.0, 1.0, total)[:, None]
     out_mask = q_mask & (d < D)[None, :]
-    tl.store(out_ptr + out_row[:, None] * D + d[None, :], out, mask=out_mask)
+    tl.store(out_ptr + out_row[:, None] + d[None, :] * stride_od, out, mask=out_mask)

@@ -5,11 +5,13 @@ No atomics: a gradient is summed by one program in a fixed order, so its bits re
 
 import torch
 import triton
+import triton.language as tl
 from torch import Tensor
 
-from custom_ops.kernels.attend_blocks_backward.dkv import dkv_kernel
+from custom_ops.kernels.attend_blocks_backward.dkv import dkv_kernel, reduce_kernel
 from custom_ops.kernels.attend_blocks_backward.dq import dq_kernel
 from custom_ops.kernels.attend_blocks_backward.entries import entries_by_block
+from custom_ops.kernels.attend_blocks_backward.shares import choose_stretch, share_blocks
 
 
 def launch(
@@ -19,11 +21,9 @@ def launch(
     v: Tensor,
     out: Tensor,
     lse: Tensor,
-    kv_num: Tensor,
-    kv_idx: Tensor,
+    num: Tensor,
+    idx: Tensor,
     words: Tensor,
-    full_num: Tensor,
-    full_idx: Tensor,
     block_size: int,
     tile_tokens: int,
     scale: float,
@@ -31,15 +31,15 @@ def launch(
     """Walk the lists by tile for dq, and sorted by block for dk and dv."""
     B, Hq, Sq, D = q.shape
     Hkv, Skv = k.shape[1:3]
-    dq = torch.empty(B, Hq, Sq, D, dtype=q.dtype, device=q.device)
+    dq = torch.empty_like(out)
     dk, dv = (torch.empty(B, Hkv, Skv, D, dtype=x.dtype, device=x.device) for x in (k, v))
     if dq.numel() == 0:
         return dq, dk.zero_(), dv.zero_()
     delta = torch.empty(B, Hq, Sq, dtype=torch.float32, device=q.device)
-    num_tiles = kv_num.shape[2]
+    num_tiles = num.shape[2]
     num_blocks = triton.cdiv(Skv, block_size)
-    lists = [x.contiguous() for x in (kv_num, kv_idx, words, full_num, full_idx)]
-    grad_out, out, lse = (x.contiguous() for x in (grad_out, out, lse))
+    lists = [x.contiguous() for x in (num, idx, words)]
+    lse = lse.contiguous()
     strides = (*q.stride(), *k.stride(), *v.stride())
     G = Hq // Hkv
     shared = {"G": G, "D": D, "BLOCK_SIZE": block_size, "TILE_TOKENS": tile_tokens}
@@ -54,62 +54,104 @@ def launch(
         *lists,
         delta,
         dq,
+        *grad_out.stride(),
+        *out.stride(),
         *strides,
         Sq,
         Skv,
         num_tiles,
-        kv_idx.shape[3],
-        full_idx.shape[3],
+        idx.shape[3],
         scale,
         Hkv,
         **shared,
         **by_tile,
     )
+    begin, count, tile_of, word_of = entries_by_block(*lists, num_blocks)
+    num_pairs = num_tiles * min(idx.shape[3], num_blocks)
+    shares = share_blocks(count, choose_stretch(num_pairs, num_blocks))
+    parts = torch.empty(
+        B * Hkv * shares.most, 2, block_size, D, dtype=torch.float32, device=q.device
+    )
     chunks = triton.cdiv(block_size, by_block["BLOCK_N"])
-    dkv_kernel[(B * Hkv * num_blocks * chunks,)](
+    dkv_kernel[(B * Hkv * (shares.most + num_blocks) * chunks,)](
         grad_out,
         q,
         k,
         v,
         lse,
         delta,
-        *entries_by_block(*lists, num_blocks),
+        begin,
+        count,
+        tile_of,
+        word_of,
+        *shares.tables,
         dk,
         dv,
+        parts,
+        *grad_out.stride(),
         *strides,
         Sq,
         Skv,
+        num_tiles,
         num_blocks,
+        shares.most,
+        shares.stretch,
         scale,
         Hkv,
+        B * Hkv,
         **shared,
         **by_block,
+        INDEX=tl.int32 if _fit_32_bits(q, grad_out, G, tile_tokens) else tl.int64,
+    )
+    reduce_kernel[(B * Hkv * shares.most * triton.cdiv(block_size, 16),)](
+        *shares.tables,
+        parts,
+        dk,
+        dv,
+        Skv,
+        num_blocks,
+        shares.most,
+        D,
+        block_size,
+        16,
+        by_block["BLOCK_D"],
+        num_warps=8,
     )
     return dq, dk, dv
 
 
+def _fit_32_bits(q: Tensor, grad_out: Tensor, G: int, tile_tokens: int) -> bool:
+    """Whether offsets between the rows of a tile do, in both tensors."""
+    return all(
+        abs(x.stride(1)) * G + abs(x.stride(2)) * tile_tokens + abs(x.stride(3)) * x.shape[3]
+        < 1 << 31
+        for x in (q, grad_out)
+    )
+
+
 def _tiles(q: Tensor, tile_rows: int, block_size: int) -> tuple[dict[str, int], dict[str, int]]:
     """Choose rows and keys at a time, for dq and for dk and dv, that the registers hold."""
-    D = q.shape[3]
-    block_d = max(16, triton.next_power_of_2(D))
+    block_d = max(16, triton.next_power_of_2(q.shape[3]))
+    block_n = triton.next_power_of_2(block_size)
     in_parts = q.element_size() > 2  # float32 without tensor cores: operands in registers
+    masked = q.shape[3] < block_d or block_size % 64 != 0  # masks take registers
 
     def tile(most_rows: int, most_keys: int, warps: int) -> dict[str, int]:
         rows = max(16, min(most_rows, triton.next_power_of_2(tile_rows)))
         return {
             "PARTS": triton.cdiv(tile_rows, rows),
             "ROWS": rows,
-            "BLOCK_N": max(16, min(most_keys, triton.next_power_of_2(block_size))),
+            "BLOCK_N": max(16, min(most_keys, block_n)),
             "BLOCK_D": block_d,
             "IN_PARTS": in_parts,
-            "num_warps": 4 if rows < 64 and D == 128 else warps,
+            "num_warps": warps,
             "num_stages": 1 if in_parts else 2,
         }
 
     if in_parts:
-        return tile(16, 16, 4), tile(16, 16, 4)
+        return tile(16, 16, 4), tile(16, 16, 8 if block_d > 128 else 4)
     if block_d > 128:
         return tile(32, 64, 8), tile(32, 32, 8)
     if block_d == 128:
-        return tile(64, 64, 8), tile(64 if D == 128 else 32, 64, 8)
-    return tile(64, 32, 4), (tile(32, 64, 4) if D == 64 else tile(32, 32, 8))
+        return tile(64, 32 if masked else 64, 4), tile(32, 64, 8 if masked else 4)
+    return tile(64, 32, 4), (tile(32, 32, 8) if masked else tile(32, 64, 4))

@@ -1,4 +1,9 @@
-"""The gradients of keys and values: a block walks the tiles that listed it, in order."""
+"""The gradients of keys and values: a block walks the tiles that listed it, in order.
+
+A block that many tiles listed, as all list the first, is shared by several programs: each sums a
+stretch of its tiles into a slot of its own, and ``reduce_kernel`` adds the slots up in order. No
+atomics, so the bits repeat.
+"""
 
 import triton
 import triton.language as tl
@@ -6,7 +11,105 @@ import triton.language as tl
 from custom_ops.kernels.dot_in_parts import dot_in_parts
 
 
-@triton.jit(do_not_specialize=["Sq", "Skv", "num_blocks"])
+@triton.jit
+def _walk(
+    dk,
+    dv,
+    k,
+    v,
+    q_ptr,
+    do_ptr,
+    lse_ptr,
+    delta_ptr,
+    k_ptr,
+    v_ptr,
+    stride_oh,
+    stride_os,
+    stride_od,
+    stride_qh,
+    stride_qs,
+    stride_qd,
+    stride_kd,
+    stride_vd,
+    begin,
+    end,
+    tile_of_ptr,
+    word_of_ptr,
+    key,
+    valid,
+    Sq,
+    Skv,
+    num_tiles,
+    factor,
+    G: tl.constexpr,
+    D: tl.constexpr,
+    TILE_TOKENS: tl.constexpr,
+    PARTS: tl.constexpr,
+    ROWS: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    IN_PARTS: tl.constexpr,
+    INDEX: tl.constexpr,
+    EDGE: tl.constexpr,
+):
+    """Add what the rows of some of a block's tiles contribute to its gradients."""
+    d = tl.arange(0, BLOCK_D)
+    lane = tl.arange(0, ROWS)
+    for i in tl.range(begin * PARTS, end * PARTS):
+        # No number, however wrong, leads out of the tensors.
+        tile = tl.minimum(tl.maximum(tl.load(tile_of_ptr + i // PARTS), 0), num_tiles - 1)
+        word = tl.load(word_of_ptr + i // PARTS)
+        row = i % PARTS * ROWS + lane
+        token = row // G
+        s = tile * TILE_TOKENS + token
+        real = (token < TILE_TOKENS) & (s < Sq)
+        member = real & (((word >> token) & 1) != 0)
+        row_mask = real[:, None] & (d < D)[None, :]
+        # Offsets within a tile stay the same from tile to tile, and in registers.
+        q_tile = q_ptr + tile.to(tl.int64) * TILE_TOKENS * stride_qs
+        do_tile = do_ptr + tile.to(tl.int64) * TILE_TOKENS * stride_os
+        q_row = q_tile + (row % G).to(INDEX) * stride_qh + token * stride_qs
+        do_row = do_tile + (row % G).to(INDEX) * stride_oh + token * stride_os
+        q = tl.load(q_row[:, None] + d[None, :] * stride_qd, mask=row_mask, other=0.0)
+        do = tl.load(do_row[:, None] + d[None, :] * stride_od, mask=row_mask, other=0.0)
+        flat = (row % G).to(tl.int64) * Sq + s
+        lse = tl.load(lse_ptr + flat, mask=member, other=float("inf")) * 1.4426950408889634
+        delta = tl.load(delta_ptr + flat, mask=real, other=0.0)
+        if IN_PARTS:
+            logits = dot_in_parts(
+                k_ptr,
+                valid[:, None],
+                stride_kd,
+                q_row[None, :],
+                real[None, :],
+                stride_qd,
+                D,
+                BLOCK_D,
+            )
+        else:
+            logits = tl.dot(k, tl.trans(q))
+        weights = tl.exp2(logits * factor - lse[None, :])
+        if EDGE:
+            weights = tl.where(key[:, None] <= (Skv - Sq + s)[None, :], weights, 0.0)
+        dv = tl.dot(weights.to(do.dtype), do, dv, input_precision="ieee")
+        if IN_PARTS:
+            dweights = dot_in_parts(
+                v_ptr,
+                valid[:, None],
+                stride_vd,
+                do_row[None, :],
+                real[None, :],
+                stride_od,
+                D,
+                BLOCK_D,
+            )
+        else:
+            dweights = tl.dot(v, tl.trans(do))
+        dlogits = weights * (dweights - delta[None, :])
+        dk = tl.dot(dlogits.to(q.dtype), q, dk, input_precision="ieee")
+    return dk, dv
+
+
+@triton.jit(do_not_specialize=["Sq", "Skv", "num_tiles", "num_blocks", "num_shares", "stretch"])
 def dkv_kernel(
     do_ptr,
     q_ptr,
@@ -18,8 +121,16 @@ def dkv_kernel(
     count_ptr,
     tile_of_ptr,
     word_of_ptr,
+    shares_ptr,
+    block_of_ptr,
+    first_of_ptr,
     dk_ptr,
     dv_ptr,
+    part_ptr,
+    stride_ob,
+    stride_oh,
+    stride_os,
+    stride_od,
     stride_qb,
     stride_qh,
     stride_qs,
@@ -34,9 +145,13 @@ def dkv_kernel(
     stride_vd,
     Sq,
     Skv,
+    num_tiles,
     num_blocks,
+    num_shares,
+    stretch,
     scale,
     Hkv,
+    heads,
     G: tl.constexpr,
     D: tl.constexpr,
     BLOCK_SIZE: tl.constexpr,
@@ -46,77 +161,132 @@ def dkv_kernel(
     BLOCK_N: tl.constexpr,
     BLOCK_D: tl.constexpr,
     IN_PARTS: tl.constexpr,
+    INDEX: tl.constexpr,
 ):
-    """Fill ``dk`` and ``dv`` for some keys of one block; one program sums, so order is fixed."""
+    """Fill ``dk`` and ``dv`` for some keys of one block, or a slot of ``part`` for a share of it.
+
+    Shared blocks come first, as they take longest.
+    """
     CHUNKS: tl.constexpr = (BLOCK_SIZE + BLOCK_N - 1) // BLOCK_N
-    heads = tl.num_programs(0) // (num_blocks * CHUNKS)
-    head = (tl.program_id(0) % heads).to(tl.int64)  # the busiest blocks, the first, start first
+    head = (tl.program_id(0) % heads).to(tl.int64)
     chunk = tl.program_id(0) // heads % CHUNKS
-    block = tl.program_id(0) // heads // CHUNKS
+    task = tl.program_id(0) // heads // CHUNKS
     b, h = head // Hkv, head % Hkv
-    inner = chunk * BLOCK_N + tl.arange(0, BLOCK_N)
-    key = block * BLOCK_SIZE + inner
-    valid = (inner < BLOCK_SIZE) & (key < Skv)
-    d = tl.arange(0, BLOCK_D)
-    key_mask = valid[:, None] & (d < D)[None, :]
-    k_ptr += b * stride_kb + h * stride_kh + key.to(tl.int64)[:, None] * stride_ks
-    v_ptr += b * stride_vb + h * stride_vh + key.to(tl.int64)[:, None] * stride_vs
-    if not IN_PARTS:
-        k = tl.load(k_ptr + d[None, :] * stride_kd, mask=key_mask, other=0.0)
-        v = tl.load(v_ptr + d[None, :] * stride_vd, mask=key_mask, other=0.0)
+    is_share = task < num_shares
+    share = head * num_shares + tl.minimum(task, num_shares - 1)
+    block = task - num_shares
+    skipped = 0
+    if is_share:
+        block = tl.load(block_of_ptr + share)
+        skipped = tl.load(first_of_ptr + share) * stretch
+    if (block < num_blocks) & (block >= 0):
+        begin = tl.load(begin_ptr + head * num_blocks + block) + skipped
+        count = tl.load(count_ptr + head * num_blocks + block) - skipped
+        shared = tl.load(shares_ptr + head * num_blocks + block) > 0
+        if is_share:
+            count = tl.minimum(count, stretch)
+        if is_share | (shared == 0):
+            inner = chunk * BLOCK_N + tl.arange(0, BLOCK_N)
+            key = block * BLOCK_SIZE + inner
+            valid = (inner < BLOCK_SIZE) & (key < Skv)
+            d = tl.arange(0, BLOCK_D)
+            key_mask = valid[:, None] & (d < D)[None, :]
+            k_row = k_ptr + b * stride_kb + h * stride_kh + key.to(tl.int64)[:, None] * stride_ks
+            v_row = v_ptr + b * stride_vb + h * stride_vh + key.to(tl.int64)[:, None] * stride_vs
+            k = key_mask  # unused in parts
+            v = key_mask
+            if not IN_PARTS:
+                k = tl.load(k_row + d[None, :] * stride_kd, mask=key_mask, other=0.0)
+                v = tl.load(v_row + d[None, :] * stride_vd, mask=key_mask, other=0.0)
+            dk = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
+            dv = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
+            # So many tiles hold the block's tokens at most; all other tiles are later.
+            EDGES: tl.constexpr = (BLOCK_SIZE + TILE_TOKENS - 2) // TILE_TOKENS + 1
+            num_edges = tl.minimum(tl.maximum(EDGES - skipped, 0), count)
+            for LATER in tl.static_range(2):
+                dk, dv = _walk(
+                    dk,
+                    dv,
+                    k,
+                    v,
+                    q_ptr + b * stride_qb + h * G * stride_qh,
+                    do_ptr + b * stride_ob + h * G * stride_oh,
+                    lse_ptr + head * G * Sq,
+                    delta_ptr + head * G * Sq,
+                    k_row,
+                    v_row,
+                    stride_oh,
+                    stride_os,
+                    stride_od,
+                    stride_qh,
+                    stride_qs,
+                    stride_qd,
+                    stride_kd,
+                    stride_vd,
+                    num_edges if LATER else 0,
+                    count if LATER else num_edges,
+                    tile_of_ptr + begin,
+                    word_of_ptr + begin,
+                    key,
+                    valid,
+                    Sq,
+                    Skv,
+                    num_tiles,
+                    scale * 1.4426950408889634,
+                    G,
+                    D,
+                    TILE_TOKENS,
+                    PARTS,
+                    ROWS,
+                    BLOCK_D,
+                    IN_PARTS,
+                    INDEX,
+                    not LATER,
+                )
+            if is_share:
+                slot = (share * 2 * BLOCK_SIZE + inner)[:, None] * D + d[None, :]
+                slot_mask = (inner < BLOCK_SIZE)[:, None] & (d < D)[None, :]
+                tl.store(part_ptr + slot, dk * scale, mask=slot_mask)
+                tl.store(part_ptr + slot + BLOCK_SIZE * D, dv, mask=slot_mask)
+            else:
+                out = ((head * Skv + key)[:, None]) * D + d[None, :]
+                tl.store(dk_ptr + out, dk * scale, mask=key_mask)
+                tl.store(dv_ptr + out, dv, mask=key_mask)
 
-    dk = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
-    dv = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
-    factor = scale * 1.4426950408889634
-    lane = tl.arange(0, ROWS)
-    begin = tl.load(begin_ptr + head * num_blocks + block)
-    count = tl.load(count_ptr + head * num_blocks + block)
-    for i in tl.range(0, count * PARTS):
-        tile = tl.load(tile_of_ptr + begin + i // PARTS)
-        word = tl.load(word_of_ptr + begin + i // PARTS)
-        row = i % PARTS * ROWS + lane
-        token = row // G
-        s = tile * TILE_TOKENS + token
-        q_head = h * G + row % G
-        real = (token < TILE_TOKENS) & (s < Sq)
-        flat = (b * Hkv * G + q_head) * Sq + s
-        row_mask = real[:, None] & (d < D)[None, :]
-        q_row = b * stride_qb + q_head * stride_qh + s.to(tl.int64) * stride_qs
-        q = tl.load(q_ptr + q_row[:, None] + d[None, :] * stride_qd, mask=row_mask, other=0.0)
-        do = tl.load(do_ptr + flat[:, None] * D + d[None, :], mask=row_mask, other=0.0)
-        lse = tl.load(lse_ptr + flat, mask=real, other=0.0) * 1.4426950408889634
-        delta = tl.load(delta_ptr + flat, mask=real, other=0.0)
-        if IN_PARTS:
-            logits = dot_in_parts(
-                k_ptr,
-                valid[:, None],
-                stride_kd,
-                q_ptr + q_row[None, :],
-                real[None, :],
-                stride_qd,
-                D,
-                BLOCK_D,
-            )
-            dweights = dot_in_parts(
-                v_ptr,
-                valid[:, None],
-                stride_vd,
-                do_ptr + flat[None, :] * D,
-                real[None, :],
-                1,
-                D,
-                BLOCK_D,
-            )
-        else:
-            logits = tl.dot(k, tl.trans(q))
-            dweights = tl.dot(v, tl.trans(do))
-        member = real & (((word >> token) & 1) != 0)
-        seen = member[None, :] & (key[:, None] <= (Skv - Sq + s)[None, :])
-        weights = tl.where(seen, tl.exp2(logits * factor - lse[None, :]), 0.0)
-        dv = tl.dot(weights.to(do.dtype), do, dv, input_precision="ieee")
-        dlogits = weights * (dweights - delta[None, :])
-        dk = tl.dot(dlogits.to(q.dtype), q, dk, input_precision="ieee")
 
-    out = ((head * Skv + key)[:, None]) * D + d[None, :]
-    tl.store(dk_ptr + out, dk * scale, mask=key_mask)
-    tl.store(dv_ptr + out, dv, mask=key_mask)
+@triton.jit(do_not_specialize=["Skv", "num_blocks", "num_shares"])
+def reduce_kernel(
+    shares_ptr,
+    block_of_ptr,
+    first_of_ptr,
+    part_ptr,
+    dk_ptr,
+    dv_ptr,
+    Skv,
+    num_blocks,
+    num_shares,
+    D: tl.constexpr,
+    BLOCK_SIZE: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):
+    """Add up the shares of one block, in order; its first share's program does it."""
+    CHUNKS: tl.constexpr = (BLOCK_SIZE + BLOCK_N - 1) // BLOCK_N
+    share = (tl.program_id(0) // CHUNKS).to(tl.int64)
+    head = share // num_shares
+    block = tl.load(block_of_ptr + share)
+    if (block < num_blocks) & (tl.load(first_of_ptr + share) == 0):
+        inner = tl.program_id(0) % CHUNKS * BLOCK_N + tl.arange(0, BLOCK_N)
+        key = block * BLOCK_SIZE + inner
+        d = tl.arange(0, BLOCK_D)
+        mask = ((inner < BLOCK_SIZE) & (key < Skv))[:, None] & (d < D)[None, :]
+        slot = inner[:, None] * D + d[None, :]
+        dk = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
+        dv = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
+        for i in range(tl.load(shares_ptr + head * num_blocks + block)):
+            at = part_ptr + (share + i) * 2 * BLOCK_SIZE * D + slot
+            dk += tl.load(at, mask=mask, other=0.0)
+            dv += tl.load(at + BLOCK_SIZE * D, mask=mask, other=0.0)
+        out = ((head * Skv + key)[:, None]) * D + d[None, :]
+        tl.store(dk_ptr + out, dk, mask=mask)
+        tl.store(dv_ptr + out, dv, mask=mask)

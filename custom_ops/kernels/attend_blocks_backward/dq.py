@@ -15,6 +15,7 @@ def _walk(
     do_ptr,
     row_mask,
     stride_qd,
+    stride_gd,
     lse,
     delta,
     k_ptr,
@@ -23,7 +24,8 @@ def _walk(
     stride_kd,
     stride_vs,
     stride_vd,
-    num,
+    begin,
+    end,
     idx_ptr,
     words_ptr,
     token,
@@ -35,22 +37,22 @@ def _walk(
     BLOCK_N: tl.constexpr,
     BLOCK_D: tl.constexpr,
     IN_PARTS: tl.constexpr,
-    PARTIAL: tl.constexpr,
+    EDGE: tl.constexpr,
 ):
-    """Add what the keys of a list's blocks contribute to the gradient of the rows."""
+    """Add what the keys of some slots of a list contribute to the gradient of the rows."""
     CHUNKS: tl.constexpr = (BLOCK_SIZE + BLOCK_N - 1) // BLOCK_N
-    CHECK: tl.constexpr = PARTIAL or BLOCK_SIZE % BLOCK_N != 0
+    CHECK: tl.constexpr = EDGE or BLOCK_SIZE % BLOCK_N != 0
     n = tl.arange(0, BLOCK_N)
     d = tl.arange(0, BLOCK_D)
-    for i in tl.range(0, num * CHUNKS):
+    last = (Skv - 1) // BLOCK_SIZE if EDGE else Skv // BLOCK_SIZE - 1
+    for i in tl.range(begin * CHUNKS, end * CHUNKS):
+        block = tl.minimum(tl.maximum(tl.load(idx_ptr + i // CHUNKS), 0), last)
+        member = ((tl.load(words_ptr + i // CHUNKS) >> token) & 1) != 0
         inner = i % CHUNKS * BLOCK_N + n
-        key = tl.load(idx_ptr + i // CHUNKS) * BLOCK_SIZE + inner
+        key = block * BLOCK_SIZE + inner
         valid = inner < BLOCK_SIZE
-        seen = valid[None, :]
-        if PARTIAL:
+        if EDGE:
             valid = valid & (key < Skv)
-            member = ((tl.load(words_ptr + i // CHUNKS) >> token) & 1) != 0
-            seen = member[:, None] & valid[None, :] & (key[None, :] <= position[:, None])
         k_row = k_ptr + key.to(tl.int64)[:, None] * stride_ks + d[None, :] * stride_kd
         v_row = v_ptr + key.to(tl.int64)[:, None] * stride_vs + d[None, :] * stride_vd
         if CHECK or D < BLOCK_D:
@@ -65,7 +67,7 @@ def _walk(
                 q_ptr, row_mask, stride_qd, k_column, valid[None, :], stride_kd, D, BLOCK_D
             )
             dweights = dot_in_parts(
-                do_ptr, row_mask, 1, v_column, valid[None, :], stride_vd, D, BLOCK_D
+                do_ptr, row_mask, stride_gd, v_column, valid[None, :], stride_vd, D, BLOCK_D
             )
         else:
             if CHECK or D < BLOCK_D:  # noqa: SIM108 -- Triton resolves statements, not expressions
@@ -74,9 +76,12 @@ def _walk(
                 v = tl.load(v_row)
             logits = tl.dot(q, tl.trans(k))
             dweights = tl.dot(do, tl.trans(v))
-        weights = tl.exp2(logits * factor - lse[:, None])
-        if CHECK:
+        weights = tl.exp2(logits * factor - tl.where(member, lse, float("inf"))[:, None])
+        if EDGE:
+            seen = valid[None, :] & (key[None, :] <= position[:, None])
             weights = tl.where(seen, weights, 0.0)
+        elif CHECK:
+            weights = tl.where(valid[None, :], weights, 0.0)
         dlogits = weights * (dweights - delta[:, None])
         dq = tl.dot(dlogits.to(k.dtype), k, dq, input_precision="ieee")
     return dq
@@ -90,13 +95,19 @@ def dq_kernel(
     v_ptr,
     out_ptr,
     lse_ptr,
-    kv_num_ptr,
-    kv_idx_ptr,
+    num_ptr,
+    idx_ptr,
     words_ptr,
-    full_num_ptr,
-    full_idx_ptr,
     delta_ptr,
     dq_ptr,
+    stride_gb,
+    stride_gh,
+    stride_gs,
+    stride_gd,
+    stride_ob,
+    stride_oh,
+    stride_os,
+    stride_od,
     stride_qb,
     stride_qh,
     stride_qs,
@@ -113,7 +124,6 @@ def dq_kernel(
     Skv,
     num_tiles,
     width,
-    full_width,
     scale,
     Hkv,
     G: tl.constexpr,
@@ -128,7 +138,7 @@ def dq_kernel(
 ):
     """Fill ``dq``, and ``delta``, the dot product of the output and its gradient, for some rows.
 
-    ``do``, ``out``, ``lse`` and what is filled are contiguous, as ``q`` would be.
+    ``g`` in strides is the gradient of the output, ``o`` the output and the gradient of ``q``.
     """
     part = tl.program_id(0) % PARTS
     tile = tl.program_id(0) // PARTS % num_tiles
@@ -146,9 +156,10 @@ def dq_kernel(
     k_ptr += b * stride_kb + h * stride_kh
     v_ptr += b * stride_vb + h * stride_vh
     flat = (b * Hkv * G + q_head) * Sq + s
-    do_ptr += flat[:, None] * D
-    do = tl.load(do_ptr + d[None, :], mask=mask, other=0.0)
-    out = tl.load(out_ptr + flat[:, None] * D + d[None, :], mask=mask, other=0.0)
+    do_ptr += (b * stride_gb + q_head * stride_gh + s.to(tl.int64) * stride_gs)[:, None]
+    out_row = (b * stride_ob + q_head * stride_oh + s.to(tl.int64) * stride_os)[:, None]
+    do = tl.load(do_ptr + d[None, :] * stride_gd, mask=mask, other=0.0)
+    out = tl.load(out_ptr + out_row + d[None, :] * stride_od, mask=mask, other=0.0)
     delta = tl.sum(do.to(tl.float32) * out.to(tl.float32), 1)
     tl.store(delta_ptr + flat, delta, mask=real)
     lse = tl.load(lse_ptr + flat, mask=real, other=0.0) * 1.4426950408889634
@@ -159,64 +170,42 @@ def dq_kernel(
     dq = tl.zeros([ROWS, BLOCK_D], tl.float32)
     factor = scale * 1.4426950408889634
     lists = head * num_tiles + tile
-    dq = _walk(
-        dq,
-        q,
-        do,
-        q_ptr,
-        do_ptr,
-        real[:, None],
-        stride_qd,
-        lse,
-        delta,
-        k_ptr,
-        v_ptr,
-        stride_ks,
-        stride_kd,
-        stride_vs,
-        stride_vd,
-        tl.load(full_num_ptr + lists),
-        full_idx_ptr + lists * full_width,
-        words_ptr + lists * width,
-        token,
-        position,
-        Skv,
-        factor,
-        D,
-        BLOCK_SIZE,
-        BLOCK_N,
-        BLOCK_D,
-        IN_PARTS,
-        PARTIAL=False,
-    )
-    dq = _walk(
-        dq,
-        q,
-        do,
-        q_ptr,
-        do_ptr,
-        real[:, None],
-        stride_qd,
-        lse,
-        delta,
-        k_ptr,
-        v_ptr,
-        stride_ks,
-        stride_kd,
-        stride_vs,
-        stride_vd,
-        tl.load(kv_num_ptr + lists),
-        kv_idx_ptr + lists * width,
-        words_ptr + lists * width,
-        token,
-        position,
-        Skv,
-        factor,
-        D,
-        BLOCK_SIZE,
-        BLOCK_N,
-        BLOCK_D,
-        IN_PARTS,
-        PARTIAL=True,
-    )
-    tl.store(dq_ptr + flat[:, None] * D + d[None, :], dq * scale, mask=mask)
+    num = tl.minimum(tl.load(num_ptr + lists), width)
+    EDGES: tl.constexpr = (TILE_TOKENS + BLOCK_SIZE - 2) // BLOCK_SIZE + 1
+    num_past = tl.maximum(num - EDGES, 0)
+    if Skv < BLOCK_SIZE:
+        num_past = 0
+    for EDGE in tl.static_range(2):
+        dq = _walk(
+            dq,
+            q,
+            do,
+            q_ptr,
+            do_ptr,
+            real[:, None],
+            stride_qd,
+            stride_gd,
+            lse,
+            delta,
+            k_ptr,
+            v_ptr,
+            stride_ks,
+            stride_kd,
+            stride_vs,
+            stride_vd,
+            num_past if EDGE else 0,
+            num if EDGE else num_past,
+            idx_ptr + lists * width,
+            words_ptr + lists * width,
+            token,
+            position,
+            Skv,
+            factor,
+            D,
+            BLOCK_SIZE,
+            BLOCK_N,
+            BLOCK_D,
+            IN_PARTS,
+            EDGE,
+        )
+    tl.store(dq_ptr + out_row + d[None, :] * stride_od, dq * scale, mask=mask)

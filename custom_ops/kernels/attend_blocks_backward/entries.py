@@ -53,7 +53,6 @@ def _place_kernel(
     num_blocks,
     row_words,
     width,
-    HAS_WORDS: tl.constexpr,
     CHUNK: tl.constexpr,
 ):
     """Write one tile's number and words where its blocks keep theirs."""
@@ -71,65 +70,58 @@ def _place_kernel(
         place = tl.load(begin_ptr + row, mask=listed, other=0) + _count_bits(earlier)
         place += tl.load(before_ptr + at, mask=listed, other=0)
         tl.store(tile_of_ptr + place, tile, mask=listed)
-        if HAS_WORDS:
-            word = tl.load(words_ptr + flat * width + slot, mask=listed, other=0)
-        else:
-            word = tl.full([CHUNK], -1, tl.int32)
+        word = tl.load(words_ptr + flat * width + slot, mask=listed, other=0)
         tl.store(word_of_ptr + place, word, mask=listed)
 
 
 def entries_by_block(
-    kv_num: Tensor, kv_idx: Tensor, words: Tensor, full_num: Tensor, full_idx: Tensor, blocks: int
+    num: Tensor, idx: Tensor, words: Tensor, blocks: int
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """List (tile, word) of every listed pair, by head, block and tile; all arguments contiguous.
 
     Returns:
-        ``begin`` int64 and ``count`` int32, ``[B, Hkv, blocks]``: a block's stretch of the
-        int32 ``tile_of`` and ``word_of``. A full block's word names every token.
+        ``begin`` int64 and ``count`` int32, ``[B * Hkv, blocks]``: a block's stretch of the int32
+        ``tile_of`` and ``word_of``.
     """
-    B, Hkv, num_tiles, _ = kv_idx.shape
+    B, Hkv, num_tiles, width = idx.shape
     row_words = triton.cdiv(num_tiles, 32)
-    rows, device = B * Hkv * blocks, kv_idx.device
+    rows, device = B * Hkv * blocks, idx.device
     bitmap = torch.zeros(rows, row_words, dtype=torch.int32, device=device)
     before = torch.empty(rows, row_words, dtype=torch.int32, device=device)
     count = torch.empty(rows, dtype=torch.int32, device=device)
     tile_of, word_of = (
-        torch.empty(kv_idx.numel() + full_idx.numel(), dtype=torch.int32, device=device)
-        for _ in range(2)
+        torch.empty(idx.numel(), dtype=torch.int32, device=device) for _ in range(2)
     )
     tiles = (B * Hkv * num_tiles,)
-    for num, idx in ((kv_num, kv_idx), (full_num, full_idx)):
-        mark_kernel[tiles](
-            num,
-            idx,
-            bitmap,
-            *num.stride(),
-            *idx.stride(),
-            num_tiles,
-            blocks,
-            row_words,
-            Hkv,
-            _CHUNK,
-            num_warps=2,
-        )
+    mark_kernel[tiles](
+        num,
+        idx,
+        bitmap,
+        *num.stride(),
+        *idx.stride(),
+        num_tiles,
+        blocks,
+        row_words,
+        Hkv,
+        _CHUNK,
+        num_warps=2,
+    )
     _rank_kernel[(rows,)](bitmap, before, count, row_words, _CHUNK, num_warps=2)
     begin = count.cumsum(0, dtype=torch.int64) - count
-    for num, idx, has_words in ((kv_num, kv_idx, True), (full_num, full_idx, False)):
-        _place_kernel[tiles](
-            num,
-            idx,
-            words,
-            bitmap,
-            before,
-            begin,
-            tile_of,
-            word_of,
-            num_tiles,
-            blocks,
-            row_words,
-            idx.shape[3],
-            has_words,
-            _CHUNK,
-            num_warps=2,
-        )
-    return begin, count, tile_of, word_of
+    _place_kernel[tiles](
+        num,
+        idx,
+        words,
+        bitmap,
+        before,
+        begin,
+        tile_of,
+        word_of,
+        num_tiles,
+        blocks,
+        row_words,
+        width,
+        _CHUNK,
+        num_warps=2,
+    )
+    return begin.view(B * Hkv, blocks), count.view(B * Hkv, blocks), tile_of, word_of
