@@ -24,14 +24,12 @@ def redo_special_heads(
         block_size: Keys per block.
         scale: Factor on the dot products.
     """
-    num = (selected >= 0).sum(-1, dtype=torch.int32)
-    words = torch.ones_like(selected)
     finite = (k.isfinite() & v.isfinite()).flatten(2).all(-1)
     groups = q.shape[1] // k.shape[1]
     for b, h in (~finite).nonzero().tolist():
         at, group = (slice(b, b + 1), slice(h, h + 1)), slice(h * groups, (h + 1) * groups)
-        heads = (x[at] for x in (k, v, num, selected, words))
-        out[b, group] = attend_blocks(q[b : b + 1, group], *heads, block_size, 1, scale)[0][0]
+        heads = (x[at] for x in (k, v, selected))
+        out[b, group] = attend_blocks(q[b : b + 1, group], *heads, block_size, scale)[0][0]
 
 
 @redo_special_heads.register_fake

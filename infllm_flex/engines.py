@@ -12,12 +12,9 @@ from torch import Tensor
 from torch.nn.attention.flex_attention import BlockMask, FlexKernelOptions, flex_attention
 
 import custom_ops
-from infllm_flex.block_mask import build_block_mask, union_width
+from infllm_flex.block_mask import build_block_mask
 from infllm_flex.config import InfLLMConfig
 
-_FUSED_TILE_ROWS = (
-    64  # rows per tile of `attend_blocks`; more would load more of each other's blocks
-)
 _MAX_GRAPHS = 32  # static lengths are powers of two, so a program needs few
 
 
@@ -42,16 +39,7 @@ def attend_with_lists(
     Returns:
         ``[B, Hq, Sq, D]``.
     """
-    groups = query.shape[1] // key.shape[1]
-    tile_tokens = min(32, max(1, _FUSED_TILE_ROWS // groups))
-    num_blocks = (key.shape[2] + config.block_size - 1) // config.block_size
-    width = union_width(selected.shape[3], tile_tokens, num_blocks)
-    num, idx, words, _, _ = custom_ops.tile_blocks(
-        selected, key.shape[2], config.block_size, tile_tokens, width, separate_full=False
-    )
-    out, _ = custom_ops.attend_blocks(
-        query, key, value, num, idx, words, config.block_size, tile_tokens, scale
-    )
+    out, _ = custom_ops.attend_blocks(query, key, value, selected, config.block_size, scale)
     return out
 
 

@@ -134,7 +134,7 @@ def time_shape(
     """Time all stages and all dense attentions at one shape, by turns."""
     run = settings.run
     try:
-        subjects, failing = make_subjects(settings, heads, S, case.inputs, case.mode)
+        subjects, failing = make_subjects(settings, heads, S, case)
         for name, reason in failing.items():
             warnings.warn(
                 f"{name} does not serve {heads} heads, {S} tokens: {reason}", stacklevel=2

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 
-import custom_ops
+from custom_ops import union_lists
 from infllm_flex import engines, infllm_attention, select_blocks
 from infllm_flex.benchmarking import correctness, timing
 from infllm_flex.benchmarking.dense import _dense_flex
@@ -94,6 +94,17 @@ def test_a_run_times_every_stage_and_the_sum_beside_dense(run_script, config, tm
         assert row["date"]
     assert "x: dense over sparse" in out
     assert f"{len(rows)} rows added" in out
+
+
+def test_tiles_of_other_sizes_say_how_much_they_load(run_script, config, tmp_path):
+    case = "cases={tiles: {lengths: [256], tile_rows: [1, 2, 16, 128]}}"
+    assert run_script("benchmark", "--config", config, case)[0] == 0
+    rows = [row for row in rows_of(tmp_path / "out.csv") if row["op"] == "attend_blocks"]
+    sizes, inflation = zip(*(row["variant"].split(" rows, u = ") for row in rows), strict=True)
+    assert sizes == ("2", "16")  # one row is less than a token, 128 are more than a word has bits
+    assert inflation[0] == "1.00"
+    assert float(inflation[1]) > 1
+    assert all(float(row["ms_p50"]) > 0 for row in rows)
 
 
 def test_rows_are_added_below_those_that_are_there(run_script, config, tmp_path):
@@ -276,12 +287,12 @@ def test_lists_are_built_apart_and_then_found_ready(engine, monkeypatch):
     lists = RecordedLists(lambda: infllm_attention(*qkv, config, selected=selected))
     assert len(lists.build()) == 1
     expected = infllm_attention(*qkv, config, selected=selected)
-    originals = (engines.build_block_mask, custom_ops.tile_blocks)
+    originals = (engines.build_block_mask, union_lists.list_blocks)
     with lists.ready():
         assert engines.build_block_mask is not originals[0]
         actual = infllm_attention(*qkv, config, selected=selected)
     assert torch.equal(actual, expected)
-    assert (engines.build_block_mask, custom_ops.tile_blocks) == originals
+    assert (engines.build_block_mask, union_lists.list_blocks) == originals
 
 
 def test_dense_flex_stays_compiled_however_many_shapes_there_are():

@@ -105,15 +105,20 @@ class CaseSettings:
         lengths: Tokens.
         mode: Without gradients, or forward and backward.
         inputs: Queries that drift as text does, or random ones, the worst case.
+        tile_rows: Also time ``attend_blocks`` with tiles of so many rows, one head of one token
+            each; its variant says how many blocks a tile loads per block that a token selected.
     """
 
     lengths: tuple[int, ...]
     mode: Mode = "forward"
     inputs: Inputs = "drifting"
+    tile_rows: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
         for length in self.lengths:
             _check_range("lengths", length, 1, _LONGEST)
+        for rows in self.tile_rows:
+            _check_range("tile_rows", rows, 1, 4096)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -6,11 +6,11 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
-import custom_ops
+from custom_ops import union_lists
 from infllm_flex import engines
 
 # Where attention asks for lists; only the outermost of nested calls counts.
-_SEAMS = ((engines, "build_block_mask"), (custom_ops, "tile_blocks"))
+_SEAMS = ((engines, "build_block_mask"), (union_lists, "list_blocks"))
 
 
 class RecordedLists:

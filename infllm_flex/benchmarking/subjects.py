@@ -8,18 +8,20 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+import custom_ops
+from custom_ops import union_lists
 from infllm_flex.attention import infllm_attention
 from infllm_flex.benchmarking.dense import dense_attentions
 from infllm_flex.benchmarking.inputs import QKV, make_qkv, with_gradients
-from infllm_flex.benchmarking.settings import BenchmarkSettings, Heads, Inputs, Mode
+from infllm_flex.benchmarking.settings import BenchmarkSettings, CaseSettings, Heads
 from infllm_flex.benchmarking.stages import RecordedLists
 from infllm_flex.benchmarking.timing import Subject
 from infllm_flex.config import InfLLMConfig
-from infllm_flex.selection import select_blocks
+from infllm_flex.selection import default_scale, select_blocks
 
 
 def make_subjects(
-    settings: BenchmarkSettings, heads: Heads, S: int, inputs: Inputs, mode: Mode
+    settings: BenchmarkSettings, heads: Heads, S: int, case: CaseSettings
 ) -> tuple[list[Subject], dict[str, str]]:
     """Prepare everything that is timed at one shape.
 
@@ -27,15 +29,14 @@ def make_subjects(
         settings: The run.
         heads: ``Hq`` and ``Hkv``.
         S: Tokens.
-        inputs: Kind of queries.
-        mode: With gradients or without.
+        case: Kind of queries, with gradients or without.
 
     Returns:
         The subjects, and which dense attentions do not serve here and why.
     """
-    qkv = make_qkv(settings, heads, S, inputs)
+    qkv = make_qkv(settings, heads, S, case.inputs)
     grad_out = None
-    if mode == "forward+backward":
+    if case.mode == "forward+backward":
         grad_out = torch.randn_like(qkv.query)
         qkv = with_gradients(qkv)
     selected = select_blocks(qkv.query, qkv.key, settings.attention)
@@ -45,6 +46,7 @@ def make_subjects(
     for engine in settings.engines:
         config = dataclasses.replace(settings.attention, engine=engine)
         subjects += _sparse(qkv, selected, config, grad_out)
+    subjects += _tilings(qkv, selected, settings.attention, case.tile_rows, grad_out)
     attentions, failing = dense_attentions(qkv)
     subjects += [
         Subject("dense", name, _graded(dense.attend, grad_out), _backward(dense.qkv, grad_out))
@@ -71,6 +73,35 @@ def _sparse(
         Subject("attend", config.engine, attend_only, backward),
         Subject("infllm_attention", config.engine, everything, backward),
     ]
+
+
+def _tilings(
+    qkv: QKV,
+    selected: Tensor,
+    config: InfLLMConfig,
+    tile_rows: tuple[int, ...],
+    grad_out: Tensor | None,
+) -> list[Subject]:
+    """The operator with tiles of other sizes than its rule chooses."""
+    groups = qkv.query.shape[1] // qkv.key.shape[1]
+    own = (selected >= 0).sum(-1).float().mean()
+    subjects = []
+    for rows in tile_rows:
+        tokens = rows // groups
+        if not 1 <= tokens <= union_lists.MAX_TILE_TOKENS:
+            continue
+        lists = union_lists.list_blocks(selected, qkv.key.shape[2], config.block_size, tokens)
+        inflation = (lists[0].float().mean() / own).item()
+
+        def attend(tokens: int = tokens) -> Tensor:
+            scale = default_scale(qkv.query)
+            out, _ = custom_ops.attend_blocks(*qkv, selected, config.block_size, scale, tokens)
+            return out
+
+        variant = f"{rows} rows, u = {inflation:.2f}"
+        forward, backward = _graded(attend, grad_out), _backward(qkv, grad_out)
+        subjects.append(Subject("attend_blocks", variant, forward, backward))
+    return subjects
 
 
 def _graded(forward: Callable[[], Tensor], grad_out: Tensor | None) -> Callable[[], Tensor]:

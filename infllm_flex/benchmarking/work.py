@@ -52,7 +52,8 @@ def work_of(op: str, mode: str, settings: BenchmarkSettings, heads: Heads, S: in
         if select is None or attend is None or mode == "backward":
             return attend
         return select + attend
-    pairs = {"attend": visible_pairs(config, S), "dense": S * (S + 1) / 2}.get(op)
+    own = visible_pairs(config, S)
+    pairs = {"attend": own, "attend_blocks": own, "dense": S * (S + 1) / 2}.get(op)
     if pairs is None:
         return None
     return Work(2.0 * _PRODUCTS[mode] * B * heads.query * D * pairs, float(rows * _PASSES[mode]))

@@ -20,7 +20,7 @@ _POINTERS = {
     torch.int32: "*i32",
     torch.int64: "*i64",
 }
-_OPTIONS = ("num_warps", "num_stages")
+_OPTIONS = ("num_warps", "num_stages", "maxnreg")
 
 
 class Launch(NamedTuple):
@@ -44,9 +44,16 @@ class Resources(NamedTuple):
     shared: int
 
 
-def record_launches(monkeypatch: pytest.MonkeyPatch, call: Callable[[], Any]) -> list[Launch]:
-    """Run a launcher, on meta tensors, without running its kernels; repeats are left out."""
+def record_launches(
+    monkeypatch: pytest.MonkeyPatch, call: Callable[[], Any], capability: int
+) -> list[Launch]:
+    """Run a launcher, on meta tensors, without running its kernels; repeats are left out.
+
+    The launcher believes it is on a device of this compute capability.
+    """
     import triton
+
+    from custom_ops.kernels import attend_blocks
 
     launches: dict[str, Launch] = {}
 
@@ -58,6 +65,7 @@ def record_launches(monkeypatch: pytest.MonkeyPatch, call: Callable[[], Any]) ->
 
     with monkeypatch.context() as patch:
         patch.setattr(triton.runtime.JITFunction, "run", run)
+        patch.setattr(attend_blocks, "compute_capability", lambda _: capability)
         call()
     return list(launches.values())
 

@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from custom_ops import attend_blocks, tile_blocks, tile_chunks
+from custom_ops import attend_blocks, tile_chunks, union_lists
 from infllm_flex import reference
 from tests.inputs import make_qkv, make_selected
 from tests.tolerance import assert_within_rounding
@@ -20,9 +20,7 @@ def make_case(shape, tile_tokens, dtype=torch.float32):
     qkv = make_qkv(**shape, dtype=dtype)
     S, Sq = shape["S"], qkv[0].shape[2]
     selected = make_selected(S, B=qkv[1].shape[0], Hkv=qkv[1].shape[1])[:, :, -Sq:]
-    width = min(-(-S // BLOCK), 5 * tile_tokens)
-    lists = tile_blocks(selected, S, BLOCK, tile_tokens, width, False)[:3]
-    return qkv, selected, (*lists, BLOCK, tile_tokens, 0.25)
+    return qkv, selected, (selected, BLOCK, 0.25, tile_tokens)
 
 
 def gradients(attend, qkv, grad_out):
@@ -83,9 +81,8 @@ def test_log_sum_exp_is_that_of_the_seen_keys():
 def test_a_query_without_keys_is_zero_and_has_no_gradient():
     (q, k, v), selected, _ = make_case({"S": 64, "Hq": 2, "Hkv": 2, "D": 16}, 4)
     selected[:, :, 17] = -1
-    lists = tile_blocks(selected, 64, BLOCK, 4, 4, False)[:3]
     q.requires_grad_()
-    out, lse = attend_blocks(q, k, v, *lists, BLOCK, 4, 0.25)
+    out, lse = attend_blocks(q, k, v, selected, BLOCK, 0.25, 4)
     out.sum().backward()
     assert not out[:, :, 17].any()
     assert lse[:, :, 17].eq(-torch.inf).all()
@@ -108,13 +105,27 @@ def test_keys_no_one_chose_have_no_gradient():
     (q, k, v), selected, _ = make_case({"S": 64, "Hq": 2, "Hkv": 2, "D": 16}, 4)
     selected = torch.where(selected == 1, -1, selected)
     ascending = selected.masked_fill(selected < 0, 99).sort(-1).values
-    lists = tile_blocks(ascending.masked_fill(ascending == 99, -1), 64, BLOCK, 4, 4, False)[:3]
+    selected = ascending.masked_fill(ascending == 99, -1)
     k.requires_grad_()
     v.requires_grad_()
-    attend_blocks(q, k, v, *lists, BLOCK, 4, 0.25)[0].sum().backward()
+    attend_blocks(q, k, v, selected, BLOCK, 0.25, 4)[0].sum().backward()
     assert not k.grad[:, :, 16:32].any()
     assert not v.grad[:, :, 16:32].any()
     assert k.grad[:, :, :16].any()
+
+
+@pytest.mark.parametrize(("tile_tokens", "unit", "tokens"), [(8, 64, 8), (9, 64, 8), (32, 48, 16)])
+def test_tiles_divide_the_unit_of_a_layout(tile_tokens, unit, tokens):
+    assert union_lists.fit_unit(tile_tokens, unit) == tokens
+    assert unit % union_lists.fit_unit(tile_tokens, unit) == 0
+
+
+def test_keeps_the_layout_of_the_query():
+    (q, k, v), _, rest = make_case({"S": 90, "Hq": 4, "Hkv": 2, "D": 16}, 4)
+    token_major = q.transpose(1, 2).contiguous().transpose(1, 2)
+    out = attend_blocks(token_major, k, v, *rest)[0]
+    assert out.stride() == token_major.stride()
+    assert torch.equal(out, attend_blocks(q, k, v, *rest)[0])
 
 
 def test_is_registered_right():

@@ -1,14 +1,15 @@
 """The Triton kernels of ``attend_blocks`` and its backward are as exact as their definitions."""
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import pytest
 import torch
 from torch import Tensor
 
-from custom_ops.attend_blocks import attend_blocks, attend_blocks_backward
+from custom_ops.attend_blocks import attend_blocks
+from custom_ops.attend_blocks_backward import attend_blocks_backward
 from custom_ops.redo_special_heads import redo_special_heads
-from custom_ops.tile_blocks import tile_blocks
+from custom_ops.union_lists import list_blocks
 from tests.custom_ops.harness import (
     DEVICE,
     DTYPES,
@@ -30,22 +31,52 @@ from custom_ops.kernels import attend_blocks as forward  # noqa: E402
 from custom_ops.kernels import attend_blocks_backward as backward  # noqa: E402
 
 
+class Case(NamedTuple):
+    """Inputs of one attention, and the lists that the kernels walk for it."""
+
+    qkv: list[Tensor]
+    selected: Tensor
+    block_size: int
+    tile_tokens: int
+    scale: float = 0.25
+
+    @property
+    def lists(self) -> tuple[Tensor, Tensor, Tensor]:
+        S = self.qkv[1].shape[2]
+        return list_blocks(self.selected, S, self.block_size, self.tile_tokens)
+
+    @property
+    def rest(self) -> tuple[int, int, float]:
+        """What follows the lists where kernels are launched."""
+        return self.block_size, self.tile_tokens, self.scale
+
+    def define(self, qkv: list[Tensor] | None = None) -> tuple[Tensor, Tensor]:
+        """Attend by the definition."""
+        return attend_blocks(
+            *(qkv or self.qkv), self.selected, self.block_size, self.scale, self.tile_tokens
+        )
+
+    def define_backward(self, *state: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Differentiate by the definition: gradient, q, k, v, output, log-sum-exp."""
+        return attend_blocks_backward(
+            *state, self.selected, self.block_size, self.scale, self.tile_tokens
+        )
+
+
 def _case(
     shape: dict[str, int], block_size: int, tile_tokens: int, dtype: torch.dtype = torch.float32
-) -> tuple[list[Tensor], list[Tensor], tuple[int, int, float]]:
-    """Make q, k, v, the lists, and what follows them."""
+) -> Case:
     qkv = make_qkv(**shape, dtype=dtype)
     (B, _, Sq, _), (_, Hkv, S, _) = qkv[0].shape, qkv[1].shape
     selected = make_selected(S, B=B, Hkv=Hkv, block_size=block_size)[:, :, -Sq:]
-    width = min(-(-S // block_size), 5 * tile_tokens)
-    lists = tile_blocks(selected, S, block_size, tile_tokens, width, False)[:3]
-    return list(qkv), list(lists), (block_size, tile_tokens, 0.25)
+    return Case(list(qkv), selected.clone(), block_size, tile_tokens)
 
 
-def _judge(qkv: list[Tensor], lists: list[Tensor], rest: tuple[int, int, float]) -> tuple[Any, ...]:
+def _judge(case: Case) -> tuple[Any, ...]:
+    qkv, lists, rest = case.qkv, case.lists, case.rest
     out, lse = run_on_device(forward.launch, *qkv, *lists, *rest)
-    plain_out, plain_lse = attend_blocks(*qkv, *lists, *rest)
-    exact_out, exact_lse = attend_blocks(*(x.double() for x in qkv), *lists, *rest)
+    plain_out, plain_lse = case.define()
+    exact_out, exact_lse = case.define([x.double() for x in qkv])
     assert out.dtype == qkv[0].dtype
     assert lse.dtype == torch.float32
     assert_within_rounding(out, exact_out, plain_out)
@@ -56,9 +87,9 @@ def _judge(qkv: list[Tensor], lists: list[Tensor], rest: tuple[int, int, float])
     grad_out = torch.randn(out.shape, generator=torch.Generator().manual_seed(1)).to(out.dtype)
     state = (grad_out, *qkv, plain_out, plain_lse)
     grads = run_on_device(backward.launch, *state, *lists, *rest)
-    plain = attend_blocks_backward(*state, *lists, *rest)
+    plain = case.define_backward(*state)
     exact_state = (grad_out.double(), *(x.double() for x in qkv), exact_out, exact_lse)
-    exact = attend_blocks_backward(*exact_state, *lists, *rest)
+    exact = case.define_backward(*exact_state)
     for grad, exact_grad, plain_grad in zip(grads, exact, plain, strict=True):
         assert grad.dtype == out.dtype
         assert_within_rounding(grad, exact_grad, plain_grad, factor=3)
@@ -81,7 +112,7 @@ def _judge(qkv: list[Tensor], lists: list[Tensor], rest: tuple[int, int, float])
 def test_is_as_exact_as_the_definition(
     shape: dict[str, int], block_size: int, tile_tokens: int
 ) -> None:
-    _judge(*_case(shape, block_size, tile_tokens))
+    _judge(_case(shape, block_size, tile_tokens))
 
 
 @pytest.mark.parametrize("dtype", DTYPES[1:])
@@ -89,21 +120,22 @@ def test_is_as_exact_as_the_definition(
 @pytest.mark.parametrize("D", [40, 128])
 def test_is_as_exact_in_half_precision(group: int, D: int, dtype: torch.dtype) -> None:
     shape = {"S": 260, "Sq": 20, "Hq": group, "Hkv": 1, "D": D}
-    _judge(*_case(shape, 64, 8, dtype))
+    _judge(_case(shape, 64, 8, dtype))
 
 
 def test_rows_without_a_key() -> None:
-    qkv, lists, rest = _case({"S": 64, "Hq": 2, "Hkv": 1, "D": 16, "Sq": 12}, 16, 4)
-    lists[0][0, 0, 1] = 0  # the second tile has nothing
-    lists[2] &= ~2  # the second token of every tile has nothing
-    out, lse, grads = _judge(qkv, lists, rest)
+    case = _case({"S": 64, "Hq": 2, "Hkv": 1, "D": 16, "Sq": 12}, 16, 4)
+    case.selected[:, :, 4:8] = -1  # a whole tile
+    case.selected[:, :, 1::4] = -1
+    out, lse, grads = _judge(case)
     assert out[0, :, 4:8].eq(0).all()
     assert lse[0, :, 4:8].eq(-torch.inf).all()
     assert grads[0][0, :, 4:8].eq(0).all()
 
 
 def test_keys_beyond_the_lists_and_the_position_are_left_alone() -> None:
-    (q, k, v), lists, rest = _case({"S": 96, "Hq": 2, "Hkv": 1, "D": 16}, 16, 4)
+    case = _case({"S": 96, "Hq": 2, "Hkv": 1, "D": 16}, 16, 4)
+    (q, k, v), lists, rest = case.qkv, list(case.lists), case.rest
     expected, _ = run_on_device(forward.launch, q, k, v, *lists, *rest)
     num, idx = lists[0][..., None], lists[1]
     slot = torch.arange(idx.shape[-1])
@@ -118,13 +150,14 @@ def test_keys_beyond_the_lists_and_the_position_are_left_alone() -> None:
 def test_nan_and_inf_reach_those_who_see_them_and_no_one_else(tensor: int, poison: float) -> None:
     group = 3
     shape = {"S": 96, "Hq": 2 * group, "Hkv": 2, "D": 24, "Sq": 20}
-    qkv, lists, rest = _case(shape, 16, 4)
+    case = _case(shape, 16, 4)
+    qkv, lists, rest = case.qkv, list(case.lists), case.rest
     clean, clean_lse = run_on_device(forward.launch, *qkv, *lists, *rest)
     poisoned = [x.clone() for x in qkv]
     poisoned[tensor][0, 0, [37, 85], 3] = poison
     out, lse = run_on_device(forward.launch, *poisoned, *lists, *rest)
-    expected, expected_lse = attend_blocks(*poisoned, *lists, *rest)
-    same = expected == attend_blocks(*qkv, *lists, *rest)[0]
+    expected, expected_lse = case.define(poisoned)
+    same = expected == case.define()[0]
     assert same.any()
     assert not same.all()
     torch.testing.assert_close(out[~same], expected[~same], equal_nan=True, rtol=1e-5, atol=1e-5)
@@ -144,15 +177,15 @@ def test_heads_with_nan_are_done_again_after_another_engine() -> None:
         on_device = [x.to(device) for x in (torch.full_like(q, 7.0), q, k, v, selected)]
         launch(*on_device, 16, 0.25)
         out = on_device[0].cpu()
-        lists = tile_blocks(selected, 96, 16, 1, 5, False)[:3]
-        expected = attend_blocks(q, k, v, *lists, 16, 1, 0.25)[0]
+        expected = attend_blocks(q, k, v, selected, 16, 0.25)[0]
         assert out[:, :3].eq(7.0).all()
         assert out[:, 3:].isnan().any()
         torch.testing.assert_close(out[:, 3:], expected[:, 3:], equal_nan=True)
 
 
 def test_wrong_numbers_in_lists_never_lead_outside() -> None:
-    qkv, lists, rest = _case({"S": 75, "Hq": 2, "Hkv": 1, "D": 16, "Sq": 12}, 16, 4)
+    case = _case({"S": 75, "Hq": 2, "Hkv": 1, "D": 16, "Sq": 12}, 16, 4)
+    qkv, lists, rest = case.qkv, list(case.lists), case.rest
     lists[0][:] = 2**31 - 1
     for wrong in (2**31 - 1, 2**27, 5, -1, -(2**31)):
         lists[1][:] = wrong
@@ -165,7 +198,8 @@ def test_wrong_numbers_in_lists_never_lead_outside() -> None:
 def test_shared_blocks_have_the_gradients_of_whole_ones(
     monkeypatch: pytest.MonkeyPatch, stretch: int
 ) -> None:
-    qkv, lists, rest = _case({"S": 120, "Hq": 4, "Hkv": 2, "D": 24}, 16, 4)
+    case = _case({"S": 120, "Hq": 4, "Hkv": 2, "D": 24}, 16, 4)
+    qkv, lists, rest = case.qkv, list(case.lists), case.rest
     out, lse = run_on_device(forward.launch, *qkv, *lists, *rest)
     state = (torch.ones_like(out), *qkv, out, lse, *lists, *rest)
     whole = run_on_device(backward.launch, *state)
@@ -177,14 +211,16 @@ def test_shared_blocks_have_the_gradients_of_whole_ones(
 
 
 def test_large_logits_do_not_overflow() -> None:
-    (q, k, v), lists, rest = _case({"S": 96, "Hq": 2, "Hkv": 1, "D": 16, "Sq": 20}, 16, 4)
+    case = _case({"S": 96, "Hq": 2, "Hkv": 1, "D": 16, "Sq": 20}, 16, 4)
+    (q, k, v), lists, rest = case.qkv, case.lists, case.rest
     out, lse = run_on_device(forward.launch, q * 1e4, k, v, *lists, *rest)
     assert out.isfinite().all()
     assert lse.isfinite().all()
 
 
 def test_takes_any_strides() -> None:
-    qkv, lists, rest = _case({"S": 80, "Hq": 4, "Hkv": 2, "D": 16, "B": 2, "Sq": 20}, 16, 4)
+    case = _case({"S": 80, "Hq": 4, "Hkv": 2, "D": 16, "B": 2, "Sq": 20}, 16, 4)
+    qkv, lists, rest = case.qkv, list(case.lists), case.rest
     out, lse = run_on_device(forward.launch, *qkv, *lists, *rest)
     grad_out = torch.ones_like(out)
     grads = run_on_device(backward.launch, grad_out, *qkv, out, lse, *lists, *rest)
@@ -198,7 +234,8 @@ def test_takes_any_strides() -> None:
 
 def test_reads_offsets_beyond_32_bits() -> None:
     shape = {"S": 40, "Hq": 2, "Hkv": 2, "D": 16, "Sq": 6}
-    qkv, lists, rest = _case(shape, 16, 4, torch.float16)
+    case = _case(shape, 16, 4, torch.float16)
+    qkv, lists, rest = case.qkv, list(case.lists), case.rest
     out, lse = run_on_device(forward.launch, *qkv, *lists, *rest)
     grads = run_on_device(backward.launch, out, *qkv, out, lse, *lists, *rest)
     device = "cpu" if INTERPRETED else "cuda"
@@ -215,7 +252,8 @@ def test_reads_offsets_beyond_32_bits() -> None:
 
 @pytest.mark.skipif(not INTERPRETED, reason="guard pages surround CPU memory only")
 def test_touches_nothing_outside(monkeypatch: pytest.MonkeyPatch) -> None:
-    qkv, lists, rest = _case({"S": 75, "Hq": 6, "Hkv": 2, "D": 24, "Sq": 10}, 16, 4)
+    case = _case({"S": 75, "Hq": 6, "Hkv": 2, "D": 24, "Sq": 10}, 16, 4)
+    qkv, lists, rest = case.qkv, list(case.lists), case.rest
     out, lse = forward.launch(*qkv, *lists, *rest)
     grads = backward.launch(out, *qkv, out, lse, *lists, *rest)
     qkv, lists = [fenced(x) for x in qkv], [fenced(x) for x in lists]

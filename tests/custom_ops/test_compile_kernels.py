@@ -109,7 +109,7 @@ def test_compiles_without_spills(
     capability: int,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    for launch in record_launches(monkeypatch, lambda: call(*args)):
+    for launch in record_launches(monkeypatch, lambda: call(*args), capability):
         used = compile_for(launch, capability)
         sys.stdout.write(f"sm_{capability} {launch}: {used}\n")
         assert used.stack == 0, f"{launch} spills"

@@ -7,8 +7,10 @@ import torch
 import triton
 from torch import Tensor
 
+from custom_ops import union_lists
 from custom_ops.kernels.attend_blocks.careful import attend_carefully_kernel, find_special_kernel
 from custom_ops.kernels.attend_blocks.forward import attend_kernel
+from custom_ops.kernels.capability import compute_capability
 
 _CAREFUL_PROGRAMS = 512  # per head; they share its tokens, and end at once where there is nothing
 _SEARCHED_KEYS = 64  # keys that a program searches for nan and inf
@@ -26,8 +28,8 @@ def launch(
     scale: float,
 ) -> tuple[Tensor, Tensor]:
     """Allocate the output and its log-sum-exp, and attend with a program per tile and KV head."""
-    B, Hq, Sq, D = q.shape
-    Hkv, Skv = k.shape[1:3]
+    B, Hq, Sq, _ = q.shape
+    Hkv = k.shape[1]
     out = torch.empty_like(q)
     lse = torch.empty(B, Hq, Sq, dtype=torch.float32, device=q.device)
     if out.numel() == 0:
@@ -122,17 +124,36 @@ def _attend_carefully(k: Tensor, v: Tensor, q: Tensor, arguments: tuple[Any, ...
     )
 
 
-def choose_tile(q: Tensor, tile_rows: int, block_size: int) -> dict[str, int]:
+def choose_tile_tokens(q: Tensor, k: Tensor) -> int:
+    """Choose how many tokens share a tile: as many as one program's rows hold."""
+    groups = q.shape[1] // k.shape[1]
+    return union_lists.choose_tile_tokens(groups, rows=_most_rows(q, groups))
+
+
+def _most_rows(q: Tensor, groups: int) -> int:
+    """Rows of the largest tile worth its union.
+
+    More rows load more keys at once, of which each row uses fewer.
+    """
+    D = q.shape[3]
+    if q.element_size() > 2:
+        return 16  # float32 without tensor cores: operands in registers
+    # Hopper gains from two programs of 128 rows side by side, where 128 rows are few tokens.
+    wide = compute_capability(q) == 90 and D in (64, 128) and groups >= 16
+    return 128 if wide else 64
+
+
+def choose_tile(q: Tensor, tile_rows: int, block_size: int) -> dict[str, Any]:
     """Choose how many of the tile's rows a program takes, and how many keys at a time."""
     block_d = max(16, triton.next_power_of_2(q.shape[3]))
-    in_parts = q.element_size() > 2  # float32 without tensor cores: operands in registers
+    in_parts = q.element_size() > 2
     # Wide heads take registers, and so do the masks of a head dim that is no power of two.
     costly = block_d > 128 or q.shape[3] < block_d
     most_rows, most_keys = (16, 16) if in_parts else (64, 32) if costly else (128, 64)
     rows = max(16, min(most_rows, triton.next_power_of_2(tile_rows)))
     # Triton 3.7 gives four warps too few registers on sm_100 for these.
     wide = rows == 64 and (costly or block_d < 128)
-    return {
+    tile = {
         "PARTS": triton.cdiv(tile_rows, rows),
         "ROWS": rows,
         "BLOCK_N": max(16, min(most_keys, triton.next_power_of_2(block_size))),
@@ -141,3 +162,6 @@ def choose_tile(q: Tensor, tile_rows: int, block_size: int) -> dict[str, int]:
         "num_warps": 8 if rows == 128 or wide or (in_parts and block_d <= 128) else 4,
         "num_stages": 1 if in_parts else 2,
     }
+    if rows == 128 and compute_capability(q) == 90:
+        tile["maxnreg"] = 128  # two programs side by side on a multiprocessor
+    return tile

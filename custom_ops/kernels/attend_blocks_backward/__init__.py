@@ -8,6 +8,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from custom_ops import union_lists
 from custom_ops.kernels.attend_blocks_backward.dkv import dkv_kernel, reduce_kernel
 from custom_ops.kernels.attend_blocks_backward.dq import dq_kernel
 from custom_ops.kernels.attend_blocks_backward.entries import entries_by_block
@@ -118,6 +119,12 @@ def launch(
         num_warps=8,
     )
     return dq, dk, dv
+
+
+def choose_tile_tokens(q: Tensor, k: Tensor) -> int:
+    """Choose how many tokens share a tile: as many as the rows of one step hold."""
+    rows = 16 if q.element_size() > 2 else 64
+    return union_lists.choose_tile_tokens(q.shape[1] // k.shape[1], rows)
 
 
 def _fit_32_bits(q: Tensor, grad_out: Tensor, G: int, tile_tokens: int) -> bool:

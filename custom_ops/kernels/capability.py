@@ -1,0 +1,12 @@
+"""Which GPU a launch is for."""
+
+import torch
+from torch import Tensor
+
+
+def compute_capability(x: Tensor) -> int:
+    """Major and minor in one number, 90 on Hopper; 0 where there is no CUDA device to ask."""
+    if x.device.type != "cuda":
+        return 0
+    major, minor = torch.cuda.get_device_capability(x.device)
+    return major * 10 + minor

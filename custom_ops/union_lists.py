@@ -1,0 +1,45 @@
+"""What the tiles of ``attend_blocks`` walk: the union of their tokens' blocks."""
+
+import math
+
+from torch import Tensor
+
+from custom_ops.tile_blocks import tile_blocks
+
+MAX_TILE_TOKENS = 32  # a tile's tokens have one bit each in an int32 word
+_TILE_ROWS = 64  # on the CPU; more rows would load more of each other's blocks
+
+
+def list_blocks(
+    selected: Tensor, kv_len: int, block_size: int, tile_tokens: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Unite the choices of a tile's tokens.
+
+    Args:
+        selected: int32 ``[B, Hkv, Sq, K]``, ascending, -1 for unused slots.
+        kv_len: Keys in the sequence; the queries are its last ``Sq`` positions.
+        block_size: Keys per block.
+        tile_tokens: Tokens per tile.
+
+    Returns:
+        Three int32 tensors: blocks per tile ``[B, Hkv, Nq]``; the blocks ``[B, Hkv, Nq, W]``,
+        ascending; their membership words, alike.
+    """
+    width = min(-(-kv_len // block_size), tile_tokens * selected.shape[3])
+    lists = tile_blocks(selected, kv_len, block_size, tile_tokens, width, separate_full=False)
+    return lists[0], lists[1], lists[2]
+
+
+def choose_tile_tokens(num_groups: int, rows: int = _TILE_ROWS) -> int:
+    """Choose the tokens of tiles with about so many rows; a token has one row per query head."""
+    return min(MAX_TILE_TOKENS, max(1, rows // num_groups))
+
+
+def fit_unit(tile_tokens: int, unit: int | None) -> int:
+    """Shrink tiles so that a whole number of them makes the unit in which sequences are laid out.
+
+    Then no tile holds two sequences, whose bits would depend on each other.
+    """
+    if unit is None:
+        return tile_tokens
+    return math.gcd(unit, 1 << (tile_tokens.bit_length() - 1))
