@@ -245,7 +245,7 @@ def test_models_and_memory_are_held_to_their_limits(run_script, config, tmp_path
 def test_the_configs_are_complete(name):
     settings = build_dataclass(BenchmarkSettings, load_yaml(ROOT / "configs" / name))
     assert settings.cases
-    assert {case.inputs for case in settings.cases.values()} == {"drifting", "independent"}
+    assert {case.inputs for case in settings.cases.values()} <= {"text", "drifting", "independent"}
     assert settings.models["below_dense_len"].limit == 1.02
 
 
@@ -277,10 +277,18 @@ def test_neighbouring_queries_are_alike_only_where_they_drift(settings):
         return torch.cosine_similarity(query[:, :, 1:], query[:, :, :-1], dim=-1).mean()
 
     assert likeness("drifting") > 0.7
+    assert likeness("text") > 0.6
     assert abs(likeness("independent")) < 0.1
 
 
 @pytest.mark.parametrize("engine", ["flex", "fused"])
+def test_heads_of_a_group_have_half_in_common_in_text(settings):
+    query = make_qkv(settings, Heads(4, 2), 4000, "text").query[0]
+    same, other = (torch.cosine_similarity(query[0], query[h], dim=-1).mean() for h in (1, 2))
+    assert same > 0.25
+    assert abs(other) < 0.1
+
+
 def test_lists_are_built_apart_and_then_found_ready(engine, monkeypatch):
     config, qkv = small_config(engine=engine), draw_qkv(200, Hq=8)
     selected = select_blocks(*qkv[:2], config)

@@ -10,7 +10,7 @@ from typing import Literal, NamedTuple
 from infllm_flex.config import InfLLMConfig
 
 Mode = Literal["forward", "forward+backward"]
-Inputs = Literal["drifting", "independent"]
+Inputs = Literal["text", "drifting", "independent"]
 
 _LONGEST = 2**24
 
@@ -104,7 +104,8 @@ class CaseSettings:
     Attributes:
         lengths: Tokens.
         mode: Without gradients, or forward and backward.
-        inputs: Queries that drift as text does, or random ones, the worst case.
+        inputs: Queries like those of a model trained on text, ones whose heads drift each on its
+            own, or random ones, the worst case.
         tile_rows: Also time ``attend_blocks`` with tiles of so many rows, one head of one token
             each; its variant says how many blocks a tile loads per block that a token selected.
     """

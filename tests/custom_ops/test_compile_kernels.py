@@ -95,6 +95,7 @@ def _attend(dtype: torch.dtype, D: int, G: int, tile_tokens: int, block_size: in
         (_attend, (BRAIN, 128, 16, 8)),
         (_attend, (BRAIN, 128, 16, 4)),
         (_attend, (BRAIN, 64, 4, 16)),
+        (_attend, (BRAIN, 64, 4, 32)),
         (_attend, (HALF, 40, 3, 8)),
         (_attend, (HALF, 80, 7, 8)),
         (_attend, (HALF, 256, 2, 32)),
