@@ -30,11 +30,14 @@ def launch(
     local_blocks: int,
     num_selected: int,
     scale: float,
+    documents: Tensor | None = None,
 ) -> Tensor:
     """Fill the rows that take every block directly, and score the others chunk by chunk."""
     B, _, Sq, _ = q.shape
     Hkv = compressed.shape[1]
     num_blocks = triton.cdiv(kv_len, block_size)
+    if documents is not None:
+        raise NotImplementedError("padded and packed batches need a CPU: got documents on CUDA")
     if num_blocks > _MAX_BLOCKS:
         raise NotImplementedError(
             f"select_blocks handles at most {_MAX_BLOCKS} blocks on CUDA, got {num_blocks}: "

@@ -11,6 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+import custom_ops
+
 # Keywords by which models hand over attention that is more than softmax(scale * q k) v.
 _SPECIAL_KEYWORDS = {
     "sliding_window": "a sliding window",
@@ -78,10 +80,12 @@ def guard_compiled(query: Tensor, mask: Tensor | None, position_ids: Tensor | No
         ``query``, whose values depend on the checks, so that no pass takes these out.
     """
     if mask is not None:
-        query = query + _zero_if(_plain_causal(mask), f"sparse attention cannot serve {_MASK} yet")
+        query = query + custom_ops.zero_if(
+            _plain_causal(mask), f"sparse attention cannot serve {_MASK} yet"
+        )
     if (positions := _token_positions(position_ids, query.shape[2])) is not None:
         message = f"sparse attention cannot serve {_POSITIONS} yet"
-        query = query + _zero_if(_consecutive(positions), message)
+        query = query + custom_ops.zero_if(_consecutive(positions), message)
     return query
 
 
@@ -110,18 +114,3 @@ def _plain_causal(mask: Tensor) -> Tensor:
         & visible[..., :, 0].all()
         & visible[..., -1, :].all()
     )
-
-
-@torch.library.custom_op("infllm_flex::zero_if", mutates_args=())
-def _zero_if(condition: Tensor, message: str) -> Tensor:
-    """Zero where the condition holds; else an error, on the device without waiting for it.
-
-    An operator of its own because Inductor's own assertion ends the process on the CPU.
-    """
-    torch._assert_async(condition, message)
-    return torch.zeros((), device=condition.device)
-
-
-@_zero_if.register_fake
-def _(condition: Tensor, message: str) -> Tensor:
-    return torch.empty((), device=condition.device)
