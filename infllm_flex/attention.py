@@ -54,10 +54,10 @@ def infllm_attention(
     """
     check_query_and_key(query, key)
     _check_value(key, value)
-    scale = default_scale(query) if scale is None else scale
     layout = lay_out_batch(query, key, config, attention_mask, cu_seqlens)
     if layout is not None:
         return attend_in_layout(query, key, value, config, layout, scale=scale, selected=selected)
+    scale = default_scale(query) if scale is None else scale
     if config.is_dense(key.shape[2]):
         return _attend_dense(query, key, value, scale)
     if selected is None:
@@ -73,13 +73,16 @@ def attend_in_layout(
     config: InfLLMConfig,
     layout: Layout,
     *,
-    scale: float,
+    scale: float | None = None,
     selected: Tensor | None = None,
 ) -> Tensor:
     """Attend within each sequence of a padded or packed batch, densely or sparsely by its length.
 
     Arguments and result are those of ``infllm_attention``, which makes the ``layout`` itself.
     """
+    check_query_and_key(query, key)
+    _check_value(key, value)
+    scale = default_scale(query) if scale is None else scale
     q_len, kv_len = query.shape[2], key.shape[2]
     if config.is_dense(kv_len):
         return _attend_dense_in_layout(query, key, value, layout, scale)
