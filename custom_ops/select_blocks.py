@@ -53,7 +53,7 @@ def select_blocks(
             ``coarse_stride`` and ``block_size`` on: int32 ``[B, N, 3]`` for N equal parts of the
             ``kv_len`` positions, each of one sequence: its first position, the position after its
             last, and its budget, at most ``num_selected``. Its rows see nothing before it, their
-            first blocks are its own; rows of no sequence select nothing.
+            first blocks are its own; rows of no sequence select nothing. Queries start with a part.
 
     Returns:
         Selected blocks, int32 ``[B, Hkv, Sq, K]`` with ``K = min(num_selected, Nkv)``, ascending,
