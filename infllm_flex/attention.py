@@ -133,7 +133,11 @@ def _attend_dense(query: Tensor, key: Tensor, value: Tensor, scale: float) -> Te
 def _attend_dense_in_layout(
     query: Tensor, key: Tensor, value: Tensor, layout: Layout, scale: float
 ) -> Tensor:
-    """SDPA under the mask of the sequences; padding is zero on both sides of it."""
+    """SDPA under the mask of the sequences; padding is zero on both sides of it.
+
+    SDPA multiplies what a mask hides by zero, so here, unlike where a sequence is sparse, a nan in
+    a document makes nan of those packed with it.
+    """
     Sq, G = query.shape[2], query.shape[1] // key.shape[1]
     is_real = layout.is_real()[:, None, :, None]
     key, value = (torch.where(is_real, x, 0) for x in (key, value))

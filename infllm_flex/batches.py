@@ -10,6 +10,10 @@ import custom_ops
 from infllm_flex.config import InfLLMConfig
 from infllm_flex.layout import Layout, lay_out, layout_unit
 
+# Without the sizes: a graph with a size in a message would be one for that size alone.
+_RUNS = "attention_mask must hold ones for real tokens in one run per row, and zeros"
+_BOUNDS = "cu_seqlens must ascend from 0 to the length of key, one bound more than documents"
+
 
 def lay_out_batch(
     query: Tensor,
@@ -53,7 +57,7 @@ def lay_out_padded(attention_mask: Tensor, config: InfLLMConfig, q_len: int) -> 
     right = (opens.sum(-1) <= 1) & ((attention_mask == 0) | (attention_mask == 1)).all(-1)
     is_real = require(
         right,
-        "attention_mask must hold ones for real tokens in one run per row, and zeros",
+        _RUNS,
         is_real,
     )
     unit = layout_unit(config)
@@ -71,7 +75,7 @@ def lay_out_packed(cu_seqlens: Tensor, config: InfLLMConfig, length: int) -> Lay
     opens = opens.scatter(0, bounds[:-1].clamp(0, length), True)[None, :length]
     opens = require(
         right[None],
-        f"cu_seqlens must ascend from 0 to the length {length}, one bound more than documents",
+        _BOUNDS,
         opens,
     )
     kv_len = (length + (bounds.shape[0] - 1) * (unit - 1)) // unit * unit

@@ -143,9 +143,13 @@ class _Move(torch.autograd.Function):
 
 
 def _take_rows(x: Tensor, index: Tensor, fill: int) -> Tensor:
-    """Gather ``x [B, H, S, D]`` at ``index [B, N]``: ``[B, H, N, D]``, ``fill`` where it is -1."""
-    here = index.clamp(min=0)[:, None, :, None].expand(-1, x.shape[1], -1, x.shape[3])
-    return torch.where((index >= 0)[:, None, :, None], x.gather(2, here), fill)
+    """Copy the rows ``index [B, N]`` of ``x [B, H, S, D]``: ``[B, H, N, D]``, ``fill`` at -1.
+
+    Heads side by side, so that a row is copied whole; half the time of a gather on the CPU.
+    """
+    batch = torch.arange(x.shape[0], device=x.device)[:, None]
+    rows = x.transpose(1, 2)[batch, index.clamp(min=0)]  # [B, N, H, D]
+    return rows.masked_fill_((index < 0)[:, :, None, None], fill).transpose(1, 2)
 
 
 def layout_unit(config: InfLLMConfig) -> int:

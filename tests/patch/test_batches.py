@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from transformers import DataCollatorWithFlattening
 
 import infllm_flex as ifx
 from tests.patch.models import (
@@ -87,6 +88,17 @@ def test_packed_training_gives_the_sum_of_the_documents_gradients():
     for ours, recomputed, theirs in zip(packed, again, expected, strict=True):
         torch.testing.assert_close(ours, theirs, rtol=2e-3, atol=2e-3)
         torch.testing.assert_close(recomputed, ours, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("with_bounds", [False, True])
+def test_the_collator_of_transformers_packs(with_bounds):
+    collate = DataCollatorWithFlattening(return_flash_attn_kwargs=with_bounds)
+    examples = [part[0].tolist() for part in IDS.split(list(LENGTHS), 1)]
+    batch = collate([{"input_ids": ids} for ids in examples])
+    batch.pop("labels")
+    model = ifx.patch_model(build(), SETTINGS)
+    with torch.no_grad():
+        assert_close(model(**batch).logits, alone(model))
 
 
 def padded_batch(sides=("left", "right", "both")):

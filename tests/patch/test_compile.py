@@ -38,7 +38,7 @@ def test_one_graph_forward_and_backward(length):
 def test_through_inductor():
     model = ifx.patch_model(build(one_layer()), SETTINGS)
     function = compiled(model, "inductor")
-    positions = torch.arange(LONG).expand(2, -1)
+    positions = torch.arange(LONG).repeat(2, 1)
     ours = logits(function, LONG, position_ids=positions, use_cache=False)
     assert_close(ours, logits(model, LONG))
     packed = positions % 40

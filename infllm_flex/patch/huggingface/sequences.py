@@ -63,7 +63,7 @@ class Sequences:
         if self.limit is not None:  # every start moves up by at most unit - 1
             room = (self.limit + self._is_padded) * (unit - 1)
         else:
-            room = max(S // 4, 8 * unit)
+            room = torch.sym_max(S // 4, 8 * unit)
         kv_len = (S + room + unit - 1) // unit * unit
         layout = lay_out(self.opens, self.is_real, unit, kv_len, S)
         if self.limit is None:
