@@ -251,3 +251,39 @@ def test_padding_between_documents_is_served_where_positions_restart():
 
 def assert_close(ours, theirs):
     torch.testing.assert_close(ours, theirs, rtol=1e-3, atol=5e-5)
+
+
+def test_a_mask_moves_and_is_cut_like_a_tensor():
+    from transformers.masking_utils import causal_mask_function, sdpa_mask
+
+    from infllm_flex.patch.huggingface.masks import LazyMask
+
+    _, mask, _ = padded_batch()
+    arguments = {"batch_size": 4, "q_length": 160, "kv_length": 160, "attention_mask": mask.bool()}
+    lazy = LazyMask({**arguments, "mask_function": causal_mask_function}, is_plain=True)
+    spelled = sdpa_mask(**arguments)
+    assert torch.equal(lazy[:, :, :9], spelled[:, :, :9])
+    assert lazy.shape == tuple(spelled.shape)
+    moved = lazy.to("meta", non_blocking=True)
+    assert moved.padding.device == moved.spell_out().device == torch.device("meta")
+    assert lazy.to(torch.float16).padding is lazy.padding
+
+
+def test_rows_share_positions_given_once():
+    model = ifx.patch_model(build(), SETTINGS)
+    ids = tokens(TOTAL, 2)
+    with torch.no_grad():
+        ours = model(ids, position_ids=POSITIONS).logits
+        for row, our in zip(ids, ours, strict=True):
+            assert_close(our[None], alone(model, row[None]))
+
+
+def test_inference_mode_reads_what_changed_in_place():
+    model = ifx.patch_model(build(), SETTINGS)
+    with torch.inference_mode():
+        positions = POSITIONS.clone()
+        packed = model(IDS, position_ids=positions).logits
+        positions.copy_(torch.arange(TOTAL))
+        whole = model(IDS, position_ids=positions).logits
+        assert_close(whole, model(IDS).logits)
+        assert not torch.allclose(whole, packed, atol=1e-2)

@@ -48,7 +48,9 @@ def attention_forward(
             serve this call. One line says what came and what to do.
     """
     layer = layer_of(module)
-    sequences = find_sequences(query, key, attention_mask, kwargs)
+    sequences = None
+    if getattr(module, "is_causal", True):
+        sequences = find_sequences(query, key, attention_mask, kwargs)
     if layer.attends_densely(key.shape[2]):
         query, mask = _dense_mask(query, attention_mask, sequences)
         if previous_implementation(module) == "eager":

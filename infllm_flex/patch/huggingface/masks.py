@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 import torch
@@ -15,39 +16,47 @@ class LazyMask:
     only the attention layers know.
 
     Attributes:
-        arguments: Those of the mask function.
         padding: bool ``[B, S]``, true for real tokens; None without an ``attention_mask``.
         is_plain: Whether it is causal and padded, nothing else.
     """
 
     def __init__(self, arguments: dict[str, Any], is_plain: bool) -> None:
-        self.arguments = arguments
+        self._arguments = arguments
         self.is_plain = is_plain
         self.padding: Tensor | None = arguments["attention_mask"]
+        self._device = torch.device(arguments.get("device", "cpu"))
         self._tensor: Tensor | None = None
         self._verdict: bool | None = None
 
     @property
     def shape(self) -> tuple[int, int, int, int]:
         """Of the mask spelled out."""
-        length = self.arguments["q_length"]
-        return (self.arguments["batch_size"], 1, length, length)
+        length = self._arguments["q_length"]
+        return (self._arguments["batch_size"], 1, length, length)
 
     def to(self, *args: Any, **kwargs: Any) -> LazyMask:
         """Move to a device, as what spreads a model over several does with every argument."""
         device, *_ = torch._C._nn._parse_to(*args, **kwargs)
-        if device is None or self.padding is None:
-            return self
-        padding = self.padding.to(device)
-        moved = {**self.arguments, "attention_mask": padding, "device": device}
-        return LazyMask(moved, self.is_plain)
+        moved = copy.copy(self)
+        if device is not None:
+            moved._device, moved._tensor = device, None
+            moved.padding = None if self.padding is None else self.padding.to(device)
+        return moved
+
+    def __getitem__(self, index: Any) -> Tensor:
+        """Part of the mask spelled out, for models that cut theirs themselves."""
+        tensor = self.spell_out()
+        if tensor is None:
+            raise TypeError("a plain causal mask has no parts: there is no tensor to cut")
+        return tensor[index]
 
     def spell_out(self) -> Tensor | None:
         """What ``sdpa_mask`` returns: None for plain causal, else bool ``[B, 1, S, S]``."""
         from transformers.masking_utils import sdpa_mask
 
         if self._tensor is None:
-            self._tensor = sdpa_mask(**self.arguments)
+            tensor = sdpa_mask(**self._arguments)
+            self._tensor = None if tensor is None else tensor.to(self._device)
         return self._tensor
 
     def is_known_to_separate(self, opens: Tensor, is_real: Tensor) -> bool:
@@ -67,6 +76,8 @@ class LazyMask:
             opens: bool ``[B, S]``, whether a sequence starts at this token.
             is_real: bool ``[B, S]``, false at padding.
         """
+        home = self._arguments.get("device", "cpu")  # where the mask function's own tensors are
+        opens, is_real = opens.to(home), is_real.to(home)
         B, S = opens.shape
         token = torch.arange(S, device=opens.device).expand(B, -1)
         first = torch.where(opens, token, 0).cummax(-1).values
@@ -78,7 +89,7 @@ class LazyMask:
 
         def sees(query: Tensor, key: Tensor) -> Tensor:
             inside = (key >= 0) & (key < S)
-            visible = self.arguments["mask_function"](row, 0, query, key.clamp(0, S - 1))
+            visible = self._arguments["mask_function"](row, 0, query, key.clamp(0, S - 1))
             return visible & inside
 
         right = (
@@ -88,7 +99,7 @@ class LazyMask:
             & ~sees(token, first - 1)
             & sees(last, token)
         )
-        return (right | ~is_real).all()
+        return (right | ~is_real).all().to(self._device)
 
 
 def causal_mask(**arguments: Any) -> LazyMask | Tensor | None:
@@ -106,6 +117,7 @@ def causal_mask(**arguments: Any) -> LazyMask | Tensor | None:
         and all(_is_zero(arguments.get(offset, 0)) for offset in ("q_offset", "kv_offset"))
         and arguments.get("local_size") is None
         and not arguments.get("use_vmap", False)
+        and "allow_is_bidirectional_skip" not in arguments  # the mask is not for causal attention
         and (padding is None or padding.shape == (arguments["batch_size"], length))
     )
     if not lazily:

@@ -126,39 +126,40 @@ class _Memo:
     """The last answer: every layer of a forward asks the same."""
 
     def __init__(self) -> None:
-        self._asked: tuple[Any, ...] | None = None
-        self._answer: Sequences | None = None
+        # Question and answer in one, so that threads never mix theirs.
+        self._last: tuple[_Question, Sequences | None] | None = None
 
     def recall(self, B: int, S: int, given: tuple[Tensor | None, ...]) -> Sequences | None:
-        asked, answer = self._asked, self._answer
-        if asked is None or not _is_same(asked, (B, S), given):
-            answer = _read(B, S, *given)
-            # Weakly: an address may be used again, and versions tell of changes in place.
-            self._answer = answer
-            self._asked = (
-                (B, S),
-                *((None if x is None else weakref.ref(x), _version(x)) for x in given),
-            )
+        last = self._last
+        if last is not None and last[0].is_the_same(B, S, given):
+            return last[1]
+        answer = _read(B, S, *given)
+        self._last = (_Question(B, S, given), answer)
         return answer
 
 
-def _is_same(
-    asked: tuple[Any, ...], shape: tuple[int, int], given: tuple[Tensor | None, ...]
-) -> bool:
-    if asked[0] != shape:
-        return False
-    for (reference, version), x in zip(asked[1:], given, strict=True):
-        if x is None or reference is None:
-            if x is not reference:
-                return False
-        elif reference() is not x or version != _version(x):
+class _Question:
+    """What was asked, without keeping the tensors: an address or a tensor may be used again."""
+
+    def __init__(self, B: int, S: int, given: tuple[Tensor | None, ...]) -> None:
+        self._shape = (B, S)
+        self._tensors = [None if x is None else (weakref.ref(x), _version(x)) for x in given]
+
+    def is_the_same(self, B: int, S: int, given: tuple[Tensor | None, ...]) -> bool:
+        if self._shape != (B, S):
             return False
-    return True
+        for known, x in zip(self._tensors, given, strict=True):
+            if known is None or x is None:
+                if known is not x:
+                    return False
+            elif known[0]() is not x or known[1] is None or known[1] != _version(x):
+                return False
+        return True
 
 
-def _version(x: Tensor | None) -> int | None:
-    # Tensors made in inference mode count no versions, nor may they change outside of it.
-    return None if x is None or x.is_inference() else x._version
+def _version(x: Tensor) -> int | None:
+    """Count of changes in place; None for inference tensors, which do not count them."""
+    return None if x.is_inference() else x._version
 
 
 _memo = _Memo()
