@@ -132,9 +132,12 @@ class _Move(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, index: Tensor, inverse: Tensor, fill: int) -> Tensor:
-        ctx.save_for_backward(inverse)
+    def forward(x: Tensor, index: Tensor, inverse: Tensor, fill: int) -> Tensor:
         return _take_rows(x, index, fill)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        ctx.save_for_backward(inputs[2])
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None]:

@@ -253,6 +253,14 @@ def assert_close(ours, theirs):
     torch.testing.assert_close(ours, theirs, rtol=1e-3, atol=5e-5)
 
 
+@pytest.mark.parametrize("implementation", ["sdpa", "eager"])
+def test_a_hole_in_the_mask_is_served_as_before_below_dense_len(implementation):
+    model = build(attn_implementation=implementation)
+    plain = model(IDS, attention_mask=HOLE).logits
+    ifx.patch_model(model, SETTINGS, dense_len=1000)
+    assert torch.equal(model(IDS, attention_mask=HOLE).logits, plain)
+
+
 def test_a_mask_moves_and_is_cut_like_a_tensor():
     from transformers.masking_utils import causal_mask_function, sdpa_mask
 

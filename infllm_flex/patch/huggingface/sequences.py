@@ -43,12 +43,12 @@ class Sequences:
     """
 
     def __init__(
-        self, opens: Tensor, is_real: Tensor, *, is_padded: bool, limit: int | None
+        self, opens: Tensor, is_real: Tensor, gaps: Tensor | None, limit: int | None
     ) -> None:
         self.opens = opens
         self.is_real = is_real
         self.limit = limit
-        self._is_padded = is_padded
+        self._gaps = gaps  # tokens that go on with a sequence after padding within it
         self._layouts: dict[int, Layout] = {}
 
     def layout(self, config: InfLLMConfig) -> Layout:
@@ -59,13 +59,15 @@ class Sequences:
         return self._layouts[unit]
 
     def _lay_out(self, unit: int) -> Layout:
-        S = self.opens.shape[1]
+        S, opens = self.opens.shape[1], self.opens
+        if self._gaps is not None:
+            opens = require(~self._gaps.any(-1), _GAP, opens)
         if self.limit is not None:  # every start moves up by at most unit - 1
-            room = (self.limit + self._is_padded) * (unit - 1)
+            room = (self.limit + (self._gaps is not None)) * (unit - 1)
         else:
             room = torch.sym_max(S // 4, 8 * unit)
         kv_len = (S + room + unit - 1) // unit * unit
-        layout = lay_out(self.opens, self.is_real, unit, kv_len, S)
+        layout = lay_out(opens, self.is_real, unit, kv_len, S)
         if self.limit is None:
             fits = ((layout.place >= 0) == self.is_real).all()
             checked = layout.place + custom_ops.zero_if(fits, _NO_ROOM).long()
@@ -177,14 +179,12 @@ def _read(
     everything = torch.ones(B, S, dtype=torch.bool, device=device)
     is_real = everything if padding is None else padding != 0
     follows = is_real & F.pad(is_real[:, :-1], (1, 0))  # a real token after another
-    opens = is_real & ~follows
-    if padding is not None:
-        again = opens & (is_real.long().cumsum(-1) > 1)
-        allowed = torch.zeros_like(again) if positions is None else positions == 0
-        opens = require((~again | allowed).all(-1), _GAP, opens)
-    restarts = torch.zeros_like(follows)
+    opens = is_real & (is_real.long().cumsum(-1) == 1)
+    after_padding = is_real & ~follows & ~opens
+    restarts = torch.zeros_like(opens)
     if positions is not None:
         restarts = follows & (F.pad(positions.diff(dim=-1), (1, 0), value=1) != 1)
+        restarts |= after_padding & (positions == 0)
     limit: int | None = 1
     if bounds is not None:
         opens = opens | (_open_at(bounds, same_bounds, B, S) & is_real)
@@ -195,7 +195,7 @@ def _read(
         limit = None if torch.compiler.is_compiling() else max(1, int(opens.sum(-1).max()))
     if padding is None and limit == 1:
         return None
-    return Sequences(opens, is_real, is_padded=padding is not None, limit=limit)
+    return Sequences(opens, is_real, None if padding is None else after_padding & ~opens, limit)
 
 
 def _open_at(bounds: Tensor, same_bounds: Tensor | None, B: int, S: int) -> Tensor:
