@@ -10,7 +10,11 @@ from custom_ops import union_lists
 from infllm_flex import engines
 
 # Where attention asks for lists; only the outermost of nested calls counts.
-_SEAMS = ((engines, "build_block_mask"), (union_lists, "list_blocks"))
+_SEAMS = (
+    (engines, "build_block_mask"),
+    (engines, "build_split_masks"),
+    (union_lists, "list_blocks"),
+)
 
 
 class RecordedLists:
