@@ -64,8 +64,9 @@ def test_outputs_and_gradients_are_those_of_the_sequence_alone(batch, config, da
     ours = run(infllm_attention, qkv, config, torch.float32, grad_out, **batch)
     alone = run(attend_alone, qkv, config, torch.float32, grad_out, **batch)
     exact = run(attend_exactly, qkv, config, torch.float64, grad_out, **batch)
-    for x, true, same in zip(ours, exact, alone, strict=True):
-        assert_within_rounding(x, true, same, factor=3)
+    # Together, since alone some are zero: a token that sees itself has no gradient of its query.
+    together = [torch.cat([x.flatten() for x in tensors]) for tensors in (ours, exact, alone)]
+    assert_within_rounding(*together, factor=3)
 
 
 BOUNDS = torch.tensor([0, 130, 130, 131, 190, 330, 330], dtype=torch.int32)

@@ -196,6 +196,14 @@ def test_packing_compiles_as_one_graph(kwargs, one_layer):
         assert_close(compiled(IDS, **positions_from(kwargs)).logits, expected)
 
 
+@pytest.mark.parametrize("name", ["bounds", "positions"])
+def test_packing_below_dense_len_compiles_as_one_graph(name, one_layer):
+    model, compiled = one_layer
+    ifx.patch_model(model, SETTINGS, dense_len=1000)
+    with torch.no_grad():
+        assert_close(compiled(IDS, **positions_from(PACKINGS[name])).logits, alone(model))
+
+
 def test_padding_compiles_as_one_graph(one_layer):
     model, compiled = one_layer
     ids, mask, positions = padded_batch()

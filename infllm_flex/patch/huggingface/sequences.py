@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import weakref
 from collections.abc import Mapping
 from typing import Any
 
@@ -16,6 +15,7 @@ from infllm_flex.batches import require
 from infllm_flex.config import InfLLMConfig
 from infllm_flex.layout import Layout, lay_out, layout_unit
 from infllm_flex.patch.huggingface.masks import LazyMask
+from infllm_flex.patch.huggingface.memo import Memo
 
 _GAP = (
     "attention_mask must hold one run of ones per row, or position_ids that restart at 0 where "
@@ -31,6 +31,7 @@ _LEAK = (
     "transformers would let documents told by position_ids alone see each other in this compiled "
     "call: pass use_cache=False or cu_seq_lens_q"
 )
+_memo: Memo[Sequences | None] = Memo()
 
 
 class Sequences:
@@ -121,50 +122,7 @@ def find_sequences(
     given = (padding, positions, bounds, same_bounds)
     if torch.compiler.is_compiling():
         return _read(B, S, *given)
-    return _memo.recall(B, S, given)
-
-
-class _Memo:
-    """The last answer: every layer of a forward asks the same."""
-
-    def __init__(self) -> None:
-        # Question and answer in one, so that threads never mix theirs.
-        self._last: tuple[_Question, Sequences | None] | None = None
-
-    def recall(self, B: int, S: int, given: tuple[Tensor | None, ...]) -> Sequences | None:
-        last = self._last
-        if last is not None and last[0].is_the_same(B, S, given):
-            return last[1]
-        answer = _read(B, S, *given)
-        self._last = (_Question(B, S, given), answer)
-        return answer
-
-
-class _Question:
-    """What was asked, without keeping the tensors: an address or a tensor may be used again."""
-
-    def __init__(self, B: int, S: int, given: tuple[Tensor | None, ...]) -> None:
-        self._shape = (B, S)
-        self._tensors = [None if x is None else (weakref.ref(x), _version(x)) for x in given]
-
-    def is_the_same(self, B: int, S: int, given: tuple[Tensor | None, ...]) -> bool:
-        if self._shape != (B, S):
-            return False
-        for known, x in zip(self._tensors, given, strict=True):
-            if known is None or x is None:
-                if known is not x:
-                    return False
-            elif known[0]() is not x or known[1] is None or known[1] != _version(x):
-                return False
-        return True
-
-
-def _version(x: Tensor) -> int | None:
-    """Count of changes in place; None for inference tensors, which do not count them."""
-    return None if x.is_inference() else x._version
-
-
-_memo = _Memo()
+    return _memo.recall((B, S), given, lambda: _read(B, S, *given))
 
 
 def _read(
