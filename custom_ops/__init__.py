@@ -6,6 +6,7 @@ from custom_ops.redo_special_heads import redo_special_heads
 from custom_ops.select_blocks import select_blocks
 from custom_ops.tile_blocks import tile_blocks
 from custom_ops.transpose_blocks import transpose_blocks
+from custom_ops.zero_if import zero_if
 
 __all__ = [
     "attend_blocks",
@@ -14,4 +15,5 @@ __all__ = [
     "select_blocks",
     "tile_blocks",
     "transpose_blocks",
+    "zero_if",
 ]

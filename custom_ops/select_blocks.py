@@ -26,6 +26,7 @@ def select_blocks(
     local_blocks: int,
     num_selected: int,
     scale: float,
+    documents: Tensor | None = None,
 ) -> Tensor:
     """Pick the best blocks of every query by their compressed keys, shared by its query group.
 
@@ -48,6 +49,11 @@ def select_blocks(
         local_blocks: Blocks before the query's own that are always selected, as its own is.
         num_selected: Budget in blocks; forced blocks count toward it.
         scale: Factor on the dot products.
+        documents: The sequences of a padded or packed batch, each from a multiple of
+            ``coarse_stride`` and ``block_size`` on: int32 ``[B, N, 3]`` for N equal parts of the
+            ``kv_len`` positions, each of one sequence: its first position, the position after its
+            last, and its budget, at most ``num_selected``. Its rows see nothing before it, their
+            first blocks are its own; rows of no sequence select nothing. Queries start with a part.
 
     Returns:
         Selected blocks, int32 ``[B, Hkv, Sq, K]`` with ``K = min(num_selected, Nkv)``, ascending,
@@ -66,14 +72,23 @@ def select_blocks(
         block_size,
         init_blocks,
         local_blocks,
+        scale,
     )
-    accumulate = torch.promote_types(q.dtype, torch.float32)
     grouped = q.unflatten(1, (Hkv, Hq // Hkv))  # [B, Hkv, G, Sq, D]
+    if documents is not None:
+        selected.fill_(-1)
     for b in range(B):
-        for h in range(Hkv):
-            rows = grouped[b, h].transpose(0, 1)  # [Sq, G, D]
-            fine, wide = (x[b, h].to(accumulate) * scale for x in (compressed, coarse))
-            _select_for_head(rows, fine, wide, kv_len - Sq, rule, selected[b, h])
+        for sequence in _sequences(documents, b, kv_len, K):
+            for h in range(Hkv):
+                _select_in_sequence(
+                    grouped[b, h].transpose(0, 1),  # [Sq, G, D]
+                    compressed[b, h],
+                    coarse[b, h],
+                    kv_len - Sq,
+                    sequence,
+                    rule,
+                    selected[b, h],
+                )
     return selected
 
 
@@ -92,6 +107,7 @@ def _(
     local_blocks: int,
     num_selected: int,
     scale: float,
+    documents: Tensor | None = None,
 ) -> Tensor:
     K = torch.sym_min(num_selected, (kv_len + block_size - 1) // block_size)
     return q.new_empty(q.shape[0], compressed.shape[1], q.shape[2], K, dtype=torch.int32)
@@ -112,6 +128,7 @@ def _(
     local_blocks: int,
     num_selected: int,
     scale: float,
+    documents: Tensor | None = None,
 ) -> Tensor:
     from custom_ops.kernels.select_blocks import launch
 
@@ -129,6 +146,7 @@ def _(
         local_blocks,
         num_selected,
         scale,
+        documents,
     )
 
 
@@ -147,6 +165,50 @@ class _Rule(NamedTuple):
     block_size: int
     init_blocks: int
     local_blocks: int
+    scale: float
+
+
+class _Sequence(NamedTuple):
+    first: int  # position of the first token
+    end: int  # and after the last
+    budget: int
+
+
+def _sequences(documents: Tensor | None, b: int, kv_len: int, budget: int) -> list[_Sequence]:
+    """List the sequences of a batch row: one, or those of the table."""
+    if documents is None:
+        return [_Sequence(0, kv_len, budget)]
+    parts = sorted({tuple(part) for part in documents[b].tolist()})
+    return [_Sequence(*part) for part in parts if part[0] < part[1]]
+
+
+def _select_in_sequence(
+    rows: Tensor,
+    compressed: Tensor,
+    coarse: Tensor,
+    offset: int,
+    sequence: _Sequence,
+    rule: _Rule,
+    out: Tensor,
+) -> None:
+    """Fill a sequence's rows of ``out [Sq, K]``, queries from position ``offset``, as if alone."""
+    first, end, budget = sequence
+    begin = max(first, offset)
+    if begin >= end:
+        return
+    accumulate = torch.promote_types(rows.dtype, torch.float32)
+
+    def own_windows(keys: Tensor, windows: _Windows) -> Tensor:
+        window = first // windows.stride
+        own = keys[window : window + windows.seen_from(end - first - 1)]
+        return own.to(accumulate) * rule.scale
+
+    fine = own_windows(compressed, rule.windows)
+    wide = own_windows(coarse, rule.coarse_windows)
+    queries = slice(begin - offset, end - offset)
+    chosen = out[queries, :budget]
+    _select_for_head(rows[queries], fine, wide, begin - first, rule, chosen)
+    chosen.add_(first // rule.block_size * (chosen >= 0))
 
 
 def _select_for_head(

@@ -60,7 +60,8 @@ class TileLists(NamedTuple):
     def _cut(self, at: tuple[int, int], tiles: slice, width: int, Skv: int, Sq: int) -> "TileChunk":
         num, block, word = self.num[at][tiles], self.idx[at][tiles], self.words[at][tiles]
         listed = torch.arange(width, device=num.device) < num[:, None]
-        block = block[:, :width].masked_fill(~listed, 0)  # [n, W]
+        # A slot without a block repeats the tile's first: another's nan would come through 0 x nan.
+        block = torch.where(listed, block[:, :width], block[:, :1])  # [n, W]
         word = word[:, :width].masked_fill(~listed, 0)
         token = torch.arange(self.tile_tokens, device=num.device)
         first = Skv - Sq + torch.arange(tiles.start, tiles.stop, device=num.device) * token.numel()

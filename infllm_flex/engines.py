@@ -25,6 +25,7 @@ def attend_with_lists(
     selected: Tensor,
     config: InfLLMConfig,
     scale: float,
+    unit: int | None = None,
 ) -> Tensor:
     """Attend through ``attend_blocks``: exact and differentiable on any device, linear memory.
 
@@ -35,11 +36,14 @@ def attend_with_lists(
         selected: int32 ``[B, Hkv, Sq, K]``.
         config: Sparsity settings.
         scale: Factor on the dot products.
+        unit: In a layout, the tokens of which a sequence takes whole numbers.
 
     Returns:
         ``[B, Hq, Sq, D]``.
     """
-    out, _ = custom_ops.attend_blocks(query, key, value, selected, config.block_size, scale)
+    out, _ = custom_ops.attend_blocks(
+        query, key, value, selected, config.block_size, scale, unit=unit
+    )
     return out
 
 

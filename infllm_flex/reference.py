@@ -6,6 +6,7 @@ no code with the operators it judges. For tests and for readers; use small sizes
 
 from __future__ import annotations
 
+import itertools
 import math
 
 import torch
@@ -143,3 +144,43 @@ def attention(
             selected = select_blocks(query, key, config, scale=scale)
         mask = attention_mask(selected, config.block_size, Skv)
     return masked_attention(query, key, value, mask, scale=scale)
+
+
+def find_sequences(
+    length: int, attention_mask: Tensor | None = None, cu_seqlens: Tensor | None = None
+) -> list[tuple[int, slice]]:
+    """Name the batch row and the tokens of every sequence of a batch that has any.
+
+    Args:
+        length: Tokens per row.
+        attention_mask: ``[B, length]`` of a padded batch, one run of ones per row.
+        cu_seqlens: ``[N + 1]``, the bounds of the documents of one row.
+    """
+    if attention_mask is not None:
+        rows = [row.nonzero().flatten().tolist() for row in attention_mask]
+        return [(b, slice(at[0], at[-1] + 1)) for b, at in enumerate(rows) if at]
+    bounds = [0, length] if cu_seqlens is None else cu_seqlens.tolist()
+    return [(0, slice(a, b)) for a, b in itertools.pairwise(bounds) if a < b]
+
+
+def batch_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    config: InfLLMConfig,
+    *,
+    attention_mask: Tensor | None = None,
+    cu_seqlens: Tensor | None = None,
+) -> Tensor:
+    """Attend within each sequence of a padded or packed batch as if it were alone.
+
+    Arguments and result are those of ``attention`` and ``find_sequences``; zero at padding.
+    """
+    out = torch.zeros_like(query, dtype=torch.float64)
+    before = key.shape[2] - query.shape[2]
+    for b, tokens in find_sequences(key.shape[2], attention_mask, cu_seqlens):
+        rows = slice(max(tokens.start - before, 0), max(tokens.stop - before, 0))
+        if rows.start < rows.stop:
+            alone = query[b, None, :, rows], key[b, None, :, tokens], value[b, None, :, tokens]
+            out[b, :, rows] = attention(*alone, config)[0]
+    return out

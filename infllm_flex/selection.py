@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 import custom_ops
+from infllm_flex.batches import lay_out_batch
 from infllm_flex.config import InfLLMConfig
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
@@ -30,21 +31,58 @@ def select_blocks(
         key: ``[B, Hkv, Skv, D]``, alike; ``Hkv`` divides ``Hq``.
         config: Sparsity settings. ``dense_len`` plays no part here.
         scale: Factor on the dot products. Defaults to ``1 / sqrt(D)``.
-        attention_mask: Not served yet.
-        cu_seqlens: Not served yet.
+        attention_mask: ``[B, Skv]``, bool or integer, 1 for real tokens, which are one run per row.
+        cu_seqlens: int32 ``[N + 1]``: documents packed along S start at all but the last, which is
+            S; B is 1 and Sq = Skv.
 
     Returns:
         Selected blocks, int32 ``[B, Hkv, Sq, K]`` with ``K = min(num_selected, Nkv)``, ascending,
-        unused slots last as -1. No gradient flows through the choice.
+        unused slots last as -1. Blocks count from the first token of the query's own sequence; a
+        query that is padding selects none. No gradient flows through the choice.
 
     Raises:
-        ValueError: Shapes, dtypes or devices do not fit together.
-        NotImplementedError: ``attention_mask`` or ``cu_seqlens`` is given.
+        ValueError: Shapes, dtypes or devices do not fit together; a mask with gaps or bounds that
+            do not ascend to S, where that can be told without waiting for a device.
 
     Source: arXiv 2509.24663, section 3.
     """
     check_query_and_key(query, key)
-    reject_batch_layouts(attention_mask, cu_seqlens)
+    scale = default_scale(query) if scale is None else scale
+    layout = lay_out_batch(query, key, config, attention_mask, cu_seqlens)
+    if layout is None:
+        return choose_blocks(query, key, config, scale)
+    q_len, kv_len = query.shape[2], key.shape[2]
+    documents = layout.documents(config)
+    query, key = layout.move_queries(query), layout.move_keys(key)
+    selected = choose_blocks(query, key, config, scale, documents)
+    selected = layout.move_back(selected, q_len, fill=-1)
+    selected = selected[..., : (kv_len + config.block_size - 1) // config.block_size]
+    first_block = layout.first_block(config.block_size, q_len)[:, None, :, None]
+    return torch.where(selected < 0, -1, selected - first_block)
+
+
+@torch.no_grad()
+def choose_blocks(
+    query: Tensor,
+    key: Tensor,
+    config: InfLLMConfig,
+    scale: float,
+    documents: Tensor | None = None,
+    num_slots: int | None = None,
+) -> Tensor:
+    """Pick blocks of a sequence, or of a layout's ``documents``.
+
+    Args:
+        query: ``[B, Hq, Sq, D]``, the last ``Sq`` positions.
+        key: ``[B, Hkv, Skv, D]``.
+        config: Sparsity settings.
+        scale: Factor on the dot products.
+        documents: The table of ``Layout.documents``.
+        num_slots: The largest budget in it; by default that of the settings.
+
+    Returns:
+        int32 ``[B, Hkv, Sq, K]``, in blocks of ``key``.
+    """
     query, key = query.detach(), key.detach()
     compressed = custom_ops.compress_keys(key, config.kernel_size, config.kernel_stride)
     if config.lse == "exact":
@@ -64,8 +102,9 @@ def select_blocks(
         block_size=config.block_size,
         init_blocks=config.init_blocks,
         local_blocks=config.local_blocks,
-        num_selected=config.num_selected,
-        scale=default_scale(query) if scale is None else scale,
+        num_selected=config.num_selected if num_slots is None else num_slots,
+        scale=scale,
+        documents=documents,
     )
 
 
@@ -107,16 +146,4 @@ def check_query_and_key(query: Tensor, key: Tensor) -> None:
     if query.device != key.device:
         raise ValueError(
             f"query and key must be on one device, got {query.device} and {key.device}"
-        )
-
-
-def reject_batch_layouts(attention_mask: Tensor | None, cu_seqlens: Tensor | None) -> None:
-    """Refuse padded and packed batches by name."""
-    if attention_mask is not None:
-        raise NotImplementedError(
-            "attention_mask is not served yet: call each sequence of the batch without its padding"
-        )
-    if cu_seqlens is not None:
-        raise NotImplementedError(
-            "cu_seqlens is not served yet: call each document of the batch by itself"
         )

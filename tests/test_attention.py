@@ -271,12 +271,6 @@ def test_bad_input_is_named_in_one_line(qkv, message):
     assert "\n" not in str(error.value)
 
 
-@pytest.mark.parametrize("name", ["attention_mask", "cu_seqlens"])
-def test_batches_not_served_yet_are_refused_by_name(name):
-    with pytest.raises(NotImplementedError, match=name):
-        infllm_attention(*GOOD, small_config(), **{name: torch.ones(1, 64)})
-
-
 def test_use_nope_asks_for_the_choice():
     with pytest.raises(NotImplementedError, match="pass selected="):
         infllm_attention(*GOOD, small_config(use_nope=True))

@@ -23,6 +23,10 @@ def patch_model(model: _Model, config: Settings = None, **overrides: Any) -> _Mo
     In place, without a new parameter; below ``dense_len`` every output keeps its bits. Patching a
     patched model changes its settings. Other models in the process are not touched.
 
+    Rows padded by ``attention_mask`` are dense or sparse each by its own length. Documents packed
+    by ``cu_seq_lens_q``, or by ``position_ids`` that restart, never see each other at any length,
+    also where transformers lets them.
+
     Args:
         model: A transformers model whose attention goes through its attention registry.
         config: Settings, as a config, a mapping, or the path of a YAML file. None: the model's own

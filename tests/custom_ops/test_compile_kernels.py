@@ -46,6 +46,18 @@ def _select(
     launch(q, compressed, coarse, S, *windows, block_size, 1, 2048 // block_size, 96, D**-0.5)
 
 
+def _select_documents(dtype: torch.dtype, D: int, G: int) -> None:
+    from custom_ops.kernels.select_blocks import launch
+
+    S = 8192
+    q = _meta(1, 2 * G, S, D, dtype=dtype)
+    compressed, coarse = (
+        _meta(1, 2, (S - w) // s + 1, D, dtype=dtype) for w, s in ((32, 16), (128, 64))
+    )
+    documents = _meta(1, S // 64, 3, dtype=torch.int32)
+    launch(q, compressed, coarse, S, 32, 16, 128, 64, 64, 1, 32, 128, D**-0.5, documents)
+
+
 def _tile(tile_tokens: int) -> None:
     from custom_ops.kernels.tile_blocks import launch
 
@@ -88,6 +100,8 @@ def _attend(dtype: torch.dtype, D: int, G: int, tile_tokens: int, block_size: in
         pytest.param(_select, (FLOAT, 128, 16), marks=pytest.mark.slow),
         (_select, (FLOAT, 256, 3)),
         pytest.param(_select, (BRAIN, 128, 16, 1 << 19), marks=pytest.mark.slow),
+        (_select_documents, (BRAIN, 128, 16)),
+        (_select_documents, (HALF, 80, 7)),
         (_tile, (1,)),
         (_tile, (8,)),
         (_tile, (32,)),

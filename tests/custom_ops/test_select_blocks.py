@@ -161,6 +161,12 @@ def test_is_registered_right(S):
     torch.library.opcheck(torch.ops.infllm_flex.select_blocks.default, arguments(S))
 
 
+def test_is_registered_right_with_documents():
+    parts = [[0, 30, 5], [0, 30, 5], [32, 33, 5], [0, 0, 0], [64, 80, 5]]
+    args = (*arguments(80), torch.tensor([parts], dtype=torch.int32))
+    torch.library.opcheck(torch.ops.infllm_flex.select_blocks.default, args)
+
+
 def test_gradients_stop():
     q, k, _ = (x.requires_grad_() for x in make_qkv(100))
     assert not select_for(q, k, small_config()).requires_grad

@@ -83,27 +83,8 @@ def padded(length):
     return mask
 
 
-def packed(length):
-    return torch.cat([torch.arange(40), torch.arange(length - 40)]).expand(2, -1)
-
-
-MASK = "an attention mask beyond plain causal (padding, packed documents, or a 4-D mask)"
-POSITIONS = "position_ids that restart or jump (packed documents)"
+MASK = "an attention mask beyond causal, padded and packed (a 4-D mask, prefixes, blocks)"
 UNSERVED = {
-    "left padding": ({"attention_mask": padded(LONG)}, MASK),
-    "packing without cache": (
-        {"position_ids": packed(LONG), "use_cache": False},
-        MASK,
-    ),
-    "packing with cache": ({"position_ids": packed(LONG)}, POSITIONS),
-    "packing behind a mask": (
-        {"position_ids": packed(LONG), "attention_mask": torch.ones(2, LONG)},
-        POSITIONS,
-    ),
-    "packing by lengths": (
-        {"cu_seq_lens_q": torch.tensor([0, 40, LONG], dtype=torch.int32)},
-        "packed documents (cu_seq_lens_q)",
-    ),
     "a mask of one's own": (
         {"attention_mask": torch.ones(2, 1, LONG, LONG).tril().bool()},
         MASK,

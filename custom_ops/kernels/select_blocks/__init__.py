@@ -1,6 +1,7 @@
 """Triton kernels of ``select_blocks``, run over chunks of queries within a fixed workspace."""
 
 import math
+from typing import NamedTuple
 
 import torch
 import triton
@@ -30,6 +31,7 @@ def launch(
     local_blocks: int,
     num_selected: int,
     scale: float,
+    documents: Tensor | None = None,
 ) -> Tensor:
     """Fill the rows that take every block directly, and score the others chunk by chunk."""
     B, _, Sq, _ = q.shape
@@ -50,8 +52,13 @@ def launch(
     # Windows that begin before a block: kept as a second score of the block they begin in, or,
     # if they begin further back than that, scored again.
     tail, before = (before, 0) if before <= per_block else (0, before)
+    tile = _tile(q, Hkv, triton.next_power_of_2(per_block + before))
+    tokens, tile_rows = tile["TOKENS"], tile["HEADS"] * tile["TOKENS"]
+    parts = _parts(documents, kv_len, offset, tokens)
+    table = out if documents is None else documents.contiguous()
+    rule = {"BLOCK_SIZE": block_size, "PART": parts.size, "PART_ROWS": parts.rows}
     picking = {
-        "BLOCK_SIZE": block_size,
+        **rule,
         "INIT_BLOCKS": init_blocks,
         "LOCAL_BLOCKS": local_blocks,
         "TAIL": tail,
@@ -59,12 +66,14 @@ def launch(
     }
 
     def pick(scores: Tensor, tails: Tensor, heads: range, rows: range, columns: int) -> None:
-        N = max(128, triton.next_power_of_2((offset + rows.stop - 1) // block_size + 1))
+        visible = (offset + rows.stop - 1) // block_size + 1 if documents is None else num_blocks
+        N = max(128, triton.next_power_of_2(visible))
         N = N if columns else 16  # nothing scored, nothing to choose
         pick_kernel[(len(heads) * len(rows),)](
             scores,
             tails,
             out,
+            table,
             heads.start,
             rows.start,
             rows.stop,
@@ -72,30 +81,34 @@ def launch(
             columns,
             Sq,
             K,
+            Hkv,
+            parts.count,
+            parts.first,
             **picking,
             N=N,
             num_warps=max(1, min(16, N // 512)),
         )
 
     all_heads = range(B * Hkv)
-    first_scored = min(max(num_selected * block_size - offset, 0), Sq)
+    num_rows, first_scored = parts.total, 0
+    if documents is None:  # else only the device knows which rows take every block
+        num_rows, first_scored = Sq, min(max(num_selected * block_size - offset, 0), Sq)
     if first_scored:
         pick(out, out, all_heads, range(first_scored), 0)
-    if first_scored == Sq:
+    if first_scored == num_rows:
         return out
 
-    tile = _tile(q, Hkv, triton.next_power_of_2(per_block + before))
-    tokens, tile_rows = tile["TOKENS"], tile["HEADS"] * tile["TOKENS"]
     columns = (kv_len - 1) // block_size - local_blocks
     columns = max(16, triton.cdiv(columns, 16) * 16)  # rows start aligned, for wide loads
     planes = 2 if tail else 1
-    num_tiles = triton.cdiv(Sq - first_scored, tokens)
+    num_tiles = triton.cdiv(num_rows - first_scored, tokens)
     step_heads, step_tiles = _chunk(_SCORE_BYTES, 4 * planes * columns * tokens, B * Hkv, num_tiles)
     lse_chunks = max(1, _LSE_BYTES // (4 * tile_rows * step_heads * step_tiles))
     span_tiles = min(step_tiles * lse_chunks, num_tiles)
     space = _workspace(q, planes, step_heads * step_tiles * tokens * columns)
     lse = _workspace(q, step_heads * span_tiles * tile_rows)
     shared = {
+        **rule,
         "G": q.shape[1] // Hkv,
         "D": q.shape[3],
         "KERNEL_SIZE": kernel_size,
@@ -106,15 +119,16 @@ def launch(
     factor = scale * math.log2(math.e)
     for head in range(0, B * Hkv, step_heads):
         heads = all_heads[head : head + step_heads]
-        for row in range(first_scored, Sq, step_tiles * tokens):
+        for row in range(first_scored, num_rows, step_tiles * tokens):
             chunk = (row - first_scored) // (step_tiles * tokens) % lse_chunks
             if chunk == 0:  # many chunks at once: a chunk alone would not fill the device
-                span = range(Sq)[row : row + span_tiles * tokens]
+                span = range(num_rows)[row : row + span_tiles * tokens]
                 lse_kernel[(triton.cdiv(len(span), tokens) * len(heads),)](
                     q,
                     compressed,
                     coarse,
                     lse,
+                    table,
                     *q.stride(),
                     *compressed.stride(),
                     *coarse.stride(),
@@ -127,11 +141,13 @@ def launch(
                     coarse.shape[2],
                     factor,
                     Hkv,
+                    parts.count,
+                    parts.first,
                     COARSE_SIZE=coarse_size,
                     COARSE_STRIDE=coarse_stride,
                     **shared,
                 )
-            rows = range(Sq)[row : row + step_tiles * tokens]
+            rows = range(num_rows)[row : row + step_tiles * tokens]
             programs = triton.cdiv(len(rows), tokens) * len(heads)
             splits, split_blocks = _split(columns, programs)
             score_kernel[(programs * splits,)](
@@ -140,6 +156,7 @@ def launch(
                 lse,
                 space[0],
                 space[-1],
+                table,
                 *q.stride(),
                 *compressed.stride(),
                 heads.start,
@@ -155,7 +172,8 @@ def launch(
                 triton.cdiv(len(span), tokens),
                 factor,
                 Hkv,
-                BLOCK_SIZE=block_size,
+                parts.count,
+                parts.first,
                 LOCAL_BLOCKS=local_blocks,
                 PER_BLOCK=per_block,
                 BEFORE=before,
@@ -165,6 +183,28 @@ def launch(
             )
             pick(space[0], space[-1], heads, rows, columns)
     return out
+
+
+class _Parts(NamedTuple):
+    """The equal parts of the positions that a table of documents tells about; no part, all 0."""
+
+    count: int
+    size: int
+    rows: int  # whole tiles, so that no tile holds two documents; some rows then have no query
+    first: int  # the part of the first query
+
+    @property
+    def total(self) -> int:
+        """Rows of all parts from the first query's on."""
+        return (self.count - self.first) * self.rows
+
+
+def _parts(documents: Tensor | None, kv_len: int, offset: int, tokens: int) -> _Parts:
+    if documents is None:
+        return _Parts(0, 0, 0, 0)
+    count = documents.shape[1]
+    size = kv_len // count
+    return _Parts(count, size, triton.cdiv(size, tokens) * tokens, offset // size)
 
 
 def _workspace(like: Tensor, *shape: int) -> Tensor:

@@ -4,6 +4,7 @@ import triton
 import triton.language as tl
 
 from custom_ops.kernels.dot_in_parts import dot_in_parts
+from custom_ops.kernels.select_blocks.documents import locate_tile
 
 
 @triton.jit
@@ -55,14 +56,17 @@ def _row_lse(
     return top + tl.log2(tl.where(total == 0.0, 1.0, total)) / factor  # none seen: -inf
 
 
-@triton.jit(
-    do_not_specialize=["first_head", "num_heads", "first_row", "end_row", "offset", "C", "C2"]
-)
+_VARYING = ["first_head", "num_heads", "first_row", "end_row", "offset", "C", "C2"]
+_VARYING += ["num_parts", "first_part"]
+
+
+@triton.jit(do_not_specialize=_VARYING)
 def lse_kernel(
     q_ptr,
     keys_ptr,
     coarse_ptr,
     lse_ptr,
+    documents_ptr,
     stride_qb,
     stride_qh,
     stride_qs,
@@ -84,13 +88,18 @@ def lse_kernel(
     C2,
     factor,
     Hkv,
+    num_parts,
+    first_part,
     G: tl.constexpr,
     D: tl.constexpr,
     KERNEL_SIZE: tl.constexpr,
     KERNEL_STRIDE: tl.constexpr,
     COARSE_SIZE: tl.constexpr,
     COARSE_STRIDE: tl.constexpr,
+    BLOCK_SIZE: tl.constexpr,
     DENSE: tl.constexpr,
+    PART: tl.constexpr,
+    PART_ROWS: tl.constexpr,
     BLOCK_D: tl.constexpr,
     HEADS: tl.constexpr,
     TOKENS: tl.constexpr,
@@ -102,11 +111,20 @@ def lse_kernel(
     tile = tiles - 1 - tl.program_id(0) // num_heads  # the longest first
     head = tl.program_id(0) % num_heads
     first = first_row + tile * TOKENS
-    last_position = offset + tl.minimum(first + TOKENS, end_row) - 1
-    if last_position < DENSE:
-        return
     b = ((first_head + head) // Hkv).to(tl.int64)
     h = ((first_head + head) % Hkv).to(tl.int64)
+    dense = DENSE
+    if PART > 0:
+        first, begin, end_row, budget = locate_tile(
+            documents_ptr + b * num_parts * 3, first, first_part, offset, PART, PART_ROWS
+        )
+        offset -= begin
+        dense = budget * BLOCK_SIZE
+        keys_ptr += (begin // KERNEL_STRIDE).to(tl.int64) * stride_ks
+        coarse_ptr += (begin // COARSE_STRIDE).to(tl.int64) * stride_cs
+    last_position = offset + tl.minimum(first + TOKENS, end_row) - 1
+    if (last_position < dense) | (first >= end_row):
+        return
     column = tl.arange(0, HEADS * TOKENS)
     group = column // TOKENS
     row = first + column % TOKENS

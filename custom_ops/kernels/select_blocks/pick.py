@@ -3,12 +3,17 @@
 import triton
 import triton.language as tl
 
+from custom_ops.kernels.select_blocks.documents import locate_tile
 
-@triton.jit(do_not_specialize=["first_head", "first_row", "end_row", "offset", "Sq", "K"])
+_VARYING = ["first_head", "first_row", "end_row", "offset", "Sq", "K", "num_parts", "first_part"]
+
+
+@triton.jit(do_not_specialize=_VARYING)
 def pick_kernel(
     scores_ptr,
     tails_ptr,
     out_ptr,
+    documents_ptr,
     first_head,
     first_row,
     end_row,
@@ -16,9 +21,14 @@ def pick_kernel(
     columns,
     Sq,
     K,
+    Hkv,
+    num_parts,
+    first_part,
     BLOCK_SIZE: tl.constexpr,
     INIT_BLOCKS: tl.constexpr,
     LOCAL_BLOCKS: tl.constexpr,
+    PART: tl.constexpr,
+    PART_ROWS: tl.constexpr,
     TAIL: tl.constexpr,
     BLOCK_K: tl.constexpr,
     N: tl.constexpr,
@@ -27,11 +37,25 @@ def pick_kernel(
     rows = end_row - first_row
     head = (tl.program_id(0) // rows).to(tl.int64)
     row = tl.program_id(0) % rows
-    own = (offset + first_row + row) // BLOCK_SIZE
-    out_ptr += ((first_head + head) * Sq + first_row + row) * K
+    out_row = first_row + row
+    own = (offset + out_row) // BLOCK_SIZE
+    first_block = 0
+    budget = K
+    room = K
+    if PART > 0:
+        b = (first_head + head) // Hkv
+        out_row, begin, end_row, budget = locate_tile(
+            documents_ptr + b * num_parts * 3, out_row, first_part, offset, PART, PART_ROWS
+        )
+        own = tl.where(out_row < end_row, (offset + out_row - begin) // BLOCK_SIZE, -1)
+        first_block = begin // BLOCK_SIZE
+        is_none = (first_row + row) % PART_ROWS >= PART  # it only fills a part's last tile
+        room = tl.where(is_none, 0, K)
+        own = tl.where(is_none, -1, own)
+    out_ptr += ((first_head + head) * Sq + out_row) * K
     slot = tl.arange(0, BLOCK_K)
-    if own < K:  # every block fits
-        tl.store(out_ptr + slot, tl.where(slot <= own, slot, -1), mask=slot < K)
+    if own < budget:  # every block fits
+        tl.store(out_ptr + slot, tl.where(slot <= own, first_block + slot, -1), mask=slot < room)
         return
 
     block = tl.arange(0, N)
@@ -53,13 +77,15 @@ def pick_kernel(
     while bit >= 0:
         trial = threshold | (1 << bit)
         count = tl.sum((key >= trial).to(tl.int32), 0)
-        threshold = tl.where(count >= K, trial, threshold)
-        kept = tl.where(count >= K, count, kept)
-        bit = tl.where(kept == K, -1, bit - 1)
-    if kept > K:  # ties at the threshold: the lowest blocks
-        room = K - tl.sum((key > threshold).to(tl.int32), 0)
+        threshold = tl.where(count >= budget, trial, threshold)
+        kept = tl.where(count >= budget, count, kept)
+        bit = tl.where(kept == budget, -1, bit - 1)
+    if kept > budget:  # ties at the threshold: the lowest blocks
+        room = budget - tl.sum((key > threshold).to(tl.int32), 0)
         tied = key == threshold
         key = tl.where(tied & (tl.cumsum(tied.to(tl.int32), 0) > room), -1, key)
     chosen = key >= threshold
     place = tl.cumsum(chosen.to(tl.int32), 0) - 1
-    tl.store(out_ptr + place, block, mask=chosen)
+    tl.store(out_ptr + place, first_block + block, mask=chosen)
+    if PART > 0:
+        tl.store(out_ptr + slot, -1, mask=(slot >= budget) & (slot < K))

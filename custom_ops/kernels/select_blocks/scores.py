@@ -8,9 +8,10 @@ import triton
 import triton.language as tl
 
 from custom_ops.kernels.dot_in_parts import dot_in_parts
+from custom_ops.kernels.select_blocks.documents import locate_tile
 
 _VARYING = ["first_head", "num_heads", "first_row", "end_row", "offset", "C"]
-_VARYING += ["split_blocks", "splits", "lse_tile", "lse_tiles"]
+_VARYING += ["split_blocks", "splits", "lse_tile", "lse_tiles", "num_parts", "first_part"]
 
 
 @triton.jit(do_not_specialize=_VARYING)
@@ -20,6 +21,7 @@ def score_kernel(
     lse_ptr,
     scores_ptr,
     tails_ptr,
+    documents_ptr,
     stride_qb,
     stride_qh,
     stride_qs,
@@ -41,6 +43,8 @@ def score_kernel(
     lse_tiles,
     factor,
     Hkv,
+    num_parts,
+    first_part,
     G: tl.constexpr,
     D: tl.constexpr,
     KERNEL_SIZE: tl.constexpr,
@@ -48,6 +52,8 @@ def score_kernel(
     BLOCK_SIZE: tl.constexpr,
     LOCAL_BLOCKS: tl.constexpr,
     DENSE: tl.constexpr,
+    PART: tl.constexpr,
+    PART_ROWS: tl.constexpr,
     PER_BLOCK: tl.constexpr,
     BEFORE: tl.constexpr,
     TAIL: tl.constexpr,
@@ -68,12 +74,23 @@ def score_kernel(
     split = tl.program_id(0) // num_heads % splits
     tile = tiles - 1 - tl.program_id(0) // num_heads // splits
     first = first_row + tile * TOKENS
-    last_position = offset + tl.minimum(first + TOKENS, end_row) - 1
-    num_scored = last_position // BLOCK_SIZE - LOCAL_BLOCKS  # the blocks after these are forced
-    if (last_position < DENSE) | (split * split_blocks >= num_scored):
-        return
+    num_rows = end_row - first_row
+    out_row = head.to(tl.int64) * num_rows + tile * TOKENS + tl.arange(0, TOKENS)
     b = ((first_head + head) // Hkv).to(tl.int64)
     h = ((first_head + head) % Hkv).to(tl.int64)
+    dense = DENSE
+    if PART > 0:
+        first, begin, end_row, budget = locate_tile(
+            documents_ptr + b * num_parts * 3, first, first_part, offset, PART, PART_ROWS
+        )
+        offset -= begin
+        dense = budget * BLOCK_SIZE
+        keys_ptr += (begin // KERNEL_STRIDE).to(tl.int64) * stride_ks
+        C -= begin // KERNEL_STRIDE
+    last_position = offset + tl.minimum(first + TOKENS, end_row) - 1
+    num_scored = last_position // BLOCK_SIZE - LOCAL_BLOCKS  # the blocks after these are forced
+    if (last_position < dense) | (first >= end_row) | (split * split_blocks >= num_scored):
+        return
     column = tl.arange(0, HEADS * TOKENS)  # heads outer, so that their sum stays in a thread
     group = column // TOKENS
     row = first + column % TOKENS
@@ -88,7 +105,7 @@ def score_kernel(
 
     keys_ptr += b * stride_kb + h * stride_kh
     token = first + tl.arange(0, TOKENS)
-    out_row = (head.to(tl.int64) * (end_row - first_row) + token - first_row) * columns
+    out_row *= columns
     n = tl.arange(0, BLOCK_N)
     slot = n % SLOTS
     block_slot = tl.arange(0, BLOCK_N // SLOTS)

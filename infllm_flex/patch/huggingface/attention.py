@@ -7,14 +7,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from infllm_flex.attention import infllm_attention
+from infllm_flex.attention import attend_in_layout, infllm_attention
 from infllm_flex.patch.huggingface.layers import layer_of, previous_implementation
-from infllm_flex.patch.huggingface.obstacles import (
-    find_obstacle,
-    find_position_obstacle,
-    guard_compiled,
-)
-from infllm_flex.patch.layer import PatchedLayer
+from infllm_flex.patch.huggingface.masks import LazyMask
+from infllm_flex.patch.huggingface.obstacles import find_obstacle, guard_compiled
+from infllm_flex.patch.huggingface.sequences import Sequences, find_sequences
 
 
 def attention_forward(
@@ -22,19 +19,23 @@ def attention_forward(
     query: Tensor,
     key: Tensor,
     value: Tensor,
-    attention_mask: Tensor | None,
+    attention_mask: LazyMask | Tensor | None,
     dropout: float = 0.0,
     scaling: float | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, Tensor | None]:
     """Attend densely, by the layer's previous function, or sparsely: as the number of keys says.
 
+    Documents packed by ``cu_seq_lens_q`` or by ``position_ids`` that restart never see each other,
+    densely or sparsely, whether or not transformers made a mask for them.
+
     Args:
         module: The attention layer; its settings are an attribute of it.
         query: ``[B, Hq, Sq, D]``, after the rotary embedding.
         key: ``[B, Hkv, Skv, D]``, with what a cache held before.
         value: ``[B, Hkv, Skv, D]``.
-        attention_mask: What ``sdpa_mask`` made: None for plain causal, else ``[B, 1, Sq, Skv]``.
+        attention_mask: What ``causal_mask`` made: None for plain causal, else lazy, or
+            ``[B, 1, Sq, Skv]``.
         dropout: Probability; only the dense path has it.
         scaling: Factor of the logits; None for ``D ** -0.5``.
         kwargs: Whatever the model, or its caller, passes to attention functions.
@@ -47,44 +48,50 @@ def attention_forward(
             serve this call. One line says what came and what to do.
     """
     layer = layer_of(module)
+    sequences = None
+    if getattr(module, "is_causal", True):
+        sequences = find_sequences(query, key, attention_mask, kwargs)
     if layer.attends_densely(key.shape[2]):
+        query, mask = _dense_mask(query, attention_mask, sequences)
         if previous_implementation(module) == "eager":
-            attention_mask = _additive_mask(module, query, key, attention_mask)
+            mask = _additive_mask(module, query, key, mask)
         return layer.dense_attention(
             module,
             query,
             key,
             value,
-            attention_mask,
+            mask,
             dropout=dropout,
             scaling=scaling,
             **kwargs,
         )
-    query = _refuse_or_pass(layer, query, key, attention_mask, dropout, kwargs)
-    out = infllm_attention(query, key, value, layer.config, scale=scaling)
-    return out.transpose(1, 2).contiguous(), None
-
-
-def _refuse_or_pass(
-    layer: PatchedLayer,
-    query: Tensor,
-    key: Tensor,
-    attention_mask: Tensor | None,
-    dropout: float,
-    kwargs: dict[str, Any],
-) -> Tensor:
-    """The query, or an error for what cannot be served."""
-    positions = kwargs.get("position_ids") if layer.reads_positions else None
-    obstacle = find_obstacle(query, key, attention_mask, dropout, kwargs)
-    obstacle = obstacle or find_position_obstacle(positions, query.shape[2])
+    obstacle = find_obstacle(query, key, attention_mask, sequences, dropout, kwargs)
     if obstacle is not None:
         raise NotImplementedError(
             f"sparse attention cannot serve {obstacle} yet: got {key.shape[2]} keys; stay below "
             f"dense_len = {layer.config.dense_len}, or run inside infllm_flex.dense(model)"
         )
     if torch.compiler.is_compiling():
-        return guard_compiled(query, attention_mask, positions)
-    return query
+        query = guard_compiled(query, attention_mask, sequences)
+    if sequences is None:
+        out = infllm_attention(query, key, value, layer.config, scale=scaling)
+    else:
+        layout = sequences.layout(layer.config)
+        out = attend_in_layout(query, key, value, layer.config, layout, scale=scaling)
+    return out.transpose(1, 2).contiguous(), None
+
+
+def _dense_mask(
+    query: Tensor, mask: LazyMask | Tensor | None, sequences: Sequences | None
+) -> tuple[Tensor, Tensor | None]:
+    """The mask for the layer's previous function, and the query with what checks a graph needs."""
+    tensor = mask.spell_out() if isinstance(mask, LazyMask) else mask
+    if sequences is None:
+        return query, tensor
+    if tensor is None and sequences.limit is None:
+        # Taking the mask down for a graph's every call would cost all those that are not packed.
+        return sequences.refuse_leak(query), None
+    return query, sequences.isolate(tensor)
 
 
 def _additive_mask(

@@ -11,6 +11,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+import custom_ops
+from infllm_flex.patch.huggingface.masks import LazyMask
+from infllm_flex.patch.huggingface.sequences import Sequences
+
 # Keywords by which models hand over attention that is more than softmax(scale * q k) v.
 _SPECIAL_KEYWORDS = {
     "sliding_window": "a sliding window",
@@ -20,15 +24,17 @@ _SPECIAL_KEYWORDS = {
     "position_bias": "a position bias",
     "indices": "the model's own sparse selection",
     "block_indices": "the model's own sparse selection",
-    "cu_seq_lens_q": "packed documents (cu_seq_lens_q)",
-    "cu_seq_lens_k": "packed documents (cu_seq_lens_k)",
 }
-_MASK = "an attention mask beyond plain causal (padding, packed documents, or a 4-D mask)"
-_POSITIONS = "position_ids that restart or jump (packed documents)"
+_MASK = "an attention mask beyond causal, padded and packed (a 4-D mask, prefixes, blocks)"
 
 
 def find_obstacle(
-    query: Tensor, key: Tensor, mask: Tensor | None, dropout: float, kwargs: Mapping[str, Any]
+    query: Tensor,
+    key: Tensor,
+    mask: LazyMask | Tensor | None,
+    sequences: Sequences | None,
+    dropout: float,
+    kwargs: Mapping[str, Any],
 ) -> str | None:
     """What about a call cannot be served; None if all of it can.
 
@@ -36,7 +42,8 @@ def find_obstacle(
         query: ``[B, Hq, Sq, D]``.
         key: ``[B, Hkv, Skv, D]``.
         mask: As handed to the attention function; not read while compiling, see
-            `compiled_conditions`.
+            `guard_compiled`.
+        sequences: Of the batch.
         dropout: Probability.
         kwargs: The other keywords of the call.
     """
@@ -51,49 +58,37 @@ def find_obstacle(
         return f"attention dropout ({dropout:g})"
     if query.shape[2] != key.shape[2]:
         return f"decoding, chunked prefill or a static cache ({query.shape[2]} queries)"
-    if mask is not None and not torch.compiler.is_compiling():
-        return _MASK
-    return None
-
-
-def find_position_obstacle(position_ids: Tensor | None, q_len: int) -> str | None:
-    """Packed documents whose boundaries only the positions tell; None if there are none.
-
-    transformers looks at positions only where there is neither cache nor mask. On an accelerator
-    this waits for the device, so it is for one layer to do on behalf of all.
-    """
-    positions = _token_positions(position_ids, q_len)
-    if positions is None or torch.compiler.is_compiling() or _consecutive(positions):
+    if torch.compiler.is_compiling():
         return None
-    return _POSITIONS
+    if isinstance(mask, LazyMask):
+        served = mask.is_plain or mask.is_known_to_separate(*_marks(query, sequences))
+        return None if served else _MASK
+    return None if mask is None else _MASK
 
 
-def guard_compiled(query: Tensor, mask: Tensor | None, position_ids: Tensor | None) -> Tensor:
-    """Put into a compiled graph the checks that need values, which cannot be read while compiling.
-
-    Without a cache, or with an ``attention_mask``, transformers then makes a mask for every
-    sequence, plain causal or not.
+def guard_compiled(
+    query: Tensor, mask: LazyMask | Tensor | None, sequences: Sequences | None
+) -> Tensor:
+    """Put into a compiled graph the check that needs values, which cannot be read while compiling.
 
     Returns:
-        ``query``, whose values depend on the checks, so that no pass takes these out.
+        ``query``, whose values depend on the check, so that no pass takes it out.
     """
-    if mask is not None:
-        query = query + _zero_if(_plain_causal(mask), f"sparse attention cannot serve {_MASK} yet")
-    if (positions := _token_positions(position_ids, query.shape[2])) is not None:
-        message = f"sparse attention cannot serve {_POSITIONS} yet"
-        query = query + _zero_if(_consecutive(positions), message)
-    return query
+    if mask is None or (isinstance(mask, LazyMask) and mask.is_plain):
+        return query
+    if isinstance(mask, LazyMask):
+        served = mask.separates(*_marks(query, sequences))
+    else:
+        served = _plain_causal(mask)
+    return query + custom_ops.zero_if(served, f"sparse attention cannot serve {_MASK} yet")
 
 
-def _token_positions(position_ids: Tensor | None, q_len: int) -> Tensor | None:
-    """Positions if they are one per token; rotary embeddings over images have more axes."""
-    if position_ids is None or position_ids.dim() != 2 or position_ids.shape[-1] != q_len:
-        return None
-    return position_ids
-
-
-def _consecutive(position_ids: Tensor) -> Tensor:
-    return (position_ids.diff(dim=-1) == 1).all()
+def _marks(query: Tensor, sequences: Sequences | None) -> tuple[Tensor, Tensor]:
+    """Where sequences open, and which tokens are real; ``[B, S]`` each."""
+    if sequences is not None:
+        return sequences.opens, sequences.is_real
+    is_real = torch.ones(query.shape[0], query.shape[2], dtype=torch.bool, device=query.device)
+    return is_real.long().cumsum(-1) == 1, is_real
 
 
 def _plain_causal(mask: Tensor) -> Tensor:
@@ -110,18 +105,3 @@ def _plain_causal(mask: Tensor) -> Tensor:
         & visible[..., :, 0].all()
         & visible[..., -1, :].all()
     )
-
-
-@torch.library.custom_op("infllm_flex::zero_if", mutates_args=())
-def _zero_if(condition: Tensor, message: str) -> Tensor:
-    """Zero where the condition holds; else an error, on the device without waiting for it.
-
-    An operator of its own because Inductor's own assertion ends the process on the CPU.
-    """
-    torch._assert_async(condition, message)
-    return torch.zeros((), device=condition.device)
-
-
-@_zero_if.register_fake
-def _(condition: Tensor, message: str) -> Tensor:
-    return torch.empty((), device=condition.device)

@@ -12,6 +12,7 @@ from types import ModuleType
 
 from infllm_flex.patch.huggingface.attention import attention_forward
 from infllm_flex.patch.huggingface.layers import NAMES
+from infllm_flex.patch.huggingface.masks import causal_mask
 
 _log = logging.getLogger(__name__)
 _REGISTRY_MODULE = "transformers.modeling_utils"
@@ -20,15 +21,15 @@ _REGISTRY_MODULE = "transformers.modeling_utils"
 def register() -> None:
     """Enter our names into transformers' attention and mask registries. Imports transformers.
 
-    All of them stand for one attention function. The mask function is that of ``sdpa``: None for a
-    plain causal sequence, whatever its length.
+    All of them stand for one attention function and one mask function: None for a plain causal
+    sequence, whatever its length.
     """
-    from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
+    from transformers.masking_utils import AttentionMaskInterface
     from transformers.modeling_utils import AttentionInterface
 
     for name in NAMES.values():
         AttentionInterface.register(name, attention_forward)
-        AttentionMaskInterface.register(name, sdpa_mask)
+        AttentionMaskInterface.register(name, causal_mask)
 
 
 def register_when_imported() -> None:

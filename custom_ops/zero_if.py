@@ -1,0 +1,27 @@
+"""Assert on the device, without waiting for it, from inside any graph."""
+
+import torch
+from torch import Tensor
+
+
+@torch.library.custom_op("infllm_flex::zero_if", mutates_args=())
+def zero_if(condition: Tensor, message: str) -> Tensor:
+    """Zero where the condition holds; else an error, on the device without waiting for it.
+
+    Add the zero to what depends on the condition, so that no pass takes the check out of a graph.
+    An operator of its own because Inductor's own assertion ends the process on the CPU.
+
+    Args:
+        condition: bool, one element.
+        message: What was expected and what to do.
+
+    Returns:
+        float32 ``[]``.
+    """
+    torch._assert_async(condition, message)
+    return torch.zeros((), device=condition.device)
+
+
+@zero_if.register_fake
+def _(condition: Tensor, message: str) -> Tensor:
+    return torch.empty((), device=condition.device)

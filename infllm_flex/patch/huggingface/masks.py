@@ -1,0 +1,133 @@
+"""Masks that are spelled out, ``[B, 1, S, S]``, only where dense attention asks for them."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+class LazyMask:
+    """What ``sdpa_mask`` would make of its arguments, for a call without earlier keys.
+
+    A long padded or packed batch attends sparsely and needs no table of all pairs; whether it will,
+    only the attention layers know.
+
+    Attributes:
+        padding: bool ``[B, S]``, true for real tokens; None without an ``attention_mask``.
+        is_plain: Whether it is causal and padded, nothing else.
+    """
+
+    def __init__(self, arguments: dict[str, Any], is_plain: bool) -> None:
+        self._arguments = arguments
+        self.is_plain = is_plain
+        self.padding: Tensor | None = arguments["attention_mask"]
+        self._device = torch.device(arguments.get("device", "cpu"))
+        self._tensor: Tensor | None = None
+        self._verdict: bool | None = None
+
+    @property
+    def shape(self) -> tuple[int, int, int, int]:
+        """Of the mask spelled out."""
+        length = self._arguments["q_length"]
+        return (self._arguments["batch_size"], 1, length, length)
+
+    def to(self, *args: Any, **kwargs: Any) -> LazyMask:
+        """Move to a device, as what spreads a model over several does with every argument."""
+        device, *_ = torch._C._nn._parse_to(*args, **kwargs)
+        moved = copy.copy(self)
+        if device is not None:
+            moved._device, moved._tensor = device, None
+            moved.padding = None if self.padding is None else self.padding.to(device)
+        return moved
+
+    def __getitem__(self, index: Any) -> Tensor:
+        """Part of the mask spelled out, for models that cut theirs themselves."""
+        tensor = self.spell_out()
+        if tensor is None:
+            raise TypeError("a plain causal mask has no parts: there is no tensor to cut")
+        return tensor[index]
+
+    def spell_out(self) -> Tensor | None:
+        """What ``sdpa_mask`` returns: None for plain causal, else bool ``[B, 1, S, S]``."""
+        from transformers.masking_utils import sdpa_mask
+
+        if self._tensor is None:
+            tensor = sdpa_mask(**self._arguments)
+            self._tensor = None if tensor is None else tensor.to(self._device)
+        return self._tensor
+
+    def is_known_to_separate(self, opens: Tensor, is_real: Tensor) -> bool:
+        """What `separates` says, read once for all layers of a forward."""
+        if self._verdict is None:
+            self._verdict = bool(self.separates(opens, is_real))
+        return self._verdict
+
+    def separates(self, opens: Tensor, is_real: Tensor) -> Tensor:
+        """Whether the mask is causal within the sequences, from lines through it: bool ``[]``.
+
+        What each query sees just before and after itself, of its sequence's first token and of the
+        token before that, and what each sequence's last query sees of its tokens. So packing is
+        told from prefixes, windows and blocks without a table of all pairs.
+
+        Args:
+            opens: bool ``[B, S]``, whether a sequence starts at this token.
+            is_real: bool ``[B, S]``, false at padding.
+        """
+        home = self._arguments.get("device", "cpu")  # where the mask function's own tensors are
+        opens, is_real = opens.to(home), is_real.to(home)
+        B, S = opens.shape
+        token = torch.arange(S, device=opens.device).expand(B, -1)
+        first = torch.where(opens, token, 0).cummax(-1).values
+        # Backwards, the same for the last: where the next sequence opens, less one.
+        closes = opens.roll(-1, -1)
+        closes = torch.where(token == S - 1, True, closes)
+        last = torch.where(closes, token, S - 1).flip(-1).cummin(-1).values.flip(-1)
+        row = torch.arange(B, device=opens.device)[:, None]
+
+        def sees(query: Tensor, key: Tensor) -> Tensor:
+            inside = (key >= 0) & (key < S)
+            visible = self._arguments["mask_function"](row, 0, query, key.clamp(0, S - 1))
+            return visible & inside
+
+        right = (
+            (sees(token, token - 1) == ~opens)
+            & ~sees(token, token + 1)
+            & sees(token, first)
+            & ~sees(token, first - 1)
+            & sees(last, token)
+        )
+        return (right | ~is_real).all().to(self._device)
+
+
+def causal_mask(**arguments: Any) -> LazyMask | Tensor | None:
+    """Make the mask of ``sdpa``, lazily where all keys are those of this call.
+
+    Args:
+        arguments: As transformers passes them to mask functions.
+    """
+    from transformers.masking_utils import causal_mask_function, sdpa_mask
+
+    length, padding = arguments.get("q_length"), arguments.get("attention_mask")
+    lazily = (
+        length is not None
+        and arguments.get("kv_length") == length
+        and all(_is_zero(arguments.get(offset, 0)) for offset in ("q_offset", "kv_offset"))
+        and arguments.get("local_size") is None
+        and not arguments.get("use_vmap", False)
+        and "allow_is_bidirectional_skip" not in arguments  # the mask is not for causal attention
+        and (padding is None or padding.shape == (arguments["batch_size"], length))
+    )
+    if not lazily:
+        return sdpa_mask(**arguments)
+    is_plain = arguments["mask_function"] is causal_mask_function
+    compiling = torch.compiler.is_compiling()
+    if is_plain and not compiling and (padding is None or bool(padding.all())):
+        return sdpa_mask(**arguments)  # as a rule None
+    return LazyMask({"attention_mask": None, **arguments}, is_plain)
+
+
+def _is_zero(offset: int | Tensor) -> bool:
+    return not isinstance(offset, Tensor) and offset == 0
