@@ -196,12 +196,16 @@ def test_packing_compiles_as_one_graph(kwargs, one_layer):
         assert_close(compiled(IDS, **positions_from(kwargs)).logits, expected)
 
 
-@pytest.mark.parametrize("name", ["bounds", "positions"])
-def test_packing_below_dense_len_compiles_as_one_graph(name, one_layer):
+def test_packing_below_dense_len_compiles_as_one_graph(one_layer):
     model, compiled = one_layer
     ifx.patch_model(model, SETTINGS, dense_len=1000)
     with torch.no_grad():
-        assert_close(compiled(IDS, **positions_from(PACKINGS[name])).logits, alone(model))
+        expected = alone(model)
+        for name in ("bounds", "positions without cache"):
+            assert_close(compiled(IDS, **positions_from(PACKINGS[name])).logits, expected)
+        # A graph that cannot read positions keeps the fast causal path, and says what it needs.
+        with pytest.raises(RuntimeError, match="pass use_cache=False or cu_seq_lens_q"):
+            compiled(IDS, **PACKINGS["positions"])
 
 
 def test_padding_compiles_as_one_graph(one_layer):
