@@ -47,7 +47,7 @@ class Block(nn.Module):
 
 
 class FusedHeads(nn.Module):
-    """As nanoGPT does it: one projection, one head of keys per query head, softmax by hand or not."""
+    """As nanoGPT does it: one projection, as many heads of keys; softmax by hand or not."""
 
     def __init__(self, flash=True):
         super().__init__()

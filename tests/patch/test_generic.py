@@ -138,7 +138,7 @@ class NoHint(RepeatedHeads):
 def test_heads_that_only_the_user_knows():
     model, known = outsider(NoHint), outsider("repeated")
     with pytest.raises(
-        ifx.UnsupportedModelError, match="copies of each other.*num_key_value_heads"
+        ifx.UnsupportedModelError, match=r"copies of each other.*num_key_value_heads"
     ):
         ifx.patch_model(model, SETTINGS)(tokens(LONG))
     ifx.patch_model(model, SETTINGS, num_key_value_heads=2)
