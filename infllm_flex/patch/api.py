@@ -16,7 +16,12 @@ from infllm_flex.patch.ladder import Found
 from infllm_flex.patch.layer import PatchedLayer, get_layer
 from infllm_flex.patch.modules import Names, resolve_modules
 from infllm_flex.patch.probe import Example, watch_example
-from infllm_flex.patch.refusals import reject_unsupported, require_module, require_not_traced
+from infllm_flex.patch.refusals import (
+    reject_scripted,
+    reject_unsupported,
+    require_module,
+    require_not_traced,
+)
 from infllm_flex.patch.settings import Settings, resolve_config
 
 _log = logging.getLogger(__name__)
@@ -49,7 +54,7 @@ def patch_model(
         config: Settings, as a config, a mapping, or the path of a YAML file. None: the model's own
             ``config.sparse_config``, else the defaults.
         attention_modules: The attention layers, where they should not be looked for: names as in
-            ``named_modules``, in which ``*`` stands for anything, classes, or modules.
+            ``named_modules``, in which ``*`` stands for anything between dots, classes, or modules.
         num_key_value_heads: Key/value heads of a model that expands them before attention, where
             neither its layers nor its config tell. Their queries choose blocks together.
         example_inputs: What the model takes, as one tensor, a sequence or a mapping of keywords.
@@ -71,6 +76,7 @@ def patch_model(
     """
     require_module(model)
     require_not_traced("patch_model")
+    reject_scripted(model)
     check_kv_heads(num_key_value_heads)
     named = None if attention_modules is None else resolve_modules(model, attention_modules)
     seen = None if example_inputs is None else _watch_densely(model, example_inputs)

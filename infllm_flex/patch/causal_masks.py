@@ -41,7 +41,7 @@ def keys_so_far(query: Tensor, key: Tensor, mask: Tensor | None, is_causal: bool
         return kv_len  # `require_causal` puts the check into the graph
     visible = _visible(mask)
     last = int(visible[..., -1, :].sum(-1).max())
-    if not bool(_is_causal_prefix(visible, last, q_len)):
+    if last < q_len or not bool(_is_causal_prefix(visible, last, q_len)):
         raise UnsupportedModelError(f"the model passes {_NOT_CAUSAL}")
     return last
 

@@ -72,8 +72,13 @@ def _sdpa_functions(cls: type) -> tuple[FunctionType, ...]:
 
 
 def _functions(cls: type) -> Iterator[FunctionType]:
-    """What a class and its bases define, without PyTorch's own."""
-    return (function for base in cls.__mro__ for function in _members(base))
+    """The methods of a class, without PyTorch's own: those of bases where none goes before them."""
+    taken: set[str] = set()
+    for base in cls.__mro__:
+        own = list(_members(base))
+        yield from (function for function in own if function.__name__ not in taken)
+        # One that calls its base's does not take that one's place.
+        taken.update(f.__name__ for f in own if "super" not in f.__code__.co_names)
 
 
 def _members(cls: type) -> Iterator[FunctionType]:

@@ -18,8 +18,8 @@ def resolve_modules(model: nn.Module, names: Names) -> set[nn.Module]:
 
     Args:
         model: The model.
-        names: One or more of: a name as in ``named_modules``, in which ``*`` stands for anything; a
-            class; a module.
+        names: One or more of: a name as in ``named_modules``, in which ``*`` stands for anything
+            between two dots; a class; a module.
 
     Raises:
         ValueError: A name that no module has, with the nearest that one has; or no name at all.
@@ -32,10 +32,15 @@ def resolve_modules(model: nn.Module, names: Names) -> set[nn.Module]:
     return {module for name in wanted for module in _resolve(model, name)}  # type: ignore[arg-type]
 
 
+def _matches(name: str, pattern: str) -> bool:
+    parts, patterns = name.split("."), pattern.split(".")
+    return len(parts) == len(patterns) and all(map(fnmatchcase, parts, patterns))
+
+
 def _resolve(model: nn.Module, wanted: str | type | nn.Module) -> list[nn.Module]:
     modules = dict(model.named_modules())
     if isinstance(wanted, str):
-        found = [module for name, module in modules.items() if fnmatchcase(name, wanted)]
+        found = [module for name, module in modules.items() if _matches(name, wanted)]
         near = difflib.get_close_matches(wanted, modules, n=1)
     elif isinstance(wanted, type):
         found = [m for m in modules.values() if issubclass(original_class(m), wanted)]

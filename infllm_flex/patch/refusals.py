@@ -37,15 +37,19 @@ def require_not_traced(function: str) -> None:
         )
 
 
-def reject_unsupported(
-    model: nn.Module, layers: Mapping[str, Found], named: Collection[nn.Module] | None
-) -> None:
-    """Raise an UnsupportedModelError unless some layer can be sparse, and every named one."""
+def reject_scripted(model: nn.Module) -> None:
+    """Raise an UnsupportedModelError for TorchScript."""
     if isinstance(model, torch.jit.ScriptModule):
         raise UnsupportedModelError(
             f"{type(model).__name__} is compiled TorchScript, whose code cannot be changed; "
             "patch the Python model before torch.jit sees it"
         )
+
+
+def reject_unsupported(
+    model: nn.Module, layers: Mapping[str, Found], named: Collection[nn.Module] | None
+) -> None:
+    """Raise an UnsupportedModelError unless some layer can be sparse, and every named one."""
     if named is not None:
         for name, found in layers.items():
             if found.module in named and found.left is not None:
