@@ -41,6 +41,9 @@ class Intercept(TorchFunctionMode):
             out = attend(self.layer, SdpaCall(*args, **kwargs), self.kv_heads)
             if out is not None:
                 return out
+        # Written in Python with a `super()` that Dynamo cannot follow from in here.
+        if func is torch.Tensor.unflatten:
+            func = torch.unflatten
         return func(*args, **kwargs)
 
 
