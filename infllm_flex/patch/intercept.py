@@ -14,6 +14,8 @@ from infllm_flex.patch.layer import PatchedLayer
 from infllm_flex.patch.sdpa import SdpaCall, attend
 
 _Result = TypeVar("_Result")
+_SDPA = F.scaled_dot_product_attention
+_UNFLATTEN = torch.Tensor.unflatten
 
 
 class Intercept(TorchFunctionMode):
@@ -35,14 +37,15 @@ class Intercept(TorchFunctionMode):
     def __torch_function__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
     ) -> Any:
-        kwargs = {} if kwargs is None else kwargs
-        if func is F.scaled_dot_product_attention:
+        # Every torch function of the layer comes by here, so the usual way through is short.
+        kwargs = kwargs or {}
+        if func is _SDPA:
             self.calls += 1
             out = attend(self.layer, SdpaCall(*args, **kwargs), self.kv_heads)
             if out is not None:
                 return out
-        # Written in Python with a `super()` that Dynamo cannot follow from in here.
-        if func is torch.Tensor.unflatten:
+        elif func is _UNFLATTEN:
+            # Written in Python with a `super()` that Dynamo cannot follow from in here.
             func = torch.unflatten
         return func(*args, **kwargs)
 

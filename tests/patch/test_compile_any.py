@@ -51,6 +51,29 @@ def test_one_graph_forward_and_backward(style, by_block):
     assert_close(run(Compiled(model, by_block), LONG), eager)
 
 
+@pytest.mark.parametrize("make", [*WAYS.values(), build], ids=[*WAYS, "transformers"])
+def test_below_dense_len_the_graph_is_that_of_the_unpatched_model(make):
+    # So that it costs nothing, which no timing shows as well.
+    model = make() if make is build else outsider(make, layers=1)
+    assert graph_of(ifx.patch_model(model, SETTINGS)) == graph_of(ifx.unpatch_model(model))
+
+
+def graph_of(model):
+    found = []
+
+    def backend(graph, inputs):
+        found.extend((node.op, node.target, node.kwargs) for node in graph.graph.nodes)
+        return graph.forward
+
+    torch.compiler.reset()
+    with torch.no_grad():
+        torch.compile(model, fullgraph=True, backend=backend)(tokens(SHORT))
+    return [
+        (op, "" if op in ("placeholder", "get_attr") else target, str(kwargs))
+        for op, target, kwargs in found
+    ]
+
+
 @pytest.mark.parametrize("by_block", [False, True], ids=["whole", "by block"])
 def test_patching_and_unpatching_after_compiling_take_effect(by_block):
     model = outsider(layers=1)
