@@ -8,9 +8,11 @@ from torch import Tensor
 from custom_ops import union_lists
 from custom_ops.attend_blocks_backward import attend_blocks_backward
 from custom_ops.tile_chunks import TileLists, heads
+from custom_ops.without_autocast import without_autocast
 
 
 @torch.library.custom_op("infllm_flex::attend_blocks", mutates_args=())
+@without_autocast
 def attend_blocks(
     q: Tensor,
     k: Tensor,

@@ -5,9 +5,11 @@ from torch import Tensor
 
 from custom_ops import union_lists
 from custom_ops.tile_chunks import TileLists, heads
+from custom_ops.without_autocast import without_autocast
 
 
 @torch.library.custom_op("infllm_flex::attend_blocks_backward", mutates_args=())
+@without_autocast
 def attend_blocks_backward(
     grad_out: Tensor,
     q: Tensor,

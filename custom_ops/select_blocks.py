@@ -6,12 +6,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from custom_ops.without_autocast import without_autocast
+
 _TILE_ROWS = 512  # query rows (tokens x group) scored at a time: memory is rows x C
 _INVISIBLE = -1.0  # ranks below every score, since scores are sums of exponentials
 _FIRST, _NEVER = torch.iinfo(torch.int64).max, torch.iinfo(torch.int64).min
 
 
 @torch.library.custom_op("infllm_flex::select_blocks", mutates_args=())
+@without_autocast
 def select_blocks(
     q: Tensor,
     compressed: Tensor,

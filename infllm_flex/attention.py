@@ -52,6 +52,7 @@ def infllm_attention(
 
     Source: arXiv 2509.24663, section 3.
     """
+    query, key, value = (_as_autocast(x) for x in (query, key, value))
     check_query_and_key(query, key)
     _check_value(key, value)
     layout = lay_out_batch(query, key, config, attention_mask, cu_seqlens)
@@ -98,6 +99,15 @@ def attend_in_layout(
         chosen = layout.move_selected(selected, config, dense_slots)
     out = _attend_sparse(q, k, v, chosen, config, scale, unit=layout.unit)
     return layout.move_back(out, q_len)
+
+
+def _as_autocast(x: Tensor) -> Tensor:
+    """Cast as SDPA casts its inputs under autocast, where rotary embeddings leave mixed dtypes."""
+    device = x.device.type
+    casts = x.is_floating_point() and x.dtype != torch.float64
+    if casts and torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device):
+        return x.to(torch.get_autocast_dtype(device))
+    return x
 
 
 def _check_value(key: Tensor, value: Tensor) -> None:

@@ -4,20 +4,39 @@ from __future__ import annotations
 
 import logging
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, TypeVar
 
 from torch import nn
 
-from infllm_flex.patch import huggingface
+from infllm_flex.patch import ladder
+from infllm_flex.patch.heads import check_kv_heads
+from infllm_flex.patch.ladder import Found
+from infllm_flex.patch.layer import PatchedLayer, get_layer
+from infllm_flex.patch.modules import Names, resolve_modules
+from infllm_flex.patch.probe import Example, watch_example
+from infllm_flex.patch.refusals import (
+    reject_scripted,
+    reject_unsupported,
+    require_module,
+    require_not_traced,
+)
 from infllm_flex.patch.settings import Settings, resolve_config
 
 _log = logging.getLogger(__name__)
 _Model = TypeVar("_Model", bound=nn.Module)
 
 
-def patch_model(model: _Model, config: Settings = None, **overrides: Any) -> _Model:
+def patch_model(
+    model: _Model,
+    config: Settings = None,
+    *,
+    attention_modules: Names | None = None,
+    num_key_value_heads: int | None = None,
+    example_inputs: Example | None = None,
+    **overrides: Any,
+) -> _Model:
     """Give a causal LM InfLLM-V2 attention for sequences of ``dense_len`` tokens and more.
 
     In place, without a new parameter; below ``dense_len`` every output keeps its bits. Patching a
@@ -28,26 +47,54 @@ def patch_model(model: _Model, config: Settings = None, **overrides: Any) -> _Mo
     also where transformers lets them.
 
     Args:
-        model: A transformers model whose attention goes through its attention registry.
+        model: A causal LM whose attention goes through transformers' attention registry, through
+            torchtune's, litgpt's, torchtitan's or x-transformers' own place for it, or calls
+            ``torch.nn.functional.scaled_dot_product_attention`` with ``is_causal=True`` or a causal
+            mask anywhere.
         config: Settings, as a config, a mapping, or the path of a YAML file. None: the model's own
             ``config.sparse_config``, else the defaults.
+        attention_modules: The attention layers, where they should not be looked for: names as in
+            ``named_modules``, in which ``*`` stands for anything between dots, classes, or modules.
+        num_key_value_heads: Key/value heads of a model that expands them before attention, where
+            neither its layers nor its config tell. Their queries choose blocks together.
+        example_inputs: What the model takes, as one tensor, a sequence or a mapping of keywords.
+            The model runs once without gradients, and its layers are those that attend then.
+            Without it they are told by their code, and by their first forward, which raises an
+            UnsupportedModelError where the code was misleading.
         overrides: Single settings by name, on top of ``config``.
 
     Returns:
         The same ``model``.
 
     Raises:
-        UnsupportedModelError: No attention layer can be sparse.
+        UnsupportedModelError: No attention layer can be sparse, or one that was named cannot.
         TypeError: ``model`` is no ``torch.nn.Module``, or ``config`` none of the above.
-        ValueError: An unknown setting, with the nearest known one, or an impossible value.
+        ValueError: An unknown setting, with the nearest known one, or an impossible value; or a
+            name that no module has.
+        RuntimeError: ``model`` is being traced.
         NotImplementedError: ``use_nope``.
     """
     require_module(model)
-    layers = huggingface.attention_layers(model)
-    model_configs = [getattr(module, "config", None) for module in (model, *layers.values())]
-    huggingface.attach(model, resolve_config(config, overrides, model_configs))
-    _log_decisions(model)
+    require_not_traced("patch_model")
+    reject_scripted(model)
+    check_kv_heads(num_key_value_heads)
+    named = None if attention_modules is None else resolve_modules(model, attention_modules)
+    seen = None if example_inputs is None else _watch_densely(model, example_inputs)
+    layers = ladder.find_layers(model, named, seen)
+    reject_unsupported(model, layers, named)
+    model_configs = [
+        getattr(m, "config", None) for m in (model, *(f.module for f in layers.values()))
+    ]
+    ladder.attach(
+        model, layers, resolve_config(config, overrides, model_configs), num_key_value_heads
+    )
+    _log_decisions(model, layers)
     return model
+
+
+def _watch_densely(model: nn.Module, example: Example) -> dict[nn.Module, str | None]:
+    with _densely(ladder.patched_layers(model).values()):
+        return watch_example(model, example)
 
 
 def unpatch_model(model: _Model) -> _Model:
@@ -61,10 +108,13 @@ def unpatch_model(model: _Model) -> _Model:
 
     Raises:
         TypeError: ``model`` is no ``torch.nn.Module``.
-        ValueError: ``model`` is not patched.
+        ValueError: ``model`` is not patched, or ``fully_shard`` replaced the class of a
+            patched layer.
+        RuntimeError: ``model`` is being traced.
     """
     require_module(model)
-    if not huggingface.detach(model):
+    require_not_traced("unpatch_model")
+    if not ladder.detach(model):
         raise ValueError(f"{type(model).__name__} is not patched: there is nothing to undo")
     return model
 
@@ -81,9 +131,16 @@ def dense(model: nn.Module) -> Iterator[None]:
         ValueError: ``model`` is not patched.
     """
     require_module(model)
-    layers = list(huggingface.patched_layers(model).values())
+    layers = list(ladder.patched_layers(model).values())
     if not layers:
         raise ValueError(f"{type(model).__name__} is not patched: it is dense already")
+    with _densely(layers):
+        yield
+
+
+@contextmanager
+def _densely(layers: Iterable[PatchedLayer]) -> Iterator[None]:
+    layers = list(layers)
     for layer in layers:
         layer.dense_depth += 1
     try:
@@ -93,22 +150,16 @@ def dense(model: nn.Module) -> Iterator[None]:
             layer.dense_depth -= 1
 
 
-def require_module(model: object) -> None:
-    """Raise a TypeError for anything that is not a module."""
-    if not isinstance(model, nn.Module):
-        raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
-
-
-def _log_decisions(model: nn.Module) -> None:
-    layers = huggingface.patched_layers(model).values()
-    left = Counter(layer.left for layer in layers if layer.left is not None)
-    sparse = [layer for layer in layers if layer.left is None]
+def _log_decisions(model: nn.Module, layers: Mapping[str, Found]) -> None:
+    left = Counter(found.left for found in layers.values() if found.left is not None)
+    sparse = next(found.module for found in layers.values() if found.left is None)
     reasons = "; ".join(f"{count} left as they were: {reason}" for reason, count in left.items())
+    config = get_layer(sparse).config  # type: ignore[union-attr]
     _log.info(
         "%s: %d of %d attention layers sparse from %d tokens on%s",
         type(model).__name__,
-        len(sparse),
+        len(layers) - sum(left.values()),
         len(layers),
-        max(sparse[0].config.dense_len, 1),
+        max(config.dense_len, 1),
         f"; {reasons}" if reasons else "",
     )

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -24,17 +23,26 @@ class PatchedLayer:
 
     Attributes:
         config: Settings of the sparse attention.
-        dense_attention: The attention function the layer had before.
+        dense_attention: The attention function a transformers layer had before; None for layers
+            whose own call is intercepted.
         left: Why the layer stays as it was; None for a layer that turns sparse.
         reads_positions: Whether this layer checks ``position_ids`` on behalf of all others.
         dense_depth: Number of ``dense`` blocks the layer is inside.
+        way: How the layer is reached.
+        query_heads: Query heads of the whole layer, where the model says; None elsewhere.
+        kv_heads: Key/value heads before the model expands them to the query heads, alike.
+        head_order: How it expands them, once a call has shown it (`infllm_flex.patch.heads`).
     """
 
     config: InfLLMConfig
-    dense_attention: Callable[..., Any]
+    dense_attention: Any = None
     left: str | None = None
     reads_positions: bool = True
     dense_depth: int = 0
+    way: str = "transformers"
+    query_heads: int | None = None
+    kv_heads: int | None = None
+    head_order: str | None = None
 
     def __deepcopy__(self, memo: dict[int, Any]) -> PatchedLayer:
         # A copy made inside a `dense` block has no block that would ever end it.

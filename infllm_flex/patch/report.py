@@ -6,9 +6,10 @@ from typing import NamedTuple
 
 from torch import nn
 
-from infllm_flex.patch import huggingface
-from infllm_flex.patch.api import require_module
-from infllm_flex.patch.layer import PatchedLayer
+from infllm_flex.patch import ladder
+from infllm_flex.patch.ladder import Found
+from infllm_flex.patch.layer import PatchedLayer, get_layer
+from infllm_flex.patch.refusals import require_module
 
 
 class LayerRow(NamedTuple):
@@ -16,8 +17,8 @@ class LayerRow(NamedTuple):
 
     Attributes:
         name: Of the module, as in ``named_modules``.
-        patched_through: The way into the model, ``"transformers"``; empty if the layer does not go
-            through this package.
+        patched_through: The way into the layer, ``"transformers"`` or another; empty if the layer
+            does not go through this package.
         sparse: Whether the layer is sparse at ``dense_len`` and beyond.
         status: The same in words, and why not.
     """
@@ -58,27 +59,34 @@ def describe(model: nn.Module) -> LayerTable:
         TypeError: ``model`` is no ``torch.nn.Module``.
     """
     require_module(model)
-    patched = huggingface.patched_layers(model)
-    return LayerTable(
-        _row(name, patched.get(name), huggingface.why_left(module))
-        for name, module in huggingface.attention_layers(model).items()
-    )
+    patched = ladder.patched_layers(model)
+    found = ladder.find_layers(model)
+    rows = {}
+    for name, module in model.named_modules():
+        if name in found or name in patched or get_layer(module) is not None:
+            rows[name] = _row(name, patched.get(name), _why_left(module, found.get(name)))
+    return LayerTable(rows.values())
+
+
+def _why_left(module: nn.Module, found: Found | None) -> str | None:
+    # What patching decided goes before what the code of the layer says by itself.
+    layer = get_layer(module)
+    if layer is not None:
+        return layer.left
+    return None if found is None else found.left
 
 
 def _row(name: str, layer: PatchedLayer | None, left: str | None) -> LayerRow:
+    way = "" if layer is None else layer.way
     if left is not None:
-        return LayerRow(
-            name, "" if layer is None else "transformers", False, f"{left}: left as it was"
-        )
+        return LayerRow(name, way, False, f"{left}: left as it was")
     if layer is None:
         return LayerRow(name, "", False, "dense: not patched")
     if layer.dense_depth > 0:
-        return LayerRow(name, "transformers", False, "dense: inside infllm_flex.dense()")
+        return LayerRow(name, way, False, "dense: inside infllm_flex.dense()")
     config = layer.config
-    return LayerRow(
-        name,
-        "transformers",
-        True,
+    status = (
         f"sparse from {max(config.dense_len, 1)} tokens on: "
-        f"{config.num_selected} blocks of {config.block_size}",
+        f"{config.num_selected} blocks of {config.block_size}"
     )
+    return LayerRow(name, way, True, status)

@@ -3,7 +3,7 @@
 import pytest
 import torch
 from torch import nn
-from transformers import BertConfig, BertModel, DynamicCache, FalconConfig, StaticCache
+from transformers import BertConfig, BertModel, BloomConfig, DynamicCache, FalconConfig, StaticCache
 
 import infllm_flex as ifx
 from tests.patch.models import CACHE, LONG, SETTINGS, SHORT, build, logits, tokens
@@ -51,7 +51,8 @@ def test_unpatching_what_was_never_patched():
 
 def test_a_model_without_attention():
     with pytest.raises(
-        ifx.UnsupportedModelError, match=r"Linear cannot be patched: found no layer .*; tried"
+        ifx.UnsupportedModelError,
+        match=r"Linear cannot be patched: found no attention layer; tried",
     ):
         ifx.patch_model(nn.Linear(2, 2))
 
@@ -65,10 +66,20 @@ def test_an_encoder():
     assert encoder.config._attn_implementation == "sdpa"
 
 
-def test_a_model_that_does_not_use_the_registry():
-    config = FalconConfig(vocab_size=64, hidden_size=64, num_hidden_layers=1, num_attention_heads=4)
-    with pytest.raises(ifx.UnsupportedModelError, match="FalconForCausalLM cannot be patched"):
+def test_softmax_written_by_hand_names_the_class_and_the_way_out():
+    config = BloomConfig(vocab_size=64, hidden_size=64, n_layer=1, n_head=4)
+    with pytest.raises(
+        ifx.UnsupportedModelError,
+        match=r"BloomForCausalLM .* found no attention layer but BloomAttention, which calls "
+        r"softmax; .* call infllm_flex\.infllm_attention in the model's own forward$",
+    ):
         ifx.patch_model(build(config))
+
+
+def test_alibi():
+    size = {"vocab_size": 64, "hidden_size": 64, "num_hidden_layers": 1, "num_attention_heads": 4}
+    with pytest.raises(ifx.UnsupportedModelError, match="1 x ALiBi"):
+        ifx.patch_model(build(FalconConfig(**size, alibi=True)))
 
 
 def test_another_implementation_than_sdpa_or_eager():

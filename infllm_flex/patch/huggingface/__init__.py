@@ -6,6 +6,7 @@ are set to is an attribute of their modules (`infllm_flex.patch.layer`).
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 from torch import nn
@@ -35,24 +36,20 @@ __all__ = [
 ]
 
 
-def attach(model: nn.Module, config: InfLLMConfig) -> None:
-    """Make every layer that can be sparse so, and note at the others why they are left.
+def attach(layers: Mapping[nn.Module, str | None], config: InfLLMConfig) -> None:
+    """Make the layers that can be sparse so, and note at the others why they are left.
 
     Args:
-        model: A transformers model, or any module that contains one.
-        config: Settings for all its layers.
-
-    Raises:
-        UnsupportedModelError: No layer can be sparse; the model is as it was.
+        layers: The layers of one model, each with why it is left, or None.
+        config: Settings for all of them.
     """
-    layers = attention_layers(model)
-    left = {name: why_left(module) for name, module in layers.items()}
-    sparse = [layers[name] for name, reason in left.items() if reason is None]
+    sparse = [module for module, left in layers.items() if left is None]
     if not sparse:
-        raise UnsupportedModelError(_nothing_to_patch(model, left))
+        return
     register()
-    for module in layers.values():
-        set_layer(module, layer_for(module, config, reads_positions=module is sparse[0]))
+    for module, left in layers.items():
+        layer = layer_for(module, config, left, reads_positions=module is sparse[0])
+        set_layer(module, layer)
     for module in sparse:
         _rename(module.config, NAMES[previous_implementation(module)])
 
@@ -65,23 +62,6 @@ def _rename(hf_config: Any, name: str) -> None:
             f"{type(hf_config).__name__} keeps attn_implementation="
             f"{hf_config._attn_implementation!r} whatever is set; it cannot be patched"
         )
-
-
-def _nothing_to_patch(model: nn.Module, left: dict[str, str | None]) -> str:
-    if left:
-        counts: dict[str, int] = {}
-        for reason in left.values():
-            counts[str(reason)] = counts.get(str(reason), 0) + 1
-        found = f"{len(left)} attention layers, none of which can be sparse: " + ", ".join(
-            f"{count} x {reason}" for reason, count in counts.items()
-        )
-    else:
-        found = "no layer that takes its attention function from transformers' registry"
-    return (
-        f"{type(model).__name__} cannot be patched: found {found}; tried the registry of "
-        "transformers, the one way there is yet; for causal full attention written by hand, call "
-        "infllm_flex.infllm_attention in the model's own forward"
-    )
 
 
 def patched_layers(model: nn.Module) -> dict[str, PatchedLayer]:

@@ -53,6 +53,8 @@ def why_left(module: nn.Module) -> str | None:
         return f"logits soft-capped at {cap:g}"
     if getattr(module, "sinks", None) is not None:
         return "learned attention sinks"
+    if getattr(module, "indexer", None) is not None:
+        return "the model's own sparse indexer"
     if (previous := previous_implementation(module)) not in NAMES:
         return f"attn_implementation={previous!r}, not 'sdpa' or 'eager'"
     return None
@@ -84,9 +86,11 @@ def previous_implementation(module: nn.Module) -> str:
     return PREVIOUS.get(name, name)
 
 
-def layer_for(module: nn.Module, config: InfLLMConfig, **fields: Any) -> PatchedLayer:
+def layer_for(
+    module: nn.Module, config: InfLLMConfig, left: str | None, **fields: Any
+) -> PatchedLayer:
     """A new record for an attention layer, with the attention function that it had before."""
-    return PatchedLayer(config, _dense_attention(module), why_left(module), **fields)
+    return PatchedLayer(config, _dense_attention(module), left, **fields)
 
 
 def _dense_attention(module: nn.Module) -> Callable[..., Any]:
@@ -110,6 +114,7 @@ def layer_of(module: nn.Module) -> PatchedLayer:
             torch._dynamo.graph_break(
                 "for a single graph, call infllm_flex.patch_model(model) before torch.compile"
             )
-        layer = layer_for(module, InfLLMConfig.from_model_config(module.config))
+        config = InfLLMConfig.from_model_config(module.config)
+        layer = layer_for(module, config, why_left(module))
         set_layer(module, layer)
     return layer

@@ -1,0 +1,80 @@
+"""Whether the mask of a call says "causal", and how many keys there are to see."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+import custom_ops
+from infllm_flex.patch.errors import UnsupportedModelError
+
+_HIDDEN = -1e4  # additive masks hide by -inf, by the least number, or by some large one
+_NOT_CAUSAL = (
+    "an attention mask beyond plain causal (padding, packed documents, a window, ALiBi or another "
+    "bias): sparse attention serves plain causal sequences here; run it inside "
+    "infllm_flex.dense(model), or call infllm_flex.infllm_attention in the model's own code"
+)
+
+
+def keys_so_far(query: Tensor, key: Tensor, mask: Tensor | None, is_causal: bool) -> int:
+    """Count the keys that the last query sees, which are the first ones.
+
+    Args:
+        query: ``[B, Hq, Sq, D]``.
+        key: ``[B, Hkv, Skv, D]``, longer where a cache is preallocated.
+        mask: ``[..., Sq, Skv]``, bool (True: seen) or additive, or None.
+        is_causal: As SDPA takes it: the first query sees the first key alone.
+
+    Raises:
+        UnsupportedModelError: The mask is not that of the last ``Sq`` of some first keys.
+    """
+    q_len, kv_len = query.shape[-2], key.shape[-2]
+    if mask is None:
+        return q_len if is_causal else kv_len
+    if torch.compiler.is_compiling():
+        if q_len != kv_len:
+            raise UnsupportedModelError(
+                f"{q_len} queries of {kv_len} keys under a mask, a preallocated cache, cannot be "
+                "served by torch.compile at sparse length: decode without it, or compile inside "
+                "infllm_flex.dense(model)"
+            )
+        return kv_len  # `require_causal` puts the check into the graph
+    visible = _visible(mask)
+    last = int(visible[..., -1, :].sum(-1).max())
+    if last < q_len or not bool(_is_causal_prefix(visible, last, q_len)):
+        raise UnsupportedModelError(f"the model passes {_NOT_CAUSAL}")
+    return last
+
+
+def require_causal(query: Tensor, mask: Tensor | None) -> Tensor:
+    """Put the check of a mask into a graph that is being compiled, where it cannot be read.
+
+    Returns:
+        ``query``, whose values depend on the check, so that no pass takes it out.
+    """
+    if mask is None or not torch.compiler.is_compiling():
+        return query
+    visible = _visible(mask)
+    plain = _is_causal_prefix(visible, visible.shape[-1], visible.shape[-2])
+    return query + custom_ops.zero_if(plain, f"the model passes {_NOT_CAUSAL}").to(query.dtype)
+
+
+def is_biased(mask: Tensor) -> bool:
+    """Whether a mask does more than show and hide; reads its values. Of none, it says no."""
+    return mask.dtype != torch.bool and not mask.is_meta and bool(_biased(mask))
+
+
+def _biased(mask: Tensor) -> Tensor:
+    return ((mask != 0) & (mask > _HIDDEN)).any()
+
+
+def _visible(mask: Tensor) -> Tensor:
+    """True where a key is seen. A bias that neither shows nor hides breaks the causal pattern."""
+    return mask if mask.dtype == torch.bool else (mask == 0) & ~_biased(mask)
+
+
+def _is_causal_prefix(visible: Tensor, last: int, q_len: int) -> Tensor:
+    """Whether query s sees the first ``last - q_len + s + 1`` keys and no other, in every row."""
+    ends = torch.arange(last - q_len + 1, last + 1, device=visible.device)
+    expected = torch.arange(visible.shape[-1], device=visible.device) < ends[:, None]
+    return (visible == expected).all()

@@ -1,0 +1,92 @@
+"""Give one module another class: a subclass of its own that overrides where attention happens.
+
+Nothing is stored on the module but its class, so there is nothing to undo beyond giving the old one
+back. A closure or an instance attribute would not do: a deep copy would go on calling the first
+module's weights, and ``torch.save`` could not pickle it.
+"""
+
+from __future__ import annotations
+
+import copyreg
+import functools
+from collections.abc import Callable
+from typing import Any
+
+from torch import nn
+
+# From the class of a module to the members that its subclass overrides.
+Members = Callable[[Any], dict[str, Any]]
+
+
+def swap_class(module: nn.Module, way: str, members: Members) -> None:
+    """Give the module the subclass of its class that ``members`` makes; it may have it already.
+
+    Raises:
+        TypeError: Python cannot give this module another class (a ``ScriptModule``).
+    """
+    if swapped_way(module) == way:
+        return
+    restore_class(module)
+    cls: Any = type(module)
+    module.__class__ = _subclass(cls, way, members)
+
+
+def restore_class(module: nn.Module) -> bool:
+    """Give the module its own class back.
+
+    Returns:
+        Whether it had another.
+
+    Raises:
+        ValueError: Something has put a further class on top since.
+    """
+    if swapped_way(module) is None:
+        return False
+    if "_infllm_way" not in vars(type(module)):
+        raise ValueError(
+            f"the class of a patched layer was replaced since: {type(module).__name__} "
+            "(by fully_shard?); unpatch before sharding, or attend densely inside "
+            "infllm_flex.dense(model)"
+        )
+    module.__class__ = original_class(module)
+    return True
+
+
+def swapped_way(module: nn.Module) -> str | None:
+    """The way that the module's class was swapped for; None where it has its own class."""
+    return getattr(type(module), "_infllm_way", None)
+
+
+def original_class(module: nn.Module) -> type:
+    """The class of the module before it was swapped."""
+    return getattr(type(module), "_infllm_original", type(module))
+
+
+@functools.cache
+def _subclass(original: Any, way: str, members: Members) -> type:
+    """One subclass per class and way, so that equal layers compile to one graph."""
+
+    def reduce(self: nn.Module, protocol: Any) -> tuple[Any, ...]:
+        # The subclass has no importable name: a pickle holds the original and how to get here.
+        function, arguments, *rest = original.__reduce_ex__(self, protocol)
+        if function is copyreg.__newobj__:  # type: ignore[attr-defined]
+            return _new, (original, way, members), *rest
+        return function, arguments, *rest
+
+    body = {
+        **members(original),
+        "__reduce_ex__": reduce,
+        "__module__": original.__module__,
+        "__qualname__": original.__qualname__,
+        "__doc__": original.__doc__,
+        "_infllm_original": original,
+        "_infllm_way": way,
+    }
+    # The same name: it is what sharding rules and printed models go by.
+    return type(original)(original.__name__, (original,), body)
+
+
+def _new(original: Any, way: str, members: Members) -> nn.Module:
+    """An empty module of the swapped class, as ``pickle`` and ``copy`` want it."""
+    cls: Any = _subclass(original, way, members)
+    return cls.__new__(cls)

@@ -1,0 +1,144 @@
+"""What the code of a module's class says about attention, without running it."""
+
+from __future__ import annotations
+
+import ast
+import functools
+import inspect
+import textwrap
+from collections.abc import Iterator
+from types import CodeType, FunctionType
+from typing import Any
+
+import torch.nn.functional as F
+from torch import nn
+
+from infllm_flex.patch.class_swap import original_class
+
+_SDPA = "scaled_dot_product_attention"
+_OTHERS = ("softmax", "flex_attention", "flash_attn_func", "multi_head_attention_forward")
+_MASK_AT, _CAUSAL_AT = 3, 5  # positions of attn_mask and is_causal among SDPA's arguments
+
+
+def calls_sdpa(module: nn.Module) -> bool:
+    """Whether some code of the module, or a helper it calls, names SDPA. It may never run."""
+    if _sdpa_functions(original_class(module)):
+        return True
+    stored = [value for value in vars(module).values() if isinstance(value, FunctionType)]
+    return any(_sdpa_names(function) for function in stored)
+
+
+def other_attention(module: nn.Module) -> str | None:
+    """The name of another way to attend that the module's own code uses, if any."""
+    for function in _members(original_class(module)):
+        names = _names(function.__code__)
+        for name in _OTHERS:
+            if name in names:
+                return name
+    return None
+
+
+def never_causal(module: nn.Module) -> bool:
+    """Whether no SDPA call in the module's code can be causal: neither ``is_causal`` nor a mask.
+
+    False where the code does not tell.
+    """
+    calls = [call for f in _sdpa_functions(original_class(module)) for call in _sdpa_calls(f)]
+    return bool(calls) and not any(_may_be_causal(call, module) for call in calls)
+
+
+def mentions(module: nn.Module, word: str) -> bool:
+    """Whether a name in the functions that call SDPA contains ``word``."""
+    functions = _sdpa_functions(original_class(module))
+    return any(word in name.lower() for f in functions for name in _names(f.__code__))
+
+
+@functools.cache
+def _sdpa_functions(cls: type) -> tuple[FunctionType, ...]:
+    """The class's own functions, and the plain functions they reach, that name SDPA."""
+    found: list[FunctionType] = []
+    seen: set[FunctionType] = set()
+    queue = list(_functions(cls))
+    while queue:
+        function = queue.pop()
+        if function in seen:
+            continue
+        seen.add(function)
+        if _sdpa_names(function):
+            found.append(function)
+        helpers = (function.__globals__.get(name) for name in _names(function.__code__))
+        queue.extend(f for f in helpers if isinstance(f, FunctionType) and _is_users(f.__module__))
+    return tuple(found)
+
+
+def _functions(cls: type) -> Iterator[FunctionType]:
+    """The methods of a class, without PyTorch's own: those of bases where none goes before them."""
+    taken: set[str] = set()
+    for base in cls.__mro__:
+        own = list(_members(base))
+        yield from (function for function in own if function.__name__ not in taken)
+        # One that calls its base's does not take that one's place.
+        taken.update(f.__name__ for f in own if "super" not in f.__code__.co_names)
+
+
+def _members(cls: type) -> Iterator[FunctionType]:
+    """What a class itself defines, without constructors; nothing if it is PyTorch's own."""
+    for name, member in vars(cls).items() if _is_users(cls.__module__) else ():
+        member = inspect.unwrap(getattr(member, "__func__", member))
+        if isinstance(member, FunctionType) and name != "__init__":
+            yield member
+
+
+def _is_users(module: str | None) -> bool:
+    return (module or "").partition(".")[0] not in ("torch", "builtins", "infllm_flex")
+
+
+def _names(code: CodeType) -> set[str]:
+    """All names that code reads or writes, with those of the functions inside it."""
+    names = {*code.co_names, *code.co_varnames, *code.co_freevars}
+    return names.union(*(_names(c) for c in code.co_consts if isinstance(c, CodeType)))
+
+
+def _sdpa_names(function: FunctionType) -> set[str]:
+    """The names by which a function may call SDPA, its own or those it was imported under."""
+    names = _names(function.__code__)
+    scope = function.__globals__
+    return {n for n in names if n == _SDPA or scope.get(n) is F.scaled_dot_product_attention}
+
+
+@functools.cache
+def _sdpa_calls(function: FunctionType) -> tuple[ast.Call, ...]:
+    """The SDPA calls in the source of a function; none where there is no source."""
+    try:
+        tree = ast.parse(textwrap.dedent(inspect.getsource(function)))
+    except (OSError, TypeError, SyntaxError):
+        return ()
+    calls = (node for node in ast.walk(tree) if isinstance(node, ast.Call))
+    return tuple(call for call in calls if _called_name(call) in _sdpa_names(function))
+
+
+def _called_name(call: ast.Call) -> str | None:
+    return getattr(call.func, "attr", getattr(call.func, "id", None))
+
+
+def _may_be_causal(call: ast.Call, module: nn.Module) -> bool:
+    if any(isinstance(argument, ast.Starred) for argument in call.args):
+        return True
+    given: dict[str | None, ast.expr] = {word.arg: word.value for word in call.keywords}
+    if None in given:  # **kwargs
+        return True
+    for name, position in (("attn_mask", _MASK_AT), ("is_causal", _CAUSAL_AT)):
+        argument = given.get(name, call.args[position] if len(call.args) > position else None)
+        if argument is not None and _value(argument, module) not in (None, False):
+            return True
+    return False
+
+
+def _value(expression: ast.expr, module: nn.Module) -> Any:
+    """A constant or an attribute of the module; True for what only running it would tell."""
+    if isinstance(expression, ast.Constant):
+        return expression.value
+    if isinstance(expression, ast.Attribute) and getattr(expression.value, "id", None) == "self":
+        value = getattr(module, expression.attr, True)
+        return value if isinstance(value, bool) else True
+    return True

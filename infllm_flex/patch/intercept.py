@@ -1,0 +1,94 @@
+"""Serve the calls of ``F.scaled_dot_product_attention`` that one layer makes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+import torch
+import torch.nn.functional as F
+from torch.overrides import TorchFunctionMode
+
+from infllm_flex.patch.errors import UnsupportedModelError
+from infllm_flex.patch.layer import PatchedLayer
+from infllm_flex.patch.sdpa import SdpaCall, attend
+
+_Result = TypeVar("_Result")
+_SDPA = F.scaled_dot_product_attention
+_UNFLATTEN = torch.Tensor.unflatten
+
+
+class Intercept(TorchFunctionMode):
+    """While active in this thread, SDPA calls are sparse where the layer says so.
+
+    Made anew for every call of a layer: what it counts is then no state of the model, which a
+    recomputation under activation checkpointing, or another thread, could disturb.
+
+    Attributes:
+        calls: SDPA calls seen so far.
+    """
+
+    def __init__(self, layer: PatchedLayer, kv_heads: int | None = None) -> None:
+        super().__init__()
+        self.layer = layer
+        self.kv_heads = kv_heads
+        self.calls = 0
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        # Every torch function of the layer comes by here, so the usual way through is short.
+        kwargs = kwargs or {}
+        if func is _SDPA:
+            self.calls += 1
+            out = attend(self.layer, SdpaCall(*args, **kwargs), self.kv_heads)
+            if out is not None:
+                return out
+        elif func is _UNFLATTEN:
+            # Written in Python with a `super()` that Dynamo cannot follow from in here.
+            func = torch.unflatten
+        return func(*args, **kwargs)
+
+
+def run_intercepted(
+    layer: PatchedLayer,
+    what: str,
+    function: Callable[..., _Result],
+    /,
+    *args: Any,
+    kv_heads: int | None = None,
+    **kwargs: Any,
+) -> _Result:
+    """Call a function with its SDPA calls intercepted, and make sure that there were any.
+
+    Args:
+        layer: The record of the layer.
+        what: What the function belongs to, for the error.
+        function: The layer's own code.
+        args: Its arguments.
+        kv_heads: Key/value heads, where the caller knows better than the record.
+        kwargs: Its keywords.
+
+    Raises:
+        UnsupportedModelError: It attended without ``F.scaled_dot_product_attention``.
+    """
+    mode = Intercept(layer, kv_heads)
+    if torch.compiler.is_dynamo_compiling():
+        # Entering a mode counts as a side effect, which Dynamo refuses inside a checkpointed
+        # region. This one is over when the region is, so the check is lifted for it alone.
+        unchecked = torch._dynamo.utils._disable_side_effect_safety_checks_for_current_subtracer
+        unchecked(mode.__enter__)
+        try:
+            out = function(*args, **kwargs)
+        finally:
+            unchecked(mode.__exit__, None, None, None)
+    else:
+        with mode:
+            out = function(*args, **kwargs)
+    if mode.calls == 0:
+        raise UnsupportedModelError(
+            f"{what} attended without torch.nn.functional.scaled_dot_product_attention (softmax "
+            "written by hand, or another kernel), so its attention cannot be made sparse from "
+            "outside: call infllm_flex.infllm_attention there, or name other attention_modules"
+        )
+    return out
