@@ -52,11 +52,23 @@ def test_one_graph_forward_and_backward(style, by_block):
     assert_close(run(Compiled(model, by_block), LONG), eager)
 
 
-@pytest.mark.parametrize("make", [*WAYS.values(), build], ids=[*WAYS, "transformers"])
+@pytest.mark.parametrize("make", WAYS.values(), ids=WAYS)
 def test_below_dense_len_the_graph_is_that_of_the_unpatched_model(make):
     # So that it costs nothing, which no timing shows as well.
-    model = make() if make is build else outsider(make, layers=1)
+    model = outsider(make, layers=1)
     assert graph_of(ifx.patch_model(model, SETTINGS)) == graph_of(ifx.unpatch_model(model))
+
+
+def test_below_dense_len_one_layer_of_transformers_checks_the_positions():
+    model = ifx.patch_model(build(), SETTINGS)
+    patched = [target for target, *_ in graph_of(model)]
+    plain = [target for target, *_ in graph_of(ifx.unpatch_model(model))]
+    products = ("aten.mm", "aten.bmm", "aten.addmm", "aten._scaled", "aten.mul")
+    assert [x for x in patched if x.startswith(products)] == [
+        x for x in plain if x.startswith(products)
+    ]
+    assert len(patched) - len(plain) < 30  # over tokens, not over pairs or heads
+    assert sum("zero_if" in x for x in patched) == 1
 
 
 def graph_of(model):

@@ -52,7 +52,7 @@ def attention_forward(
     if getattr(module, "is_causal", True):
         sequences = find_sequences(query, key, attention_mask, kwargs)
     if layer.attends_densely(key.shape[2]):
-        query, mask = _dense_mask(query, attention_mask, sequences)
+        query, mask = _dense_mask(query, attention_mask, sequences, layer.reads_positions)
         if previous_implementation(module) == "eager":
             mask = _additive_mask(module, query, key, mask)
         return layer.dense_attention(
@@ -82,15 +82,18 @@ def attention_forward(
 
 
 def _dense_mask(
-    query: Tensor, mask: LazyMask | Tensor | None, sequences: Sequences | None
+    query: Tensor, mask: LazyMask | Tensor | None, sequences: Sequences | None, checks: bool
 ) -> tuple[Tensor, Tensor | None]:
-    """The mask for the layer's previous function, and the query with what checks a graph needs."""
+    """The mask for the layer's previous function, and the query with what checks a graph needs.
+
+    One layer checks for all: they get the same positions.
+    """
     tensor = mask.spell_out() if isinstance(mask, LazyMask) else mask
     if sequences is None:
         return query, tensor
     if tensor is None and sequences.limit is None:
         # Taking the mask down for a graph's every call would cost all those that are not packed.
-        return sequences.refuse_leak(query), None
+        return sequences.refuse_leak(query) if checks else query, None
     return query, sequences.isolate(tensor)
 
 
