@@ -96,6 +96,8 @@ def _attend(dtype: torch.dtype, D: int, G: int, tile_tokens: int, block_size: in
         pytest.param(_select, (BRAIN, 128, 64), marks=pytest.mark.slow),
         (_select, (HALF, 80, 7)),
         (_select, (HALF, 256, 1)),
+        (_select, (BRAIN, 128, 1)),
+        (_select, (HALF, 80, 2)),
         (_select, (BRAIN, 128, 16, 8192, 96, 32)),
         pytest.param(_select, (FLOAT, 128, 16), marks=pytest.mark.slow),
         (_select, (FLOAT, 256, 3)),

@@ -224,8 +224,10 @@ def _tile(q: Tensor, Hkv: int, slots: int) -> dict[str, int]:
     block_d = max(16, triton.next_power_of_2(q.shape[3]))
     if q.element_size() > 2:  # float32 without tensor cores: the tile must fit in registers
         rows, block_n, warps, stages = 32, 32, 8, 1
-    else:
-        rows, block_n, warps, stages = (128, 64, 4, 3) if block_d <= 128 else (64, 64, 4, 2)
+    elif block_d <= 128 and heads > 2:
+        rows, block_n, warps, stages = 128, 64, 4, 3
+    else:  # wide heads take registers, and so do the scores of many tokens
+        rows, block_n, warps, stages = 64, 64, 4, 2 if block_d > 128 else 3
     rows = max(rows, heads)
     return {
         "HEADS": heads,
