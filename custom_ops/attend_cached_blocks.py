@@ -6,8 +6,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from custom_ops.without_autocast import without_autocast
+
 
 @torch.library.custom_op("infllm_flex::attend_cached_blocks", mutates_args=())
+@without_autocast
 def attend_cached_blocks(
     q: Tensor,
     k: Tensor,

@@ -6,8 +6,10 @@ from torch import Tensor
 from custom_ops.attend_cached_blocks import attend_to_lists, visible_lists
 from custom_ops.block_scores import Rule, Windows, pick_lists
 from custom_ops.select_cached_blocks import score_blocks
+from custom_ops.without_autocast import without_autocast
 
 
+@without_autocast
 def decode_step(
     q: Tensor,
     k: Tensor,

@@ -15,6 +15,7 @@ from custom_ops.block_scores import (
     weigh_windows,
 )
 from custom_ops.select_blocks import tokens_per_tile
+from custom_ops.without_autocast import without_autocast
 
 # In products of a multiple of four rows, the bits of a row do not depend on how many there are: so
 # it is with those that PyTorch ships for x86. Other numbers of rows take other paths through them.
@@ -23,6 +24,7 @@ _COLUMNS = 8  # in batches of products, from so many columns on
 
 
 @torch.library.custom_op("infllm_flex::select_cached_blocks", mutates_args=())
+@without_autocast
 def select_cached_blocks(
     q: Tensor,
     compressed: Tensor,

@@ -124,3 +124,14 @@ def test_a_step_on_the_cpu_has_the_bits_of_the_operators(length, pad, group, cha
     scale = default_scale(q)
     expected = attend_cached_blocks(q, k, v, selected, state.start, state.end, 16, scale)
     assert torch.equal(decode_attention(q, k, v, state), expected)
+
+
+@pytest.mark.parametrize("n", [1, 3])
+def test_autocast_changes_nothing(n):
+    config = small_config()
+    q, k, v = make_qkv(300, Sq=n)
+    state = CompressedKeys(config, k)
+    state.append(k, 300)
+    expected = decode_attention(q, k, v, state)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert torch.equal(decode_attention(q, k, v, state), expected)
