@@ -28,8 +28,17 @@ def compress_keys(k: Tensor, kernel_size: int, kernel_stride: int) -> Tensor:
         Compressed keys ``[B, Hkv, C, D]`` in the dtype of ``k``, accumulated in at least float32,
         with ``C = max(0, (S - kernel_size) // kernel_stride + 1)``. No gradient flows.
     """
-    B, Hkv, S, D = k.shape
-    C = num_windows(S, kernel_size, kernel_stride)
+    return average_windows(
+        k, num_windows(k.shape[2], kernel_size, kernel_stride), kernel_size, kernel_stride
+    )
+
+
+def average_windows(k: Tensor, C: int, kernel_size: int, kernel_stride: int) -> Tensor:
+    """Average the first ``C`` windows of ``k [B, Hkv, S, D]``, which holds them all, in its dtype.
+
+    The one place that says in which order keys are summed.
+    """
+    B, Hkv, _, D = k.shape
     if C == 0:
         return k.new_empty(B, Hkv, 0, D)
     strides_per_window = kernel_size // kernel_stride

@@ -6,11 +6,17 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from custom_ops.block_scores import (
+    Rule,
+    Windows,
+    list_all,
+    pick_best,
+    pool_to_blocks,
+    weigh_windows,
+)
 from custom_ops.without_autocast import without_autocast
 
 _TILE_ROWS = 512  # query rows (tokens x group) scored at a time: memory is rows x C
-_INVISIBLE = -1.0  # ranks below every score, since scores are sums of exponentials
-_FIRST, _NEVER = torch.iinfo(torch.int64).max, torch.iinfo(torch.int64).min
 
 
 @torch.library.custom_op("infllm_flex::select_blocks", mutates_args=())
@@ -69,9 +75,9 @@ def select_blocks(
     Hkv = compressed.shape[1]
     K = min(num_selected, -(-kv_len // block_size))
     selected = torch.empty(B, Hkv, Sq, K, dtype=torch.int32, device=q.device)
-    rule = _Rule(
-        _Windows(kernel_size, kernel_stride),
-        _Windows(coarse_size, coarse_stride),
+    rule = Rule(
+        Windows(kernel_size, kernel_stride),
+        Windows(coarse_size, coarse_stride),
         block_size,
         init_blocks,
         local_blocks,
@@ -153,24 +159,6 @@ def _(
     )
 
 
-class _Windows(NamedTuple):
-    size: int
-    stride: int
-
-    def seen_from(self, position: int) -> int:
-        """Count the windows that lie wholly at or before ``position``."""
-        return max(0, (position + 1 - self.size) // self.stride + 1)
-
-
-class _Rule(NamedTuple):
-    windows: _Windows
-    coarse_windows: _Windows
-    block_size: int
-    init_blocks: int
-    local_blocks: int
-    scale: float
-
-
 class _Sequence(NamedTuple):
     first: int  # position of the first token
     end: int  # and after the last
@@ -191,7 +179,7 @@ def _select_in_sequence(
     coarse: Tensor,
     offset: int,
     sequence: _Sequence,
-    rule: _Rule,
+    rule: Rule,
     out: Tensor,
 ) -> None:
     """Fill a sequence's rows of ``out [Sq, K]``, queries from position ``offset``, as if alone."""
@@ -201,10 +189,10 @@ def _select_in_sequence(
         return
     accumulate = torch.promote_types(rows.dtype, torch.float32)
 
-    def own_windows(keys: Tensor, windows: _Windows) -> Tensor:
+    def own_windows(keys: Tensor, windows: Windows) -> Tensor:
         window = first // windows.stride
         own = keys[window : window + windows.seen_from(end - first - 1)]
-        return own.to(accumulate) * rule.scale
+        return own.to(accumulate)
 
     fine = own_windows(compressed, rule.windows)
     wide = own_windows(coarse, rule.coarse_windows)
@@ -214,13 +202,18 @@ def _select_in_sequence(
     chosen.add_(first // rule.block_size * (chosen >= 0))
 
 
+def tokens_per_tile(G: int) -> int:
+    """How many tokens are scored together; their tiles start at multiples of it."""
+    return max(16, _TILE_ROWS // G)
+
+
 def _select_for_head(
-    rows: Tensor, compressed: Tensor, coarse: Tensor, first: int, rule: _Rule, out: Tensor
+    rows: Tensor, compressed: Tensor, coarse: Tensor, first: int, rule: Rule, out: Tensor
 ) -> None:
-    """Fill ``out [Sq, K]`` for queries ``rows [Sq, G, D]`` from position ``first``, scaled keys."""
+    """Fill ``out [Sq, K]`` for queries ``rows [Sq, G, D]`` from position ``first``."""
     Sq, G, _ = rows.shape
     K = out.shape[-1]
-    tokens = max(16, _TILE_ROWS // G)
+    tokens = tokens_per_tile(G)
     end = first + Sq
     last_tile_end = -(-end // tokens) * tokens
     compressed = _pad_rows(compressed, rule.windows.seen_from(last_tile_end))
@@ -229,19 +222,18 @@ def _select_for_head(
     scratch = compressed.new_empty(tokens * G * (len(compressed) + len(coarse)))
     for start in range(first // tokens * tokens, end, tokens):
         lo, hi = max(start, first), min(start + tokens, end)
-        position = torch.arange(start, start + tokens, device=rows.device)
-        num_candidates = (start + tokens - 1) // rule.block_size + 1
-        kept = slice(lo - start, hi - start)
         if (hi - 1) // rule.block_size < K:  # every block up to the query's own fits
-            block = torch.arange(K, device=rows.device)
-            own = position[kept, None] // rule.block_size
-            out[lo - first : hi - first] = torch.where(block <= own, block, -1)
+            out[lo - first : hi - first] = list_all(range(lo, hi), K, rule, rows.device)
             continue
         tile = compressed.new_zeros(tokens, *rows.shape[1:])
+        kept = slice(lo - start, hi - start)
         tile[kept] = rows[lo - first : hi - first]
-        weights = _score_windows(tile, compressed, coarse, position, rule, scratch)
-        scores = _pool_to_blocks(weights, num_candidates, rule)
-        out[lo - first : hi - first] = _pick_best(scores[kept], position[kept], K, rule)
+        positions = range(start, start + tokens)
+        weights = _score_windows(
+            tile.mul_(rule.scale), compressed, coarse, positions, rule, scratch
+        )
+        scores = pool_to_blocks(weights, positions[-1] // rule.block_size + 1, rule)
+        out[lo - first : hi - first] = pick_best(scores[kept], range(lo, hi), K, rule)
 
 
 def _pad_rows(keys: Tensor, num_rows: int) -> Tensor:
@@ -252,64 +244,17 @@ def _score_windows(
     tile: Tensor,
     compressed: Tensor,
     coarse: Tensor,
-    position: Tensor,
-    rule: _Rule,
+    positions: range,
+    rule: Rule,
     scratch: Tensor,
 ) -> Tensor:
     """Weigh the windows visible to a tile ``[T, G, D]``, summed over its group: ``[T, C']``."""
     T, G, D = tile.shape
-    start, last = int(position[0]), int(position[-1])
     q = tile.view(T * G, D)
-    num_coarse = rule.coarse_windows.seen_from(last)
-    num_fine = rule.windows.seen_from(last)
+    num_coarse = rule.coarse_windows.seen_from(positions[-1])
+    num_fine = rule.windows.seen_from(positions[-1])
     logits = scratch[: T * G * num_fine].view(T * G, num_fine)
     torch.mm(q, compressed[:num_fine].t(), out=logits)
     coarse_logits = scratch[logits.numel() :][: T * G * num_coarse].view(T * G, num_coarse)
     torch.mm(q, coarse[:num_coarse].t(), out=coarse_logits)
-    _hide_unseen(coarse_logits.view(T, G, -1), position, rule.coarse_windows, -torch.inf)
-    lse = coarse_logits.logsumexp(-1)
-    if rule.coarse_windows.seen_from(start) == 0:
-        hidden = _hide_unseen(logits.view(T, G, -1).clone(), position, rule.windows, -torch.inf)
-        sees_coarse = (position >= rule.coarse_windows.size - 1).repeat_interleave(G)
-        lse = torch.where(sees_coarse, lse, hidden.view(T * G, -1).logsumexp(-1))
-    weights = logits.sub_(lse[:, None]).exp_().view(T, G, -1).sum(1)  # [T, C']
-    weights.nan_to_num_(nan=0.0, posinf=torch.finfo(torch.float32).max)
-    return _hide_unseen(weights[:, None], position, rule.windows, _INVISIBLE)[:, 0]
-
-
-def _hide_unseen(x: Tensor, position: Tensor, windows: _Windows, value: float) -> Tensor:
-    """Overwrite in ``x [T, G, C']`` the windows that end after the token's position."""
-    seen_by_all = windows.seen_from(int(position[0]))
-    tail = x[:, :, seen_by_all:]
-    ends = torch.arange(seen_by_all, x.shape[-1], device=x.device) * windows.stride
-    unseen = ends + windows.size - 1 > position[:, None]
-    tail.masked_fill_(unseen[:, None], value)
-    return x
-
-
-def _pool_to_blocks(weights: Tensor, num_blocks: int, rule: _Rule) -> Tensor:
-    """Take each block's best overlapping window: ``[T, C'] -> [T, num_blocks]``, float32."""
-    per_block = rule.block_size // rule.windows.stride
-    overlap = rule.windows.size // rule.windows.stride - 1  # windows that begin before the block
-    T, C = weights.shape
-    padded = weights.new_full((T, overlap + num_blocks * per_block), _INVISIBLE)
-    padded[:, overlap : overlap + C] = weights
-    scores = padded[:, overlap:].unflatten(1, (num_blocks, per_block)).amax(-1)
-    for before in range(1, overlap + 1):
-        column = padded[:, overlap - before :: per_block][:, :num_blocks]
-        torch.maximum(scores, column, out=scores)
-    return scores.float()
-
-
-def _pick_best(scores: Tensor, position: Tensor, K: int, rule: _Rule) -> Tensor:
-    """Choose by forced first, score descending, block ascending: ``[T, Nkv'] -> [T, K]`` int32."""
-    num_blocks = scores.shape[1]
-    block = torch.arange(num_blocks, device=scores.device)
-    own = position[:, None] // rule.block_size
-    forced = (block < rule.init_blocks) | (block >= own - rule.local_blocks)
-    # Non-negative floats order as their bits do, so bits above index make one unique key.
-    key = scores.view(torch.int32).long() << 32 | (num_blocks - block)
-    key = key.masked_fill_(forced, _FIRST).masked_fill_(block > own, _NEVER)
-    best, index = key.topk(K, dim=-1, sorted=False)
-    index = index.masked_fill_(best == _NEVER, num_blocks).sort(-1).values
-    return torch.where(index == num_blocks, -1, index).int()
+    return weigh_windows(logits.view(T, G, -1), coarse_logits.view(T, G, -1), positions, rule)

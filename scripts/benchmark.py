@@ -152,7 +152,7 @@ def time_shape(
                 continue  # with what backward needs kept: not the forward of the other mode
             mode = part if subject.backward is not None else case.mode
             cells: dict[str, Any] = dict(zip(("ms_p20", "ms_p50", "ms_p80"), timing, strict=True))
-            work = work_of(subject.op, part, settings, heads, S)
+            work = work_of(subject.op, mode if mode == "decode" else part, settings, heads, S)
             if work is not None:
                 cells["tflops"] = work.flops / timing.p50 / 1e9
                 if settings.floor is not None:

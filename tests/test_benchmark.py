@@ -131,7 +131,10 @@ def test_a_csv_of_something_else_is_left_alone(run_script, config, tmp_path):
         ("run.round=3", "run.round: unknown key (did you mean rounds?)"),
         ("shapes.heads=[8/3]", "the first a multiple of the second, got 8/3"),
         ("cases.short.lengths=[0]", "cases.short.lengths: must be between 1 and"),
-        ("cases.short.mode=backward", "expected one of forward, forward+backward, got backward"),
+        (
+            "cases.short.mode=backward",
+            "expected one of forward, forward+backward, decode, got backward",
+        ),
         ("attention.dense_len=512", "got a length of 256, below attention.dense_len = 512"),
         ("run.out=results.txt", "run.out: must name a .csv file, got results.txt"),
         ("engines=[]", "engines: must be one or more, each once, got []"),
@@ -346,3 +349,21 @@ def test_of_repeated_measurements_the_newest_counts():
     row = dict.fromkeys(COLUMNS, "") | {"op": "infllm_attention", "variant": "auto", "S": "8"}
     ((_, times),) = by_shape([row | {"ms_p50": "2"}, row | {"ms_p50": "3"}]).items()
     assert times == {("infllm_attention", "auto"): 3.0}
+
+
+def test_a_decode_step_is_timed_beside_dense_over_the_same_cache(run_script, config, tmp_path):
+    case = "cases={step: {lengths: [256], mode: decode}}"
+    floor = "floor={tflops: 1, terabytes: 0.01}"
+    status, out, err = run_script("benchmark", "--config", config, case, floor)
+    assert status == 0, err
+    rows = {(row["op"], row["variant"]): row for row in rows_of(tmp_path / "out.csv")}
+    ours, dense = rows["infllm_attention", "decode"], rows["dense", "sdpa"]
+    assert set(rows) == {
+        ("select_blocks", ""),
+        ("infllm_attention", "decode"),
+        ("dense", "sdpa"),
+    }
+    assert {row["mode"] for row in rows.values()} == {"decode"}
+    # 256 / 4 compressed keys and a quarter of them again, twice 5 blocks of 16; twice 256.
+    assert float(ours["ms_floor"]) / float(dense["ms_floor"]) == pytest.approx((80 + 160) / 512)
+    assert "decode" in out

@@ -8,6 +8,33 @@ from torch import Tensor
 _WINDOWS = 8  # per program: a warp reads whole key rows, and a short prompt still fills the device
 
 
+@triton.jit
+def average_windows(
+    column_ptr,
+    first,
+    stride_ks,
+    mask,
+    KERNEL_SIZE: tl.constexpr,
+    KERNEL_STRIDE: tl.constexpr,
+    WINDOWS: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):
+    """Average the windows that start at the tokens ``first``, in float32.
+
+    Strides first, then the window's strides: the order of the definition, at every position.
+    """
+    total = tl.zeros([WINDOWS, BLOCK_D], tl.float32)
+    for begin in range(0, KERNEL_SIZE, KERNEL_STRIDE):
+        stride_sum = tl.zeros([WINDOWS, BLOCK_D], tl.float32)
+        for offset in tl.range(0, KERNEL_STRIDE, loop_unroll_factor=8):
+            token = first + (begin + offset)
+            k = tl.load(column_ptr + token[:, None] * stride_ks, mask=mask, other=0.0)
+            stride_sum += k.to(tl.float32)
+        total += stride_sum
+    size = tl.full([WINDOWS, BLOCK_D], KERNEL_SIZE, tl.float32)
+    return tl.div_rn(total, size)
+
+
 @triton.jit(do_not_specialize=["C"])
 def _compress_keys_kernel(
     k_ptr,
@@ -33,17 +60,9 @@ def _compress_keys_kernel(
     k_ptr += head // Hkv * stride_kb + head % Hkv * stride_kh
     first = window.to(tl.int64) * KERNEL_STRIDE
     column_ptr = k_ptr + d[None, :].to(tl.int64) * stride_kd
-    # Strides first, then the window's strides: the order of the definition, at every position.
-    total = tl.zeros([WINDOWS, BLOCK_D], tl.float32)
-    for begin in range(0, KERNEL_SIZE, KERNEL_STRIDE):
-        stride_sum = tl.zeros([WINDOWS, BLOCK_D], tl.float32)
-        for offset in tl.range(0, KERNEL_STRIDE, loop_unroll_factor=8):
-            token = first + (begin + offset)
-            k = tl.load(column_ptr + token[:, None] * stride_ks, mask=mask, other=0.0)
-            stride_sum += k.to(tl.float32)
-        total += stride_sum
-    size = tl.full([WINDOWS, BLOCK_D], KERNEL_SIZE, tl.float32)
-    mean = tl.div_rn(total, size)
+    mean = average_windows(
+        column_ptr, first, stride_ks, mask, KERNEL_SIZE, KERNEL_STRIDE, WINDOWS, BLOCK_D
+    )
     out_row = head * C + window
     tl.store(out_ptr + out_row[:, None] * D + d[None, :], mean, mask=mask)
 

@@ -10,6 +10,7 @@ from typing import Literal, NamedTuple
 from infllm_flex.config import InfLLMConfig
 
 Mode = Literal["forward", "forward+backward"]
+CaseMode = Literal["forward", "forward+backward", "decode"]
 Inputs = Literal["text", "drifting", "independent"]
 
 _LONGEST = 2**24
@@ -103,7 +104,7 @@ class CaseSettings:
 
     Attributes:
         lengths: Tokens.
-        mode: Without gradients, or forward and backward.
+        mode: Without gradients, forward and backward, or one token after a cache of ``lengths``.
         inputs: Queries like those of a model trained on text, ones whose heads drift each on its
             own, or random ones, the worst case.
         tile_rows: Also time ``attend_blocks`` with tiles of so many rows, one head of one token
@@ -111,7 +112,7 @@ class CaseSettings:
     """
 
     lengths: tuple[int, ...]
-    mode: Mode = "forward"
+    mode: CaseMode = "forward"
     inputs: Inputs = "drifting"
     tile_rows: tuple[int, ...] = ()
 

@@ -11,6 +11,7 @@ from torch import Tensor
 import custom_ops
 from custom_ops import union_lists
 from infllm_flex.attention import infllm_attention
+from infllm_flex.benchmarking.decode import decode_subjects
 from infllm_flex.benchmarking.dense import dense_attentions
 from infllm_flex.benchmarking.inputs import QKV, make_qkv, with_gradients
 from infllm_flex.benchmarking.settings import BenchmarkSettings, CaseSettings, Heads
@@ -34,6 +35,8 @@ def make_subjects(
     Returns:
         The subjects, and which dense attentions do not serve here and why.
     """
+    if case.mode == "decode":
+        return decode_subjects(settings, heads, S, case.inputs)
     qkv = make_qkv(settings, heads, S, case.inputs)
     grad_out = None
     if case.mode == "forward+backward":

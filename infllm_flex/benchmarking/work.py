@@ -33,11 +33,13 @@ def work_of(op: str, mode: str, settings: BenchmarkSettings, heads: Heads, S: in
 
     Args:
         op: As in the CSV.
-        mode: ``"forward"``, ``"backward"`` or ``"forward+backward"``.
+        mode: ``"forward"``, ``"backward"``, ``"forward+backward"`` or ``"decode"``.
         settings: The run.
         heads: ``Hq`` and ``Hkv``.
         S: Tokens.
     """
+    if mode == "decode":
+        return _work_of_step(op, settings, heads, S)
     B, D, config = settings.shapes.batch, settings.shapes.head_dim, settings.attention
     element = 4 if settings.run.dtype == "float32" else 2
     rows = 2 * B * (heads.query + heads.kv) * S * D * element  # q, k, v and the output
@@ -57,6 +59,23 @@ def work_of(op: str, mode: str, settings: BenchmarkSettings, heads: Heads, S: in
     if pairs is None:
         return None
     return Work(2.0 * _PRODUCTS[mode] * B * heads.query * D * pairs, float(rows * _PASSES[mode]))
+
+
+def _work_of_step(op: str, settings: BenchmarkSettings, heads: Heads, S: int) -> Work | None:
+    """Of one token over ``S`` cached ones: every key that counts is read once, and its value."""
+    B, D, config = settings.shapes.batch, settings.shapes.head_dim, settings.attention
+    element = 4 if settings.run.dtype == "float32" else 2
+    levels = 1.0 if config.lse == "exact" else 1.25
+    scored = levels * S / config.kernel_stride
+    attended = min(S, config.num_selected * config.block_size)
+    keys = {
+        "select_blocks": scored,
+        "infllm_attention": scored + 2 * attended,
+        "dense": 2 * S,
+    }.get(op)
+    if keys is None:
+        return None
+    return Work(2.0 * B * heads.query * D * keys, float(B * heads.kv * D * element * keys))
 
 
 def visible_pairs(config: InfLLMConfig, S: int) -> float:

@@ -48,6 +48,10 @@ class PatchedLayer:
         # A copy made inside a `dense` block has no block that would ever end it.
         return dataclasses.replace(self, dense_depth=0)
 
+    def ever_attends_sparsely(self, capacity: int) -> bool:
+        """Whether a sequence of at most ``capacity`` keys may be sparse here."""
+        return self.left is None and not self.config.is_dense(capacity)
+
     def attends_densely(self, length: int) -> bool:
         """Whether the layer does what it did before patching, at ``length`` keys."""
         return self.left is not None or self.dense_depth > 0 or self.config.is_dense(length)

@@ -85,6 +85,22 @@ def _attend(dtype: torch.dtype, D: int, G: int, tile_tokens: int, block_size: in
     attend_blocks_backward.launch(grad_out, q, k, v, out, lse, *lists, *rest)
 
 
+def _cached(dtype: torch.dtype, D: int, G: int, n: int = 1, block_size: int = 64) -> None:
+    from custom_ops.kernels import append_windows, attend_cached_blocks, select_cached_blocks
+
+    S, width = 32768, 128
+    q = _meta(1, 2 * G, n, D, dtype=dtype)
+    k, v = (_meta(1, 2, S, D, dtype=dtype) for _ in range(2))
+    windows = [_meta(1, 2, S // stride, D, dtype=dtype) for stride in (16, 64)]
+    ends = [_meta(1, dtype=torch.int64) for _ in range(2)]
+    selected = _meta(1, 2, n, width, dtype=torch.int32)
+    sizes = (32, 16, 128, 64)
+    append_windows.launch(k, *windows, *ends, n, *sizes)
+    rule = (block_size, 1, 2048 // block_size, 96, 8192, width, D**-0.5)
+    select_cached_blocks.launch(q, *windows, *ends, *sizes, *rule)
+    attend_cached_blocks.launch(q, k, v, selected, *ends, block_size, D**-0.5)
+
+
 @pytest.mark.parametrize("capability", SHARED_LIMIT)
 @pytest.mark.parametrize(
     ("call", "args"),
@@ -108,6 +124,13 @@ def _attend(dtype: torch.dtype, D: int, G: int, tile_tokens: int, block_size: in
         (_tile, (8,)),
         (_tile, (32,)),
         (_transpose, ()),
+        (_cached, (BRAIN, 128, 16)),
+        (_cached, (BRAIN, 128, 64)),
+        (_cached, (HALF, 80, 7, 5)),
+        (_cached, (HALF, 256, 1, 16)),
+        (_cached, (BRAIN, 64, 4, 1, 48)),
+        (_cached, (FLOAT, 64, 4)),
+        (_cached, (FLOAT, 256, 3, 5)),
         (_attend, (BRAIN, 128, 16, 8)),
         (_attend, (BRAIN, 128, 16, 4)),
         (_attend, (BRAIN, 64, 4, 16)),

@@ -7,7 +7,9 @@ import torch
 from transformers import (
     AutoModelForCausalLM,
     Gemma2Config,
+    GPT2Config,
     GPTNeoXConfig,
+    GraniteConfig,
     LlamaConfig,
     LlamaModel,
     MistralConfig,
@@ -74,6 +76,8 @@ CONFIGS: dict[str, Callable[[], PretrainedConfig]] = {
     "phi3": lambda: _config(Phi3Config),
     "olmo2": lambda: _config(Olmo2Config),
     "gpt_neox": lambda: _config(GPTNeoXConfig),
+    "gpt2": lambda: _config(GPT2Config, embd_pdrop=0.0, attn_pdrop=0.0, resid_pdrop=0.0),
+    "granite": lambda: _config(GraniteConfig),
     "gemma2": lambda: gemma2(),
 }
 # Gemma 2 is eager, or nothing.

@@ -3,10 +3,10 @@
 import pytest
 import torch
 from torch import nn
-from transformers import BertConfig, BertModel, BloomConfig, DynamicCache, FalconConfig, StaticCache
+from transformers import BertConfig, BertModel, BloomConfig, FalconConfig, StaticCache
 
 import infllm_flex as ifx
-from tests.patch.models import CACHE, LONG, SETTINGS, SHORT, build, logits, tokens
+from tests.patch.models import CACHE, LONG, SETTINGS, build, logits, tokens
 
 
 @pytest.fixture
@@ -126,27 +126,6 @@ def test_dropout_at_length_is_refused():
     model = ifx.patch_model(build(config), SETTINGS).train()
     with pytest.raises(NotImplementedError, match=r"attention dropout \(0\.1\)"):
         model(tokens(LONG))
-
-
-def test_decoding_at_length_is_refused(model):
-    cache = DynamicCache()
-    model(tokens(LONG), **{CACHE: cache})
-    with pytest.raises(NotImplementedError, match=r"decoding, .* \(1 queries\) yet: got 129 keys"):
-        model(tokens(1), **{CACHE: cache})
-
-
-def test_generation_that_grows_past_dense_len_is_refused(model):
-    ids = tokens(SHORT)
-    with pytest.raises(NotImplementedError, match="decoding"):
-        model.generate(
-            ids, attention_mask=torch.ones_like(ids), max_new_tokens=3, eos_token_id=None
-        )
-
-
-def test_a_static_cache_at_length_is_refused(model):
-    cache = StaticCache(config=model.config, max_cache_len=LONG)
-    with pytest.raises(NotImplementedError, match="static cache"):
-        model(tokens(20), **{CACHE: cache})
 
 
 def test_a_static_cache_below_dense_len_keeps_working():

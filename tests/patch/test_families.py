@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from transformers import CLIPVisionConfig, LlavaConfig, LlavaForConditionalGeneration
+from transformers import CLIPVisionConfig, GptOssConfig, LlavaConfig, LlavaForConditionalGeneration
 
 import infllm_flex as ifx
 from tests.patch.masked import masked_sdpa
@@ -140,3 +140,27 @@ def assert_close(ours, theirs):
     # float32 through two layers, whose norms amplify rounding; a wrong block is off by over 1e-2.
     for our, their in zip(ours, theirs, strict=True):
         torch.testing.assert_close(our, their, rtol=1e-3, atol=2e-5)
+
+
+def test_learned_sinks_are_refused_when_patching():
+    config = GptOssConfig(
+        vocab_size=64,
+        hidden_size=64,
+        intermediate_size=32,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=16,
+        num_local_experts=2,
+        num_experts_per_tok=1,
+        sliding_window=32,
+        layer_types=["full_attention", "sliding_attention"],
+    )
+    model = build(config, attn_implementation="eager")
+    reasons = [row.status for row in ifx.describe(model)]
+    assert reasons == [
+        "learned attention sinks: left as it was",
+        "sliding window 32: left as it was",
+    ]
+    with pytest.raises(ifx.UnsupportedModelError, match="1 x learned attention sinks"):
+        ifx.patch_model(model, SETTINGS)

@@ -8,6 +8,40 @@ from custom_ops.kernels.select_blocks.documents import locate_tile
 _VARYING = ["first_head", "first_row", "end_row", "offset", "Sq", "K", "num_parts", "first_part"]
 
 
+@triton.jit
+def best_blocks(score, block, own, K, INIT_BLOCKS: tl.constexpr, LOCAL_BLOCKS: tl.constexpr):
+    """Mark the K best of more than K blocks: forced ones, then by score, the lowest at ties.
+
+    Args:
+        score: ``[N]``, below 0 where there is none.
+        block: ``[N]``, the numbers from 0 on.
+        own: The query's own block, at least K.
+        K: Budget.
+        INIT_BLOCKS: First blocks, forced.
+        LOCAL_BLOCKS: Blocks before the own one that are forced, as it is.
+    """
+    # Non-negative floats order as their bits do: unscored 0, scores from 1 up, forced above all.
+    key = tl.where(score < 0.0, 0, score.to(tl.int32, bitcast=True) + 1)
+    key = tl.where((block < INIT_BLOCKS) | (block >= own - LOCAL_BLOCKS), 0x7FFFFFFF, key)
+    key = tl.where(block <= own, key, -1)
+
+    # The largest threshold that at least K keys reach, bit by bit; or any that exactly K reach.
+    threshold = 0
+    kept = own + 1
+    bit = 30
+    while bit >= 0:
+        trial = threshold | (1 << bit)
+        count = tl.sum((key >= trial).to(tl.int32), 0)
+        threshold = tl.where(count >= K, trial, threshold)
+        kept = tl.where(count >= K, count, kept)
+        bit = tl.where(kept == K, -1, bit - 1)
+    if kept > K:  # ties at the threshold: the lowest blocks
+        room = K - tl.sum((key > threshold).to(tl.int32), 0)
+        tied = key == threshold
+        key = tl.where(tied & (tl.cumsum(tied.to(tl.int32), 0) > room), -1, key)
+    return key >= threshold
+
+
 @triton.jit(do_not_specialize=_VARYING)
 def pick_kernel(
     scores_ptr,
@@ -65,26 +99,7 @@ def pick_kernel(
     if TAIL > 0:
         tail = tl.load(tails_ptr + at, mask=scored & (block > 0), other=-1.0)
         score = tl.maximum(score, tail)
-    # Non-negative floats order as their bits do: unscored 0, scores from 1 up, forced above all.
-    key = tl.where(score < 0.0, 0, score.to(tl.int32, bitcast=True) + 1)
-    key = tl.where((block < INIT_BLOCKS) | (block >= own - LOCAL_BLOCKS), 0x7FFFFFFF, key)
-    key = tl.where(block <= own, key, -1)
-
-    # The largest threshold that at least K keys reach, bit by bit; or any that exactly K reach.
-    threshold = 0
-    kept = own + 1
-    bit = 30
-    while bit >= 0:
-        trial = threshold | (1 << bit)
-        count = tl.sum((key >= trial).to(tl.int32), 0)
-        threshold = tl.where(count >= budget, trial, threshold)
-        kept = tl.where(count >= budget, count, kept)
-        bit = tl.where(kept == budget, -1, bit - 1)
-    if kept > budget:  # ties at the threshold: the lowest blocks
-        room = budget - tl.sum((key > threshold).to(tl.int32), 0)
-        tied = key == threshold
-        key = tl.where(tied & (tl.cumsum(tied.to(tl.int32), 0) > room), -1, key)
-    chosen = key >= threshold
+    chosen = best_blocks(score, block, own, budget, INIT_BLOCKS, LOCAL_BLOCKS)
     place = tl.cumsum(chosen.to(tl.int32), 0) - 1
     tl.store(out_ptr + place, first_block + block, mask=chosen)
     if PART > 0:

@@ -13,6 +13,7 @@ from torch import nn
 
 from infllm_flex.config import InfLLMConfig
 from infllm_flex.patch.errors import UnsupportedModelError
+from infllm_flex.patch.huggingface.cache import deliver_cache_to, stop_delivering_cache_to
 from infllm_flex.patch.huggingface.layers import (
     NAMES,
     PREVIOUS,
@@ -51,6 +52,7 @@ def attach(layers: Mapping[nn.Module, str | None], config: InfLLMConfig) -> None
         layer = layer_for(module, config, left, reads_positions=module is sparse[0])
         set_layer(module, layer)
     for module in sparse:
+        deliver_cache_to(module)
         _rename(module.config, NAMES[previous_implementation(module)])
 
 
@@ -85,5 +87,6 @@ def detach(model: nn.Module) -> bool:
             _rename(module.config, previous_implementation(module))
             undone = True
         undone = undone or get_layer(module) is not None
+        stop_delivering_cache_to(module)
         remove_layer(module)
     return undone

@@ -8,8 +8,10 @@ import torch
 from torch import Tensor, nn
 
 from infllm_flex.attention import attend_in_layout, infllm_attention
+from infllm_flex.patch.huggingface.cache import KEYWORD, cache_layer, is_static
+from infllm_flex.patch.huggingface.decode import attend_cached, cut_mask, follow_static
 from infllm_flex.patch.huggingface.layers import layer_of, previous_implementation
-from infllm_flex.patch.huggingface.masks import LazyMask
+from infllm_flex.patch.huggingface.masks import LazyMask, spell_out
 from infllm_flex.patch.huggingface.obstacles import find_obstacle, guard_compiled
 from infllm_flex.patch.huggingface.sequences import Sequences, find_sequences
 
@@ -48,10 +50,15 @@ def attention_forward(
             serve this call. One line says what came and what to do.
     """
     layer = layer_of(module)
+    cached = cache_layer(kwargs.pop(KEYWORD, None), module)
+    length = key.shape[2]
+    if is_static(cached) and layer.ever_attends_sparsely(length):
+        attention_mask = spell_out(attention_mask)
+        length = follow_static(cached, query, key, value, attention_mask, layer.config)
     sequences = None
     if getattr(module, "is_causal", True):
         sequences = find_sequences(query, key, attention_mask, kwargs)
-    if layer.attends_densely(key.shape[2]):
+    if layer.attends_densely(length):
         query, mask = _dense_mask(query, attention_mask, sequences, layer.reads_positions)
         if previous_implementation(module) == "eager":
             mask = _additive_mask(module, query, key, mask)
@@ -65,12 +72,21 @@ def attention_forward(
             scaling=scaling,
             **kwargs,
         )
-    obstacle = find_obstacle(query, key, attention_mask, sequences, dropout, kwargs)
+    decoding = cached is not None and query.shape[2] < length
+    if length < key.shape[2]:  # a preallocated cache, and how far it is filled
+        key, value = key[:, :, :length], value[:, :, :length]
+        attention_mask = cut_mask(spell_out(attention_mask), query, length)
+        sequences = find_sequences(query, key, attention_mask, kwargs)
+    obstacle = find_obstacle(query, key, attention_mask, sequences, dropout, kwargs, decoding)
     if obstacle is not None:
         raise NotImplementedError(
             f"sparse attention cannot serve {obstacle} yet: got {key.shape[2]} keys; stay below "
             f"dense_len = {layer.config.dense_len}, or run inside infllm_flex.dense(model)"
         )
+    if decoding:
+        mask = spell_out(attention_mask)
+        out = attend_cached(layer, cached, query, key, value, mask, scaling)
+        return out.transpose(1, 2).contiguous(), None
     if torch.compiler.is_compiling():
         query = guard_compiled(query, attention_mask, sequences)
     if sequences is None:
@@ -88,7 +104,7 @@ def _dense_mask(
 
     One layer checks for all: they get the same positions.
     """
-    tensor = mask.spell_out() if isinstance(mask, LazyMask) else mask
+    tensor = spell_out(mask)
     if sequences is None:
         return query, tensor
     if tensor is None and sequences.limit is None:

@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from infllm_flex.config import InfLLMConfig
+from infllm_flex.patch.huggingface.cache import deliver_cache_to
 from infllm_flex.patch.layer import PatchedLayer, get_layer, set_layer
 
 # The attention implementation a model had before -> the name it has while patched. The previous one
@@ -117,4 +118,6 @@ def layer_of(module: nn.Module) -> PatchedLayer:
         config = InfLLMConfig.from_model_config(module.config)
         layer = layer_for(module, config, why_left(module))
         set_layer(module, layer)
+        if layer.left is None:
+            deliver_cache_to(module)  # from the next call on; the cache's first needs no state
     return layer

@@ -102,6 +102,11 @@ class LazyMask:
         return (right | ~is_real).all().to(self._device)
 
 
+def spell_out(mask: LazyMask | Tensor | None) -> Tensor | None:
+    """The tensor that a mask is, or stands for."""
+    return mask.spell_out() if isinstance(mask, LazyMask) else mask
+
+
 def causal_mask(**arguments: Any) -> LazyMask | Tensor | None:
     """Make the mask of ``sdpa``, lazily where all keys are those of this call.
 

@@ -35,6 +35,7 @@ def find_obstacle(
     sequences: Sequences | None,
     dropout: float,
     kwargs: Mapping[str, Any],
+    decoding: bool = False,
 ) -> str | None:
     """What about a call cannot be served; None if all of it can.
 
@@ -46,6 +47,7 @@ def find_obstacle(
         sequences: Of the batch.
         dropout: Probability.
         kwargs: The other keywords of the call.
+        decoding: Whether a cache holds keys from before this call; `attend_cached` judges the mask.
     """
     for keyword, meaning in _SPECIAL_KEYWORDS.items():
         if kwargs.get(keyword) is not None:
@@ -56,8 +58,10 @@ def find_obstacle(
         return "attention that is not causal"
     if dropout > 0:
         return f"attention dropout ({dropout:g})"
+    if decoding:
+        return None if kwargs.get("cu_seq_lens_q") is None else "packed documents over a cache"
     if query.shape[2] != key.shape[2]:
-        return f"decoding, chunked prefill or a static cache ({query.shape[2]} queries)"
+        return f"keys that no layer of a transformers cache holds ({query.shape[2]} queries)"
     if torch.compiler.is_compiling():
         return None
     if isinstance(mask, LazyMask):

@@ -1,0 +1,82 @@
+"""Triton kernels of ``attend_cached_blocks``: a query's list cut among programs, then joined."""
+
+import math
+
+import torch
+import triton
+from torch import Tensor
+
+from custom_ops.kernels.attend_cached_blocks.join import join_kernel
+from custom_ops.kernels.attend_cached_blocks.split import split_kernel
+
+_PROGRAMS = 512  # several per multiprocessor
+_LEAST_SLOTS = 2  # blocks that one program reads at least
+
+
+def launch(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    selected: Tensor,
+    start: Tensor,
+    end: Tensor,
+    block_size: int,
+    scale: float,
+) -> Tensor:
+    """Attend to a few slots of a list per program; join their results by log-sum-exp."""
+    B, Hq, n, D = q.shape
+    Hkv, S = k.shape[1:3]
+    W = selected.shape[-1]
+    out = torch.empty(B, Hq, n, D, dtype=q.dtype, device=q.device)
+    if out.numel() == 0:
+        return out
+    wanted = max(1, _PROGRAMS // (B * Hkv * n))
+    slots = max(_LEAST_SLOTS, triton.cdiv(W, wanted))
+    splits = max(1, triton.cdiv(W, slots))
+    G = Hq // Hkv
+    rows = max(16, triton.next_power_of_2(G))
+    block_d = max(16, triton.next_power_of_2(D))
+    parts = torch.empty(
+        B * Hkv * n, splits, rows, block_d + 2, dtype=torch.float32, device=q.device
+    )
+    wide = q.element_size() > 2
+    split_kernel[(splits, n, B * Hkv)](
+        q,
+        k,
+        v,
+        selected,
+        start,
+        end,
+        parts,
+        *q.stride(),
+        *k.stride(),
+        *v.stride(),
+        *selected.stride(),
+        n,
+        S,
+        W,
+        slots,
+        scale * math.log2(math.e),
+        Hkv,
+        G=G,
+        D=D,
+        BLOCK_SIZE=block_size,
+        ROWS=rows,
+        BLOCK_N=max(16, min(32 if wide else 64, triton.next_power_of_2(block_size))),
+        BLOCK_D=block_d,
+        IN_PARTS=wide,
+        num_warps=4 if rows <= 32 else 8,
+        num_stages=1 if wide else 2,
+    )
+    join_kernel[(G, n, B * Hkv)](
+        parts,
+        out,
+        n,
+        splits,
+        G=G,
+        D=D,
+        ROWS=rows,
+        BLOCK_D=block_d,
+        num_warps=1,
+    )
+    return out

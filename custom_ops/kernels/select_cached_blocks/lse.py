@@ -1,0 +1,181 @@
+"""Normalise the scores of a decode step: log-sum-exp over runs of the coarse keys, in parallel."""
+
+import triton
+import triton.language as tl
+
+from custom_ops.kernels.dot_in_parts import dot_in_parts
+
+
+@triton.jit
+def count_windows(position, SIZE: tl.constexpr, STRIDE: tl.constexpr, count):
+    """Count the windows that lie wholly at or before each position, of ``count``."""
+    return tl.minimum(tl.maximum(position + 1 - SIZE + STRIDE, 0) // STRIDE, count)
+
+
+@triton.jit
+def _sum_run(
+    q,
+    q_ptr,
+    q_mask,
+    stride_qd,
+    keys_ptr,
+    stride_s,
+    stride_d,
+    begin,
+    stop,
+    seen,
+    factor,
+    D: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    IN_PARTS: tl.constexpr,
+):
+    """Largest dot product of each row, and the sum of ``2 ** ((x - largest) * factor)``."""
+    top = tl.full([q_ptr.shape[0]], float("-inf"), tl.float32)
+    total = tl.zeros([q_ptr.shape[0]], tl.float32)
+    d = tl.arange(0, BLOCK_D)
+    for start in range(begin, stop, BLOCK_N):
+        n = start + tl.arange(0, BLOCK_N)
+        key_ptr = keys_ptr + n[None, :].to(tl.int64) * stride_s
+        valid = (n < stop)[None, :]
+        if IN_PARTS:
+            logits = dot_in_parts(q_ptr, q_mask, stride_qd, key_ptr, valid, stride_d, D, BLOCK_D)
+        else:
+            mask = valid & (d < D)[:, None]
+            logits = tl.dot(q, tl.load(key_ptr + d[:, None] * stride_d, mask=mask, other=0.0))
+        logits = tl.where(n[None, :] < seen[:, None], logits, float("-inf"))
+        new_top = tl.maximum(top, tl.max(logits, 1))
+        base = tl.where(new_top == float("-inf"), 0.0, new_top)
+        weights = tl.exp2((logits - base[:, None]) * factor)
+        total = total * tl.exp2((top - base) * factor) + tl.sum(weights, 1)
+        top = new_top
+    return top, total
+
+
+@triton.jit(do_not_specialize=["n", "C", "C2"])
+def cached_lse_kernel(
+    q_ptr,
+    keys_ptr,
+    coarse_ptr,
+    start_ptr,
+    end_ptr,
+    parts_ptr,
+    stride_qb,
+    stride_qh,
+    stride_qs,
+    stride_qd,
+    stride_kb,
+    stride_kh,
+    stride_ks,
+    stride_kd,
+    stride_cb,
+    stride_ch,
+    stride_cs,
+    stride_cd,
+    n,
+    C,
+    C2,
+    factor,
+    dense_len,
+    Hkv,
+    G: tl.constexpr,
+    D: tl.constexpr,
+    KERNEL_SIZE: tl.constexpr,
+    KERNEL_STRIDE: tl.constexpr,
+    COARSE_SIZE: tl.constexpr,
+    COARSE_STRIDE: tl.constexpr,
+    FITTING: tl.constexpr,
+    RUN: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    HEADS: tl.constexpr,
+    TOKENS: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    IN_PARTS: tl.constexpr,
+):
+    """Fill ``parts [B * Hkv, tiles, runs, 2, HEADS * TOKENS]``, one run of coarse keys each."""
+    run = tl.program_id(0)
+    head = tl.program_id(1)
+    tile = tl.program_id(2)
+    b = (head // Hkv).to(tl.int64)
+    h = (head % Hkv).to(tl.int64)
+    length = (tl.load(end_ptr + b) - tl.load(start_ptr + b)).to(tl.int32)
+    last = length - n + tl.minimum(tile * TOKENS + TOKENS, n) - 1
+    count = count_windows(last, COARSE_SIZE, COARSE_STRIDE, C2)
+    if (length < dense_len) | (last < FITTING) | ((run > 0) & (run * RUN >= count)):
+        return
+    column = tl.arange(0, HEADS * TOKENS)
+    group = column // TOKENS
+    row = tile * TOKENS + column % TOKENS
+    position = length - n + row
+    q_ptr += (b * stride_qb + (h * G + group) * stride_qh + row.to(tl.int64) * stride_qs)[:, None]
+    q_mask = ((group < G) & (row < n))[:, None]
+    q = q_mask  # unused in parts
+    if not IN_PARTS:
+        d = tl.arange(0, BLOCK_D)
+        q = tl.load(q_ptr + d[None, :] * stride_qd, mask=q_mask & (d < D)[None, :], other=0.0)
+
+    top, total = _sum_run(
+        q,
+        q_ptr,
+        q_mask,
+        stride_qd,
+        coarse_ptr + b * stride_cb + h * stride_ch,
+        stride_cs,
+        stride_cd,
+        run * RUN,
+        tl.minimum(run * RUN + RUN, count),
+        count_windows(position, COARSE_SIZE, COARSE_STRIDE, C2),
+        factor,
+        D,
+        BLOCK_D,
+        BLOCK_N,
+        IN_PARTS,
+    )
+    first = length - n + tile * TOKENS
+    if (run == 0) & (first < COARSE_SIZE - 1):  # some see no coarse key: the compressed ones serve
+        few = count_windows(tl.minimum(last, COARSE_SIZE - 2), KERNEL_SIZE, KERNEL_STRIDE, C)
+        own_top, own_total = _sum_run(
+            q,
+            q_ptr,
+            q_mask,
+            stride_qd,
+            keys_ptr + b * stride_kb + h * stride_kh,
+            stride_ks,
+            stride_kd,
+            0,
+            few,
+            count_windows(position, KERNEL_SIZE, KERNEL_STRIDE, C),
+            factor,
+            D,
+            BLOCK_D,
+            BLOCK_N,
+            IN_PARTS,
+        )
+        blind = position < COARSE_SIZE - 1
+        top = tl.where(blind, own_top, top)
+        total = tl.where(blind, own_total, total)
+    at = (head.to(tl.int64) * tl.num_programs(2) + tile) * tl.num_programs(0) + run
+    parts_ptr += at * (2 * HEADS * TOKENS) + column
+    tl.store(parts_ptr, top)
+    tl.store(parts_ptr + HEADS * TOKENS, total)
+
+
+@triton.jit
+def merge_runs(
+    parts_ptr, at, count, factor, RUN: tl.constexpr, HEADS: tl.constexpr, TOKENS: tl.constexpr
+):
+    """Join the runs that cover ``count`` coarse keys: the rows' log-sum-exp, before scaling."""
+    column = tl.arange(0, HEADS * TOKENS)
+    parts_ptr += at * (2 * HEADS * TOKENS) + column
+    top = tl.load(parts_ptr)
+    total = tl.load(parts_ptr + HEADS * TOKENS)
+    for run in range(1, tl.cdiv(count, RUN)):
+        part_ptr = parts_ptr + run * (2 * HEADS * TOKENS)
+        run_top = tl.load(part_ptr)
+        run_total = tl.load(part_ptr + HEADS * TOKENS)
+        new_top = tl.maximum(top, run_top)
+        base = tl.where(new_top == float("-inf"), 0.0, new_top)
+        total = total * tl.exp2((top - base) * factor)
+        total += run_total * tl.exp2((run_top - base) * factor)
+        top = new_top
+    return top + tl.log2(tl.where(total == 0.0, 1.0, total)) / factor  # none seen: -inf

@@ -1,0 +1,46 @@
+"""Pick the best blocks of each query of a decode step, or list all that it may see."""
+
+import triton
+import triton.language as tl
+
+from custom_ops.kernels.select_blocks.pick import best_blocks
+
+
+@triton.jit(do_not_specialize=["n", "columns", "width", "K", "dense_len"])
+def cached_pick_kernel(
+    scores_ptr,
+    start_ptr,
+    end_ptr,
+    out_ptr,
+    n,
+    columns,
+    width,
+    K,
+    dense_len,
+    Hkv,
+    BLOCK_SIZE: tl.constexpr,
+    INIT_BLOCKS: tl.constexpr,
+    LOCAL_BLOCKS: tl.constexpr,
+    BLOCK_W: tl.constexpr,
+    N: tl.constexpr,
+):
+    """Write one query's blocks, ascending: the forced ones, then the best scored."""
+    token = tl.program_id(0)
+    head = tl.program_id(1)
+    b = head // Hkv
+    length = (tl.load(end_ptr + b) - tl.load(start_ptr + b)).to(tl.int32)
+    position = length - n + token
+    row = head.to(tl.int64) * n + token
+    out_ptr += row * width
+    slot = tl.arange(0, BLOCK_W)
+    own = tl.where(position < 0, -1, position // BLOCK_SIZE)
+    if (own < K) | (length < dense_len):  # every block
+        tl.store(out_ptr + slot, tl.where(slot <= own, slot, -1), mask=slot < width)
+        return
+    tl.store(out_ptr + slot, -1, mask=(slot >= K) & (slot < width))
+    block = tl.arange(0, N)
+    scored = (block < own - LOCAL_BLOCKS) & (block < columns)
+    score = tl.load(scores_ptr + row * columns + block, mask=scored, other=-1.0)
+    chosen = best_blocks(score, block, own, K, INIT_BLOCKS, LOCAL_BLOCKS)
+    place = tl.cumsum(chosen.to(tl.int32), 0) - 1
+    tl.store(out_ptr + place, block, mask=chosen)

@@ -1,0 +1,161 @@
+"""Choose the blocks of a key cache that the queries of a decode step attend to."""
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from custom_ops.block_scores import (
+    Rule,
+    Windows,
+    list_all,
+    pick_best,
+    pool_to_blocks,
+    weigh_windows,
+)
+from custom_ops.select_blocks import tokens_per_tile
+from custom_ops.without_autocast import without_autocast
+
+# In products of a multiple of four rows, the bits of a row do not depend on how many there are: so
+# it is with those that PyTorch ships for x86. Other numbers of rows take other paths through them.
+_ROWS = 4
+_COLUMNS = 8  # in batches of products, from so many columns on
+
+
+@torch.library.custom_op("infllm_flex::select_cached_blocks", mutates_args=())
+@without_autocast
+def select_cached_blocks(
+    q: Tensor,
+    compressed: Tensor,
+    coarse: Tensor,
+    start: Tensor,
+    end: Tensor,
+    kernel_size: int,
+    kernel_stride: int,
+    coarse_size: int,
+    coarse_stride: int,
+    block_size: int,
+    init_blocks: int,
+    local_blocks: int,
+    num_selected: int,
+    dense_len: int,
+    width: int,
+    scale: float,
+) -> Tensor:
+    """Pick the blocks of few queries per row, by the same rule as ``select_blocks``.
+
+    A row's length is known on the device alone, so that one graph serves a whole generation. Rows
+    shorter than ``dense_len`` list all their blocks, and attend densely by that.
+
+    Args:
+        q: Queries ``[B, Hq, n, D]``, the last ``n`` tokens of their rows; ``n`` is small.
+        compressed: Compressed keys ``[B, Hkv, C, D]``, whose windows begin at a row's first token;
+            as many count as the row's length makes whole. The rest may hold anything.
+        coarse: Coarse keys ``[B, Hkv, C2, D]``, alike. The compressed keys again make the
+            normaliser exact.
+        start: Cache slot of each row's first token, int64 ``[B]``.
+        end: One past the slot of each row's last token, int64 ``[B]``.
+        kernel_size: Pooling window of the compressed keys, in tokens.
+        kernel_stride: Step between their windows, in tokens.
+        coarse_size: Pooling window of the coarse keys, in tokens.
+        coarse_stride: Step between their windows, in tokens.
+        block_size: Keys per block, a multiple of ``kernel_stride``.
+        init_blocks: First blocks, always selected.
+        local_blocks: Blocks before the query's own that are always selected, as its own is.
+        num_selected: Budget in blocks; forced blocks count toward it.
+        dense_len: Rows of fewer tokens list every block.
+        width: Slots per list: the budget, or the blocks of the longest dense row if those are more.
+        scale: Factor on the dot products.
+
+    Returns:
+        Selected blocks, int32 ``[B, Hkv, n, width]``, counted from each row's first token,
+        ascending, unused slots last as -1. A query that stands on padding has none. On the CPU a
+        list has the very bits of what ``select_blocks`` chooses at that position.
+    """
+    B, _, n, _ = q.shape
+    Hkv = compressed.shape[1]
+    rule = Rule(
+        Windows(kernel_size, kernel_stride),
+        Windows(coarse_size, coarse_stride),
+        block_size,
+        init_blocks,
+        local_blocks,
+        scale,
+    )
+    selected = torch.full((B, Hkv, n, width), -1, dtype=torch.int32, device=q.device)
+    for b, (first, last) in enumerate(zip(start.tolist(), end.tolist(), strict=True)):
+        length = last - first
+        positions = range(length - n, length)
+        fitting = length if length < dense_len else num_selected * block_size
+        num_fit = min(n, max(0, fitting - positions[0]))  # that take every block
+        if num_fit:
+            selected[b, :, :num_fit] = list_all(positions[:num_fit], width, rule, q.device)
+        if num_fit < n:
+            rows, chosen = q[b, :, num_fit:], selected[b, :, num_fit:, :num_selected]
+            _select_for_row(rows, compressed[b], coarse[b], positions[num_fit:], rule, chosen)
+    return selected
+
+
+@select_cached_blocks.register_fake
+def _(q: Tensor, compressed: Tensor, *rest: Any) -> Tensor:
+    width = rest[-2]
+    return q.new_empty(q.shape[0], compressed.shape[1], q.shape[2], width, dtype=torch.int32)
+
+
+@select_cached_blocks.register_kernel("cuda")
+def _(q: Tensor, *rest: Any) -> Tensor:
+    from custom_ops.kernels.select_cached_blocks import launch
+
+    return launch(q, *rest)
+
+
+def _select_for_row(
+    rows: Tensor,
+    compressed: Tensor,
+    coarse: Tensor,
+    positions: range,
+    rule: Rule,
+    out: Tensor,
+) -> None:
+    """Fill ``out [Hkv, n, K]`` for queries ``rows [Hq, n, D]`` of a sequence.
+
+    Queries are cut where ``select_blocks`` cuts its tiles, and scored by products as wide as its
+    own, so that the bits are the same.
+    """
+    tokens = tokens_per_tile(len(rows) // len(out))
+    for start in range(positions[0] // tokens * tokens, positions[-1] + 1, tokens):
+        at = slice(max(start - positions[0], 0), start + tokens - positions[0])
+        scores = score_blocks(rows[:, at], compressed, coarse, positions[at], rule)
+        out[:, at] = pick_best(scores, positions[at], out.shape[-1], rule)
+
+
+def score_blocks(
+    rows: Tensor, compressed: Tensor, coarse: Tensor, positions: range, rule: Rule
+) -> Tensor:
+    """Score blocks for queries ``rows [Hq, T, D]`` of one tile: ``[Hkv, T, num_blocks]``."""
+    (Hq, T, D), Hkv = rows.shape, len(compressed)
+    G = Hq // Hkv
+    tokens = tokens_per_tile(G)
+    last = positions[0] // tokens * tokens + tokens - 1
+    tile = rows if T == 1 else rows.unflatten(0, (Hkv, G)).transpose(1, 2)
+    tile = tile.reshape(Hkv, T * G, D).to(torch.promote_types(rows.dtype, torch.float32))
+    tile = tile * rule.scale
+    split = (Hkv, T, G, -1)
+    logits = _multiply(tile, compressed, rule.windows.seen_from(last)).reshape(split)
+    coarse_logits = _multiply(tile, coarse, rule.coarse_windows.seen_from(last)).reshape(split)
+    weights = weigh_windows(logits, coarse_logits, positions, rule)
+    return pool_to_blocks(weights, last // rule.block_size + 1, rule)
+
+
+def _multiply(tile: Tensor, keys: Tensor, C: int) -> Tensor:
+    """Multiply ``tile [Hkv, M, D]`` with the first C of ``keys [Hkv, _, D]``: ``[Hkv, M, C]``."""
+    if keys.shape[1] < C:
+        keys = F.pad(keys, (0, 0, 0, C - keys.shape[1]))
+    keys = keys[:, :C].to(tile.dtype).mT
+    M = tile.shape[1]
+    if M % _ROWS:
+        tile = F.pad(tile, (0, 0, 0, _ROWS - M % _ROWS))
+    if C < _COLUMNS:
+        return torch.stack([torch.mm(a, b) for a, b in zip(tile, keys, strict=True)])[:, :M]
+    return torch.bmm(tile, keys)[:, :M]

@@ -1,0 +1,109 @@
+"""What a decode step compares: one new token over a cache, sparse and dense."""
+
+from __future__ import annotations
+
+import functools
+import warnings
+from collections.abc import Callable
+from contextlib import nullcontext
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from infllm_flex.benchmarking.inputs import QKV, make_qkv
+from infllm_flex.benchmarking.settings import BenchmarkSettings, Heads, Inputs
+from infllm_flex.benchmarking.timing import Subject
+from infllm_flex.decoding import CompressedKeys, decode_attention, select_cached
+
+VARIANT = "decode"
+_BACKENDS: dict[str, dict[str, SDPBackend | None]] = {
+    "cpu": {"sdpa": None},
+    "cuda": {
+        "sdpa": None,  # whichever PyTorch chooses
+        "sdpa_cudnn": SDPBackend.CUDNN_ATTENTION,
+        "sdpa_flash": SDPBackend.FLASH_ATTENTION,
+    },
+}
+
+
+def decode_subjects(
+    settings: BenchmarkSettings, heads: Heads, S: int, inputs: Inputs
+) -> tuple[list[Subject], dict[str, str]]:
+    """Prepare a step over ``S`` cached tokens: its stages, all of it, and dense attention.
+
+    On a GPU every one is captured in a CUDA graph, as serving runs it.
+
+    Args:
+        settings: The run.
+        heads: ``Hq`` and ``Hkv``.
+        S: Tokens in the cache before the step. Most steps complete no window; with S a multiple of
+            the windows' steps, this is such a one.
+        inputs: Kind of queries.
+
+    Returns:
+        The subjects, and which dense attentions do not serve here and why.
+    """
+    qkv = make_qkv(settings, heads, S + 1, inputs)
+    step = _Step(QKV(qkv.query[:, :, -1:].contiguous(), qkv.key, qkv.value), settings)
+    prepare = _captured if qkv.key.is_cuda else _as_it_is
+    subjects = [
+        Subject("select_blocks", "", prepare(step.select)),
+        Subject("infllm_attention", VARIANT, prepare(step.everything)),
+    ]
+    failing = {}
+    for name, backend in _BACKENDS[qkv.key.device.type].items():
+        try:
+            with warnings.catch_warnings():  # SDPA explains at length why it declines
+                warnings.simplefilter("ignore")
+                dense = prepare(functools.partial(step.dense, backend))
+            subjects.append(Subject("dense", name, dense))
+        except RuntimeError as error:
+            failing[name] = str(error).splitlines()[0]
+    return subjects, failing
+
+
+class _Step:
+    """One token after a cache."""
+
+    def __init__(self, qkv: QKV, settings: BenchmarkSettings) -> None:
+        self._qkv = qkv
+        self._keys = CompressedKeys(settings.attention, qkv.key)
+        self._keys.append(qkv.key, qkv.key.shape[2])
+
+    def everything(self) -> Tensor:
+        """Take the token in, select and attend; the next run takes it in again."""
+        self._keys.crop(1)
+        self._keys.append(self._qkv.key, 1)
+        return decode_attention(*self._qkv, self._keys)
+
+    def select(self) -> Tensor:
+        """Select alone."""
+        return select_cached(self._qkv.query, self._keys, capacity=self._qkv.key.shape[2])
+
+    @torch.no_grad()
+    def dense(self, backend: SDPBackend | None) -> Tensor:
+        """Attend to all of the cache."""
+        is_grouped = self._qkv.query.shape[1] != self._qkv.key.shape[1]
+        with nullcontext() if backend is None else sdpa_kernel(backend):
+            return F.scaled_dot_product_attention(*self._qkv, enable_gqa=is_grouped)
+
+
+def _as_it_is(run: Callable[[], Tensor]) -> Callable[[], Any]:
+    return run
+
+
+def _captured(run: Callable[[], Tensor]) -> Callable[[], Any]:
+    """Capture in a CUDA graph, after runs that compile what has to be compiled."""
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        for _ in range(3):
+            run()
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        run()
+    return graph.replay

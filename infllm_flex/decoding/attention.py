@@ -1,0 +1,118 @@
+"""One step of decoding: the newest tokens attend to their rows of a cache."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+import custom_ops
+from custom_ops.decode_step import decode_step
+from custom_ops.definition import is_plain_on_cpu
+from infllm_flex.decoding.compressed_keys import CompressedKeys
+from infllm_flex.selection import check_query_and_key, default_scale
+
+
+@torch.no_grad()
+def decode_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    compressed_keys: CompressedKeys,
+    *,
+    scale: float | None = None,
+) -> Tensor:
+    """Attend from the newest tokens of each row: densely if the row is short, else sparsely.
+
+    What it costs grows with the compressed keys; of the cache itself only the attended blocks are
+    read. Nothing waits for the device, and no shape depends on a length but ``S``: a step over a
+    preallocated cache is one graph, and can be captured in a CUDA graph.
+
+    Args:
+        query: ``[B, Hq, n, D]``, the last ``n`` tokens, after the rotary embedding; few at a time.
+        key: The cache ``[B, Hkv, S, D]``, with the newest tokens in it; may be preallocated.
+        value: The cache ``[B, Hkv, S, D]``.
+        compressed_keys: Of ``key``, with the newest tokens appended. A row is dense iff it holds
+            fewer than ``dense_len`` tokens, these included.
+        scale: Factor on the dot products. Defaults to ``1 / sqrt(D)``.
+
+    Returns:
+        ``[B, Hq, n, D]`` in the dtype of ``query``; 0 for a query on padding. Not differentiable.
+
+    Raises:
+        ValueError: Shapes, dtypes or devices do not fit together.
+    """
+    check_query_and_key(query, key)
+    scale = default_scale(query) if scale is None else scale
+    keys = compressed_keys
+    if query.shape[2] == 1 and is_plain_on_cpu(query):
+        return decode_step(
+            query,
+            key,
+            value,
+            keys.compressed,
+            keys.coarse,
+            keys.start,
+            keys.end,
+            **_rule(keys),
+            scale=scale,
+        )
+    selected = select_cached(query, keys, capacity=key.shape[2], scale=scale)
+    return custom_ops.attend_cached_blocks(
+        query,
+        key,
+        value,
+        selected,
+        keys.start,
+        keys.end,
+        keys.config.block_size,
+        scale,
+    )
+
+
+@torch.no_grad()
+def select_cached(
+    query: Tensor, compressed_keys: CompressedKeys, *, capacity: int, scale: float | None = None
+) -> Tensor:
+    """Pick the blocks of the newest tokens of each row.
+
+    Args:
+        query: ``[B, Hq, n, D]``, the last ``n`` tokens of the rows.
+        compressed_keys: Of the cache, with these tokens appended.
+        capacity: Slots of the cache, ``S``; no row is longer.
+        scale: Factor on the dot products. Defaults to ``1 / sqrt(D)``.
+
+    Returns:
+        int32 ``[B, Hkv, n, W]``, counted from each row's first token, ascending, unused slots last
+        as -1; all blocks up to its own for a row below ``dense_len``.
+    """
+    keys, config = compressed_keys, compressed_keys.config
+    longest_dense = min(config.dense_len - 1, capacity)
+    num_blocks = -(-capacity // config.block_size)
+    width = max(min(config.num_selected, num_blocks), -(-longest_dense // config.block_size))
+    return custom_ops.select_cached_blocks(
+        query.detach(),
+        keys.compressed,
+        keys.coarse,
+        keys.start,
+        keys.end,
+        **_rule(keys),
+        width=width,
+        scale=default_scale(query) if scale is None else scale,
+    )
+
+
+def _rule(keys: CompressedKeys) -> dict[str, int]:
+    """The settings that both ways of a step take."""
+    config = keys.config
+    coarse_size, coarse_stride = keys.coarse_windows
+    return {
+        "kernel_size": config.kernel_size,
+        "kernel_stride": config.kernel_stride,
+        "coarse_size": coarse_size,
+        "coarse_stride": coarse_stride,
+        "block_size": config.block_size,
+        "init_blocks": config.init_blocks,
+        "local_blocks": config.local_blocks,
+        "num_selected": config.num_selected,
+        "dense_len": config.dense_len,
+    }

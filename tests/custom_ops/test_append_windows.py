@@ -1,0 +1,59 @@
+import pytest
+import torch
+
+from custom_ops import append_windows, compress_keys
+from tests.inputs import make_qkv
+
+SIZES = (8, 4, 32, 16)
+
+
+def arguments(B=2, S=100, start=(0, 13), end=(100, 80), num_new=100):
+    k = make_qkv(S, B=B)[1]
+    windows = [torch.full((B, 2, C, 16), torch.nan) for C in (30, 10)]
+    return [k, *windows, torch.tensor(start), torch.tensor(end), num_new, *SIZES]
+
+
+def test_writes_the_whole_windows_of_each_rows_own_tokens_and_no_others():
+    args = arguments()
+    append_windows(*args)
+    for row, (start, end) in enumerate(zip((0, 13), (100, 80), strict=True)):
+        for windows, size, stride in ((args[1], 8, 4), (args[2], 32, 16)):
+            expected = compress_keys(args[0][row : row + 1, :, start:end], size, stride)[0]
+            count = expected.shape[1]
+            assert torch.equal(windows[row, :, :count], expected)
+            assert windows[row, :, count:].isnan().all()
+
+
+def test_windows_from_before_the_new_slots_are_not_touched():
+    args = arguments(num_new=20)
+    append_windows(*args)
+    assert args[1][0, :, :19].isnan().all()  # whole at 80 tokens
+    assert not args[1][0, :, 19:24].isnan().any()
+    assert args[2][0, :, :4].isnan().all()
+    assert not args[2][0, :, 4].isnan().any()
+
+
+def test_without_coarse_keys():
+    args, both = arguments(), arguments()
+    args[2] = None
+    append_windows(*args)
+    append_windows(*both)
+    assert torch.equal(args[1].nan_to_num(), both[1].nan_to_num())
+
+
+@pytest.mark.parametrize("coarse", [True, False])
+def test_is_registered_right(coarse):
+    args = arguments()
+    for x in args[1:3]:
+        x.zero_()
+    args[2] = args[2] if coarse else None
+    torch.library.opcheck(torch.ops.infllm_flex.append_windows.default, args)
+
+
+def test_what_is_too_short_is_refused():
+    args = arguments()
+    args[1] = args[1][:, :, :20]
+    with pytest.raises(ValueError, match="windows must have room for 24 in row 0, got 20"):
+        append_windows(*args)
+    with pytest.raises(ValueError, match="k must hold 101 slots in row 0, got 100"):
+        append_windows(*arguments(end=(101, 80)))

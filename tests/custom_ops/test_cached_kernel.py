@@ -1,0 +1,162 @@
+"""The Triton kernels that decode do what their definitions do, in rows of every kind."""
+
+from typing import Any
+
+import pytest
+import torch
+
+from custom_ops import append_windows, attend_cached_blocks, select_cached_blocks
+from infllm_flex.decoding import select_cached
+from tests.custom_ops.cached import make_cache
+from tests.custom_ops.harness import (
+    DEVICE,
+    DTYPES,
+    INTERPRETED,
+    fenced,
+    fenced_allocations,
+    require_kernels,
+    run_on_device,
+    uninitialised_memory_is_poison,  # noqa: F401
+)
+from tests.inputs import make_qkv, small_config
+from tests.tolerance import assert_within_rounding
+
+require_kernels()
+pytestmark = pytest.mark.filterwarnings("ignore:.* encountered in:RuntimeWarning")  # by numpy
+
+from custom_ops.kernels.append_windows import launch as launch_append  # noqa: E402
+from custom_ops.kernels.attend_cached_blocks import launch as launch_attend  # noqa: E402
+from custom_ops.kernels.select_cached_blocks import launch as launch_select  # noqa: E402
+
+ROWS = [(0, 230), (3, 230), (150, 230), (229, 230), (230, 230), (0, 17)]
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(("num_new", "D"), [(1, 16), (9, 40), (240, 16)])
+def test_append_writes_what_the_definition_writes(num_new: int, D: int, dtype: torch.dtype) -> None:
+    k = make_qkv(240, B=6, D=D, dtype=dtype)[1]
+    start, end = (torch.tensor(x) for x in zip(*ROWS, strict=True))
+    sizes = (num_new, 8, 4, 32, 16)
+    windows = [torch.full((6, 2, C, D), 7.0, dtype=dtype) for C in (60, 14)]
+    expected = [x.clone() for x in windows]
+    append_windows(k, *expected, start, end, *sizes)
+    on_device = [x.to(DEVICE) for x in (k, *windows, start, end)]
+    launch_append(*on_device, *sizes)
+    for ours, theirs in zip(on_device[1:3], expected, strict=True):
+        assert torch.equal(ours.cpu(), theirs)
+    alone = windows[0].to(DEVICE)
+    launch_append(on_device[0], alone, None, *on_device[3:], *sizes)
+    assert torch.equal(alone.cpu(), expected[0])
+
+
+def _select_case(n: int, shape: dict[str, Any], **settings: Any) -> list[Any]:
+    config = small_config(**settings)
+    q, _, _, state = make_cache(config, ROWS, 240, n=n, whole_numbers=True, **shape)
+    windows = (config.kernel_size, config.kernel_stride, *state.coarse_windows)
+    rule = (config.block_size, config.init_blocks, config.local_blocks, config.num_selected)
+    width = max(config.num_selected, -(-min(config.dense_len - 1, 240) // config.block_size))
+    tensors = (q, state.compressed, state.coarse, state.start, state.end)
+    return [*tensors, *windows, *rule, config.dense_len, width, 0.25]
+
+
+@pytest.mark.parametrize("n", [1, 6])
+@pytest.mark.parametrize(
+    ("shape", "settings"),
+    [
+        ({}, {}),
+        ({"Hq": 14}, {"dense_len": 100}),
+        ({"Hq": 6, "D": 40}, {"lse": "exact", "init_blocks": 0}),
+        ({"Hq": 64, "Hkv": 1}, {"dense_len": 231}),
+        ({"Hq": 1, "Hkv": 1}, {"kernel_size": 12, "topk": 2, "window_size": 16}),
+        ({}, {"kernel_size": 32, "kernel_stride": 16, "window_size": 0, "topk": 2}),
+        # A row sees no coarse key before its 512th token.
+        ({}, {"kernel_size": 128, "kernel_stride": 4, "topk": 2}),
+    ],
+)
+def test_select_chooses_what_the_definition_chooses(
+    n: int, shape: dict[str, Any], settings: dict[str, Any]
+) -> None:
+    args = _select_case(n, shape, **settings)
+    assert torch.equal(run_on_device(launch_select, *args), select_cached_blocks(*args))
+
+
+@pytest.mark.parametrize("dtype", DTYPES[1:], ids=str)
+def test_select_in_half_precision(dtype: torch.dtype) -> None:
+    args = _select_case(2, {"dtype": dtype, "Hq": 10})
+    assert torch.equal(run_on_device(launch_select, *args), select_cached_blocks(*args))
+
+
+def test_select_joins_many_runs_and_splits(monkeypatch: pytest.MonkeyPatch) -> None:
+    from custom_ops.kernels import select_cached_blocks as kernels
+
+    monkeypatch.setattr(kernels, "_RUN", 4)
+    for programs in (1, 1024):
+        monkeypatch.setattr(kernels, "_PROGRAMS", programs)
+        args = _select_case(3, {})
+        assert torch.equal(run_on_device(launch_select, *args), select_cached_blocks(*args))
+
+
+def _attend_case(n: int, dtype: torch.dtype = torch.float32, **shape: int) -> list[Any]:
+    q, k, v, state = make_cache(small_config(dense_len=100), ROWS, 240, n=n, dtype=dtype, **shape)
+    return [q, k, v, select_cached(q, state, capacity=240), state.start, state.end, 16, 0.25]
+
+
+def _judge_attention(args: list[Any]) -> None:
+    q, k, v = args[:3]
+    rest = args[3:]
+    exact = attend_cached_blocks(q.double(), k.double(), v.double(), *rest)
+    plain = attend_cached_blocks(*args)
+    assert_within_rounding(run_on_device(launch_attend, *args), exact, plain)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(
+    ("n", "shape"), [(1, {}), (3, {"Hq": 14, "D": 40}), (1, {"Hq": 64, "Hkv": 1}), (2, {"D": 24})]
+)
+def test_attend_is_as_exact_as_the_definition(
+    n: int, shape: dict[str, int], dtype: torch.dtype
+) -> None:
+    _judge_attention(_attend_case(n, dtype, **shape))
+
+
+@pytest.mark.parametrize("programs", [1, 10_000])
+def test_attend_joins_any_number_of_parts(programs: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    from custom_ops.kernels import attend_cached_blocks as kernels
+
+    monkeypatch.setattr(kernels, "_PROGRAMS", programs)
+    monkeypatch.setattr(kernels, "_LEAST_SLOTS", 1)
+    _judge_attention(_attend_case(2))
+
+
+@pytest.mark.parametrize("block_size", [12, 40, 80])
+def test_attend_with_blocks_that_are_no_power_of_two(block_size: int) -> None:
+    args = _attend_case(1)
+    args[3] = torch.tensor([0, 2, -1]).int().expand(6, 2, 1, -1).clone()
+    args[3][2:] = -1  # too short to have a third block
+    args[6] = block_size
+    _judge_attention(args)
+
+
+def test_any_strides() -> None:
+    select, attend = _select_case(2, {}), _attend_case(2)
+    expected = select_cached_blocks(*select)
+    for args, count in ((select, 3), (attend, 4)):
+        for i in range(count):
+            args[i] = args[i].transpose(1, 2).contiguous().transpose(1, 2)
+    assert torch.equal(run_on_device(launch_select, *select), expected)
+    _judge_attention(attend)
+
+
+@pytest.mark.skipif(not INTERPRETED, reason="guard pages surround CPU memory only")
+def test_touches_nothing_outside(monkeypatch: pytest.MonkeyPatch) -> None:
+    select, attend = _select_case(2, {"D": 24}), _attend_case(2, D=24)
+    # Rows that fill the cache to its last slot.
+    attend[5] = torch.full_like(attend[5], 240)
+    attend[1].nan_to_num_()
+    attend[2].nan_to_num_()
+    expected = select_cached_blocks(*select), attend_cached_blocks(*attend)
+    guard = [[fenced(x) if torch.is_tensor(x) else x for x in args] for args in (select, attend)]
+    with fenced_allocations(monkeypatch):
+        chosen, out = launch_select(*guard[0]), launch_attend(*guard[1])
+    assert torch.equal(chosen, expected[0])
+    torch.testing.assert_close(out, expected[1])

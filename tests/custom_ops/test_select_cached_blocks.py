@@ -1,0 +1,86 @@
+import sys
+
+import pytest
+import torch
+
+from custom_ops import select_cached_blocks
+from infllm_flex import reference
+from infllm_flex.decoding import select_cached
+from tests.custom_ops.cached import make_cache
+from tests.inputs import small_config
+
+definition = sys.modules["custom_ops.select_cached_blocks"]
+
+ROWS = [(0, 230), (3, 230), (150, 230), (229, 230), (230, 230), (0, 17)]
+
+
+@pytest.mark.parametrize("n", [1, 6])
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {},
+        {"lse": "exact", "init_blocks": 0},
+        {"kernel_size": 12, "topk": 2, "window_size": 16},
+        {"kernel_size": 32, "kernel_stride": 16, "window_size": 0, "topk": 2},
+        {"dense_len": 100},
+        {"dense_len": 231},
+    ],
+)
+def test_chooses_what_the_reference_chooses_in_each_rows_own_tokens(settings, n):
+    config = small_config(**settings)
+    q, k, _, state = make_cache(config, ROWS, 240, n=n, Hq=6)
+    selected = select_cached(q, state, capacity=240, scale=0.25)
+    for row, (start, end) in enumerate(ROWS):
+        length = end - start
+        for i in range(n):
+            position, chosen = length - n + i, selected[row, :, i]
+            if position < 0:
+                assert (chosen == -1).all()
+            elif config.is_dense(length):
+                block = torch.arange(chosen.shape[-1])
+                everything = torch.where(block <= position // 16, block, -1)
+                assert torch.equal(chosen, everything.int().expand_as(chosen))
+            else:
+                own = k[row : row + 1, :, start : start + position + 1]
+                query = q[row : row + 1, :, i : i + 1]
+                expected = reference.select_blocks(query, own, config, scale=0.25)[0, :, 0]
+                K = expected.shape[-1]
+                assert torch.equal(chosen[:, :K], expected)
+                assert (chosen[:, K:] == -1).all()
+
+
+@pytest.mark.parametrize("width", [1, 2, 8, 31, 100, 513, 2047])
+@pytest.mark.parametrize("D", [16, 40, 64, 128])
+def test_few_rows_have_the_products_of_a_whole_tile(D, width):
+    """What equal bits rest on, of the matrix products of this machine."""
+    random = torch.Generator().manual_seed(0)
+    tile = torch.randn(512, D, generator=random)
+    keys = torch.randn(1, width, D, generator=random)
+    whole = torch.mm(tile, keys[0].t())
+    for rows in range(definition._ROWS, 60, definition._ROWS):
+        assert torch.equal(definition._multiply(tile[None, :rows], keys, width)[0], whole[:rows])
+
+
+def test_stale_windows_are_as_good_as_none():
+    config = small_config()
+    q, _, _, state = make_cache(config, [(0, 230)], 240)
+    expected = select_cached(q, state, capacity=240)
+    count = (230 - config.kernel_size) // config.kernel_stride + 1
+    state.compressed[:, :, count:] = torch.nan
+    state.coarse[:, :, (230 - config.coarse_size) // config.coarse_stride + 1 :] = torch.inf
+    assert torch.equal(select_cached(q, state, capacity=240), expected)
+
+
+def arguments(n=1):
+    q, _, _, state = make_cache(small_config(), ROWS[:2], 240, n=n)
+    windows = (state.compressed, state.coarse, state.start, state.end)
+    return (q, *windows, 8, 4, 32, 16, 16, 1, 2, 5, 100, 7, 0.25)
+
+
+def test_is_registered_right():
+    torch.library.opcheck(torch.ops.infllm_flex.select_cached_blocks.default, arguments())
+
+
+def test_compiles_as_one_graph():
+    compiled = torch.compile(lambda *x: select_cached_blocks(*x) + 0, fullgraph=True)
+    assert torch.equal(compiled(*arguments(2)), select_cached_blocks(*arguments(2)))

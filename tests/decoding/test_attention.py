@@ -1,0 +1,137 @@
+"""A step over a cache chooses and attends as the full forward does."""
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from custom_ops import attend_cached_blocks
+from infllm_flex import (
+    CompressedKeys,
+    decode_attention,
+    infllm_attention,
+    reference,
+    select_blocks,
+)
+from infllm_flex.decoding import select_cached
+from infllm_flex.selection import default_scale
+from tests.inputs import make_qkv, small_config
+from tests.tolerance import assert_within_rounding
+from tests.watch import WatchTensors
+
+
+def chunks_of(length, sizes):
+    """Cut ``length`` tokens: the sizes in turn, again and again."""
+    begin, turn = 0, 0
+    while begin < length:
+        end = min(length, begin + sizes[turn % len(sizes)])
+        yield begin, end
+        begin, turn = end, turn + 1
+
+
+@settings(max_examples=25, deadline=None)
+@given(
+    length=st.integers(1, 700),
+    sizes=st.lists(st.integers(1, 33), min_size=1, max_size=3),
+    pad=st.integers(0, 70),
+    group=st.sampled_from([1, 2, 3, 5, 8]),
+    head_dim=st.sampled_from([16, 24, 64]),
+    lse=st.sampled_from(["coarse", "exact"]),
+    dtype=st.sampled_from([torch.float32, torch.bfloat16]),
+    seed=st.integers(0, 100),
+)
+def test_chunk_by_chunk_the_choice_is_that_of_the_full_forward(
+    length, sizes, pad, group, head_dim, lse, dtype, seed
+):
+    config = small_config(lse=lse)
+    q, k, _ = make_qkv(length, Hq=2 * group, D=head_dim, dtype=dtype, seed=seed)
+    whole = select_blocks(q, k, config)
+    cache = torch.cat([torch.full_like(k[:, :, :1], torch.nan).expand(-1, -1, pad, -1), k], 2)
+    state = CompressedKeys(config, cache)
+    state.append(cache, pad, start=torch.tensor([pad]))
+    for begin, end in chunks_of(length, sizes):
+        state.append(cache, end - begin)
+        chosen = select_cached(q[:, :, begin:end], state, capacity=cache.shape[2])
+        expected = whole[:, :, begin:end]
+        K = expected.shape[-1]
+        assert torch.equal(chosen[..., :K], expected)
+        assert (chosen[..., K:] == -1).all()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("n", [1, 5])
+def test_output_is_that_of_the_reference_over_each_rows_own_tokens(n, dtype):
+    config = small_config(dense_len=100)
+    S, pads = 230, [0, 3, 129, 229]  # sparse, sparse, one more than dense allows, one token
+    q, k, v = make_qkv(S, B=4, Sq=n, dtype=dtype)
+    for row, pad in enumerate(pads):
+        k[row, :, :pad] = v[row, :, :pad] = torch.nan
+    room = torch.full((4, 2, 40, 16), torch.nan, dtype=dtype)  # a preallocated cache's tail
+    cache = [torch.cat([x, room], 2) for x in (k, v)]
+    state = CompressedKeys(config, cache[0])
+    state.append(cache[0], S - n, start=torch.tensor(pads))
+    state.append(cache[0], n)
+    out = decode_attention(q, *cache, state)
+    for row, pad in enumerate(pads):
+        own = slice(row, row + 1)
+        here = min(n, S - pad)
+        mine = q[own, :, n - here :], k[own, :, pad:], v[own, :, pad:]
+        exact = reference.attention(*mine, config)
+        plain = infllm_attention(*mine, config)
+        assert_within_rounding(out[own, :, n - here :], exact, plain, factor=4)
+        assert (out[own, :, : n - here] == 0).all(), "padding"
+
+
+def test_a_row_turns_sparse_with_the_token_that_makes_it_long_enough():
+    config = small_config(dense_len=120)
+    q, k, v = make_qkv(125)
+    state = CompressedKeys(config, k)
+    state.append(k[:, :, :110], 110)
+    for length in range(111, 126):
+        mine = q[:, :, length - 1 : length], k[:, :, :length], v[:, :, :length]
+        state.append(mine[1], 1)
+        chosen = select_cached(mine[0], state, capacity=length)
+        assert ((chosen >= 0).sum(-1) == (-(-length // 16) if length < 120 else 5)).all()
+        exact = reference.attention(*mine, config)
+        out = decode_attention(*mine, state)
+        assert_within_rounding(out, exact, infllm_attention(*mine, config))
+
+
+def test_nothing_of_the_size_of_the_cache_is_made():
+    config = small_config()
+    q, k, v = make_qkv(8192, Sq=1)
+    state = CompressedKeys(config, k)
+    state.append(k, 8192)
+    with WatchTensors(k, v, state.compressed, state.coarse) as watch:
+        decode_attention(q, k, v, state)
+    assert 0 < watch.largest_bytes < k.nbytes / 8
+
+
+@settings(max_examples=25, deadline=None)
+@given(
+    length=st.integers(1, 500),
+    pad=st.integers(0, 30),
+    group=st.sampled_from([1, 3, 4]),
+    changes=st.sampled_from([{}, {"window_size": 0}, {"topk": 9}, {"dense_len": 200}]),
+    dtype=st.sampled_from([torch.float32, torch.bfloat16]),
+)
+def test_a_step_on_the_cpu_has_the_bits_of_the_operators(length, pad, group, changes, dtype):
+    config = small_config(**changes)
+    q, k, v = make_qkv(length + pad, B=2, Hq=2 * group, Sq=1, dtype=dtype)
+    state = CompressedKeys(config, k)
+    state.append(k, length + pad, start=torch.tensor([pad, 0]))
+    selected = select_cached(q, state, capacity=k.shape[2])
+    scale = default_scale(q)
+    expected = attend_cached_blocks(q, k, v, selected, state.start, state.end, 16, scale)
+    assert torch.equal(decode_attention(q, k, v, state), expected)
+
+
+@pytest.mark.parametrize("n", [1, 3])
+def test_autocast_changes_nothing(n):
+    config = small_config()
+    q, k, v = make_qkv(300, Sq=n)
+    state = CompressedKeys(config, k)
+    state.append(k, 300)
+    expected = decode_attention(q, k, v, state)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert torch.equal(decode_attention(q, k, v, state), expected)

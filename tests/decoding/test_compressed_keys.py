@@ -1,0 +1,131 @@
+"""Whatever is done to a cache, its compressed keys are those of compressing it from scratch."""
+
+import pytest
+import torch
+from hypothesis import HealthCheck, settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
+
+from custom_ops import compress_keys
+from infllm_flex import CompressedKeys
+from tests.inputs import small_config
+
+D = 3
+
+
+class Cache:
+    """What a cache does, in plain tensors: rows of keys, padded on the left."""
+
+    def __init__(self, pads, room):
+        self.pads = list(pads)
+        self.room = room  # slots after the last token, as a preallocated cache has them
+        self.keys = torch.zeros(len(self.pads), 2, 0, D)
+
+    def append(self, count, seed):
+        random = torch.Generator().manual_seed(seed)
+        new = torch.randn(len(self.pads), 2, count, D, generator=random)
+        self.keys = torch.cat([self.keys, new], 2)
+
+    def all_slots(self):
+        return torch.cat([self.keys, torch.full((len(self.pads), 2, self.room, D), torch.nan)], 2)
+
+    def start(self):
+        """As far as it can be known: a row that is all padding yet begins after its last slot."""
+        return torch.tensor([min(pad, self.keys.shape[2]) for pad in self.pads])
+
+
+class FollowsACache(RuleBasedStateMachine):
+    @initialize(
+        pads=st.lists(st.integers(0, 40), min_size=1, max_size=3),
+        room=st.sampled_from([0, 5, 1000]),
+        lse=st.sampled_from(["coarse", "exact"]),
+    )
+    def begin(self, pads, room, lse):
+        self.cache = Cache(pads, room)
+        self.config = small_config(lse=lse)
+        self.state = CompressedKeys(self.config, self.cache.all_slots())
+
+    @rule(count=st.integers(0, 70), seed=st.integers(0, 10_000))
+    def append(self, count, seed):
+        self.cache.append(count, seed)
+        self.state.append(self.cache.all_slots(), count, start=self.cache.start())
+
+    @rule(count=st.integers(0, 30))
+    def crop(self, count):
+        length = max(0, self.cache.keys.shape[2] - count)
+        self.cache.keys = self.cache.keys[:, :, :length]
+        self.state.crop(count)
+
+    @rule(data=st.data())
+    def take_rows(self, data):
+        rows = data.draw(st.lists(st.integers(0, len(self.cache.pads) - 1), min_size=1, max_size=3))
+        self.cache.keys = self.cache.keys[rows]
+        self.cache.pads = [self.cache.pads[row] for row in rows]
+        self.state.select(torch.tensor(rows))
+
+    @rule(repeats=st.integers(1, 2))
+    def repeat(self, repeats):
+        if len(self.cache.pads) * repeats > 4:
+            return
+        self.cache.keys = self.cache.keys.repeat_interleave(repeats, 0)
+        self.cache.pads = [pad for pad in self.cache.pads for _ in range(repeats)]
+        self.state.repeat(repeats)
+
+    @rule()
+    def move(self):
+        self.state.to("cpu")
+
+    @rule()
+    def reset(self):
+        self.cache.keys = self.cache.keys[:, :, :0]
+        self.state.reset()
+
+    @invariant()
+    def equals_compression_from_scratch(self):
+        config = self.config
+        levels = [(self.state.compressed, config.kernel_size, config.kernel_stride)]
+        if config.lse == "coarse":
+            levels.append((self.state.coarse, config.coarse_size, config.coarse_stride))
+        else:
+            assert self.state.coarse is self.state.compressed
+        assert (self.state.end == self.cache.keys.shape[2]).all()
+        for row, pad in enumerate(self.cache.pads):
+            for windows, size, stride in levels:
+                expected = compress_keys(self.cache.keys[row : row + 1, :, pad:], size, stride)[0]
+                assert torch.equal(windows[row, :, : expected.shape[1]], expected)
+
+
+FollowsACache.TestCase.settings = settings(
+    max_examples=60,
+    stateful_step_count=15,
+    deadline=None,
+    suppress_health_check=[HealthCheck.too_slow],
+)
+TestFollowsACache = FollowsACache.TestCase
+
+
+def test_memory_is_reused_while_the_cache_has_room():
+    keys = torch.randn(1, 2, 400, D)
+    state = CompressedKeys(small_config(), keys)
+    state.append(keys, 10)
+    addresses = [x.data_ptr() for x in (state.compressed, state.coarse, state.start, state.end)]
+    for _ in range(50):
+        state.append(keys, 7)
+    assert addresses == [
+        x.data_ptr() for x in (state.compressed, state.coarse, state.start, state.end)
+    ]
+
+
+def test_memory_grows_seldom():
+    state = CompressedKeys(small_config(), torch.zeros(1, 1, 0, 1))
+    sizes = set()
+    for length in range(40, 3000, 40):
+        state.append(torch.zeros(1, 1, length, 1), 40)
+        sizes.add(state.compressed.shape[2])
+    assert len(sizes) < 8
+
+
+def test_a_cache_of_another_kind_is_refused():
+    state = CompressedKeys(small_config(), torch.zeros(1, 2, 20, D))
+    with pytest.raises(ValueError, match=r"key must be \[1, 2, S, 3\], torch.float32"):
+        state.append(torch.zeros(2, 2, 20, D), 20)
