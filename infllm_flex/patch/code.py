@@ -66,8 +66,9 @@ def _sdpa_functions(cls: type) -> tuple[FunctionType, ...]:
         seen.add(function)
         if _sdpa_names(function):
             found.append(function)
-        helpers = (function.__globals__.get(name) for name in _names(function.__code__))
-        queue.extend(f for f in helpers if isinstance(f, FunctionType) and _is_users(f.__module__))
+        helpers = [function.__globals__.get(name) for name in _names(function.__code__)]
+        plain = (inspect.unwrap(f) for f in helpers if isinstance(f, FunctionType))
+        queue.extend(f for f in plain if isinstance(f, FunctionType) and _is_users(f.__module__))
     return tuple(found)
 
 

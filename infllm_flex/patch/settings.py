@@ -34,7 +34,7 @@ def resolve_config(
     if config.use_nope:
         raise NotImplementedError(
             "use_nope=True scores blocks by queries and keys from before the rotary embedding, "
-            "which transformers models do not hand to their attention function; set use_nope=False"
+            "which models do not hand to their attention function; set use_nope=False"
         )
     return config
 

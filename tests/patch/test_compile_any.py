@@ -2,12 +2,13 @@
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch._dynamo.backends.common import aot_autograd
 from torch._dynamo.testing import CompileCounterWithBackend
 
 import infllm_flex as ifx
 from tests.patch.models import LONG, SETTINGS, SHORT, build, tokens
-from tests.patch.outsiders import CachedHeads, outsider
+from tests.patch.outsiders import CachedHeads, FusedHeads, outsider
 from tests.patch.seam_models import SEAMS
 from tests.patch.test_generic import assert_close, run
 from tests.patch.test_refusals import MASKS, Masked
@@ -154,6 +155,24 @@ def test_fifty_lengths_take_at_most_four_graphs(case):
     for length in lengths.tolist():
         function(tokens(length, batch=1), **kwargs)
     assert counter.frame_count <= 4
+
+
+@torch.compile(backend="eager")
+def compiled_attention(q, k, v):
+    return F.scaled_dot_product_attention(q, k, v, is_causal=True)
+
+
+class CompiledHelper(FusedHeads):
+    def forward(self, x):
+        q, k, v = self.c_attn(x).unflatten(-1, (12, 16)).transpose(1, 2).chunk(3, dim=1)
+        return self.c_proj(compiled_attention(q, k, v).transpose(1, 2).flatten(2))
+
+
+def test_a_helper_that_is_compiled_by_itself():
+    model = ifx.patch_model(outsider(CompiledHelper, layers=1), SETTINGS)
+    theirs = run(ifx.patch_model(outsider("fused", layers=1), SETTINGS), LONG)
+    for _ in range(3):
+        assert_close(run(model, LONG), theirs)
 
 
 def test_a_causal_mask_is_checked_inside_the_graph():

@@ -6,6 +6,8 @@ import pickle
 
 import pytest
 import torch
+import torch.nn.functional as F
+from torch import nn
 
 import infllm_flex as ifx
 from tests.patch.masked import masked_sdpa
@@ -188,6 +190,31 @@ class TestStaticCache:
         with ifx.dense(model):
             dense = self.decode(model, tokens(LONG))
         assert torch.equal(dense_then_sparse[:, : SHORT - 1], dense[:, : SHORT - 1])
+
+
+def test_decoding_with_a_growing_cache_equals_one_forward():
+    class Growing(nn.Module):
+        """A layer that is asked for one more token at a time."""
+
+        def __init__(self):
+            super().__init__()
+            self.qkv, self.keys, self.values = nn.Linear(64, 192), None, None
+
+        def forward(self, x):
+            q, k, v = self.qkv(x).unflatten(-1, (12, 16)).transpose(1, 2).chunk(3, dim=1)
+            if self.keys is not None:
+                k, v = torch.cat([self.keys, k], 2), torch.cat([self.values, v], 2)
+            self.keys, self.values = k, v
+            return F.scaled_dot_product_attention(q, k, v, is_causal=q.shape[2] > 1)
+
+    torch.manual_seed(0)
+    layer = ifx.patch_model(Growing(), SETTINGS, dense_len=-1)
+    x = torch.randn(1, LONG, 64)
+    with torch.no_grad():
+        whole = layer(x)
+        layer.keys = layer.values = None
+        steps = [layer(x[:, :100]), *(layer(x[:, t : t + 1]) for t in range(100, LONG))]
+    torch.testing.assert_close(torch.cat(steps, 2), whole, rtol=1e-4, atol=1e-5)
 
 
 def assert_close(ours, theirs):
