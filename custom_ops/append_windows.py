@@ -6,11 +6,9 @@ import torch
 from torch import Tensor
 
 from custom_ops.compress_keys import average_windows
-from custom_ops.without_autocast import without_autocast
 
 
 @torch.library.custom_op("infllm_flex::append_windows", mutates_args=("compressed", "coarse"))
-@without_autocast
 def append_windows(
     k: Tensor,
     compressed: Tensor,

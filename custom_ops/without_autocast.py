@@ -18,6 +18,8 @@ def without_autocast(function: _Function) -> _Function:
 
     @functools.wraps(function)
     def run(first: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+        if not torch.is_autocast_enabled(first.device.type):
+            return function(first, *args, **kwargs)
         with torch.autocast(first.device.type, enabled=False):
             return function(first, *args, **kwargs)
 
