@@ -12,9 +12,11 @@ from __future__ import annotations
 import argparse
 import sys
 import warnings
+from pathlib import Path
 
 from infllm_flex.strict_yaml import ConfigError, build_dataclass, load_yaml, to_yaml
-from infllm_flex.training.folder import check_folder
+from infllm_flex.training.checkpoints import export_newest
+from infllm_flex.training.folder import CHECKPOINTS, check_folder
 from infllm_flex.training.loop import TrainingDivergedError, train
 from infllm_flex.training.settings import TrainingSettings
 
@@ -25,6 +27,8 @@ def main() -> int:
     warnings.showwarning = show_warning
     try:
         settings = build_dataclass(TrainingSettings, load_yaml(options.config, options.overrides))
+        if options.export:
+            return export(settings, options.export)
         check_folder(settings, options.resume)
     except ConfigError as error:
         print(error, file=sys.stderr)
@@ -40,7 +44,8 @@ def main() -> int:
     except (ValueError, OSError, TrainingDivergedError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
-    print(f"{outcome.step} of {settings.total_steps} steps done; model in {outcome.checkpoint}")
+    where = f"model in {outcome.model}" if outcome.model else f"checkpoint in {outcome.checkpoint}"
+    print(f"{outcome.step} of {settings.total_steps} steps done; {where}")
     return 128 + outcome.signal if outcome.signal else 0
 
 
@@ -52,9 +57,26 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--config", required=True, metavar="FILE", help="a YAML file of configs/")
     parser.add_argument("overrides", nargs="*", metavar="section.key=value")
     parser.add_argument("--resume", action="store_true", help="go on from the newest checkpoint")
+    parser.add_argument(
+        "--export",
+        type=Path,
+        metavar="FOLDER",
+        help="write the run's newest checkpoint as a model folder and stop",
+    )
     parser.add_argument("--print-config", action="store_true", help="show all settings and stop")
     parser.add_argument("--dry-run", action="store_true", help="check all settings and stop")
     return parser.parse_args()
+
+
+def export(settings: TrainingSettings, target: Path) -> int:
+    """Write the newest checkpoint as a model folder; returns the exit status."""
+    try:
+        export_newest(settings.run.folder / CHECKPOINTS, target, settings.model.path)
+    except (ValueError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    print(f"model in {target}")
+    return 0
 
 
 def plan(settings: TrainingSettings) -> str:

@@ -14,6 +14,8 @@ from infllm_flex.training.settings import TrainingSettings
 SETTINGS = "run.yaml"
 METRICS = "metrics.jsonl"
 CHECKPOINTS = "checkpoints"
+DATA = "data"
+MODEL = "model"
 _LOCK = ".lock"
 
 

@@ -4,15 +4,22 @@ from __future__ import annotations
 
 import contextlib
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
 
-from infllm_flex.training.data import Corpus, Sampler, load_corpus
-from infllm_flex.training.folder import CHECKPOINTS, METRICS, check_folder, claim_folder
+from infllm_flex.training.data import Batch, Corpus, Text, batches, open_text
+from infllm_flex.training.folder import (
+    CHECKPOINTS,
+    DATA,
+    METRICS,
+    MODEL,
+    check_folder,
+    claim_folder,
+)
 from infllm_flex.training.interruption import Interruption
 from infllm_flex.training.metrics import MetricsFile, Progress
 from infllm_flex.training.schedule import position_of
@@ -31,12 +38,14 @@ class Outcome:
 
     Attributes:
         step: Steps done in all.
-        checkpoint: Folder of the newest checkpoint, also a transformers model folder.
+        checkpoint: Folder of the newest checkpoint, to resume from.
+        model: A transformers model folder, where the run is complete.
         signal: The signal that stopped the run early, 0 where it is complete.
     """
 
     step: int
     checkpoint: Path
+    model: Path | None
     signal: int
 
 
@@ -48,7 +57,7 @@ def train(
     title: str = "training",
     show: bool = True,
 ) -> Outcome:
-    """Train as the settings say and leave checkpoints and metrics in the run's folder.
+    """Train as the settings say and leave checkpoints, metrics and a model in the run's folder.
 
     Args:
         settings: The whole run.
@@ -69,17 +78,18 @@ def train(
         warn_of_no_effect(name, stage, settings.attention)
     if settings.run.threads:
         torch.set_num_threads(settings.run.threads)
-    with Interruption() as interruption, claim_folder(settings) as folder:
-        trainer = _Trainer(settings, folder, corpus or load_corpus(settings.data))
-        return trainer.run(interruption, title, show)
+    with claim_folder(settings) as folder:
+        # Before signals are caught: there is nothing to save, and reading may take long.
+        text = open_text(settings.data, folder / DATA, settings.model.path, corpus)
+        with Interruption() as interruption:
+            return _Trainer(settings, folder, text).run(interruption, title, show)
 
 
 class _Trainer:
-    def __init__(self, settings: TrainingSettings, folder: Path, corpus: Corpus) -> None:
-        self._settings, self._folder = settings, folder
+    def __init__(self, settings: TrainingSettings, folder: Path, text: Text) -> None:
+        self._settings, self._folder, self._text = settings, folder, text
         self._device = _device(settings.run.device)
-        self._stream = corpus.train_stream()
-        self._state = TrainingState(settings, folder / CHECKPOINTS, self._device)
+        self._state = TrainingState(settings, folder / CHECKPOINTS, text.identity, self._device)
 
     def run(self, interruption: Interruption, title: str, show: bool) -> Outcome:
         state, stages = self._state, self._settings.stages
@@ -93,7 +103,10 @@ class _Trainer:
                 state.enter_stage(position.name)
                 progress.restart()
                 self._run_stage(position.name, position.stage, interruption, progress, metrics)
-            return Outcome(state.done, state.save(), interruption.signal)
+            checkpoint = state.save()
+            complete = state.done == self._settings.total_steps
+            model = state.export(self._folder / MODEL) if complete else None
+            return Outcome(state.done, checkpoint, model, interruption.signal)
 
     def _run_stage(
         self,
@@ -104,14 +117,11 @@ class _Trainer:
         metrics: MetricsFile,
     ) -> None:
         settings, state = self._settings, self._state
-        sampler = Sampler(self._stream, stage.max_length, settings.run.seed, name)
         with stage_attention(state.model, stage, settings.attention) as sparse_layers:
-            while not interruption.signal:
+            for batch in self._batches(name, stage):
                 position = position_of(settings.stages, state.done)
-                if position is None or position.name != name:
-                    return
-                batch = sampler.batch(position.sample_indices()).to(self._device)
-                loss, norm = self._step(batch, position.learning_rate)
+                assert position is not None  # there is a batch for every step and no more
+                loss, norm = self._step(batch.to(self._device), position.learning_rate)
                 state.done += 1
                 progress.advance(loss, stage.tokens_per_step)
                 if state.done % settings.log.every == 0 or state.done == settings.total_steps:
@@ -129,10 +139,25 @@ class _Trainer:
                     )
                 if state.done % settings.checkpoint.every == 0:
                     state.save()
+                if interruption.signal:
+                    return
 
-    def _step(self, batch: Tensor, learning_rate: float) -> tuple[float, float]:
-        logits = self._state.model(batch[:, :-1], use_cache=False).logits
-        loss = F.cross_entropy(logits.flatten(0, 1).float(), batch[:, 1:].flatten())
+    def _batches(self, name: str, stage: StageSettings) -> Iterator[Batch]:
+        settings = self._settings
+        position = position_of(settings.stages, self._state.done)
+        assert position is not None
+        return batches(
+            self._text.sampler(name, stage, settings.run.seed),
+            stage.batch_size,
+            position.step,
+            stage.steps,
+            workers=settings.data.workers,
+            pin_memory=self._device.type == "cuda",
+        )
+
+    def _step(self, batch: Batch, learning_rate: float) -> tuple[float, float]:
+        logits = self._state.model(**batch.model_inputs()).logits
+        loss = F.cross_entropy(logits.flatten(0, 1).float(), batch.labels.flatten())
         value = float(loss.detach())
         if not math.isfinite(value):
             raise self._diverged("the loss", value)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 from pathlib import Path
 from typing import Any
 
@@ -37,6 +38,12 @@ def write_texts(folder: Path, files: int = 30, length: int = 400) -> Path:
     return folder
 
 
+def write_lines(path: Path, texts: list[str]) -> Path:
+    """A .jsonl file with one document per line."""
+    path.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+    return path
+
+
 def stage(**changes: Any) -> StageSettings:
     values = {"max_length": 32, "batch_size": 2, "steps": 3, "learning_rate": 1e-2}
     return StageSettings(**({"attention": "dense"} | values | changes))
@@ -60,5 +67,5 @@ def settings(folder: Path, texts: Path, **changes: Any) -> TrainingSettings:
     return TrainingSettings(**(values | changes))
 
 
-def weights_hash(checkpoint: Path) -> str:
-    return hashlib.sha256((checkpoint / "model.safetensors").read_bytes()).hexdigest()
+def weights_hash(model: Path) -> str:
+    return hashlib.sha256((model / "model.safetensors").read_bytes()).hexdigest()

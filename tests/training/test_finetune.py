@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from infllm_flex.strict_yaml import build_dataclass, load_yaml
-from infllm_flex.training.data import Sampler
+from infllm_flex.training.data import WindowSampler
 from infllm_flex.training.settings import TrainingSettings
 from tests.training.runs import settings
 
@@ -58,9 +58,8 @@ def finetune(monkeypatch, capsys):
 def test_a_run_ends_with_status_0_and_says_where_the_model_is(finetune, config, tmp_path):
     status, out, err = finetune("--config", config)
     assert status == 0
-    checkpoint = tmp_path / "out" / "checkpoints" / "step-00000003"
-    assert f"3 of 3 steps done; model in {checkpoint}" in out
-    assert (checkpoint / "model.safetensors").is_file()
+    assert f"3 of 3 steps done; model in {tmp_path / 'out' / 'model'}" in out
+    assert (tmp_path / "out" / "model" / "model.safetensors").is_file()
     assert "bits/byte" in err
     assert "tokens/s" in err
     assert "100%" in err
@@ -121,14 +120,14 @@ def test_a_folder_that_holds_a_run_ends_the_command_with_status_2(finetune, conf
 def test_a_signal_saves_and_its_status_says_so(
     finetune, config, tmp_path, monkeypatch, number, status
 ):
-    real = Sampler.batch
+    real = WindowSampler.batch
 
     def batch(self, indices):
         os.kill(os.getpid(), number)
         return real(self, indices)
 
     with monkeypatch.context() as patch:
-        patch.setattr(Sampler, "batch", batch)
+        patch.setattr(WindowSampler, "batch", batch)
         assert finetune("--config", config)[0] == status
     assert (tmp_path / "out" / "checkpoints" / "step-00000001" / "MANIFEST.json").is_file()
     assert finetune("--config", config, "--resume")[0] == 0

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Literal
 
 from infllm_flex.training.settings.bounds import LARGEST_COUNT, check_range
@@ -26,6 +27,9 @@ class StageSettings:
         decay_steps: Steps of the fall.
         rope_theta: Base of the rotary embedding from this stage on. A larger one than before lets
             a model reach beyond the positions it was made for. None: as it was.
+        length_buckets: Lengths in tokens that sort the documents into classes, each the longest
+            of its class; the last class reaches to ``max_length``. Every class gives the same
+            number of tokens. Empty: documents come as often as they are.
     """
 
     max_length: int
@@ -36,6 +40,7 @@ class StageSettings:
     warmup_steps: int = 0
     decay_steps: int = 0
     rope_theta: float | None = None
+    length_buckets: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
         check_range(self, "max_length", 2, _LARGEST_LENGTH)
@@ -49,6 +54,12 @@ class StageSettings:
         check_range(self, "decay_steps", 0, LARGEST_COUNT)
         if self.rope_theta is not None and self.rope_theta <= 1:
             raise ValueError(f"rope_theta must be above 1, got {self.rope_theta}")
+        bounds = (0, *self.length_buckets, self.max_length)
+        if any(low >= high for low, high in pairwise(bounds)):
+            raise ValueError(
+                f"length_buckets must ascend and stay below max_length = {self.max_length}, "
+                f"got {list(self.length_buckets)}"
+            )
         if self.warmup_steps + self.decay_steps > self.steps:
             raise ValueError(
                 f"steps must be at least warmup_steps + decay_steps = "
