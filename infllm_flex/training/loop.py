@@ -1,15 +1,14 @@
-"""The training loop: one process, one device, resumable at every step to the last bit."""
+"""The training loop, the same in every process; resumable at every step to the last bit."""
 
 from __future__ import annotations
 
-import contextlib
 import math
 from collections.abc import Iterator
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-import torch.nn.functional as F
 
 from infllm_flex.training.data import Batch, Corpus, Text, batches, open_text
 from infllm_flex.training.folder import (
@@ -22,10 +21,13 @@ from infllm_flex.training.folder import (
 )
 from infllm_flex.training.interruption import Interruption
 from infllm_flex.training.metrics import MetricsFile, Progress
-from infllm_flex.training.schedule import position_of
-from infllm_flex.training.settings import StageSettings, TrainingSettings
+from infllm_flex.training.parallel import World, open_world
+from infllm_flex.training.schedule import Position, position_of
+from infllm_flex.training.settings import TrainingSettings
 from infllm_flex.training.stages import stage_attention, warn_of_no_effect
 from infllm_flex.training.state import TrainingState
+from infllm_flex.training.step import NotFiniteError, take_step
+from infllm_flex.training.together import everywhere, on_first
 
 
 class TrainingDivergedError(RuntimeError):
@@ -72,113 +74,117 @@ def train(
         ValueError: The model or the text does not fit the settings.
         TrainingDivergedError: The loss is not finite.
         CheckpointError: Every checkpoint of the folder is damaged.
+        RankError: Another process of the run failed.
     """
+    with open_world(settings) as world, ExitStack() as stack:
+        on_first(lambda: _prepare(settings, resume))
+        if settings.run.threads:
+            torch.set_num_threads(settings.run.threads)
+        # The first process holds the lock for all of them.
+        on_first(lambda: stack.enter_context(claim_folder(settings)))
+        # Before signals are caught: there is nothing to save, and reading may take long.
+        folder = settings.run.folder
+        text = everywhere(
+            lambda: open_text(settings.data, folder / DATA, settings.model.path, corpus)
+        )
+        with Interruption() as interruption:
+            return _Trainer(settings, world, text).run(interruption, title, show)
+
+
+def _prepare(settings: TrainingSettings, resume: bool) -> None:
     check_folder(settings, resume)
     for name, stage in settings.stages.items():
         warn_of_no_effect(name, stage, settings.attention)
-    if settings.run.threads:
-        torch.set_num_threads(settings.run.threads)
-    with claim_folder(settings) as folder:
-        # Before signals are caught: there is nothing to save, and reading may take long.
-        text = open_text(settings.data, folder / DATA, settings.model.path, corpus)
-        with Interruption() as interruption:
-            return _Trainer(settings, folder, text).run(interruption, title, show)
 
 
 class _Trainer:
-    def __init__(self, settings: TrainingSettings, folder: Path, text: Text) -> None:
-        self._settings, self._folder, self._text = settings, folder, text
-        self._device = _device(settings.run.device)
-        self._state = TrainingState(settings, folder / CHECKPOINTS, text.identity, self._device)
+    def __init__(self, settings: TrainingSettings, world: World, text: Text) -> None:
+        self._settings, self._world, self._text = settings, world, text
+        self._folder = settings.run.folder
+        self._state = TrainingState(settings, self._folder / CHECKPOINTS, text.identity, world)
 
     def run(self, interruption: Interruption, title: str, show: bool) -> Outcome:
-        state, stages = self._state, self._settings.stages
+        state, settings = self._state, self._settings
         state.restore()
-        metrics = MetricsFile(self._folder / METRICS, state.done)
-        with (
-            contextlib.closing(metrics),
-            Progress(title, self._settings.total_steps, state.done, show) as progress,
-        ):
-            while (position := position_of(stages, state.done)) and not interruption.signal:
+        with ExitStack() as stack:
+            metrics: MetricsFile | None = None
+            if self._world.is_first:
+                metrics = MetricsFile(self._folder / METRICS, state.done)
+                stack.callback(metrics.close)
+            progress = stack.enter_context(
+                Progress(title, settings.total_steps, state.done, show and self._world.is_first)
+            )
+            stopped = self._stopped(interruption)
+            while (position := position_of(settings.stages, state.done)) and not stopped:
                 state.enter_stage(position.name)
                 progress.restart()
-                self._run_stage(position.name, position.stage, interruption, progress, metrics)
+                self._run_stage(position, interruption, progress, metrics)
+                stopped = self._stopped(interruption)
             checkpoint = state.save()
-            complete = state.done == self._settings.total_steps
+            complete = state.done == settings.total_steps
             model = state.export(self._folder / MODEL) if complete else None
-            return Outcome(state.done, checkpoint, model, interruption.signal)
+            return Outcome(state.done, checkpoint, model, stopped)
+
+    def _stopped(self, interruption: Interruption) -> int:
+        """The signal that reached any of the processes, so that all stop after the same step."""
+        return self._world.largest(interruption.signal)
 
     def _run_stage(
         self,
-        name: str,
-        stage: StageSettings,
+        start: Position,
         interruption: Interruption,
         progress: Progress,
-        metrics: MetricsFile,
+        metrics: MetricsFile | None,
     ) -> None:
-        settings, state = self._settings, self._state
-        with stage_attention(state.model, stage, settings.attention) as sparse_layers:
-            for batch in self._batches(name, stage):
+        settings, state, world, stage = self._settings, self._state, self._world, start.stage
+        with stage_attention(state.model, stage, settings.attention, world) as attention:
+            for batch in self._batches(start):
                 position = position_of(settings.stages, state.done)
                 assert position is not None  # there is a batch for every step and no more
-                loss, norm = self._step(batch.to(self._device), position.learning_rate)
+                try:
+                    loss, norm = take_step(state, world, batch, position, attention.share)
+                except NotFiniteError as error:
+                    raise self._diverged(error, position) from error
                 state.done += 1
                 progress.advance(loss, stage.tokens_per_step)
-                if state.done % settings.log.every == 0 or state.done == settings.total_steps:
+                if metrics and (
+                    state.done % settings.log.every == 0 or state.done == settings.total_steps
+                ):
                     metrics.write(
                         {
                             "step": state.done,
-                            "stage": name,
+                            "stage": start.name,
                             "loss": loss,
                             "bits_per_byte": loss / math.log(2),
                             "gradient_norm": norm,
                             "learning_rate": position.learning_rate,
                             "tokens_per_second": round(progress.tokens_per_second),
-                            "sparse_layers": sparse_layers,
+                            "sparse_layers": attention.sparse_layers,
                         }
                     )
                 if state.done % settings.checkpoint.every == 0:
                     state.save()
-                if interruption.signal:
+                if self._stopped(interruption):
                     return
 
-    def _batches(self, name: str, stage: StageSettings) -> Iterator[Batch]:
-        settings = self._settings
-        position = position_of(settings.stages, self._state.done)
-        assert position is not None
+    def _batches(self, start: Position) -> Iterator[Batch]:
+        settings, world, stage = self._settings, self._world, start.stage
         return batches(
-            self._text.sampler(name, stage, settings.run.seed),
+            self._text.sampler(start.name, stage, settings.run.seed),
             stage.batch_size,
-            position.step,
+            start.step,
             stage.steps,
+            rank=world.rank // world.context,
+            ranks=world.data_size,
             workers=settings.data.workers,
-            pin_memory=self._device.type == "cuda",
+            pin_memory=world.device.type == "cuda",
         )
 
-    def _step(self, batch: Batch, learning_rate: float) -> tuple[float, float]:
-        logits = self._state.model(**batch.model_inputs()).logits
-        loss = F.cross_entropy(logits.flatten(0, 1).float(), batch.labels.flatten())
-        value = float(loss.detach())
-        if not math.isfinite(value):
-            raise self._diverged("the loss", value)
-        loss.backward()
-        norm = self._state.optimizers.step(learning_rate)
-        if not math.isfinite(norm):
-            raise self._diverged("the gradient", norm)
-        return value, norm
-
-    def _diverged(self, what: str, value: float) -> TrainingDivergedError:
-        saved = self._state.saved
+    def _diverged(self, error: NotFiniteError, position: Position) -> TrainingDivergedError:
+        saved, indices = self._state.saved, position.sample_indices()
         last = f"the last checkpoint is of step {saved}" if saved >= 0 else "no checkpoint exists"
         return TrainingDivergedError(
-            f"{what} of step {self._state.done + 1} is {value}: the run stops; {last}; "
-            "a lower learning_rate may help"
+            f"step {self._state.done + 1}: {error}; its batch is samples {indices[0]} to "
+            f"{indices[-1]} of stage {position.name}; the run stops; {last}; a lower "
+            "learning_rate may help"
         )
-
-
-def _device(name: str) -> torch.device:
-    if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "cpu"
-    if name == "cuda" and not torch.cuda.is_available():
-        raise ValueError("run.device: cuda is not available here; use cpu or auto")
-    return torch.device(name)

@@ -9,6 +9,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
+from infllm_flex.training.parallel.weights import whole
 from infllm_flex.training.settings import OptimSettings
 
 
@@ -31,7 +32,7 @@ class Optimizers:
         Returns:
             The norm of the gradients before clipping. Where it is not finite, no weight changes.
         """
-        norm = float(nn.utils.clip_grad_norm_(self._weights, self._clip_norm))
+        norm = float(whole(nn.utils.clip_grad_norm_(self._weights, self._clip_norm)))
         if norm - norm == 0:  # finite: neither NaN nor infinite
             self._set_learning_rate(learning_rate)
             for part in self._parts:

@@ -10,8 +10,12 @@ from torch import Tensor
 
 from infllm_flex.training import checkpoints
 from infllm_flex.training.data.mixing import seed_of
-from infllm_flex.training.model import build_model, config_json
+from infllm_flex.training.loss import LanguageLoss
+from infllm_flex.training.memory import checkpoint_activations
+from infllm_flex.training.model import build_blank, build_model, config_json, decoder_layers
 from infllm_flex.training.optim import Optimizers
+from infllm_flex.training.parallel import World
+from infllm_flex.training.parallel.wrap import wrap
 from infllm_flex.training.schedule import position_of
 from infllm_flex.training.settings import TrainingSettings
 from infllm_flex.training.stages import fit_positions
@@ -25,22 +29,26 @@ class TrainingState:
         settings: The whole run; its seed decides random weights.
         folder: Where checkpoints go.
         text: Identity of the text that is trained on.
-        device: Where the model is.
+        world: The processes of the run.
 
     Attributes:
         model: In training mode.
+        loss: What computes its loss, spread over the processes.
         optimizers: Of the stage that ``done`` stands in.
         done: Steps done.
         saved: Step of the newest checkpoint, -1 before the first.
     """
 
-    def __init__(
-        self, settings: TrainingSettings, folder: Path, text: str, device: torch.device
-    ) -> None:
-        self._settings, self._folder, self._text, self._device = settings, folder, text, device
+    def __init__(self, settings: TrainingSettings, folder: Path, text: str, world: World) -> None:
+        self._settings, self._folder, self._text, self._world = settings, folder, text, world
         torch.manual_seed(settings.run.seed)
         first = next(iter(settings.stages.values()))
-        self.model = build_model(settings.model, first.max_length, device)
+        build = build_model if world.is_first else build_blank
+        self.model = build(settings.model, first.max_length)
+        layers = decoder_layers(self.model)
+        if settings.memory.activation_checkpointing:
+            checkpoint_activations(layers)
+        self.loss = wrap(LanguageLoss(self.model), layers, settings, world)
         self.optimizers = Optimizers(self.model, settings.optim)
         self.done, self.saved = 0, -1
 
@@ -78,7 +86,7 @@ class TrainingState:
         if checkpoints.load(path, _weights(self.model), optimizer, random_state):
             torch.set_rng_state(random_state["cpu"])
             if "cuda" in random_state:
-                torch.cuda.set_rng_state(random_state["cuda"], self._device)
+                torch.cuda.set_rng_state(random_state["cuda"], self._world.device)
         else:
             # The processes are not those that saved: begin their random numbers anew.
             torch.manual_seed(seed_of(f"{self._settings.run.seed}/{saved.step}/{rank()}"))
@@ -128,8 +136,8 @@ class TrainingState:
 
     def _random_state(self) -> dict[str, Tensor]:
         state = {"cpu": torch.get_rng_state()}
-        if self._device.type == "cuda":
-            state["cuda"] = torch.cuda.get_rng_state(self._device)
+        if self._world.device.type == "cuda":
+            state["cuda"] = torch.cuda.get_rng_state(self._world.device)
         return state
 
 

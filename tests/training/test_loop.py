@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from infllm_flex.strict_yaml import ConfigError
-from infllm_flex.training import loop
+from infllm_flex.training import loss
 from infllm_flex.training.checkpoints import newest
 from infllm_flex.training.data import PackedSampler, WindowSampler
 from infllm_flex.training.loop import TrainingDivergedError, train
@@ -166,13 +166,14 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_last_good_checkpo
     tmp_path, texts, monkeypatch
 ):
     run = settings(tmp_path / "run", texts, checkpoint=CheckpointSettings(every=2))
-    real, calls = loop.F.cross_entropy, iter(range(1, 100))
+    real, calls = loss.F.cross_entropy, iter(range(1, 100))
 
     def cross_entropy(*args, **kwargs):
         return real(*args, **kwargs) * (float("nan") if next(calls) == 4 else 1.0)
 
-    monkeypatch.setattr(loop.F, "cross_entropy", cross_entropy)
-    with pytest.raises(TrainingDivergedError, match=r"the loss of step 4 is nan.* is of step 2;"):
+    monkeypatch.setattr(loss.F, "cross_entropy", cross_entropy)
+    expected = r"step 4: the loss is nan; its batch is samples 0 to 1 of stage long; .* of step 2;"
+    with pytest.raises(TrainingDivergedError, match=expected):
         train(run, show=False)
     assert newest(run.run.folder / "checkpoints").name == "step-00000002"
 

@@ -54,12 +54,15 @@ class ModelSettings:
         path: A local transformers folder with ``config.json`` and safetensors weights. Nothing is
             downloaded and no code of the folder is run.
         tiny: A small model to make, with random weights.
-        dtype: Precision of weights and arithmetic.
+        dtype: Precision of the weights, their gradients and the optimizer's state.
+        arithmetic: Precision of the products; ``weights``: that of the weights. ``bfloat16`` over
+            float32 weights is the usual way to fine-tune on a GPU.
     """
 
     path: Path | None = None
     tiny: TinyModelSettings | None = None
     dtype: Literal["float32", "bfloat16"] = "float32"
+    arithmetic: Literal["weights", "bfloat16"] = "weights"
 
     def __post_init__(self) -> None:
         if (self.path is None) == (self.tiny is None):

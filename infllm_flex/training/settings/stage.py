@@ -19,7 +19,9 @@ class StageSettings:
 
     Attributes:
         max_length: Tokens per sequence.
-        batch_size: Sequences per step.
+        batch_size: Sequences per step, of all processes together.
+        sequences_at_once: Of those that a process has part in, how many go through the model
+            together; the gradients of the rest are added. 0: all.
         steps: Optimizer steps.
         learning_rate: Its highest value.
         attention: ``"sparse"`` patches the model with the ``attention`` section.
@@ -37,6 +39,7 @@ class StageSettings:
     steps: int
     learning_rate: float
     attention: Literal["dense", "sparse"] = "sparse"
+    sequences_at_once: int = 0
     warmup_steps: int = 0
     decay_steps: int = 0
     rope_theta: float | None = None
@@ -45,6 +48,7 @@ class StageSettings:
     def __post_init__(self) -> None:
         check_range(self, "max_length", 2, _LARGEST_LENGTH)
         check_range(self, "batch_size", 1, 65536)
+        check_range(self, "sequences_at_once", 0, 65536)
         check_range(self, "steps", 1, LARGEST_COUNT)
         if not 0 < self.learning_rate <= 1:
             raise ValueError(
