@@ -1,0 +1,57 @@
+"""Several processes of one run on one machine, forked from the test."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import traceback
+from collections.abc import Callable
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import safetensors.torch  # noqa: F401 - here once, not in every process
+import torch
+import torch._dynamo
+import torch._inductor.codecache
+import torch.distributed as dist
+import torch.distributed.checkpoint
+
+
+def run_ranks(count: int, folder: Path, work: Callable[..., Any], *arguments: Any) -> list[Any]:
+    """Call ``work(*arguments)`` in ``count`` processes that know each other.
+
+    Returns:
+        What each returned, in order; an exception as its type and message.
+    """
+    context = multiprocessing.get_context("fork")
+    meeting = folder / f"meeting-{os.urandom(8).hex()}"
+    queue = context.SimpleQueue()
+    processes = [
+        context.Process(target=_rank, args=(rank, count, meeting, queue, work, arguments))
+        for rank in range(count)
+    ]
+    for process in processes:
+        process.start()
+    found = dict(queue.get() for _ in processes)
+    for process in processes:
+        process.join()
+    return [found[rank] for rank in range(count)]
+
+
+def _rank(rank: int, count: int, meeting: Path, queue: Any, work: Any, arguments: Any) -> None:
+    torch.set_num_threads(1)
+    dist.init_process_group(
+        "gloo",
+        init_method=f"file://{meeting}",
+        rank=rank,
+        world_size=count,
+        timeout=timedelta(seconds=60),
+    )
+    try:
+        result = work(*arguments)
+    except BaseException as error:
+        traceback.print_exc()
+        result = f"{type(error).__name__}: {error}"
+    queue.put((rank, result))
+    dist.destroy_process_group()
