@@ -145,11 +145,13 @@ def read_manifest(folder: Path) -> _Files:
         BrokenFolderError: There is no manifest, or it is not one of ours.
     """
     try:
-        manifest = json.loads((folder / MANIFEST).read_bytes())
-        files = manifest["files"]
-        if manifest["format"] != 1 or not all("/" not in name for name in files):
-            raise KeyError("format")
-        return {name: {"size": f["size"], "sha256": f["sha256"]} for name, f in files.items()}
+        text = (folder / MANIFEST).read_text()
+        listed = json.loads(text)["files"]
+        files = {name: {"size": f["size"], "sha256": f["sha256"]} for name, f in listed.items()}
+        # Byte for byte as it was written: a flipped bit in the list itself is noticed too.
+        if text != _as_text(files) or not all("/" not in name for name in files):
+            raise KeyError("files")
+        return files
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise BrokenFolderError(f"{MANIFEST} is missing or damaged") from error
 
@@ -169,14 +171,17 @@ def _seal(aside: Path, names: Iterable[str]) -> _Files:
 
 def _complete(aside: Path, target: Path, files: _Files, replace: bool = False) -> None:
     """Write the manifest and give the folder its name."""
-    text = json.dumps({"format": 1, "files": dict(sorted(files.items()))}, indent=2) + "\n"
-    (aside / MANIFEST).write_text(text)
+    (aside / MANIFEST).write_text(_as_text(files))
     _sync(aside / MANIFEST)
     _sync(aside)
     if replace and target.exists():
         discard(target)
     os.rename(aside, target)
     _sync(target.parent)
+
+
+def _as_text(files: _Files) -> str:
+    return json.dumps({"format": 1, "files": dict(sorted(files.items()))}, indent=2) + "\n"
 
 
 def _describe(path: Path) -> dict[str, int | str]:

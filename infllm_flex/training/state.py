@@ -68,6 +68,7 @@ class TrainingState:
         Raises:
             CheckpointError: There are checkpoints, but none is whole, or it is of another run.
         """
+        checkpoints.clear(self._folder)
         path = checkpoints.newest(self._folder)
         if path is None:
             return

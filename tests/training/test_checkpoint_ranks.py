@@ -79,7 +79,8 @@ def test_any_number_of_processes_reads_what_any_number_wrote(tmp_path, writers, 
     if writers == 1:
         save(folder)
     else:
-        assert run_ranks(writers, tmp_path, save, folder) == [str(folder / "step-00000001")] * writers
+        saved = run_ranks(writers, tmp_path, save, folder)
+        assert saved == [str(folder / "step-00000001")] * writers
     found = [load(folder)] if readers == 1 else run_ranks(readers, tmp_path, load, folder)
     assert found == [first_random(r) if r < writers else None for r in range(readers)]
     state = checkpoints.read_state(folder / "step-00000001")
@@ -137,9 +138,9 @@ def test_a_full_disk_of_one_process_fails_all_and_leaves_the_last_checkpoint(tmp
 
 def talk():
     texts = gather("ä" * rank())
-    with pytest.raises(Exception, match="process 1: ValueError: no|^no$"):
+    with pytest.raises(Exception, match=r"process 1: ValueError: no|^no$"):
         everywhere(lambda: None if rank() != 1 else fail())
-    with pytest.raises(Exception, match="process 0: ValueError: no|^no$"):
+    with pytest.raises(Exception, match=r"process 0: ValueError: no|^no$"):
         on_first(fail)
     return json.dumps([texts, on_first(lambda: 7)])
 

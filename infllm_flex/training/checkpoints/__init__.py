@@ -7,12 +7,13 @@
 from infllm_flex.training.checkpoints.contents import Checkpoint, SavedState, load, read_state
 from infllm_flex.training.checkpoints.errors import CheckpointError
 from infllm_flex.training.checkpoints.export import export, export_newest, is_export_of
-from infllm_flex.training.checkpoints.keeping import newest, path_of, save
+from infllm_flex.training.checkpoints.keeping import clear, newest, path_of, save
 
 __all__ = [
     "Checkpoint",
     "CheckpointError",
     "SavedState",
+    "clear",
     "export",
     "export_newest",
     "is_export_of",

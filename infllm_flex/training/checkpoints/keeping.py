@@ -45,6 +45,12 @@ def save(folder: Path, checkpoint: Checkpoint, keep: int) -> Path:
     return target
 
 
+def clear(folder: Path) -> None:
+    """Remove what a crash left of a checkpoint. For the run that writes there, and no other."""
+    if folder.is_dir():
+        on_first(lambda: clear_leftovers(folder, _NAME.pattern))
+
+
 def path_of(folder: Path, step: int) -> Path:
     """Where the checkpoint of ``step`` is, or would be."""
     return folder / f"step-{step:08d}"
@@ -88,7 +94,6 @@ def _problem(path: Path) -> str:
 
 def _make_way(target: Path) -> None:
     target.parent.mkdir(parents=True, exist_ok=True)
-    clear_leftovers(target.parent, _NAME.pattern)
     if target.exists():
         # Saved before by this run, which was then resumed from an earlier checkpoint.
         if not _is_ours(target):
