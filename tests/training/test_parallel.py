@@ -16,8 +16,8 @@ import torch
 from infllm_flex.training.loop import train
 from infllm_flex.training.settings import MemorySettings, ParallelSettings
 from tests.tolerance import assert_within_rounding
-from tests.training import ranks
-from tests.training.runs import write_texts
+from tests.training import parallel_checks as checks
+from tests.training.runs import settings, stage, write_texts
 
 ROOT = Path(__file__).parents[2]
 
@@ -37,14 +37,14 @@ def torchrun(size, *arguments, **environment):
 
 @pytest.fixture(scope="module")
 def results(tmp_path_factory):
-    """What the checks of `ranks` came to, by number of processes, and their folder."""
+    """What the checks of `parallel_checks` came to, by number of processes, and their folder."""
     known = {}
 
     def of(size):
         if size not in known:
             folder = tmp_path_factory.mktemp(f"ranks{size}")
             write_texts(folder / "texts")
-            ended = torchrun(size, "-m", "tests.training.ranks", str(folder))
+            ended = torchrun(size, "-m", "tests.training.parallel_checks", str(folder))
             assert ended.returncode == 0, ended.stderr
             known[size] = json.loads((folder / "results.json").read_text()), folder
         return known[size]
@@ -54,21 +54,21 @@ def results(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def alone(tmp_path_factory):
-    """Losses and norms of a run of `ranks`, by one process; and once more, one row at a time."""
+    """Losses and norms of a run of `parallel_checks`, by one process; again one row at a time."""
     folder = tmp_path_factory.mktemp("alone")
     write_texts(folder / "texts")
 
     @functools.cache
     def of(name):
         both = []
-        run = ranks.runs(folder)[name]
+        run = checks.runs(folder)[name]
         run = replace(run, parallel=ParallelSettings(), memory=MemorySettings())
         for at_once in (0, 1):
             stages = {n: replace(s, sequences_at_once=at_once) for n, s in run.stages.items()}
             place = folder / name / str(at_once)
             again = replace(run, run=replace(run.run, folder=place), stages=stages)
             train(again, show=False)
-            both.append(torch.tensor(ranks.losses(place / "metrics.jsonl")))
+            both.append(torch.tensor(checks.losses(place / "metrics.jsonl")))
         return both
 
     return of
@@ -76,14 +76,14 @@ def alone(tmp_path_factory):
 
 def assert_same_training(folder, alone):
     whole, in_passes = alone
-    found = torch.tensor(ranks.losses(folder / "metrics.jsonl"))
+    found = torch.tensor(checks.losses(folder / "metrics.jsonl"))
     for column in (0, 1):
         assert_within_rounding(
             found[:, column], whole[:, column].double(), in_passes[:, column], factor=3.0
         )
 
 
-EXACT = [(n, name) for n, names in ranks.NAMES.items() for name in names if name != "bfloat16"]
+EXACT = [(n, name) for n, names in checks.NAMES.items() for name in names if name != "bfloat16"]
 
 
 @pytest.mark.parametrize(("size", "name"), EXACT)
@@ -96,7 +96,7 @@ def test_several_processes_train_what_one_does(results, alone, size, name):
 def test_bfloat16_arithmetic_over_float32_weights_stays_close(results, alone):
     said, folder = results(2)
     assert said["bfloat16"] == "passed"
-    in_bfloat16 = torch.tensor(ranks.losses(folder / "bfloat16" / "metrics.jsonl"))
+    in_bfloat16 = torch.tensor(checks.losses(folder / "bfloat16" / "metrics.jsonl"))
     exact, one_process = alone("fsdp")[0], alone("bfloat16")[0]
     assert not torch.equal(in_bfloat16, exact)
     assert (in_bfloat16[:, 0] - exact[:, 0]).abs().max() < 0.05

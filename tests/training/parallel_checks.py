@@ -1,6 +1,6 @@
 """What one of several processes does for the tests of parallel training; torchrun starts it.
 
-    torchrun --nproc-per-node N -m tests.training.ranks FOLDER
+    torchrun --nproc-per-node N -m tests.training.parallel_checks FOLDER
 
 Starting processes takes seconds, so they start once for all checks of a size. The first writes
 ``FOLDER/results.json``: for every check "passed" or what went wrong, in any of them.
