@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from infllm_flex.strict_yaml import ConfigError, Mistake, build_dataclass, load_yaml, to_yaml
+from infllm_flex.training.checkpoints.export import is_exported
 from infllm_flex.training.settings import TrainingSettings
 
 SETTINGS = "run.yaml"
@@ -35,6 +36,8 @@ def check_folder(settings: TrainingSettings, resume: bool) -> None:
         return
     if SETTINGS not in content:
         _refuse(f"{folder} holds something else ({sorted(content)[0]}): choose another folder")
+    if (folder / MODEL).exists() and not is_exported(folder / MODEL):
+        _refuse(f"{folder / MODEL} holds something else: move it away, the model will go there")
     if not resume:
         _refuse(f"{folder} holds a run already: add --resume to go on, or choose another folder")
     differing = _differences(settings, folder / SETTINGS)

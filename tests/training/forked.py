@@ -39,8 +39,29 @@ def run_ranks(count: int, folder: Path, work: Callable[..., Any], *arguments: An
     return [found[rank] for rank in range(count)]
 
 
+def start(work: Callable[..., Any], *arguments: Any) -> int:
+    """Call ``work(*arguments)`` in a process of its own; returns the process's number.
+
+    It ends with status 0, or 1 where ``work`` raised.
+    """
+    child = os.fork()
+    if child:
+        return child
+    status = 1
+    try:
+        work(*arguments)
+        status = 0
+    except BaseException:
+        traceback.print_exc()
+    finally:
+        os._exit(status)  # nothing of the tests' process shall run here
+
+
 def _rank(rank: int, count: int, meeting: Path, queue: Any, work: Any, arguments: Any) -> None:
     torch.set_num_threads(1)
+    # What torchrun would have set.
+    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(count)}
+    os.environ["TORCHELASTIC_RUN_ID"] = meeting.name
     dist.init_process_group(
         "gloo",
         init_method=f"file://{meeting}",

@@ -7,31 +7,20 @@ import random
 import re
 import signal
 import time
-import traceback
 from dataclasses import replace
 
 import pytest
 
 from infllm_flex.training.loop import train
 from infllm_flex.training.settings import CheckpointSettings, DataSettings
+from tests.training.forked import start
 from tests.training.runs import settings, stage, weights_hash, write_lines
 
 KILLS = 25
 
 
-def start(run):
-    """Train in a process of its own, from the newest checkpoint; returns its number."""
-    child = os.fork()
-    if child:
-        return child
-    status = 1
-    try:
-        train(run, resume=True, show=False)
-        status = 0
-    except BaseException:
-        traceback.print_exc()
-    finally:
-        os._exit(status)  # nothing of the tests' process shall run here
+def go_on(run):
+    train(run, resume=True, show=False)
 
 
 def kill_after(child, seconds):
@@ -83,7 +72,7 @@ def test_a_run_killed_at_random_moments_ends_in_the_same_bits(tmp_path, run):
         killed = replace(run, run=replace(run.run, folder=tmp_path / f"killed-{runs}"))
         folder = killed.run.folder / "checkpoints"
         best = 0
-        while kill_after(start(killed), rng.uniform(0.1, 0.7) * duration):
+        while kill_after(start(go_on, killed), rng.uniform(0.1, 0.7) * duration):
             kills += 1
             steps = steps_of(folder) if folder.is_dir() else []
             assert not steps or steps[-1] >= best, "a whole checkpoint was lost"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,8 +13,8 @@ from torch import Tensor
 
 from infllm_flex import __version__
 from infllm_flex.training.checkpoints.errors import CheckpointError
-from infllm_flex.training.checkpoints.shards import outline, read_shards, write_shards
-from infllm_flex.training.together import num_ranks, rank
+from infllm_flex.training.checkpoints.shards import Outline, outline, read_shards, write_shards
+from infllm_flex.training.together import gather, num_ranks, rank
 
 STATE = "state.json"
 CONFIG = "config.json"
@@ -125,7 +126,7 @@ def load(
     """
     wanted = _named(weights, optimizer, random_state, process=rank())
     found = outline(folder)
-    _refuse_others(folder, wanted, found, optimizer)
+    _refuse_others(folder, wanted, found, whole=bool(optimizer))
     known = all(name in found for name in _named({}, {}, random_state, process=rank()))
     if not known:
         wanted = _named(weights, optimizer, {}, process=rank())
@@ -144,14 +145,17 @@ def _named(
     return named | {f"{_RANDOM}{process}.{name}": v for name, v in random_state.items()}
 
 
-def _refuse_others(
-    folder: Path, wanted: dict[str, Tensor], found: dict[str, Any], optimizer: dict[str, Tensor]
-) -> None:
+def _refuse_others(folder: Path, wanted: dict[str, Tensor], found: Outline, whole: bool) -> None:
     """Nothing of the model, nor of the optimizer where it is asked for, may be left over."""
-    for name in sorted(found):
-        part = MODEL if name.startswith(MODEL) else _OPTIMIZER
-        asked = part == MODEL or bool(optimizer)
-        if name.startswith(part) and asked and name not in wanted:
+    asked = {name for names in gather(json.dumps(list(wanted))) for name in json.loads(names)}
+    for name in sorted(found.keys() - asked):
+        if part := re.search(r"\.part\d+of(\d+)\.", name):
+            if whole:
+                raise CheckpointError(
+                    f"{folder}: 8-bit optimizer state of {part[1]} processes: "
+                    f"resume with {part[1]} processes"
+                )
+        elif name.startswith(MODEL) or (whole and name.startswith(_OPTIMIZER)):
             raise CheckpointError(
                 f"{folder}: it has {name}, which is not here; it is of another model or optimizer"
             )
