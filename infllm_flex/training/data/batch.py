@@ -11,7 +11,7 @@ from torch import Tensor
 NO_LABEL = -100
 """Label of a token after which nothing is to be predicted; PyTorch's losses leave it out."""
 
-_FEWEST_BOUNDARIES = 16
+_DOCUMENTS_AT_ONCE = 16
 
 
 @dataclass(frozen=True)
@@ -77,11 +77,11 @@ def document_boundaries(position_ids: Tensor) -> Tensor:
         position_ids: ``[S]``, 0 at the first token of each document.
 
     Returns:
-        int32 ``[N + 1]``, ascending from 0 to S. As many empty documents follow as make N a power
-        of two, so that compiled code sees few shapes.
+        int32 ``[N + 1]``, ascending from 0 to S. As many empty documents follow as make N a
+        multiple of 16, so that compiled code sees few shapes.
     """
     starts = (position_ids == 0).nonzero().flatten()
-    size = max(_FEWEST_BOUNDARIES, 1 << (len(starts) - 1).bit_length())
+    size = -(-len(starts) // _DOCUMENTS_AT_ONCE) * _DOCUMENTS_AT_ONCE
     boundaries = torch.full((size + 1,), len(position_ids), dtype=torch.int32)
     boundaries[: len(starts)] = starts
     return boundaries.to(position_ids.device)

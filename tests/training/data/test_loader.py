@@ -87,7 +87,7 @@ def test_a_single_row_says_where_its_documents_begin_in_flash_attentions_words(s
     assert "cu_seq_lens_q" not in sampler.batch([0, 1]).model_inputs()
 
 
-@pytest.mark.parametrize(("count", "size"), [(1, 17), (16, 17), (17, 33), (33, 65)])
+@pytest.mark.parametrize(("count", "size"), [(1, 17), (16, 17), (17, 33), (33, 49)])
 def test_boundaries_come_in_few_shapes(count, size):
     positions = torch.cat([torch.arange(2) for _ in range(count)])
     boundaries = document_boundaries(positions)

@@ -98,11 +98,12 @@ def test_an_epoch_predicts_every_token_once(buckets):
     assert (counts[expected] > 0).all()
 
 
-def test_at_most_three_percent_is_padding_and_few_documents_are_cut():
+@pytest.mark.parametrize("buckets", [(), (512, 1024, 2048)])
+def test_at_most_three_percent_is_padding_and_few_documents_are_cut(buckets):
     generator = torch.Generator().manual_seed(2)
     lengths = torch.empty(20_000).log_normal_(5.5, 1.2, generator=generator)
-    text = documents(lengths.long().clamp(2, 60_000).tolist())
-    sampler = PackedSampler(text, 4096, seed=0, name="a")
+    text = documents(lengths.long().clamp(2, 4096).tolist())
+    sampler = PackedSampler(text, 4096, seed=0, name="a", buckets=buckets)
     batch = sampler.batch(range(512))
     filled = (batch.labels != NO_LABEL).sum() + (batch.position_ids == 0).sum()
     assert filled / batch.labels.numel() > 0.97

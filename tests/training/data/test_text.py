@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import random
+import tracemalloc
 import warnings
 from concurrent.futures import ThreadPoolExecutor
 
@@ -149,6 +150,21 @@ def test_a_flipped_bit_in_the_tokens_is_noticed(lines, tmp_path):
         ):
             open_text(settings(lines), tmp_path / "data")
         path.write_bytes(whole)
+
+
+def test_reading_holds_a_few_megabytes_however_much_there_is(tmp_path):
+    words = "".join(f"{number} " for number in range(2000))
+    path = write_lines(tmp_path / "a.jsonl", [words] * 3000)
+    size = path.stat().st_size
+    tracemalloc.start()
+    try:
+        text = open_text(settings(path), tmp_path / "data")
+        peak = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+    assert len(text.store.train.tokens) > 0.99 * (size - 20 * 3000)
+    assert size > 26e6
+    assert peak < 13e6
 
 
 def test_text_with_nothing_to_train_on_is_refused(tmp_path):
