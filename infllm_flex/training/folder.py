@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from infllm_flex.strict_yaml import ConfigError, Mistake, build_dataclass, load_yaml, to_yaml
-from infllm_flex.training.checkpoints.export import is_exported
+from infllm_flex.training.checkpoints.exporting import is_exported
 from infllm_flex.training.settings import TrainingSettings
 
 SETTINGS = "run.yaml"

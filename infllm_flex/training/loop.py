@@ -101,7 +101,7 @@ class _Trainer:
     def __init__(self, settings: TrainingSettings, world: World, text: Text) -> None:
         self._settings, self._world, self._text = settings, world, text
         self._folder = settings.run.folder
-        self._state = TrainingState(settings, self._folder / CHECKPOINTS, text.identity, world)
+        self._state = TrainingState(settings, self._folder / CHECKPOINTS, text, world)
 
     def run(self, interruption: Interruption, title: str, show: bool) -> Outcome:
         state, settings = self._state, self._settings

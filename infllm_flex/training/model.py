@@ -64,11 +64,6 @@ def build_blank(settings: ModelSettings, length: int) -> Any:
 
 
 def _checked(model: Any) -> Any:
-    if model.config.vocab_size < BYTE_VALUES:
-        raise ValueError(
-            f"model.path: the model knows {model.config.vocab_size} tokens, "
-            f"text as bytes needs {BYTE_VALUES}"
-        )
     # Now, as FSDP makes a class of its own of it.
     model.config.architectures = [type(model).__name__]
     return model

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from infllm_flex.training import checkpoints
+from infllm_flex.training.data import Text, check_vocabulary
 from infllm_flex.training.data.mixing import seed_of
 from infllm_flex.training.loss import LanguageLoss
 from infllm_flex.training.memory import checkpoint_activations
@@ -28,7 +29,7 @@ class TrainingState:
     Args:
         settings: The whole run; its seed decides random weights.
         folder: Where checkpoints go.
-        text: Identity of the text that is trained on.
+        text: What is trained on.
         world: The processes of the run.
 
     Attributes:
@@ -39,12 +40,14 @@ class TrainingState:
         saved: Step of the newest checkpoint, -1 before the first.
     """
 
-    def __init__(self, settings: TrainingSettings, folder: Path, text: str, world: World) -> None:
-        self._settings, self._folder, self._text, self._world = settings, folder, text, world
+    def __init__(self, settings: TrainingSettings, folder: Path, text: Text, world: World) -> None:
+        self._settings, self._folder, self._world = settings, folder, world
+        self._text = text.identity
         torch.manual_seed(settings.run.seed)
         first = next(iter(settings.stages.values()))
         build = build_model if world.is_first else build_blank
         self.model = build(settings.model, first.max_length)
+        check_vocabulary(text, self.model.config.vocab_size)
         layers = decoder_layers(self.model)
         if settings.memory.activation_checkpointing:
             checkpoint_activations(layers)

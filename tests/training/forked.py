@@ -57,7 +57,24 @@ def start(work: Callable[..., Any], *arguments: Any) -> int:
         os._exit(status)  # nothing of the tests' process shall run here
 
 
+def start_ranks(count: int, folder: Path, work: Callable[..., Any], *arguments: Any) -> list[int]:
+    """Call ``work(*arguments)`` in processes that know each other; returns their numbers."""
+    meeting = folder / f"meeting-{os.urandom(8).hex()}"
+    return [start(_join, rank, count, meeting, work, arguments) for rank in range(count)]
+
+
 def _rank(rank: int, count: int, meeting: Path, queue: Any, work: Any, arguments: Any) -> None:
+    try:
+        result = _join(rank, count, meeting, work, arguments)
+    except BaseException as error:
+        traceback.print_exc()
+        result = f"{type(error).__name__}: {error}"
+    queue.put((rank, result))
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def _join(rank: int, count: int, meeting: Path, work: Any, arguments: Any) -> Any:
     torch.set_num_threads(1)
     # What torchrun would have set.
     os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(count)}
@@ -69,10 +86,4 @@ def _rank(rank: int, count: int, meeting: Path, queue: Any, work: Any, arguments
         world_size=count,
         timeout=timedelta(seconds=60),
     )
-    try:
-        result = work(*arguments)
-    except BaseException as error:
-        traceback.print_exc()
-        result = f"{type(error).__name__}: {error}"
-    queue.put((rank, result))
-    dist.destroy_process_group()
+    return work(*arguments)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import json
 import os
+import pickle
 import random
 import shutil
 from dataclasses import replace
@@ -242,6 +243,21 @@ def test_the_state_of_a_process_that_was_not_there_is_told_to_be_missing(tmp_pat
     assert (like.weights["w"] == 1).all()
 
 
+def test_nothing_that_is_read_is_unpickled_by_pytorch_either(tmp_path, monkeypatch):
+    saved = checkpoint(1)
+    path = checkpoints.save(tmp_path, saved, keep=2)
+
+    def forbidden(*_, **__):
+        raise AssertionError("unpickled")
+
+    for module, name in [(torch, "load"), (pickle, "load"), (pickle, "loads")]:
+        monkeypatch.setattr(module, name, forbidden)
+    monkeypatch.setattr(pickle, "Unpickler", forbidden)
+    assert checkpoints.newest(tmp_path) == path
+    assert torch.equal(load(path, saved).weights["w"], saved.weights["w"])
+    checkpoints.export(path, tmp_path / "model")
+
+
 def test_no_code_of_the_packages_reads_or_writes_pickles():
     packages = Path(infllm_flex.__file__).parents[1]
     sources = [
@@ -253,6 +269,10 @@ def test_no_code_of_the_packages_reads_or_writes_pickles():
             if isinstance(node, (ast.Import, ast.ImportFrom)):
                 modules = [a.name for a in node.names] + [getattr(node, "module", "") or ""]
                 assert not {"pickle", "dill", "cloudpickle", "joblib"} & set(modules), source
+            if isinstance(node, ast.ImportFrom):
+                # torch.distributed.checkpoint's own storage, which unpickles its index.
+                imported = {alias.name for alias in node.names}
+                assert not {"FileSystemReader", "FileSystemWriter"} & imported, source
             if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name):
                 assert (node.value.id, node.attr) not in {
                     ("torch", "load"),

@@ -34,12 +34,13 @@ def measured(tmp_path_factory):
     found = {}
     for packing in ("stream", "documents"):
         data = replace(run.data, packing=packing, pattern="*.py")
-        sampler = open_text(data, folder / "data").sampler("a", stage, seed=0)
+        text = open_text(data, folder / "data")
+        sampler = text.sampler("a", stage, seed=0)
         steps = batches(sampler, stage.batch_size, 0, 101)
         batch = next(steps)
         found[packing] = seconds(lambda steps=steps: list(steps)) / 100
     with open_world(run) as world:
-        state = TrainingState(run, folder / "checkpoints", "", world)
+        state = TrainingState(run, folder / "checkpoints", text, world)
 
         def step():
             take_step(state, world, batch, position_of(run.stages, 1))

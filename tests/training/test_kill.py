@@ -13,7 +13,7 @@ import pytest
 
 from infllm_flex.training.loop import train
 from infllm_flex.training.settings import CheckpointSettings, DataSettings
-from tests.training.forked import start
+from tests.training.forked import start, start_ranks
 from tests.training.runs import settings, stage, weights_hash, write_lines
 
 KILLS = 25
@@ -43,7 +43,7 @@ def run(tmp_path):
     path = write_lines(tmp_path / "a.jsonl", texts)
     return settings(
         tmp_path / "straight",
-        path,
+        tmp_path,
         data=DataSettings(source=str(path), packing="documents", held_out_percent=0),
         stages={
             "short": stage(steps=6, max_length=32),
@@ -84,3 +84,30 @@ def test_a_run_killed_at_random_moments_ends_in_the_same_bits(tmp_path, run):
         assert re.sub(r'"tokens_per_second": \d+', "", losses) == re.sub(
             r'"tokens_per_second": \d+', "", metrics
         )
+
+
+def test_two_processes_of_which_one_is_killed_end_in_the_same_bits(tmp_path, run):
+    """The other process notices and ends; both go on from the last checkpoint that is whole."""
+    assert ended(start_ranks(2, tmp_path, go_on, run)) == [0, 0]
+    expected = weights_hash(run.run.folder / "model")
+    killed = replace(run, run=replace(run.run, folder=tmp_path / "killed"))
+    rng, best, kills = random.Random(1), 0, 0
+    for victim in (0, 1, 1, 0):
+        processes = start_ranks(2, tmp_path, go_on, killed)
+        was_killed = kill_after(processes[victim], rng.uniform(0.2, 1.2))
+        kills += was_killed
+        (status,) = ended([processes[1 - victim]])
+        # Killed in its very last moments, a process is no longer missed by the other.
+        assert status in ((0, 1) if was_killed else (0,))
+        folder = killed.run.folder / "checkpoints"
+        steps = steps_of(folder) if folder.is_dir() else []
+        assert not steps or steps[-1] >= best, "a whole checkpoint was lost"
+        best = max([best, *steps])
+    assert kills
+    assert ended(start_ranks(2, tmp_path, go_on, killed)) == [0, 0]
+    assert weights_hash(killed.run.folder / "model") == expected
+
+
+def ended(processes):
+    """Their statuses, once they have ended."""
+    return [os.waitstatus_to_exitcode(os.waitpid(process, 0)[1]) for process in processes]

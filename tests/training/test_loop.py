@@ -292,10 +292,10 @@ def test_packed_documents_train_and_resume_in_the_same_bits(tmp_path, monkeypatc
     path = write_lines(tmp_path / "a.jsonl", texts)
     data = DataSettings(source=str(path), packing="documents", held_out_percent=0)
     stages = {"only": stage(steps=20, batch_size=4, max_length=64, length_buckets=(20, 40))}
-    straight = settings(tmp_path / "straight", path, data=data, stages=stages)
+    straight = settings(tmp_path / "straight", tmp_path, data=data, stages=stages)
     expected = train(straight, show=False)
     assert metrics(straight)[-1]["loss"] < metrics(straight)[0]["loss"]
-    run = settings(tmp_path / "run", path, data=data, stages=stages)
+    run = settings(tmp_path / "run", tmp_path, data=data, stages=stages)
     with monkeypatch.context() as patch:
         patch.setattr(PackedSampler, "batch", interrupted(PackedSampler.batch, 7))
         assert train(run, show=False).step == 7

@@ -219,12 +219,12 @@ def train_to_the_signal(run):
 
 @pytest.mark.parametrize("packing", ["documents", "stream"])
 def test_text_that_has_changed_is_refused(tmp_path, packing):
-    path = tmp_path / "a.jsonl"
-    write_lines(path, [f"{i} is a number. " * 9 for i in range(50)])
+    path = tmp_path / "a.txt"
+    path.write_text("".join(f"{i} is a number. " * 9 for i in range(50)))
     data = DataSettings(source=str(path), packing=packing, held_out_percent=0)
     run = settings(tmp_path / "run", tmp_path, data=data)
     train(run, show=False)
-    write_lines(path, [f"{i} is a digit. " * 9 for i in range(50)])
+    path.write_text(path.read_text().replace("number", "digits"))
     before = sorted(p.name for p in (run.run.folder / "checkpoints").iterdir())
     with pytest.raises(checkpoints.CheckpointError, match=r"the text .* is no longer that of data"):
         train(run, resume=True, show=False)

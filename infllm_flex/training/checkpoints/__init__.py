@@ -6,7 +6,7 @@
 
 from infllm_flex.training.checkpoints.contents import Checkpoint, SavedState, load, read_state
 from infllm_flex.training.checkpoints.errors import CheckpointError
-from infllm_flex.training.checkpoints.export import export, export_newest, is_export_of
+from infllm_flex.training.checkpoints.exporting import export, export_newest, is_export_of
 from infllm_flex.training.checkpoints.keeping import clear, newest, path_of, save
 
 __all__ = [

@@ -6,7 +6,13 @@ from infllm_flex.training.data.encoding import BYTE_VALUES
 from infllm_flex.training.data.errors import DataError
 from infllm_flex.training.data.loader import batches
 from infllm_flex.training.data.sampler import PackedSampler, Sampler, WindowSampler
-from infllm_flex.training.data.text import DocumentText, StreamText, Text, open_text
+from infllm_flex.training.data.text import (
+    DocumentText,
+    StreamText,
+    Text,
+    check_vocabulary,
+    open_text,
+)
 
 __all__ = [
     "BYTE_VALUES",
@@ -22,6 +28,7 @@ __all__ = [
     "TextFile",
     "WindowSampler",
     "batches",
+    "check_vocabulary",
     "held_out_windows",
     "load_corpus",
     "open_text",

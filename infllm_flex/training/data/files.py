@@ -33,6 +33,12 @@ def find_files(settings: DataSettings) -> tuple[Path, list[str]]:
             return root.parent, [root.name]
         if is_dataset(root):
             return root, ["."]
+        if (root / "dataset_dict.json").is_file():
+            splits = sorted(path.name for path in root.iterdir() if is_dataset(path))
+            raise DataError(
+                f"data.source: {root} is a data set in parts ({', '.join(splits)}): "
+                f"name one, as in {root / splits[0] if splits else root}"
+            )
         paths = list(root.rglob(settings.pattern))
         hint = "set data.pattern to the names of your text files"
     names = sorted(path.relative_to(root).as_posix() for path in paths if path.is_file())

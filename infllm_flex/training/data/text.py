@@ -102,6 +102,29 @@ def open_text(
     return DocumentText(store)
 
 
+def check_vocabulary(text: Text, known: int) -> None:
+    """See to it that a model knows the tokens of the text, and that they are likely its own.
+
+    Args:
+        text: What is trained on.
+        known: Tokens of the model's vocabulary.
+
+    Raises:
+        ValueError: The text has tokens that the model does not know.
+    """
+    if text.vocabulary > known:
+        raise ValueError(
+            f"data.tokenizer: it has {text.vocabulary} tokens, the model knows {known}: "
+            "set data.tokenizer to model"
+        )
+    if text.vocabulary == BYTE_VALUES and known > 2 * BYTE_VALUES:
+        warnings.warn(
+            f"data.tokenizer: text as bytes uses {BYTE_VALUES} of the model's {known} tokens, and "
+            "hardly as it learnt them: set data.tokenizer to model, and data.packing to documents",
+            stacklevel=2,
+        )
+
+
 def _encoding(settings: DataSettings, model: Path | None) -> Encoding:
     if settings.tokenizer == "bytes":
         return Bytes()

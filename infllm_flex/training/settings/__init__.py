@@ -66,6 +66,13 @@ class TrainingSettings:
     def __post_init__(self) -> None:
         if not self.stages:
             raise ValueError("stages must name at least one stage, got none")
+        if self.data.packing == "stream":
+            for name, stage in self.stages.items():
+                if stage.length_buckets:
+                    raise ValueError(
+                        f"data must pack documents where stages.{name} has length_buckets: "
+                        "set data.packing to documents"
+                    )
 
     @property
     def total_steps(self) -> int:

@@ -9,6 +9,7 @@ from typing import Literal
 from infllm_flex.training.settings.bounds import check_range
 
 STDLIB = "python_stdlib"
+_OF_DOCUMENTS = ("text_field", "tokenizer", "damaged_percent", "cache")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -55,16 +56,27 @@ class DataSettings:
             raise ValueError("text_field must name a key or column, got ''")
         if self.cache is not None and self.cache.exists() and not self.cache.is_dir():
             raise ValueError(f"cache must be a folder, got {self.cache}, which is a file")
+        if self.packing == "stream":
+            self._check_stream()
         self._check_tokenizer()
+
+    def _check_stream(self) -> None:
+        for name in _OF_DOCUMENTS:
+            if getattr(self, name) != type(self).__dataclass_fields__[name].default:
+                raise ValueError(
+                    f"{name} has no effect where packing is stream, got {getattr(self, name)}: "
+                    "set packing to documents"
+                )
+        for name in ("source", "pattern"):
+            if Path(getattr(self, name)).suffix in (".jsonl", ".parquet"):
+                raise ValueError(
+                    f"{name} must be plain text where packing is stream, got "
+                    f"{getattr(self, name)!r}: set packing to documents"
+                )
 
     def _check_tokenizer(self) -> None:
         named = self.tokenizer in ("bytes", "model")
         if not named and not Path(self.tokenizer).expanduser().is_dir():
             raise ValueError(
                 f"tokenizer must be bytes, model or a local folder, got {self.tokenizer!r}"
-            )
-        if self.packing == "stream" and self.tokenizer != "bytes":
-            raise ValueError(
-                f"tokenizer must be bytes where packing is stream, got {self.tokenizer!r}: "
-                "set packing to documents"
             )

@@ -12,7 +12,7 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 import torch
 
-from infllm_flex.training.data import DataError, open_text
+from infllm_flex.training.data import DataError, check_vocabulary, open_text
 from infllm_flex.training.data import store as store_module
 from infllm_flex.training.data import text as text_module
 from infllm_flex.training.settings import DataSettings
@@ -229,3 +229,28 @@ def test_what_is_known_of_the_text_is_readable(lines, tmp_path):
     (folder,) = (tmp_path / "data").glob("tokens-*")
     about = json.loads((folder / "about.json").read_text())
     assert (about["documents"], about["damaged"], about["dtype"]) == (39, 0, "uint8")
+
+
+def test_a_data_set_in_parts_is_refused_with_the_names_of_its_parts(tmp_path):
+    datasets = pytest.importorskip("datasets")
+    part = datasets.Dataset.from_dict({"text": ["one", "two"]})
+    datasets.DatasetDict({"train": part, "test": part}).save_to_disk(tmp_path / "set")
+    with pytest.raises(DataError, match=r"is a data set in parts \(test, train\): name one"):
+        open_text(settings(tmp_path / "set"), tmp_path / "data")
+    text = open_text(settings(tmp_path / "set" / "train"), tmp_path / "data")
+    assert texts_of(text.store.train) == ["one", "two"]
+
+
+def test_tokens_that_the_model_does_not_know_are_refused_and_bytes_are_wondered_at(tmp_path):
+    text = open_text(DataSettings(source=str(write_text(tmp_path))), tmp_path / "data")
+    check_vocabulary(text, 256)
+    with pytest.raises(ValueError, match=r"it has 256 tokens, the model knows 255: set"):
+        check_vocabulary(text, 255)
+    with pytest.warns(UserWarning, match="uses 256 of the model's 32000 tokens"):
+        check_vocabulary(text, 32000)
+
+
+def write_text(folder):
+    for number in range(20):
+        (folder / f"{number}.txt").write_text(f"text {number}")
+    return folder
