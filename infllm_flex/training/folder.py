@@ -14,6 +14,7 @@ from infllm_flex.training.settings import TrainingSettings
 
 SETTINGS = "run.yaml"
 METRICS = "metrics.jsonl"
+BOARD = "tensorboard"
 CHECKPOINTS = "checkpoints"
 DATA = "data"
 MODEL = "model"

@@ -12,6 +12,7 @@ import torch
 
 from infllm_flex.training.data import Batch, Corpus, Text, batches, open_text
 from infllm_flex.training.folder import (
+    BOARD,
     CHECKPOINTS,
     DATA,
     METRICS,
@@ -20,11 +21,14 @@ from infllm_flex.training.folder import (
     claim_folder,
 )
 from infllm_flex.training.interruption import Interruption
+from infllm_flex.training.memory import run_layers
+from infllm_flex.training.meter import Meter
 from infllm_flex.training.metrics import MetricsFile, Progress
 from infllm_flex.training.parallel import World, open_world
+from infllm_flex.training.preflight import check_run
 from infllm_flex.training.schedule import Position, position_of
 from infllm_flex.training.settings import TrainingSettings
-from infllm_flex.training.stages import stage_attention, warn_of_no_effect
+from infllm_flex.training.stages import stage_attention
 from infllm_flex.training.state import TrainingState
 from infllm_flex.training.step import NotFiniteError, take_step
 from infllm_flex.training.together import everywhere, on_first
@@ -77,7 +81,7 @@ def train(
         RankError: Another process of the run failed.
     """
     with open_world(settings) as world, ExitStack() as stack:
-        on_first(lambda: _prepare(settings, resume))
+        on_first(lambda: _prepare(settings, resume, world))
         if settings.run.threads:
             torch.set_num_threads(settings.run.threads)
         # The first process holds the lock for all of them.
@@ -87,14 +91,15 @@ def train(
         text = everywhere(
             lambda: open_text(settings.data, folder / DATA, settings.model.path, corpus)
         )
+        for name, stage in settings.stages.items():
+            text.sampler(name, stage, settings.run.seed)  # or says why there can be none
         with Interruption() as interruption:
             return _Trainer(settings, world, text).run(interruption, title, show)
 
 
-def _prepare(settings: TrainingSettings, resume: bool) -> None:
+def _prepare(settings: TrainingSettings, resume: bool, world: World) -> None:
     check_folder(settings, resume)
-    for name, stage in settings.stages.items():
-        warn_of_no_effect(name, stage, settings.attention)
+    check_run(settings, world)
 
 
 class _Trainer:
@@ -109,7 +114,8 @@ class _Trainer:
         with ExitStack() as stack:
             metrics: MetricsFile | None = None
             if self._world.is_first:
-                metrics = MetricsFile(self._folder / METRICS, state.done)
+                board = self._folder / BOARD if settings.log.tensorboard else None
+                metrics = MetricsFile(self._folder / METRICS, state.done, board)
                 stack.callback(metrics.close)
             progress = stack.enter_context(
                 Progress(title, settings.total_steps, state.done, show and self._world.is_first)
@@ -137,7 +143,11 @@ class _Trainer:
         metrics: MetricsFile | None,
     ) -> None:
         settings, state, world, stage = self._settings, self._state, self._world, start.stage
-        with stage_attention(state.model, stage, settings.attention, world) as attention:
+        meter = Meter(state.model, stage, settings, world)
+        with (
+            stage_attention(state.model, stage, settings.attention, world) as attention,
+            run_layers(state.layers, settings, world.device),
+        ):
             for batch in self._batches(start):
                 position = position_of(settings.stages, state.done)
                 assert position is not None  # there is a batch for every step and no more
@@ -146,6 +156,7 @@ class _Trainer:
                 except NotFiniteError as error:
                     raise self._diverged(error, position) from error
                 state.done += 1
+                meter.count(batch)
                 progress.advance(loss, stage.tokens_per_step)
                 if metrics and (
                     state.done % settings.log.every == 0 or state.done == settings.total_steps
@@ -160,6 +171,7 @@ class _Trainer:
                             "learning_rate": position.learning_rate,
                             "tokens_per_second": round(progress.tokens_per_second),
                             "sparse_layers": attention.sparse_layers,
+                            **meter.values(),
                         }
                     )
                 if state.done % settings.checkpoint.every == 0:

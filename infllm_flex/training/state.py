@@ -12,7 +12,7 @@ from infllm_flex.training import checkpoints
 from infllm_flex.training.data import Text, check_vocabulary
 from infllm_flex.training.data.mixing import seed_of
 from infllm_flex.training.loss import LanguageLoss
-from infllm_flex.training.memory import checkpoint_activations
+from infllm_flex.training.memory import use_float8
 from infllm_flex.training.model import build_blank, build_model, config_json, decoder_layers
 from infllm_flex.training.optim import Optimizers
 from infllm_flex.training.parallel import World
@@ -34,6 +34,7 @@ class TrainingState:
 
     Attributes:
         model: In training mode.
+        layers: Of the model, in order.
         loss: What computes its loss, spread over the processes.
         optimizers: Of the stage that ``done`` stands in.
         done: Steps done.
@@ -48,10 +49,10 @@ class TrainingState:
         build = build_model if world.is_first else build_blank
         self.model = build(settings.model, first.max_length)
         check_vocabulary(text, self.model.config.vocab_size)
-        layers = decoder_layers(self.model)
-        if settings.memory.activation_checkpointing:
-            checkpoint_activations(layers)
-        self.loss = wrap(LanguageLoss(self.model), layers, settings, world)
+        if settings.model.float8:
+            use_float8(self.model, world.device)
+        self.layers = decoder_layers(self.model)
+        self.loss = wrap(LanguageLoss(self.model), self.layers, settings, world)
         self.optimizers = Optimizers(self.model, settings.optim)
         self.done, self.saved = 0, -1
 

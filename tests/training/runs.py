@@ -46,6 +46,7 @@ def write_lines(path: Path, texts: list[str]) -> Path:
 
 def stage(**changes: Any) -> StageSettings:
     values = {"max_length": 32, "batch_size": 2, "steps": 3, "learning_rate": 1e-2}
+    values["warmup_steps"] = 1  # without any schedule a run is warned of
     return StageSettings(**({"attention": "dense"} | values | changes))
 
 

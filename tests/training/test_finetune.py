@@ -8,9 +8,11 @@ import os
 import signal
 import subprocess
 import sys
+import warnings
 from pathlib import Path
 
 import pytest
+from transformers import GPT2Config, GPT2LMHeadModel, MistralConfig, MistralForCausalLM
 
 from infllm_flex.strict_yaml import build_dataclass, load_yaml
 from infllm_flex.training.data import WindowSampler
@@ -31,7 +33,8 @@ model:
   tiny: {{num_layers: 1, hidden_size: 16, intermediate_size: 16, num_heads: 2, num_kv_heads: 1}}
 data: {{source: {texts}}}
 stages:
-  only: {{attention: dense, max_length: 16, batch_size: 2, steps: 3, learning_rate: 2e-3}}
+  only: {{attention: dense, max_length: 16, batch_size: 2, steps: 3, learning_rate: 2e-3,
+    decay_steps: 1}}
 """
     )
     return path
@@ -90,7 +93,7 @@ def test_all_mistakes_end_the_command_with_status_2_before_anything_is_loaded(co
         "run.yaml:6: stages.only.lerning_rate: unknown key (did you mean learning_rate?)",
         "run.yaml:6: stages.only.warmup_steps: expected an integer, got x",
         "run.yaml:6: stages.only.learning_rate: is missing and has no default",
-        "run.yaml:7: optim.kind: expected one of adamw, muon, adamw8bit, got adam",
+        "run.yaml:8: optim.kind: expected one of adamw, muon, adamw8bit, got adam",
         "override 'log.every=0': log.every: must be between 1 and 2147483647, got 0",
     ]
     assert not (tmp_path / "out").exists()
@@ -151,12 +154,83 @@ def test_print_config_shows_settings_that_read_back_the_same(finetune, config, t
     assert not (tmp_path / "out").exists()
 
 
-def test_a_dry_run_says_what_would_happen_and_does_nothing(finetune, tmp_path, texts):
+def test_a_dry_run_checks_everything_and_does_nothing(finetune, tmp_path):
     path = ROOT / "configs" / "quickstart.yaml"
-    status, out, _ = finetune("--config", path, f"run.folder={tmp_path / 'out'}", "--dry-run")
-    assert status == 0
+    status, out, err = finetune("--config", path, f"run.folder={tmp_path / 'out'}", "--dry-run")
+    assert (status, err) == (0, "")
     assert "sparse (a query sees at most 448 = 22%)" in out
+    assert "model: LlamaForCausalLM, 0.000" in out
+    assert "GiB on each device: weights 0.0" in out
+    assert "long: first batch of a process 2 x 2048 tokens in 2 documents, 100% of them sp" in out
     assert not (tmp_path / "out").exists()
+
+
+def test_a_dry_run_can_stand_for_many_processes(finetune, config):
+    shared = ("--dry-run", "stages.only.batch_size=12", "parallel.context=2")
+    status, out, _ = finetune("--config", config, *shared, "--processes", "8")
+    assert status == 0
+    assert "first batch of a process 3 x 16 tokens" in out
+    status, _, err = finetune("--config", config, *shared, "--processes", "10")
+    assert status == 1
+    assert "batch_size must be a multiple of the 5 groups of processes" in err
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["stages.only.max_length=100000"], "too few for sequences of 100000"),
+        (["parallel.context=2"], "parallel.context must divide the number of processes, 1, got 2"),
+        (
+            ["model.tiny=null", "model.path={gpt2}"],
+            "GPT2LMHeadModel has no list of decoder layers",
+        ),
+        (
+            ["model.tiny=null", "model.path={windowed}"],
+            "cannot be patched: found 1 attention layers, none of which can be sparse",
+        ),
+    ],
+)
+@pytest.mark.parametrize("dry", [True, False])
+def test_what_cannot_work_is_one_line_before_any_work(
+    finetune, config, models, tmp_path, overrides, message, dry
+):
+    overrides = [text.format(**models) for text in overrides]
+    few_blocks = "{kernel_size: 2, kernel_stride: 1, block_size: 2, window_size: 2, topk: 2}"
+    sparse = ["stages.only.attention=sparse", "stages.only.rope_theta=9"]
+    sparse += [f"attention={few_blocks}", "attention.dense_len=-1"]
+    arguments = ["--dry-run"] * dry + sparse + overrides
+    status, _, err = finetune("--config", config, *arguments)
+    assert status == 1
+    assert message in err
+    assert [line for line in err.splitlines() if line.startswith("error: ")]
+    assert "Traceback" not in err
+    assert not list(tmp_path.glob("out/checkpoints/*"))
+    assert not (tmp_path / "out" / "metrics.jsonl").exists()
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory):
+    """Folders of models that some setting does not fit."""
+    size = {"num_hidden_layers": 1, "hidden_size": 16, "intermediate_size": 16, "vocab_size": 256}
+    heads = {"num_attention_heads": 2, "num_key_value_heads": 1, "sliding_window": 8}
+    found = {
+        "gpt2": GPT2LMHeadModel(GPT2Config(n_layer=1, n_embd=16, n_head=2, vocab_size=256)),
+        "windowed": MistralForCausalLM(MistralConfig(**size, **heads)),
+    }
+    for name, model in found.items():
+        folder = tmp_path_factory.mktemp("models") / name
+        model.save_pretrained(folder)
+        found[name] = folder
+    return found
+
+
+def test_a_stage_without_a_schedule_is_warned_of(finetune, config):
+    with warnings.catch_warnings():
+        warnings.simplefilter("default")
+        status, _, err = finetune("--config", config, "--dry-run", "stages.only.decay_steps=0")
+    assert status == 0
+    assert err.count("\n") == 1
+    assert "warning: stages.only: the learning rate is 0.002 from the first step to the last" in err
 
 
 def test_the_quickstart_really_is_sparse_long_and_within_its_budget():

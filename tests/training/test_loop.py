@@ -149,6 +149,9 @@ def test_the_loss_falls_and_the_checkpoint_is_a_model_folder(tmp_path, texts):
         "learning_rate",
         "tokens_per_second",
         "sparse_layers",
+        "sparse_tokens",
+        "mfu",
+        "memory_gib",
     }
     model = load_model(outcome.model)
     assert model.get_output_embeddings().weight is model.get_input_embeddings().weight

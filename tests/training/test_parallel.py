@@ -13,8 +13,9 @@ from pathlib import Path
 import pytest
 import torch
 
+from infllm_flex.strict_yaml import to_yaml
 from infllm_flex.training.loop import train
-from infllm_flex.training.settings import MemorySettings, ParallelSettings
+from infllm_flex.training.settings import CheckpointSettings, MemorySettings, ParallelSettings
 from tests.tolerance import assert_within_rounding
 from tests.training import parallel_checks as checks
 from tests.training.runs import settings, stage, write_texts
@@ -140,3 +141,39 @@ def test_settings_that_do_not_fit_the_processes_are_refused_before_they_meet(
     with pytest.raises(ValueError, match=message):
         train(run, show=False)
     assert not (tmp_path / "run").exists()
+
+
+CRASH = """
+import os, runpy, sys
+from infllm_flex.training import loop
+real = loop.take_step
+def take_step(state, *args):
+    if os.environ["TORCHELASTIC_RESTART_COUNT"] == "0" and state.done == 4:
+        if os.environ["RANK"] == "1":
+            os._exit(9)  # as by the kernel, out of memory
+    return real(state, *args)
+loop.take_step = take_step
+sys.argv = sys.argv[1:]
+runpy.run_path(sys.argv[0], run_name="__main__")
+"""
+
+
+def test_torchrun_starts_a_run_that_lost_a_process_again_and_it_ends_the_same(tmp_path, texts):
+    config, crash = tmp_path / "run.yaml", tmp_path / "crash.py"
+    crash.write_text(CRASH)
+    run = settings(tmp_path / "crashed", texts, checkpoint=CheckpointSettings(every=2))
+    config.write_text(to_yaml(run))
+    script = ROOT / "scripts" / "finetune.py"
+    ended = torchrun(
+        2, "--standalone", "--max-restarts=1", str(crash), str(script), "--config", str(config)
+    )
+    assert ended.returncode == 0, ended.stderr
+    assert ended.stdout.count("6 of 6 steps done; model in ") == 1
+    straight = replace(run, run=replace(run.run, folder=tmp_path / "straight"))
+    train(straight, show=False)
+    found, expected = (
+        torch.tensor(checks.losses(tmp_path / name / "metrics.jsonl")).double()
+        for name in ("crashed", "straight")
+    )
+    assert found.shape == expected.shape
+    assert (found - expected).abs().max() < 1e-5

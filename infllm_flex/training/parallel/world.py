@@ -11,6 +11,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.distributed_c10d import PrefixStore
+from torch.distributed.rendezvous import rendezvous
 
 from infllm_flex.training.settings import TrainingSettings
 
@@ -72,6 +74,44 @@ def is_first_process() -> bool:
     return int(os.environ.get("RANK", "0")) == 0
 
 
+def check_processes(settings: TrainingSettings, size: int) -> None:
+    """Refuse a number of processes that cannot share the work evenly.
+
+    Raises:
+        ValueError: With the setting that does not fit.
+    """
+    context = settings.parallel.context
+    if size % context:
+        raise ValueError(
+            f"parallel.context must divide the number of processes, {size}, got {context}"
+        )
+    for name, stage in settings.stages.items():
+        if stage.batch_size % (size // context):
+            raise ValueError(
+                f"stages.{name}: batch_size must be a multiple of the {size // context} groups of "
+                f"processes that hold different sequences, got {stage.batch_size}"
+            )
+        if context > 1 and stage.max_length % (2 * context):
+            raise ValueError(
+                f"stages.{name}: max_length must be a multiple of twice parallel.context = "
+                f"{2 * context}, got {stage.max_length}"
+            )
+
+
+def num_processes() -> int:
+    """How many torchrun started; 1 without it."""
+    return int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def was_restarted() -> bool:
+    """Whether torchrun started this process again, after one of the run had failed."""
+    return _attempt() > 0
+
+
+def _attempt() -> int:
+    return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"))
+
+
 @contextlib.contextmanager
 def open_world(settings: TrainingSettings) -> Iterator[World]:
     """Join the processes that torchrun started for the block; alone without torchrun.
@@ -79,10 +119,15 @@ def open_world(settings: TrainingSettings) -> Iterator[World]:
     Raises:
         ValueError: The device is not there, or the number of processes does not fit the settings.
     """
-    device = _device(settings.run.device)
-    size = int(os.environ.get("WORLD_SIZE", "1"))
-    _check(settings, size)
+    device = pick_device(settings.run.device)
+    size = num_processes()
+    check_processes(settings, size)
     if not dist.is_torchelastic_launched():
+        if settings.memory.cpu_offload:
+            raise ValueError(
+                "memory.cpu_offload needs torchrun, also for one process: "
+                "torchrun --nproc-per-node 1 scripts/finetune.py ..."
+            )
         yield World(device)
         return
     if device.type == "cuda":
@@ -106,38 +151,23 @@ def _process_group(backend: str) -> Iterator[None]:
     if dist.is_initialized():
         yield
         return
-    dist.init_process_group(backend)
+    store, rank, size = next(rendezvous("env://"))
+    # torchrun may start processes again on the same store: what those before them said there, of
+    # addresses that are gone, must not be heard.
+    store = PrefixStore(f"attempt-{_attempt()}", store)
+    dist.init_process_group(backend, store=store, rank=rank, world_size=size)
     try:
         yield
     finally:
         dist.destroy_process_group()
 
 
-def _check(settings: TrainingSettings, size: int) -> None:
-    context = settings.parallel.context
-    if size % context:
-        raise ValueError(
-            f"parallel.context must divide the number of processes, {size}, got {context}"
-        )
-    if settings.memory.cpu_offload and not dist.is_torchelastic_launched():
-        raise ValueError(
-            "memory.cpu_offload needs torchrun, also for one process: "
-            "torchrun --nproc-per-node 1 scripts/finetune.py ..."
-        )
-    for name, stage in settings.stages.items():
-        if stage.batch_size % (size // context):
-            raise ValueError(
-                f"stages.{name}: batch_size must be a multiple of the {size // context} groups of "
-                f"processes that hold different sequences, got {stage.batch_size}"
-            )
-        if context > 1 and stage.max_length % (2 * context):
-            raise ValueError(
-                f"stages.{name}: max_length must be a multiple of twice parallel.context = "
-                f"{2 * context}, got {stage.max_length}"
-            )
+def pick_device(name: str) -> torch.device:
+    """The device of ``run.device``.
 
-
-def _device(name: str) -> torch.device:
+    Raises:
+        ValueError: It is not there.
+    """
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
     if name == "cuda" and not torch.cuda.is_available():

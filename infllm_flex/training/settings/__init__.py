@@ -73,6 +73,11 @@ class TrainingSettings:
                         f"data must pack documents where stages.{name} has length_buckets: "
                         "set data.packing to documents"
                     )
+        if self.memory.cpu_offload and self.parallel.kind == "ddp":
+            raise ValueError(
+                "memory must have cpu_offload: false with parallel.kind ddp, which keeps a copy of "
+                "everything on each device; fsdp can offload"
+            )
 
     @property
     def total_steps(self) -> int:

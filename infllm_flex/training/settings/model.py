@@ -57,12 +57,14 @@ class ModelSettings:
         dtype: Precision of the weights, their gradients and the optimizer's state.
         arithmetic: Precision of the products; ``weights``: that of the weights. ``bfloat16`` over
             float32 weights is the usual way to fine-tune on a GPU.
+        float8: Whether the layers' products are in float8, on GPUs that have it.
     """
 
     path: Path | None = None
     tiny: TinyModelSettings | None = None
     dtype: Literal["float32", "bfloat16"] = "float32"
     arithmetic: Literal["weights", "bfloat16"] = "weights"
+    float8: bool = False
 
     def __post_init__(self) -> None:
         if (self.path is None) == (self.tiny is None):
