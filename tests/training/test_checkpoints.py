@@ -118,6 +118,31 @@ def test_a_power_cut_at_any_moment_leaves_the_old_or_the_new_checkpoint(tmp_path
     pytest.fail("no save completed")
 
 
+def test_everything_is_on_the_disk_before_it_bears_its_name(tmp_path, monkeypatch):
+    """A power cut drops what was not flushed."""
+    synced: set[int] = set()
+    renamed = []
+    fsync, rename = os.fsync, os.rename
+
+    def note(descriptor):
+        synced.add(os.fstat(descriptor).st_ino)
+        fsync(descriptor)
+
+    def check(source, target):
+        if Path(target).name.startswith("step-"):
+            parts = [Path(source), *Path(source).iterdir()]
+            assert {path.stat().st_ino for path in parts} <= synced
+            synced.clear()
+            renamed.append(target)
+        rename(source, target)
+
+    monkeypatch.setattr(os, "fsync", note)
+    monkeypatch.setattr(os, "rename", check)
+    checkpoints.save(tmp_path, checkpoint(1), keep=2)
+    assert renamed == [tmp_path / "step-00000001"]
+    assert tmp_path.stat().st_ino in synced
+
+
 def test_a_full_disk_leaves_the_last_checkpoint_and_no_rest(tmp_path, monkeypatch):
     checkpoints.save(tmp_path, checkpoint(1), keep=2)
 

@@ -18,11 +18,10 @@ from infllm_flex.training.checkpoints.shards import Outline, fill_alone, outline
 from infllm_flex.training.manifest import (
     MANIFEST,
     BrokenFolderError,
-    clear_leftovers,
-    publish,
     read_manifest,
     verify,
 )
+from infllm_flex.training.publishing import clear_leftovers, publish
 
 _INDEX = "model.safetensors.index.json"
 _SOURCE = "checkpoint.json"

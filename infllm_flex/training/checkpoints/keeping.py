@@ -14,11 +14,9 @@ from infllm_flex.training.manifest import (
     BrokenFolderError,
     check_file,
     check_names,
-    clear_leftovers,
-    discard,
-    publish_together,
     read_manifest,
 )
+from infllm_flex.training.publishing import clear_leftovers, discard, publish_together
 from infllm_flex.training.together import gather, num_ranks, on_first, rank
 
 _NAME = re.compile(r"step-(\d{8})")

@@ -12,6 +12,7 @@ from typing import Any, Protocol
 import torch
 
 from infllm_flex.training.data.errors import DataError
+from infllm_flex.training.settings import DataSettings
 
 BYTE_VALUES = 256
 
@@ -84,6 +85,25 @@ class ModelTokenizer:
             list(texts), add_special_tokens=False, return_attention_mask=False, verbose=False
         )
         return [_stored(ids) for ids in found["input_ids"]]
+
+
+def encoding_of(settings: DataSettings, model: Path | None) -> Encoding:
+    """The encoding that ``data.tokenizer`` asks for.
+
+    Args:
+        settings: The ``data`` section.
+        model: The folder that ``model`` means.
+
+    Raises:
+        DataError: There is no such tokenizer.
+    """
+    if settings.tokenizer == "bytes":
+        return Bytes()
+    if settings.tokenizer != "model":
+        return ModelTokenizer(Path(settings.tokenizer).expanduser())
+    if model is None:
+        raise DataError("data.tokenizer: model.tiny has no tokenizer; use bytes, or give a folder")
+    return ModelTokenizer(model)
 
 
 def _rules(tokenizer: Any) -> str:

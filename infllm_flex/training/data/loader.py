@@ -95,6 +95,7 @@ def _as_it_is(batch: Any) -> Any:
 
 
 def _leave_interrupts_to_the_training(worker: int) -> None:
-    # Ctrl-C reaches every process of the terminal; the training decides when to stop.
+    # Ctrl-C and a cluster's SIGTERM reach every process; the training decides when to stop, and
+    # a worker that misses it for five seconds ends by itself.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)

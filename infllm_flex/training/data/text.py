@@ -2,32 +2,18 @@
 
 from __future__ import annotations
 
-import contextlib
-import fcntl
 import hashlib
-import json
 import warnings
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Protocol
 
 from infllm_flex.training.data.corpus import Corpus, load_corpus
-from infllm_flex.training.data.documents import Chunks, read_documents
-from infllm_flex.training.data.encoding import BYTE_VALUES, Bytes, Encoding, ModelTokenizer
+from infllm_flex.training.data.encoding import BYTE_VALUES, encoding_of
 from infllm_flex.training.data.errors import DataError
-from infllm_flex.training.data.files import find_files
+from infllm_flex.training.data.preparing import open_or_write
 from infllm_flex.training.data.sampler import PackedSampler, Sampler, WindowSampler
-from infllm_flex.training.data.store import (
-    TokenStore,
-    check_damage,
-    is_published,
-    open_store,
-    write_store,
-)
-from infllm_flex.training.manifest import clear_leftovers, publish
+from infllm_flex.training.data.store import TokenStore
 from infllm_flex.training.settings import DataSettings, StageSettings
-
-_FORMAT = 1
 
 
 class Text(Protocol):
@@ -91,7 +77,7 @@ def open_text(
     """
     if settings.packing == "stream":
         return StreamText(corpus or load_corpus(settings))
-    store = _open_or_write(settings, settings.cache or folder, _encoding(settings, model))
+    store = open_or_write(settings, settings.cache or folder, encoding_of(settings, model))
     if store.damaged:
         warnings.warn(
             f"data.source: left out {store.damaged} damaged documents: {store.examples[0]}",
@@ -123,55 +109,3 @@ def check_vocabulary(text: Text, known: int) -> None:
             "hardly as it learnt them: set data.tokenizer to model, and data.packing to documents",
             stacklevel=2,
         )
-
-
-def _encoding(settings: DataSettings, model: Path | None) -> Encoding:
-    if settings.tokenizer == "bytes":
-        return Bytes()
-    if settings.tokenizer != "model":
-        return ModelTokenizer(Path(settings.tokenizer).expanduser())
-    if model is None:
-        raise DataError("data.tokenizer: model.tiny has no tokenizer; use bytes, or give a folder")
-    return ModelTokenizer(model)
-
-
-def _open_or_write(settings: DataSettings, folder: Path, encoding: Encoding) -> TokenStore:
-    root, names = find_files(settings)
-    target = folder / _key(settings, encoding, root, names)
-    if is_published(target):
-        return open_store(target)
-    with _locked(folder):
-        if not is_published(target):  # by another process, while this one waited
-            clear_leftovers(folder, target.name)
-
-            def write(aside: Path) -> None:
-                documents = _all_documents(root, names, settings.text_field)
-                write_store(aside, documents, encoding, settings.held_out_percent)
-                check_damage(aside, settings.damaged_percent)
-
-            publish(target, write)
-    return open_store(target)
-
-
-def _all_documents(root: Path, names: list[str], field: str) -> Iterator[Chunks]:
-    for name in names:
-        yield from read_documents(root / name, name if name != "." else root.name, field)
-
-
-def _key(settings: DataSettings, encoding: Encoding, root: Path, names: list[str]) -> str:
-    """A name for the tokens of these files: another wherever they could differ."""
-    files = []
-    for name in names:
-        inner = sorted((root / name).rglob("*")) if name == "." else [root / name]
-        stats = [(path.name, path.stat()) for path in inner]
-        files.append([name, [(inner, stat.st_size, stat.st_mtime_ns) for inner, stat in stats]])
-    about = [_FORMAT, files, encoding.fingerprint, settings.held_out_percent, settings.text_field]
-    return "tokens-" + hashlib.sha256(json.dumps(about).encode()).hexdigest()[:16]
-
-
-@contextlib.contextmanager
-def _locked(folder: Path) -> Iterator[None]:
-    folder.mkdir(parents=True, exist_ok=True)
-    with (folder / ".lock").open("w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        yield

@@ -65,6 +65,7 @@ def test_interrupts_are_left_to_the_training(sampler):
     class Interrupted:
         def batch(self, indices):
             signal.raise_signal(signal.SIGINT)
+            signal.raise_signal(signal.SIGTERM)
             return sampler.batch(indices)
 
     assert len(list(batches(Interrupted(), 2, 0, 2, workers=1))) == 2

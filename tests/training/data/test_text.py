@@ -12,9 +12,13 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 import torch
 
-from infllm_flex.training.data import DataError, check_vocabulary, open_text
-from infllm_flex.training.data import store as store_module
-from infllm_flex.training.data import text as text_module
+from infllm_flex.training.data import (
+    DataError,
+    check_vocabulary,
+    open_text,
+    preparing,
+    writing,
+)
 from infllm_flex.training.settings import DataSettings
 from tests.training.runs import write_lines
 
@@ -45,7 +49,7 @@ def test_a_long_text_is_one_document_however_much_is_read_at_once(tmp_path, monk
     (tmp_path / "a.txt").write_text(text)
     (tmp_path / "b.txt").write_text("short")
     monkeypatch.setattr("infllm_flex.training.data.documents._CHUNK", 50)
-    monkeypatch.setattr(store_module, "_AT_ONCE", 200)
+    monkeypatch.setattr(writing, "_AT_ONCE", 200)
     store = open_text(settings(tmp_path, pattern="*.txt"), tmp_path / "data").store
     assert texts_of(store.train) == [text, "short"]
 
@@ -75,7 +79,7 @@ def test_what_is_held_out_depends_on_a_text_alone(tmp_path):
 def test_text_is_read_once_and_again_when_it_changes(lines, tmp_path, monkeypatch):
     first = open_text(settings(lines), tmp_path / "data")
     with monkeypatch.context() as patch:
-        patch.setattr(text_module, "write_store", lambda *_: pytest.fail("read again"))
+        patch.setattr(preparing, "write_store", lambda *_: pytest.fail("read again"))
         assert open_text(settings(lines), tmp_path / "data").identity == first.identity
     write_lines(lines, ["something else"])
     assert open_text(settings(lines), tmp_path / "data").identity != first.identity
@@ -90,8 +94,8 @@ def test_the_same_text_elsewhere_has_the_same_identity(lines, tmp_path):
 
 
 def test_processes_that_ask_at_once_read_once(lines, tmp_path, monkeypatch):
-    calls, real = [], text_module.write_store
-    monkeypatch.setattr(text_module, "write_store", lambda *args: (calls.append(1), real(*args))[1])
+    calls, real = [], preparing.write_store
+    monkeypatch.setattr(preparing, "write_store", lambda *args: (calls.append(1), real(*args))[1])
     with ThreadPoolExecutor(4) as pool:
         opened = list(pool.map(lambda _: open_text(settings(lines), tmp_path / "data"), range(4)))
     assert len(calls) == 1
@@ -100,7 +104,7 @@ def test_processes_that_ask_at_once_read_once(lines, tmp_path, monkeypatch):
 
 def test_a_reading_that_was_cut_short_leaves_nothing_that_counts(lines, tmp_path, monkeypatch):
     with monkeypatch.context() as patch:
-        patch.setattr(store_module._Pipeline, "flush", lambda self: 1 / 0)
+        patch.setattr(writing._Pipeline, "flush", lambda self: 1 / 0)
         with pytest.raises(ZeroDivisionError):
             open_text(settings(lines), tmp_path / "data")
     (tmp_path / "data" / f".tmp-tokens-{'0' * 16}-{'0' * 32}").mkdir()
@@ -128,7 +132,7 @@ def test_a_long_document_that_turns_out_damaged_leaves_no_tokens(tmp_path, monke
     (tmp_path / "b.txt").write_bytes(b"line\n" * 100 + b"\xff")
     (tmp_path / "c.txt").write_text("fine " * 30)
     monkeypatch.setattr("infllm_flex.training.data.documents._CHUNK", 20)
-    monkeypatch.setattr(store_module, "_AT_ONCE", 60)
+    monkeypatch.setattr(writing, "_AT_ONCE", 60)
     with pytest.warns(UserWarning, match=r"1 damaged documents: b\.txt: no UTF-8"):
         text = open_text(
             settings(tmp_path, pattern="*.txt", damaged_percent=50.0), tmp_path / "data"
