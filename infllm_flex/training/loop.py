@@ -24,6 +24,7 @@ from infllm_flex.training.interruption import Interruption
 from infllm_flex.training.memory import run_layers
 from infllm_flex.training.meter import Meter
 from infllm_flex.training.metrics import MetricsFile, Progress
+from infllm_flex.training.model_config import find_model
 from infllm_flex.training.parallel import World, open_world
 from infllm_flex.training.preflight import check_run
 from infllm_flex.training.schedule import Position, position_of
@@ -86,6 +87,7 @@ def train(
             torch.set_num_threads(settings.run.threads)
         # The first process holds the lock for all of them.
         on_first(lambda: stack.enter_context(claim_folder(settings)))
+        settings = find_model(settings)
         # Before signals are caught: there is nothing to save, and reading may take long.
         folder = settings.run.folder
         text = everywhere(
@@ -99,7 +101,7 @@ def train(
 
 def _prepare(settings: TrainingSettings, resume: bool, world: World) -> None:
     check_folder(settings, resume)
-    check_run(settings, world)
+    check_run(find_model(settings), world)
 
 
 class _Trainer:

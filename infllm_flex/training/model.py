@@ -15,6 +15,7 @@ from torch import nn
 
 from infllm_flex.config import InfLLMConfig
 from infllm_flex.training.data import BYTE_VALUES
+from infllm_flex.training.model_config import read_config
 from infllm_flex.training.settings import ModelSettings, TinyModelSettings
 
 
@@ -43,12 +44,10 @@ def build_outline(settings: ModelSettings, length: int) -> Any:
     """The same model without memory for its weights, on the meta device."""
     with _quiet_transformers() as transformers, torch.device("meta"):
         if settings.path is None:
-            assert settings.tiny is not None
+            assert settings.tiny is not None  # `find_model` has made a path of a hub
             config = _tiny_llama(transformers, settings.tiny, length)
         else:
-            config = transformers.AutoConfig.from_pretrained(
-                settings.path, local_files_only=True, trust_remote_code=False
-            )
+            config = read_config(transformers, settings.path)
         dtype = getattr(torch, settings.dtype)
         model = transformers.AutoModelForCausalLM.from_config(
             config, dtype=dtype, trust_remote_code=False
@@ -88,6 +87,7 @@ def load_model(folder: Path, dtype: torch.dtype = torch.float32) -> Any:
     with _quiet_transformers() as transformers:
         return transformers.AutoModelForCausalLM.from_pretrained(
             folder,
+            config=read_config(transformers, Path(folder)),
             dtype=dtype,
             local_files_only=True,
             use_safetensors=True,

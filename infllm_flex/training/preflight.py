@@ -7,11 +7,12 @@ import warnings
 from pathlib import Path
 from typing import Any
 
-from infllm_flex.training.data import open_text
+from infllm_flex.training.data import check_vocabulary, open_text
 from infllm_flex.training.estimate import estimate_memory
 from infllm_flex.training.loss import LanguageLoss
 from infllm_flex.training.memory import check_float8
 from infllm_flex.training.model import build_outline, decoder_layers
+from infllm_flex.training.model_config import find_model
 from infllm_flex.training.parallel import World, check_processes, pick_device
 from infllm_flex.training.settings import StageSettings, TrainingSettings
 from infllm_flex.training.stages import fit_positions, stage_attention, warn_of_no_effect
@@ -58,6 +59,7 @@ def rehearse(settings: TrainingSettings, processes: int) -> list[str]:
         ValueError: What `check_run` and the data refuse.
     """
     check_processes(settings, processes)
+    settings = find_model(settings)
     world = World(
         pick_device(settings.run.device), size=processes, context=settings.parallel.context
     )
@@ -69,6 +71,7 @@ def rehearse(settings: TrainingSettings, processes: int) -> list[str]:
     ]
     with tempfile.TemporaryDirectory() as aside:
         text = open_text(settings.data, Path(aside), settings.model.path)
+        check_vocabulary(text, outline.config.vocab_size)
         for name, stage in settings.stages.items():
             rows = stage.batch_size // world.data_size
             rows = min(rows, stage.sequences_at_once or rows)

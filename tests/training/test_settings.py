@@ -41,7 +41,7 @@ def test_the_shortest_config_is_complete(read):
         ("model.tiny.hidden_size=100", "must be a multiple of twice num_heads = 8, got 100"),
         ("model.tiny.num_kv_heads=3", "num_heads must be a multiple of num_kv_heads = 3, got 4"),
         ("model.tiny.rope_theta=0", "must be above 1, got 0.0"),
-        ("model.path=org/name", "exactly one of path and tiny must be given"),
+        ("model.path=org/name", "exactly one of path, hub and tiny must be given"),
         ("model={path: org/name}", "must be a local folder, got org/name, which is none"),
         ("data.source=/no/such/folder", "must be python_stdlib or a local folder or file"),
         ("data.held_out_percent=91", "must be between 0 and 90, got 91"),
