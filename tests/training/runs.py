@@ -70,3 +70,10 @@ def settings(folder: Path, texts: Path, **changes: Any) -> TrainingSettings:
 
 def weights_hash(model: Path) -> str:
     return hashlib.sha256((model / "model.safetensors").read_bytes()).hexdigest()
+
+
+def course(run: TrainingSettings) -> list[dict[str, Any]]:
+    """What two equal runs have in common of their metrics: all but speed and memory."""
+    same = ("step", "stage", "loss", "gradient_norm", "learning_rate", "sparse_layers")
+    lines = (run.run.folder / "metrics.jsonl").read_text().splitlines()
+    return [{name: json.loads(line)[name] for name in same} for line in lines]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import re
 import resource
@@ -26,7 +25,7 @@ from infllm_flex.training.settings import (
 )
 from tests.tolerance import assert_within_rounding
 from tests.training.forked import run_ranks, start
-from tests.training.runs import TINY, settings, stage, weights_hash, write_lines
+from tests.training.runs import TINY, course, settings, stage, weights_hash, write_lines
 
 STEPS = 20
 
@@ -56,12 +55,6 @@ def with_dropout(tmp_path):
     folder = tmp_path / "model"
     transformers.LlamaForCausalLM(config).save_pretrained(folder)
     return ModelSettings(path=folder)
-
-
-def metrics(run):
-    """Lines of the metrics without what differs between two equal runs."""
-    lines = (run.run.folder / "metrics.jsonl").read_text().splitlines()
-    return [{k: v for k, v in json.loads(x).items() if "second" not in k} for x in lines]
 
 
 def tensors_of(checkpoint):
@@ -95,7 +88,7 @@ def test_every_step_of_twenty_can_be_resumed_in_the_same_bits(tmp_path, packed, 
         torch.rand(7)  # another process would stand elsewhere in the random numbers
         resumed = train(run, resume=True, show=False)
         assert weights_hash(resumed.model) == weights_hash(expected.model)
-        assert metrics(run) == metrics(straight)
+        assert course(run) == course(straight)
         ours, theirs = tensors_of(kept / last_but_one.name), tensors_of(last_but_one)
         assert ours.keys() == theirs.keys()
         assert {name.split(".")[0] for name in ours} == {"model", "optimizer", "random"}
@@ -108,7 +101,7 @@ def train_in_ranks(run, resume):
 
 
 def losses_and_norms(run):
-    return torch.tensor([[line["loss"], line["gradient_norm"]] for line in metrics(run)])
+    return torch.tensor([[line["loss"], line["gradient_norm"]] for line in course(run)])
 
 
 def test_a_run_goes_on_with_another_number_of_processes(tmp_path, packed):
@@ -210,7 +203,7 @@ def test_sigterm_saves_and_ends_the_process_within_ten_seconds(tmp_path, packed)
     assert os.waitpid(child, 0)[1] == 0
     assert time.monotonic() - began < 10
     saved = checkpoints.newest(run.run.folder / "checkpoints")
-    assert checkpoints.read_state(saved).step == len(metrics(run))
+    assert checkpoints.read_state(saved).step == len(course(run))
 
 
 def train_to_the_signal(run):
