@@ -35,22 +35,21 @@ class Meter:
         self._restart()
 
     def _restart(self) -> None:
-        self._tokens, self._sparse, self._operations = 0, 0, 0.0
+        self._sparse, self._operations = 0.0, 0.0
         self._started = time.perf_counter()
 
     def count(self, batch: Batch) -> None:
         """Add a step's batch of this process."""
         rows, length = batch.input_ids.shape
         lengths = document_lengths(length, rows, batch.position_ids)
-        self._tokens += rows * length
-        self._sparse += self._work.sparse_tokens(lengths)
+        self._sparse = self._work.sparse_tokens(lengths) / (rows * length)
         self._operations += self._work.operations(lengths)
 
     def values(self) -> dict[str, Any]:
         """What was measured since the last call.
 
         Returns:
-            ``sparse_tokens``, the share of tokens in documents of ``dense_len`` and more;
+            ``sparse_tokens``, the last step's share of tokens in documents that attend sparsely;
             ``mfu``, model FLOPs utilisation: the share of what the devices could do that went into
             what the model needs, None where their peak is not known; ``memory_gib``, the most that
             was in use.
@@ -61,7 +60,7 @@ class Meter:
             done = self._operations * world.data_size / max(seconds, 1e-9)
             mfu = round(done / (self._peak * world.size), 4)
         values = {
-            "sparse_tokens": self._sparse / max(self._tokens, 1),
+            "sparse_tokens": self._sparse,
             "mfu": mfu,
             "memory_gib": round(_peak_memory(world.device) / _GIB, 3),
         }

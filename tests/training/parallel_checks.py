@@ -30,8 +30,9 @@ from torch import Tensor
 from infllm_flex import attention
 from infllm_flex.attention import infllm_attention
 from infllm_flex.config import InfLLMConfig
-from infllm_flex.training import loop, loss
+from infllm_flex.training import loop
 from infllm_flex.training.loop import TrainingDivergedError, train
+from infllm_flex.training.loss import LanguageLoss
 from infllm_flex.training.parallel import World, open_world
 from infllm_flex.training.parallel.context import ContextAttention, part_of
 from infllm_flex.training.settings import (
@@ -189,14 +190,14 @@ def a_resumed_run_continues_in_the_same_bits(folder: Path) -> None:
 def a_nan_in_one_process_stops_all(folder: Path) -> None:
     run = runs(folder)["fsdp"]
     run = replace(run, run=replace(run.run, folder=folder / "nan"))
-    real, rank = loss.cost, dist.get_rank()
+    real, rank = LanguageLoss._cost, dist.get_rank()
 
     def cost(*args: Any) -> Tensor:
         return real(*args) * (float("nan") if rank else 1.0)
 
     said = r"step 1: the loss is nan; its batch is samples 0 to 3 of stage short"
     with (
-        mock.patch.object(loss, "cost", cost),
+        mock.patch.object(LanguageLoss, "_cost", cost),
         pytest.raises(TrainingDivergedError, match=said),
     ):
         train(run, show=False)
