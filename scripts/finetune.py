@@ -21,6 +21,7 @@ from infllm_flex.strict_yaml import ConfigError, build_dataclass, load_yaml, to_
 from infllm_flex.training.checkpoints import export_newest
 from infllm_flex.training.folder import CHECKPOINTS, check_folder
 from infllm_flex.training.loop import TrainingDivergedError, train
+from infllm_flex.training.model_config import find_model
 from infllm_flex.training.parallel import is_first_process, num_processes, was_restarted
 from infllm_flex.training.preflight import rehearse
 from infllm_flex.training.settings import TrainingSettings
@@ -94,7 +95,8 @@ def parse_arguments() -> argparse.Namespace:
 def export(settings: TrainingSettings, target: Path) -> int:
     """Write the newest checkpoint as a model folder; returns the exit status."""
     try:
-        export_newest(settings.run.folder / CHECKPOINTS, target, settings.model.path)
+        origin = find_model(settings).model.path
+        export_newest(settings.run.folder / CHECKPOINTS, target, origin)
     except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
