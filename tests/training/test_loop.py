@@ -291,13 +291,16 @@ def test_a_run_with_8_bit_state_resumes_in_the_same_bits(tmp_path, texts, stop_a
 
 
 def test_packed_documents_train_and_resume_in_the_same_bits(tmp_path, monkeypatch):
+    # Documents of the longest class are sparse, those of the shortest dense, in the same rows.
     texts = [f"{i} is a number. " * (i % 7 + 1) for i in range(90)]
     path = write_lines(tmp_path / "a.jsonl", texts)
     data = DataSettings(source=str(path), packing="documents", held_out_percent=0)
-    stages = {"only": stage(steps=20, batch_size=4, max_length=64, length_buckets=(20, 40))}
+    only = stage(steps=20, batch_size=4, max_length=128, length_buckets=(32, 64))
+    stages = {"only": replace(only, attention="sparse")}
     straight = settings(tmp_path / "straight", tmp_path, data=data, stages=stages)
     expected = train(straight, show=False)
     assert metrics(straight)[-1]["loss"] < metrics(straight)[0]["loss"]
+    assert all(0 < line["sparse_tokens"] < 1 for line in metrics(straight))
     run = settings(tmp_path / "run", tmp_path, data=data, stages=stages)
     with monkeypatch.context() as patch:
         patch.setattr(PackedSampler, "batch", interrupted(PackedSampler.batch, 7))

@@ -40,7 +40,7 @@ def alone(model, batch: Batch):
 
 
 @pytest.mark.parametrize("rows", [1, 3])
-@pytest.mark.parametrize("attention", ["dense"])
+@pytest.mark.parametrize("attention", ["dense", "sparse"])
 def test_a_document_costs_in_a_row_what_it_costs_alone(attention, rows):
     # Some of the documents are long enough to be sparse, and longer than their budget.
     lengths = torch.randint(2, 140, (60,), generator=torch.Generator().manual_seed(0)).tolist()
