@@ -5,7 +5,9 @@ from __future__ import annotations
 import multiprocessing
 import os
 import traceback
-from collections.abc import Callable
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -31,8 +33,9 @@ def run_ranks(count: int, folder: Path, work: Callable[..., Any], *arguments: An
         context.Process(target=_rank, args=(rank, count, meeting, queue, work, arguments))
         for rank in range(count)
     ]
-    for process in processes:
-        process.start()
+    with _fork_beside_threads():
+        for process in processes:
+            process.start()
     found = dict(queue.get() for _ in processes)
     for process in processes:
         process.join()
@@ -44,7 +47,8 @@ def start(work: Callable[..., Any], *arguments: Any) -> int:
 
     It ends with status 0, or 1 where ``work`` raised.
     """
-    child = os.fork()
+    with _fork_beside_threads():
+        child = os.fork()
     if child:
         return child
     status = 1
@@ -55,6 +59,14 @@ def start(work: Callable[..., Any], *arguments: Any) -> int:
         traceback.print_exc()
     finally:
         os._exit(status)  # nothing of the tests' process shall run here
+
+
+@contextmanager
+def _fork_beside_threads() -> Iterator[None]:
+    # Python 3.12 warns of PyTorch's threads; none of them holds a lock that a child needs.
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)
+        yield
 
 
 def start_ranks(count: int, folder: Path, work: Callable[..., Any], *arguments: Any) -> list[int]:

@@ -290,6 +290,7 @@ def test_a_run_with_8_bit_state_resumes_in_the_same_bits(tmp_path, texts, stop_a
     assert weights_hash(resumed.model) == weights_hash(expected.model)
 
 
+@pytest.mark.filterwarnings("ignore:This process:DeprecationWarning")  # as in test_loader
 def test_packed_documents_train_and_resume_in_the_same_bits(tmp_path, monkeypatch):
     # Documents of the longest class are sparse, those of the shortest dense, in the same rows.
     texts = [f"{i} is a number. " * (i % 7 + 1) for i in range(90)]

@@ -11,6 +11,9 @@ from infllm_flex.training.data import Batch, PackedSampler, batches
 from infllm_flex.training.data.batch import document_boundaries
 from tests.training.data.test_sampler import documents, equal
 
+# Python 3.12 warns of PyTorch's threads when workers are forked.
+pytestmark = pytest.mark.filterwarnings("ignore:This process:DeprecationWarning")
+
 
 @pytest.fixture
 def sampler():
