@@ -6,17 +6,14 @@ model has ``attn_backend="varlen"``:
     torchrun --nproc-per-node 8 -m torchtitan.train --module llama3 --config <one of its configs> \
         --override.imports 'scripts.torchtitan_override.sparse_attention={"dense_len": 8192}'
 
-torchtitan packs documents; each attends by its own length, densely or sparsely. Their borders are
-read on the host, so torchtitan's own compilation must be off, as it is by default.
+torchtitan packs documents; each attends by its own length, densely or sparsely.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from itertools import pairwise
 from typing import Any
 
-import torch
 from torch import Tensor
 from torchtitan.config import derive, override
 from torchtitan.models.common.attention import VarlenAttention, VarlenMetadata
@@ -54,15 +51,10 @@ class SparseAttention(VarlenAttention):
         query, key, value = (
             x.flatten(0, 1).transpose(0, 1)[None] for x in (q_BLNH, k_BLNH, v_BLNH)
         )
-        borders = attention_masks.cu_seq_q_host or attention_masks.cu_seq_q.tolist()
-        documents = [
-            ifx.infllm_attention(
-                *(x[:, :, start:end] for x in (query, key, value)), self._config, scale=scale
-            )
-            for start, end in pairwise(borders)
-            if start < end
-        ]
-        return torch.cat(documents, dim=2)[0].transpose(0, 1).unflatten(0, q_BLNH.shape[:2])
+        out = ifx.infllm_attention(
+            query, key, value, self._config, scale=scale, cu_seqlens=attention_masks.cu_seq_q
+        )
+        return out[0].transpose(0, 1).unflatten(0, q_BLNH.shape[:2])
 
 
 @override(target=VarlenAttention.Config, exact=True, description="InfLLM-V2 sparse attention")

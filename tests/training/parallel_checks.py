@@ -56,7 +56,6 @@ NAMES = {
     2: ("fsdp", "ddp", "muon", "checkpointing", "offload", "context", "packed", "bfloat16"),
     4: ("fsdp", "context"),
 }
-DENSE = {name: replace(some, attention="dense") for name, some in STAGES.items()}
 
 
 def runs(folder: Path) -> dict[str, TrainingSettings]:
@@ -77,7 +76,6 @@ def runs(folder: Path) -> dict[str, TrainingSettings]:
             "packed",
             parallel=ParallelSettings(context=2),
             data=DataSettings(source=str(texts), packing="documents", held_out_percent=20),
-            stages=DENSE,
         ),
         "bfloat16": run("bfloat16", model=ModelSettings(tiny=TINY, arithmetic="bfloat16")),
     }
@@ -151,13 +149,13 @@ class _Choices:
 
     def __enter__(self) -> list[Tensor]:
         self.calls: list[Tensor] = []
-        real = attention.select_blocks
+        real = attention.choose_blocks
 
         def select(*args: Any, **kwargs: Any) -> Tensor:
             self.calls.append(real(*args, **kwargs))
             return self.calls[-1]
 
-        self._patch = mock.patch.object(attention, "select_blocks", select)
+        self._patch = mock.patch.object(attention, "choose_blocks", select)
         self._patch.start()
         return self.calls
 

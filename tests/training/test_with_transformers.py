@@ -36,13 +36,13 @@ def example(monkeypatch):
 def test_the_example_trains_sparsely_and_saves_a_model_that_knows_it(
     example, tmp_path, monkeypatch, capsys
 ):
-    calls, real = [], attention.select_blocks
+    calls, real = [], attention.choose_blocks
 
     def select(query, *args, **kwargs):
         calls.append(query.shape)
         return real(query, *args, **kwargs)
 
-    monkeypatch.setattr(attention, "select_blocks", select)
+    monkeypatch.setattr(attention, "choose_blocks", select)
     example("--length", 512, "--steps", 6, "--out", tmp_path)
     assert calls == [(2, 4, 512, 32)] * 2 * 6  # two layers, six steps
     assert "model.layers.1.self_attn" in capsys.readouterr().out
