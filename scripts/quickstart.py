@@ -30,7 +30,7 @@ from infllm_flex.evaluation.plot import plot_by_position
 from infllm_flex.evaluation.table import format_table
 from infllm_flex.strict_yaml import ConfigError, Mistake, build_dataclass, load_yaml
 from infllm_flex.training.data import Corpus, held_out_windows, load_corpus
-from infllm_flex.training.folder import check_folder
+from infllm_flex.training.folder import MODEL, check_folder
 from infllm_flex.training.loop import TrainingDivergedError, train
 from infllm_flex.training.model import load_model
 from infllm_flex.training.settings import (
@@ -99,7 +99,7 @@ def check_folders(settings: TrainingSettings) -> None:
         ConfigError: A folder holds something else.
     """
     check_folder(short_run(settings), resume=True)
-    pretrained = final_checkpoint(short_run(settings))
+    pretrained = short_run(settings).run.folder / MODEL
     if pretrained.is_dir():
         for arm in arms(settings):
             check_folder(arm_run(settings, arm, pretrained), resume=True)
@@ -142,11 +142,6 @@ def in_subfolder(settings: TrainingSettings, name: str) -> RunSettings:
     return replace(settings.run, folder=settings.run.folder / name)
 
 
-def final_checkpoint(run: TrainingSettings) -> Path:
-    """Where a run's last checkpoint will be."""
-    return run.run.folder / "checkpoints" / f"step-{run.total_steps:08d}"
-
-
 def quickstart(settings: TrainingSettings) -> None:
     """Train all, measure all, show it."""
     started = time.perf_counter()
@@ -166,8 +161,8 @@ def quickstart(settings: TrainingSettings) -> None:
         corpus.held_out, arms(settings)[0].stage.max_length, settings.compare.windows
     )
     bits = {
-        name: measure(checkpoint, arm, windows, settings.compare.batch_size, name)
-        for name, (checkpoint, arm) in models.items()
+        name: measure(model, arm, windows, settings.compare.batch_size, name)
+        for name, (model, arm) in models.items()
     }
     show(settings, windows, bits)
     print(f"\n{(time.perf_counter() - started) / 60:.1f} minutes in all.")
@@ -196,12 +191,13 @@ def run_to_end(run: TrainingSettings, corpus: Corpus, title: str) -> Path:
     outcome = train(run, resume=True, corpus=corpus, title=f"{title:<28}")
     if outcome.signal:
         raise StoppedError(outcome.signal)
-    return outcome.checkpoint
+    assert outcome.model is not None  # a run without a signal is complete
+    return outcome.model
 
 
-def measure(checkpoint: Path, arm: Arm, windows: Tensor, batch_size: int, name: str) -> Tensor:
+def measure(folder: Path, arm: Arm, windows: Tensor, batch_size: int, name: str) -> Tensor:
     """Bits per byte of held-out text, with the attention the model was trained with."""
-    model = load_model(checkpoint)
+    model = load_model(folder)
     title = f"{'measuring ' + name:<28}"
     with (
         stage_attention(model, arm.stage, arm.attention),
@@ -236,7 +232,7 @@ def show(settings: TrainingSettings, windows: Tensor, bits: dict[str, Tensor]) -
         smooth=64,
         title="Held-out text: bits per byte by position",
     )
-    print(f"\nPlot: {folder / 'bits_by_position.png'}   Models: {folder}/*/checkpoints/")
+    print(f"\nPlot: {folder / 'bits_by_position.png'}   Models: {folder}/*/model/")
 
 
 def explain_result(bits: dict[str, Tensor], last: Bucket, repeats: Tensor) -> str:

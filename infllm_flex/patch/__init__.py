@@ -2,12 +2,14 @@
 
 from infllm_flex.patch.api import dense, patch_model, unpatch_model
 from infllm_flex.patch.errors import UnsupportedModelError
+from infllm_flex.patch.handover import attend_through
 from infllm_flex.patch.report import LayerRow, LayerTable, describe
 
 __all__ = [
     "LayerRow",
     "LayerTable",
     "UnsupportedModelError",
+    "attend_through",
     "dense",
     "describe",
     "patch_model",

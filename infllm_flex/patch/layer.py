@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 from infllm_flex.config import InfLLMConfig
 
 _ATTRIBUTE = "infllm_layer"
+# Query, key, value and scale to the output, as `infllm_attention` takes and returns them.
+Attend = Callable[[Tensor, Tensor, Tensor, float | None], Tensor]
 
 
 @dataclass
@@ -32,6 +35,7 @@ class PatchedLayer:
         query_heads: Query heads of the whole layer, where the model says; None elsewhere.
         kv_heads: Key/value heads before the model expands them to the query heads, alike.
         head_order: How it expands them, once a call has shown it (`infllm_flex.patch.heads`).
+        attend: What attends in the layer's place, inside an ``attend_through`` block.
     """
 
     config: InfLLMConfig
@@ -43,10 +47,11 @@ class PatchedLayer:
     query_heads: int | None = None
     kv_heads: int | None = None
     head_order: str | None = None
+    attend: Attend | None = None
 
     def __deepcopy__(self, memo: dict[int, Any]) -> PatchedLayer:
-        # A copy made inside a `dense` block has no block that would ever end it.
-        return dataclasses.replace(self, dense_depth=0)
+        # A copy made inside a block has no block that would ever end it.
+        return dataclasses.replace(self, dense_depth=0, attend=None)
 
     def ever_attends_sparsely(self, capacity: int) -> bool:
         """Whether a sequence of at most ``capacity`` keys may be sparse here."""
@@ -68,8 +73,8 @@ def set_layer(module: nn.Module, layer: PatchedLayer) -> None:
     if existing is None:
         setattr(module, _ATTRIBUTE, layer)
     else:
-        # The same object: a `dense` block around this call holds on to it, to end it.
-        vars(existing).update(vars(layer), dense_depth=existing.dense_depth)
+        # The same object: a block around this call holds on to it, to end it.
+        vars(existing).update(vars(layer), dense_depth=existing.dense_depth, attend=existing.attend)
 
 
 def remove_layer(module: nn.Module) -> None:

@@ -6,14 +6,19 @@ import contextlib
 import fcntl
 import os
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 from infllm_flex.strict_yaml import ConfigError, Mistake, build_dataclass, load_yaml, to_yaml
-from infllm_flex.training.settings import TrainingSettings
+from infllm_flex.training.checkpoints.exporting import is_exported
+from infllm_flex.training.settings import DataSettings, TrainingSettings
 
 SETTINGS = "run.yaml"
 METRICS = "metrics.jsonl"
+BOARD = "tensorboard"
 CHECKPOINTS = "checkpoints"
+DATA = "data"
+MODEL = "model"
 _LOCK = ".lock"
 
 
@@ -33,6 +38,8 @@ def check_folder(settings: TrainingSettings, resume: bool) -> None:
         return
     if SETTINGS not in content:
         _refuse(f"{folder} holds something else ({sorted(content)[0]}): choose another folder")
+    if (folder / MODEL).exists() and not is_exported(folder / MODEL):
+        _refuse(f"{folder / MODEL} holds something else: move it away, the model will go there")
     if not resume:
         _refuse(f"{folder} holds a run already: add --resume to go on, or choose another folder")
     differing = _differences(settings, folder / SETTINGS)
@@ -62,12 +69,26 @@ def claim_folder(settings: TrainingSettings) -> Iterator[Path]:
 
 
 def _differences(settings: TrainingSettings, path: Path) -> list[str]:
-    before = build_dataclass(TrainingSettings, load_yaml(path))
+    before = _what_counts(build_dataclass(TrainingSettings, load_yaml(path)))
+    settings = _what_counts(settings)
     sections = ("model", "attention", "data", "stages", "optim")
     differing = [name for name in sections if getattr(settings, name) != getattr(before, name)]
     if settings.run.seed != before.run.seed:
         differing.append("run.seed")
     return differing
+
+
+def _what_counts(settings: TrainingSettings) -> TrainingSettings:
+    """Without what may differ from one start of a run to the next, as it changes no sample."""
+    defaults = DataSettings()
+    data = replace(
+        settings.data,
+        workers=defaults.workers,
+        cache=defaults.cache,
+        damaged_percent=defaults.damaged_percent,
+    )
+    stages = {name: replace(s, sequences_at_once=0) for name, s in settings.stages.items()}
+    return replace(settings, data=data, stages=stages)
 
 
 def _refuse(problem: str) -> None:

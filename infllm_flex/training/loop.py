@@ -1,24 +1,38 @@
-"""The training loop: one process, one device, resumable at every step to the last bit."""
+"""The training loop, the same in every process; resumable at every step to the last bit."""
 
 from __future__ import annotations
 
-import contextlib
 import math
+from collections.abc import Iterator
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-import torch.nn.functional as F
-from torch import Tensor
 
-from infllm_flex.training.data import Corpus, Sampler, load_corpus
-from infllm_flex.training.folder import CHECKPOINTS, METRICS, check_folder, claim_folder
+from infllm_flex.training.data import Batch, Corpus, Text, batches, open_text
+from infllm_flex.training.folder import (
+    BOARD,
+    CHECKPOINTS,
+    DATA,
+    METRICS,
+    MODEL,
+    check_folder,
+    claim_folder,
+)
 from infllm_flex.training.interruption import Interruption
+from infllm_flex.training.memory import run_layers
+from infllm_flex.training.meter import Meter
 from infllm_flex.training.metrics import MetricsFile, Progress
-from infllm_flex.training.schedule import position_of
-from infllm_flex.training.settings import StageSettings, TrainingSettings
-from infllm_flex.training.stages import stage_attention, warn_of_no_effect
+from infllm_flex.training.model_config import find_model
+from infllm_flex.training.parallel import World, open_world
+from infllm_flex.training.preflight import check_run
+from infllm_flex.training.schedule import Position, position_of
+from infllm_flex.training.settings import TrainingSettings
+from infllm_flex.training.stages import stage_attention
 from infllm_flex.training.state import TrainingState
+from infllm_flex.training.step import NotFiniteError, take_step
+from infllm_flex.training.together import everywhere, on_first
 
 
 class TrainingDivergedError(RuntimeError):
@@ -31,12 +45,14 @@ class Outcome:
 
     Attributes:
         step: Steps done in all.
-        checkpoint: Folder of the newest checkpoint, also a transformers model folder.
+        checkpoint: Folder of the newest checkpoint, to resume from.
+        model: A transformers model folder, where the run is complete.
         signal: The signal that stopped the run early, 0 where it is complete.
     """
 
     step: int
     checkpoint: Path
+    model: Path | None
     signal: int
 
 
@@ -48,7 +64,7 @@ def train(
     title: str = "training",
     show: bool = True,
 ) -> Outcome:
-    """Train as the settings say and leave checkpoints and metrics in the run's folder.
+    """Train as the settings say and leave checkpoints, metrics and a model in the run's folder.
 
     Args:
         settings: The whole run.
@@ -63,97 +79,126 @@ def train(
         ValueError: The model or the text does not fit the settings.
         TrainingDivergedError: The loss is not finite.
         CheckpointError: Every checkpoint of the folder is damaged.
+        RankError: Another process of the run failed.
     """
+    with open_world(settings) as world, ExitStack() as stack:
+        on_first(lambda: _prepare(settings, resume, world))
+        if settings.run.threads:
+            torch.set_num_threads(settings.run.threads)
+        # The first process holds the lock for all of them.
+        on_first(lambda: stack.enter_context(claim_folder(settings)))
+        settings = find_model(settings)
+        # Before signals are caught: there is nothing to save, and reading may take long.
+        folder = settings.run.folder
+        text = everywhere(
+            lambda: open_text(settings.data, folder / DATA, settings.model.path, corpus)
+        )
+        for name, stage in settings.stages.items():
+            text.sampler(name, stage, settings.run.seed)  # or says why there can be none
+        with Interruption() as interruption:
+            return _Trainer(settings, world, text).run(interruption, title, show)
+
+
+def _prepare(settings: TrainingSettings, resume: bool, world: World) -> None:
     check_folder(settings, resume)
-    for name, stage in settings.stages.items():
-        warn_of_no_effect(name, stage, settings.attention)
-    if settings.run.threads:
-        torch.set_num_threads(settings.run.threads)
-    with Interruption() as interruption, claim_folder(settings) as folder:
-        trainer = _Trainer(settings, folder, corpus or load_corpus(settings.data))
-        return trainer.run(interruption, title, show)
+    check_run(find_model(settings), world)
 
 
 class _Trainer:
-    def __init__(self, settings: TrainingSettings, folder: Path, corpus: Corpus) -> None:
-        self._settings, self._folder = settings, folder
-        self._device = _device(settings.run.device)
-        self._stream = corpus.train_stream()
-        self._state = TrainingState(settings, folder / CHECKPOINTS, self._device)
+    def __init__(self, settings: TrainingSettings, world: World, text: Text) -> None:
+        self._settings, self._world, self._text = settings, world, text
+        self._folder = settings.run.folder
+        self._state = TrainingState(settings, self._folder / CHECKPOINTS, text, world)
 
     def run(self, interruption: Interruption, title: str, show: bool) -> Outcome:
-        state, stages = self._state, self._settings.stages
+        state, settings = self._state, self._settings
         state.restore()
-        metrics = MetricsFile(self._folder / METRICS, state.done)
-        with (
-            contextlib.closing(metrics),
-            Progress(title, self._settings.total_steps, state.done, show) as progress,
-        ):
-            while (position := position_of(stages, state.done)) and not interruption.signal:
+        with ExitStack() as stack:
+            metrics: MetricsFile | None = None
+            if self._world.is_first:
+                board = self._folder / BOARD if settings.log.tensorboard else None
+                metrics = MetricsFile(self._folder / METRICS, state.done, board)
+                stack.callback(metrics.close)
+            progress = stack.enter_context(
+                Progress(title, settings.total_steps, state.done, show and self._world.is_first)
+            )
+            stopped = self._stopped(interruption)
+            while (position := position_of(settings.stages, state.done)) and not stopped:
                 state.enter_stage(position.name)
                 progress.restart()
-                self._run_stage(position.name, position.stage, interruption, progress, metrics)
-            return Outcome(state.done, state.save(), interruption.signal)
+                self._run_stage(position, interruption, progress, metrics)
+                stopped = self._stopped(interruption)
+            checkpoint = state.save()
+            complete = state.done == settings.total_steps
+            model = state.export(self._folder / MODEL) if complete else None
+            return Outcome(state.done, checkpoint, model, stopped)
+
+    def _stopped(self, interruption: Interruption) -> int:
+        """The signal that reached any of the processes, so that all stop after the same step."""
+        return self._world.largest(interruption.signal)
 
     def _run_stage(
         self,
-        name: str,
-        stage: StageSettings,
+        start: Position,
         interruption: Interruption,
         progress: Progress,
-        metrics: MetricsFile,
+        metrics: MetricsFile | None,
     ) -> None:
-        settings, state = self._settings, self._state
-        sampler = Sampler(self._stream, stage.max_length, settings.run.seed, name)
-        with stage_attention(state.model, stage, settings.attention) as sparse_layers:
-            while not interruption.signal:
+        settings, state, world, stage = self._settings, self._state, self._world, start.stage
+        meter = Meter(state.model, stage, settings, world)
+        with (
+            stage_attention(state.model, stage, settings.attention, world) as attention,
+            run_layers(state.layers, settings, world.device),
+        ):
+            for batch in self._batches(start):
                 position = position_of(settings.stages, state.done)
-                if position is None or position.name != name:
-                    return
-                batch = sampler.batch(position.sample_indices()).to(self._device)
-                loss, norm = self._step(batch, position.learning_rate)
+                assert position is not None  # there is a batch for every step and no more
+                try:
+                    loss, norm = take_step(state, world, batch, position, attention.share)
+                except NotFiniteError as error:
+                    raise self._diverged(error, position) from error
                 state.done += 1
+                meter.count(batch)
                 progress.advance(loss, stage.tokens_per_step)
-                if state.done % settings.log.every == 0 or state.done == settings.total_steps:
+                if metrics and (
+                    state.done % settings.log.every == 0 or state.done == settings.total_steps
+                ):
                     metrics.write(
                         {
                             "step": state.done,
-                            "stage": name,
+                            "stage": start.name,
                             "loss": loss,
                             "bits_per_byte": loss / math.log(2),
                             "gradient_norm": norm,
                             "learning_rate": position.learning_rate,
                             "tokens_per_second": round(progress.tokens_per_second),
-                            "sparse_layers": sparse_layers,
+                            "sparse_layers": attention.sparse_layers,
+                            **meter.values(),
                         }
                     )
                 if state.done % settings.checkpoint.every == 0:
                     state.save()
+                if self._stopped(interruption):
+                    return
 
-    def _step(self, batch: Tensor, learning_rate: float) -> tuple[float, float]:
-        logits = self._state.model(batch[:, :-1], use_cache=False).logits
-        loss = F.cross_entropy(logits.flatten(0, 1).float(), batch[:, 1:].flatten())
-        value = float(loss.detach())
-        if not math.isfinite(value):
-            raise self._diverged("the loss", value)
-        loss.backward()
-        norm = self._state.optimizers.step(learning_rate)
-        if not math.isfinite(norm):
-            raise self._diverged("the gradient", norm)
-        return value, norm
-
-    def _diverged(self, what: str, value: float) -> TrainingDivergedError:
-        saved = self._state.saved
-        last = f"the last checkpoint is of step {saved}" if saved >= 0 else "no checkpoint exists"
-        return TrainingDivergedError(
-            f"{what} of step {self._state.done + 1} is {value}: the run stops; {last}; "
-            "a lower learning_rate may help"
+    def _batches(self, start: Position) -> Iterator[Batch]:
+        settings, world, stage = self._settings, self._world, start.stage
+        return batches(
+            self._text.sampler(start.name, stage, settings.run.seed),
+            stage.batch_size,
+            start.step,
+            stage.steps,
+            rank=world.rank // world.context,
+            ranks=world.data_size,
+            workers=settings.data.workers,
+            pin_memory=world.device.type == "cuda",
         )
 
-
-def _device(name: str) -> torch.device:
-    if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "cpu"
-    if name == "cuda" and not torch.cuda.is_available():
-        raise ValueError("run.device: cuda is not available here; use cpu or auto")
-    return torch.device(name)
+    def _diverged(self, error: NotFiniteError, position: Position) -> TrainingDivergedError:
+        saved, indices = self._state.saved, position.sample_indices()
+        last = f"the last checkpoint is of step {saved}" if saved >= 0 else "no checkpoint exists"
+        return TrainingDivergedError(
+            f"step {self._state.done + 1}: {error}; its batch is samples {indices[0]} to "
+            f"{indices[-1]} of stage {position.name}; the run stops; {last}; a lower "
+            "learning_rate may help"
+        )

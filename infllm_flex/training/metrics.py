@@ -18,23 +18,39 @@ class MetricsFile:
     Args:
         path: The file; made if missing.
         done: Steps done. Lines of later steps, from before an interruption, are dropped.
+        board: Folder for the same numbers as TensorBoard reads them, where that is installed.
     """
 
-    def __init__(self, path: Path, done: int) -> None:
+    def __init__(self, path: Path, done: int, board: Path | None = None) -> None:
         kept = [line for line in _lines(path) if json.loads(line)["step"] <= done]
         aside = path.with_suffix(".tmp")
         aside.write_text("".join(line + "\n" for line in kept))
         os.replace(aside, path)
         self._file = path.open("a")
+        self._board = None if board is None else _tensorboard(board, done)
 
     def write(self, values: dict[str, Any]) -> None:
         """Append a line; it is on its way to the disk when this returns."""
         self._file.write(json.dumps(values) + "\n")
         self._file.flush()
+        if self._board is not None:
+            for name, value in values.items():
+                if name != "step" and isinstance(value, int | float):
+                    self._board.add_scalar(name, value, values["step"])
 
     def close(self) -> None:
-        """Close the file."""
+        """Close the files."""
         self._file.close()
+        if self._board is not None:
+            self._board.close()
+
+
+def _tensorboard(folder: Path, done: int) -> Any:
+    try:
+        from torch.utils.tensorboard import SummaryWriter
+    except ImportError:
+        return None
+    return SummaryWriter(str(folder), purge_step=done + 1)
 
 
 def _lines(path: Path) -> list[str]:

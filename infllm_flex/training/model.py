@@ -11,19 +11,20 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 
 from infllm_flex.config import InfLLMConfig
 from infllm_flex.training.data import BYTE_VALUES
+from infllm_flex.training.model_config import read_config
 from infllm_flex.training.settings import ModelSettings, TinyModelSettings
 
 
-def build_model(settings: ModelSettings, length: int, device: torch.device) -> Any:
-    """Make or load the model, in training mode.
+def build_model(settings: ModelSettings, length: int) -> Any:
+    """Make or load the model, on the CPU and in training mode.
 
     Args:
         settings: The ``model`` section.
         length: Positions that a model made here has.
-        device: Where the weights go.
 
     Raises:
         ValueError: The model has fewer than 256 tokens.
@@ -31,15 +32,54 @@ def build_model(settings: ModelSettings, length: int, device: torch.device) -> A
     dtype = getattr(torch, settings.dtype)
     if settings.path is None:
         assert settings.tiny is not None  # settings hold exactly one of the two
-        model = _tiny_llama(settings.tiny, length).to(dtype)
+        with _quiet_transformers() as transformers:
+            config = _tiny_llama(transformers, settings.tiny, length)
+            model = transformers.LlamaForCausalLM(config).to(dtype)
     else:
         model = load_model(settings.path, dtype)
-    if model.config.vocab_size < BYTE_VALUES:
-        raise ValueError(
-            f"model.path: the model knows {model.config.vocab_size} tokens, "
-            f"text as bytes needs {BYTE_VALUES}"
+    return _checked(model).train()
+
+
+def build_outline(settings: ModelSettings, length: int) -> Any:
+    """The same model without memory for its weights, on the meta device."""
+    with _quiet_transformers() as transformers, torch.device("meta"):
+        if settings.path is None:
+            assert settings.tiny is not None  # `find_model` has made a path of a hub
+            config = _tiny_llama(transformers, settings.tiny, length)
+        else:
+            config = read_config(transformers, settings.path)
+        dtype = getattr(torch, settings.dtype)
+        model = transformers.AutoModelForCausalLM.from_config(
+            config, dtype=dtype, trust_remote_code=False
         )
-    return model.to(device).train()
+    return _checked(model).train()
+
+
+def build_blank(settings: ModelSettings, length: int) -> Any:
+    """The same model with any weights, on the CPU: pages of memory that nobody has written to."""
+    model = build_outline(settings, length).to_empty(device="cpu")
+    model.tie_weights()
+    return model
+
+
+def _checked(model: Any) -> Any:
+    # Now, as FSDP makes a class of its own of it.
+    model.config.architectures = [type(model).__name__]
+    return model
+
+
+def decoder_layers(model: Any) -> list[nn.Module]:
+    """The layers of a model in order, each of which is one unit of memory.
+
+    Raises:
+        ValueError: They are not where transformers models have them.
+    """
+    layers = getattr(model.get_decoder(), "layers", None)
+    if not isinstance(layers, nn.ModuleList):
+        raise ValueError(
+            f"{type(model).__name__} has no list of decoder layers: it cannot be cut into parts"
+        )
+    return list(layers)
 
 
 def load_model(folder: Path, dtype: torch.dtype = torch.float32) -> Any:
@@ -47,6 +87,7 @@ def load_model(folder: Path, dtype: torch.dtype = torch.float32) -> Any:
     with _quiet_transformers() as transformers:
         return transformers.AutoModelForCausalLM.from_pretrained(
             folder,
+            config=read_config(transformers, Path(folder)),
             dtype=dtype,
             local_files_only=True,
             use_safetensors=True,
@@ -54,23 +95,21 @@ def load_model(folder: Path, dtype: torch.dtype = torch.float32) -> Any:
         )
 
 
-def _tiny_llama(tiny: TinyModelSettings, length: int) -> Any:
-    with _quiet_transformers() as transformers:
-        config = transformers.LlamaConfig(
-            vocab_size=BYTE_VALUES,
-            num_hidden_layers=tiny.num_layers,
-            hidden_size=tiny.hidden_size,
-            intermediate_size=tiny.intermediate_size,
-            num_attention_heads=tiny.num_heads,
-            num_key_value_heads=tiny.num_kv_heads,
-            max_position_embeddings=length,
-            rope_parameters={"rope_type": "default", "rope_theta": tiny.rope_theta},
-            tie_word_embeddings=True,
-            # Bytes 1 and 2 are text like any other.
-            bos_token_id=None,
-            eos_token_id=None,
-        )
-        return transformers.LlamaForCausalLM(config)
+def _tiny_llama(transformers: Any, tiny: TinyModelSettings, length: int) -> Any:
+    return transformers.LlamaConfig(
+        vocab_size=BYTE_VALUES,
+        num_hidden_layers=tiny.num_layers,
+        hidden_size=tiny.hidden_size,
+        intermediate_size=tiny.intermediate_size,
+        num_attention_heads=tiny.num_heads,
+        num_key_value_heads=tiny.num_kv_heads,
+        max_position_embeddings=length,
+        rope_parameters={"rope_type": "default", "rope_theta": tiny.rope_theta},
+        tie_word_embeddings=True,
+        # Bytes 1 and 2 are text like any other.
+        bos_token_id=None,
+        eos_token_id=None,
+    )
 
 
 @contextlib.contextmanager
@@ -106,7 +145,6 @@ def config_json(model: Any, attention: InfLLMConfig | None) -> str:
         attention: Written as ``sparse_config``, where ``patch_model`` finds it.
     """
     description = json.loads(model.config.to_json_string(use_diff=True))
-    description["architectures"] = [type(model).__name__]
     if attention is not None:
         description["sparse_config"] = dataclasses.asdict(attention)
     return json.dumps(description, indent=2, sort_keys=True) + "\n"

@@ -5,8 +5,11 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
+from infllm_flex.training.parallel.weights import whole
 from infllm_flex.training.settings import OptimSettings
 
 
@@ -29,7 +32,7 @@ class Optimizers:
         Returns:
             The norm of the gradients before clipping. Where it is not finite, no weight changes.
         """
-        norm = float(nn.utils.clip_grad_norm_(self._weights, self._clip_norm))
+        norm = float(whole(nn.utils.clip_grad_norm_(self._weights, self._clip_norm)))
         if norm - norm == 0:  # finite: neither NaN nor infinite
             self._set_learning_rate(learning_rate)
             for part in self._parts:
@@ -56,29 +59,24 @@ class Optimizers:
                     found.update(_flatten(f"{number}.{index}.{moment}", value))
         return found
 
-    def load_tensors(self, saved: dict[str, Tensor]) -> None:
-        """Take over the state that `tensors` gave. Changes the weights, so load those afterwards.
+    def materialise(self) -> None:
+        """Make the state of fresh optimizers exist, for `tensors` to be filled from a checkpoint.
 
-        Raises:
-            ValueError: The state is that of another optimizer or model.
+        Changes the weights, so fill those too.
         """
-        # The state of a fresh optimizer does not exist yet: one empty step makes it, in its own
-        # layout (8-bit state included), and the saved numbers are copied in.
+        # One empty step makes it, in each optimizer's own layout (8-bit state included).
         for weight in self._weights:
             weight.grad = torch.zeros_like(weight)
         self.step(0.0)
-        state = self.tensors()
-        if state.keys() != saved.keys():
-            raise ValueError("the optimizer's state in the checkpoint is that of another optimizer")
-        for name, value in state.items():
-            if value.shape != saved[name].shape or value.dtype != saved[name].dtype:
-                raise ValueError(
-                    f"the optimizer's state {name} has another shape in the checkpoint"
-                )
-            value.copy_(saved[name])
 
 
 def _flatten(name: str, value: Tensor) -> dict[str, Tensor]:
+    if isinstance(value, DTensor):
+        local = value.to_local()
+        if not hasattr(local, "__tensor_flatten__"):
+            return {name: value}
+        # Blocks of 8-bit state need not end where parts do: only as many processes can resume it.
+        return _flatten(f"{name}.part{dist.get_rank()}of{dist.get_world_size()}", local)
     if hasattr(value, "__tensor_flatten__"):
         inner, _ = value.__tensor_flatten__()
         return {f"{name}.{part}": getattr(value, part) for part in inner}

@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import warnings
 from collections.abc import Iterator
+from dataclasses import dataclass
 from typing import Any
 
 from torch import nn
 
 from infllm_flex.config import InfLLMConfig
-from infllm_flex.patch import describe, patch_model, unpatch_model
+from infllm_flex.patch import attend_through, describe, patch_model, unpatch_model
+from infllm_flex.training.parallel import World
+from infllm_flex.training.parallel.context import ALWAYS_DENSE, ContextAttention
 from infllm_flex.training.settings import StageSettings
 
 
@@ -47,23 +51,55 @@ def fit_positions(model: Any, name: str, length: int, rope_theta: float | None) 
     model.get_decoder().rotary_emb = type(rotary)(config=config).to(rotary.inv_freq.device)
 
 
+@dataclass(frozen=True)
+class StageAttention:
+    """How the model attends in a stage.
+
+    Attributes:
+        sparse_layers: The share of its attention layers that attend sparsely at full length.
+        share: What attends where several processes share a sequence.
+    """
+
+    sparse_layers: float
+    share: ContextAttention | None = None
+
+
 @contextlib.contextmanager
 def stage_attention(
-    model: nn.Module, stage: StageSettings, attention: InfLLMConfig
-) -> Iterator[float]:
+    model: nn.Module, stage: StageSettings, attention: InfLLMConfig, world: World | None = None
+) -> Iterator[StageAttention]:
     """Give the model the attention of a stage for the block.
 
+    Args:
+        model: A transformers model.
+        stage: Says whether attention is sparse.
+        attention: Settings of the sparse attention.
+        world: The processes, where some of them may share a sequence.
+
     Yields:
-        The share of its attention layers that attend sparsely at the stage's length.
+        What it is.
+
+    Raises:
+        UnsupportedModelError: No layer of the model can be sparse.
+        ValueError: Sequences are shared, and a layer cannot attend so.
     """
+    group = world if world is not None and world.context > 1 else None
     if stage.attention == "dense":
-        yield 0.0
-        return
+        if group is None:
+            yield StageAttention(0.0)
+            return
+        attention = dataclasses.replace(attention, dense_len=ALWAYS_DENSE)
     patch_model(model, attention)
     try:
         rows = describe(model)
         share = sum(row.sparse for row in rows) / len(rows)
-        yield 0.0 if attention.is_dense(stage.max_length) else share
+        share = 0.0 if attention.is_dense(stage.max_length) else share
+        if group is None:
+            yield StageAttention(share)
+            return
+        together = ContextAttention(attention, group)
+        with attend_through(model, together):
+            yield StageAttention(share, together)
     finally:
         unpatch_model(model)
 

@@ -9,11 +9,18 @@ import torch
 from torch import Tensor
 
 from infllm_flex.training import checkpoints
-from infllm_flex.training.model import build_model, config_json
+from infllm_flex.training.data import Text, check_vocabulary
+from infllm_flex.training.data.mixing import seed_of
+from infllm_flex.training.loss import LanguageLoss
+from infllm_flex.training.memory import use_float8
+from infllm_flex.training.model import build_blank, build_model, config_json, decoder_layers
 from infllm_flex.training.optim import Optimizers
+from infllm_flex.training.parallel import World
+from infllm_flex.training.parallel.wrap import wrap
 from infllm_flex.training.schedule import position_of
 from infllm_flex.training.settings import TrainingSettings
 from infllm_flex.training.stages import fit_positions
+from infllm_flex.training.together import on_first, rank
 
 
 class TrainingState:
@@ -22,20 +29,30 @@ class TrainingState:
     Args:
         settings: The whole run; its seed decides random weights.
         folder: Where checkpoints go.
-        device: Where the model is.
+        text: What is trained on.
+        world: The processes of the run.
 
     Attributes:
         model: In training mode.
+        layers: Of the model, in order.
+        loss: What computes its loss, spread over the processes.
         optimizers: Of the stage that ``done`` stands in.
         done: Steps done.
         saved: Step of the newest checkpoint, -1 before the first.
     """
 
-    def __init__(self, settings: TrainingSettings, folder: Path, device: torch.device) -> None:
-        self._settings, self._folder, self._device = settings, folder, device
+    def __init__(self, settings: TrainingSettings, folder: Path, text: Text, world: World) -> None:
+        self._settings, self._folder, self._world = settings, folder, world
+        self._text = text.identity
         torch.manual_seed(settings.run.seed)
         first = next(iter(settings.stages.values()))
-        self.model = build_model(settings.model, first.max_length, device)
+        build = build_model if world.is_first else build_blank
+        self.model = build(settings.model, first.max_length)
+        check_vocabulary(text, self.model.config.vocab_size)
+        if settings.model.float8:
+            use_float8(self.model, world.device)
+        self.layers = decoder_layers(self.model)
+        self.loss = wrap(LanguageLoss(self.model), self.layers, settings, world)
         self.optimizers = Optimizers(self.model, settings.optim)
         self.done, self.saved = 0, -1
 
@@ -53,21 +70,32 @@ class TrainingState:
         """Take over the newest checkpoint, if there is one.
 
         Raises:
-            CheckpointError: There are checkpoints, but none is whole.
+            CheckpointError: There are checkpoints, but none is whole, or it is of another run.
         """
+        checkpoints.clear(self._folder)
         path = checkpoints.newest(self._folder)
         if path is None:
             return
-        found = checkpoints.load(path)
-        if found.optimizer:
-            self.optimizers.load_tensors(found.optimizer)
-        with torch.no_grad():
-            for name, weight in _weights(self.model).items():
-                weight.copy_(found.weights[name])
-        torch.set_rng_state(found.random_state["cpu"])
-        if self._device.type == "cuda" and "cuda" in found.random_state:
-            torch.cuda.set_rng_state(found.random_state["cuda"], self._device)
-        self.done = self.saved = found.step
+        saved = checkpoints.read_state(path)
+        if saved.text != self._text:
+            raise checkpoints.CheckpointError(
+                f"{path}: the text that it was trained on is no longer that of data.source: "
+                "put the files back as they were, or begin a new run with the exported model"
+            )
+        position = position_of(self._settings.stages, saved.step)
+        optimizer: dict[str, Tensor] = {}
+        if position and position.step:
+            self.optimizers.materialise()
+            optimizer = self.optimizers.tensors()
+        random_state = self._random_state()
+        if checkpoints.load(path, _weights(self.model), optimizer, random_state):
+            torch.set_rng_state(random_state["cpu"])
+            if "cuda" in random_state:
+                torch.cuda.set_rng_state(random_state["cuda"], self._world.device)
+        else:
+            # The processes are not those that saved: begin their random numbers anew.
+            torch.manual_seed(seed_of(f"{self._settings.run.seed}/{saved.step}/{rank()}"))
+        self.done = self.saved = saved.step
 
     def save(self) -> Path:
         """Write a checkpoint, unless the newest is that of this step.
@@ -80,20 +108,42 @@ class TrainingState:
         settings = self._settings
         position = position_of(settings.stages, self.done)
         sparse = any(stage.attention == "sparse" for stage in settings.stages.values())
-        random_state = {"cpu": torch.get_rng_state()}
-        if self._device.type == "cuda":
-            random_state["cuda"] = torch.cuda.get_rng_state(self._device)
         checkpoint = checkpoints.Checkpoint(
             step=self.done,
+            text=self._text,
             weights=_weights(self.model),
             # The next stage starts with a fresh optimizer, a finished run needs none.
             optimizer=self.optimizers.tensors() if position and position.step else {},
+            random_state=self._random_state(),
             config_json=config_json(self.model, settings.attention if sparse else None),
-            random_state=random_state,
         )
         path = checkpoints.save(self._folder, checkpoint, settings.checkpoint.keep)
         self.saved = self.done
         return path
+
+    def export(self, target: Path) -> Path:
+        """Write the newest checkpoint as a model folder, unless it is there already.
+
+        Returns:
+            ``target``.
+
+        Raises:
+            FileExistsError: ``target`` is something else.
+        """
+        path = checkpoints.path_of(self._folder, self.saved)
+        origin = self._settings.model.path
+        on_first(
+            lambda: (
+                checkpoints.is_export_of(target, path) or checkpoints.export(path, target, origin)
+            )
+        )
+        return target
+
+    def _random_state(self) -> dict[str, Tensor]:
+        state = {"cpu": torch.get_rng_state()}
+        if self._world.device.type == "cuda":
+            state["cuda"] = torch.cuda.get_rng_state(self._world.device)
+        return state
 
 
 def _weights(model: Any) -> dict[str, Tensor]:

@@ -40,9 +40,12 @@ attention:
     engine: fused}}
 data: {{source: {texts}, held_out_percent: 20}}
 stages:
-  short: {{attention: dense, max_length: 16, batch_size: 2, steps: 2, learning_rate: 1e-2}}
+  short:
+    {{max_length: 16, batch_size: 2, steps: 2, learning_rate: 1e-2, decay_steps: 1,
+      attention: dense}}
   long:
-    {{max_length: 128, batch_size: 2, steps: 2, learning_rate: 1e-2, rope_theta: 1e5}}
+    {{max_length: 128, batch_size: 2, steps: 2, learning_rate: 1e-2, decay_steps: 1,
+      rope_theta: 1e5}}
 compare: {{windows: 4, batch_size: 2}}
 """
     )

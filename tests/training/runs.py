@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 from pathlib import Path
 from typing import Any
 
@@ -37,8 +38,15 @@ def write_texts(folder: Path, files: int = 30, length: int = 400) -> Path:
     return folder
 
 
+def write_lines(path: Path, texts: list[str]) -> Path:
+    """A .jsonl file with one document per line."""
+    path.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+    return path
+
+
 def stage(**changes: Any) -> StageSettings:
     values = {"max_length": 32, "batch_size": 2, "steps": 3, "learning_rate": 1e-2}
+    values["warmup_steps"] = 1  # without any schedule a run is warned of
     return StageSettings(**({"attention": "dense"} | values | changes))
 
 
@@ -60,5 +68,12 @@ def settings(folder: Path, texts: Path, **changes: Any) -> TrainingSettings:
     return TrainingSettings(**(values | changes))
 
 
-def weights_hash(checkpoint: Path) -> str:
-    return hashlib.sha256((checkpoint / "model.safetensors").read_bytes()).hexdigest()
+def weights_hash(model: Path) -> str:
+    return hashlib.sha256((model / "model.safetensors").read_bytes()).hexdigest()
+
+
+def course(run: TrainingSettings) -> list[dict[str, Any]]:
+    """What two equal runs have in common of their metrics: all but speed and memory."""
+    same = ("step", "stage", "loss", "gradient_norm", "learning_rate", "sparse_layers")
+    lines = (run.run.folder / "metrics.jsonl").read_text().splitlines()
+    return [{name: json.loads(line)[name] for name in same} for line in lines]

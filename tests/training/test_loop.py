@@ -14,18 +14,19 @@ import pytest
 import torch
 
 from infllm_flex.strict_yaml import ConfigError
-from infllm_flex.training import loop
+from infllm_flex.training import loss
 from infllm_flex.training.checkpoints import newest
-from infllm_flex.training.data import Sampler
+from infllm_flex.training.data import PackedSampler, WindowSampler
 from infllm_flex.training.loop import TrainingDivergedError, train
 from infllm_flex.training.model import load_model
 from infllm_flex.training.settings import (
     CheckpointSettings,
+    DataSettings,
     ModelSettings,
     OptimSettings,
     RunSettings,
 )
-from tests.training.runs import ATTENTION, LONG, TINY, settings, stage, weights_hash
+from tests.training.runs import ATTENTION, LONG, TINY, settings, stage, weights_hash, write_lines
 
 
 def metrics(run):
@@ -42,16 +43,20 @@ def stop_at(monkeypatch):
     """Make Ctrl-C, or another signal, arrive while a step fetches its text."""
 
     def arrange(step, number=signal.SIGINT):
-        real, calls = Sampler.batch, iter(range(1, 1000))
-
-        def batch(self, indices):
-            if next(calls) == step:
-                os.kill(os.getpid(), number)
-            return real(self, indices)
-
-        monkeypatch.setattr(Sampler, "batch", batch)
+        monkeypatch.setattr(WindowSampler, "batch", interrupted(WindowSampler.batch, step, number))
 
     return arrange
+
+
+def interrupted(real, step, number=signal.SIGINT):
+    calls = iter(range(1, 1000))
+
+    def batch(self, indices):
+        if next(calls) == step:
+            os.kill(os.getpid(), number)
+        return real(self, indices)
+
+    return batch
 
 
 @pytest.mark.parametrize("kind", ["adamw", "muon"])
@@ -63,19 +68,12 @@ def test_a_run_resumed_after_any_step_ends_in_the_same_bits(tmp_path, texts, kin
     for stopped_after in range(1, 6):
         run = settings(tmp_path / str(stopped_after), texts, optim=optim)
         with pytest.MonkeyPatch.context() as patch:
-            real, calls = Sampler.batch, iter(range(1, 100))
-
-            def batch(self, indices, real=real, calls=calls, last=stopped_after):
-                if next(calls) == last:
-                    os.kill(os.getpid(), signal.SIGINT)
-                return real(self, indices)
-
-            patch.setattr(Sampler, "batch", batch)
+            patch.setattr(WindowSampler, "batch", interrupted(WindowSampler.batch, stopped_after))
             stopped = train(run, show=False)
         assert (stopped.step, stopped.signal) == (stopped_after, signal.SIGINT)
         torch.rand(7)  # another process would stand elsewhere in the random numbers
         resumed = train(run, resume=True, show=False)
-        assert weights_hash(resumed.checkpoint) == weights_hash(expected.checkpoint)
+        assert weights_hash(resumed.model) == weights_hash(expected.model)
         assert losses(run) == losses(straight)
 
 
@@ -86,28 +84,28 @@ def test_a_run_killed_between_checkpoints_repeats_the_lost_steps_exactly(
     expected = train(straight, show=False)
     run = replace(straight, run=replace(straight.run, folder=tmp_path / "killed"))
     with monkeypatch.context() as patch:
-        real, calls = Sampler.batch, iter(range(1, 100))
+        real, calls = WindowSampler.batch, iter(range(1, 100))
 
         def batch(self, indices):
             if next(calls) == 6:
                 raise KeyboardInterrupt  # as from nowhere: nothing is saved
             return real(self, indices)
 
-        patch.setattr(Sampler, "batch", batch)
+        patch.setattr(WindowSampler, "batch", batch)
         with pytest.raises(KeyboardInterrupt):
             train(run, show=False)
     assert newest(run.run.folder / "checkpoints").name == "step-00000004"
     resumed = train(run, resume=True, show=False)
-    assert weights_hash(resumed.checkpoint) == weights_hash(expected.checkpoint)
+    assert weights_hash(resumed.model) == weights_hash(expected.model)
     assert losses(run) == losses(straight)
 
 
 def test_a_finished_run_resumed_changes_nothing(tmp_path, texts):
     run = settings(tmp_path / "run", texts)
     first = train(run, show=False)
-    before = weights_hash(first.checkpoint)
+    before = weights_hash(first.model)
     assert train(run, resume=True, show=False) == first
-    assert weights_hash(first.checkpoint) == before
+    assert weights_hash(first.model) == before
     assert len(metrics(run)) == 6
 
 
@@ -151,13 +149,16 @@ def test_the_loss_falls_and_the_checkpoint_is_a_model_folder(tmp_path, texts):
         "learning_rate",
         "tokens_per_second",
         "sparse_layers",
+        "sparse_tokens",
+        "mfu",
+        "memory_gib",
     }
-    model = load_model(outcome.checkpoint)
+    model = load_model(outcome.model)
     assert model.get_output_embeddings().weight is model.get_input_embeddings().weight
     goes_on = settings(
         tmp_path / "next",
         texts,
-        model=ModelSettings(path=outcome.checkpoint),
+        model=ModelSettings(path=outcome.model),
         stages={"only": stage(steps=1)},
     )
     train(goes_on, show=False)
@@ -168,13 +169,14 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_last_good_checkpo
     tmp_path, texts, monkeypatch
 ):
     run = settings(tmp_path / "run", texts, checkpoint=CheckpointSettings(every=2))
-    real, calls = loop.F.cross_entropy, iter(range(1, 100))
+    real, calls = loss.F.cross_entropy, iter(range(1, 100))
 
     def cross_entropy(*args, **kwargs):
         return real(*args, **kwargs) * (float("nan") if next(calls) == 4 else 1.0)
 
-    monkeypatch.setattr(loop.F, "cross_entropy", cross_entropy)
-    with pytest.raises(TrainingDivergedError, match=r"the loss of step 4 is nan.* is of step 2;"):
+    monkeypatch.setattr(loss.F, "cross_entropy", cross_entropy)
+    expected = r"step 4: the loss is nan; its batch is samples 0 to 1 of stage long; .* of step 2;"
+    with pytest.raises(TrainingDivergedError, match=expected):
         train(run, show=False)
     assert newest(run.run.folder / "checkpoints").name == "step-00000002"
 
@@ -199,14 +201,14 @@ def test_the_folder_of_another_run_or_program_is_refused_before_any_work(tmp_pat
 
 def test_two_runs_cannot_share_a_folder_at_once(tmp_path, texts, monkeypatch):
     run = settings(tmp_path / "run", texts)
-    real = Sampler.batch
+    real = WindowSampler.batch
 
     def batch(self, indices):
         with pytest.raises(ConfigError, match="is in use by another process"):
             train(run, resume=True, show=False)
         return real(self, indices)
 
-    monkeypatch.setattr(Sampler, "batch", batch)
+    monkeypatch.setattr(WindowSampler, "batch", batch)
     train(run, show=False)
 
 
@@ -252,7 +254,7 @@ def test_a_model_reaches_beyond_its_positions_only_with_another_rope_theta(tmp_p
     longer = settings(
         tmp_path / "next",
         texts,
-        model=ModelSettings(path=outcome.checkpoint),
+        model=ModelSettings(path=outcome.model),
         stages={"long": stage(max_length=33)},
     )
     with pytest.raises(
@@ -261,7 +263,7 @@ def test_a_model_reaches_beyond_its_positions_only_with_another_rope_theta(tmp_p
         train(longer, show=False)
     stages = {"long": stage(max_length=33, rope_theta=5e5, steps=1), "on": stage(max_length=33)}
     further = replace(longer, run=RunSettings(folder=tmp_path / "far"), stages=stages)
-    config = load_model(train(further, show=False).checkpoint).config
+    config = load_model(train(further, show=False).model).config
     assert config.max_position_embeddings == 33
     assert config.rope_parameters["rope_theta"] == 5e5
 
@@ -285,4 +287,27 @@ def test_a_run_with_8_bit_state_resumes_in_the_same_bits(tmp_path, texts, stop_a
         stop_at(2)
         assert train(run, show=False).step == 2
         resumed = train(run, resume=True, show=False)
-    assert weights_hash(resumed.checkpoint) == weights_hash(expected.checkpoint)
+    assert weights_hash(resumed.model) == weights_hash(expected.model)
+
+
+@pytest.mark.filterwarnings("ignore:This process:DeprecationWarning")  # as in test_loader
+def test_packed_documents_train_and_resume_in_the_same_bits(tmp_path, monkeypatch):
+    # Documents of the longest class are sparse, those of the shortest dense, in the same rows.
+    texts = [f"{i} is a number. " * (i % 7 + 1) for i in range(90)]
+    path = write_lines(tmp_path / "a.jsonl", texts)
+    data = DataSettings(source=str(path), packing="documents", held_out_percent=0)
+    only = stage(steps=20, batch_size=4, max_length=128, length_buckets=(32, 64))
+    stages = {"only": replace(only, attention="sparse")}
+    straight = settings(tmp_path / "straight", tmp_path, data=data, stages=stages)
+    expected = train(straight, show=False)
+    assert metrics(straight)[-1]["loss"] < metrics(straight)[0]["loss"]
+    assert all(0 < line["sparse_tokens"] < 1 for line in metrics(straight))
+    run = settings(tmp_path / "run", tmp_path, data=data, stages=stages)
+    with monkeypatch.context() as patch:
+        patch.setattr(PackedSampler, "batch", interrupted(PackedSampler.batch, 7))
+        assert train(run, show=False).step == 7
+    # On as many workers as there are now, and from tokens that lie elsewhere.
+    moved = replace(run, data=replace(data, workers=1, cache=tmp_path / "cache"))
+    resumed = train(moved, resume=True, show=False)
+    assert weights_hash(resumed.model) == weights_hash(expected.model)
+    assert losses(run) == losses(straight)

@@ -14,6 +14,7 @@ from infllm_flex.patch.huggingface.layers import layer_of, previous_implementati
 from infllm_flex.patch.huggingface.masks import LazyMask, spell_out
 from infllm_flex.patch.huggingface.obstacles import find_obstacle, guard_compiled
 from infllm_flex.patch.huggingface.sequences import Sequences, find_sequences
+from infllm_flex.patch.layer import Attend
 
 
 def attention_forward(
@@ -50,6 +51,8 @@ def attention_forward(
             serve this call. One line says what came and what to do.
     """
     layer = layer_of(module)
+    if layer.attend is not None:
+        return _attend(layer.attend, query, key, value, scaling)
     cached = cache_layer(kwargs.pop(KEYWORD, None), module)
     length = key.shape[2]
     if is_static(cached) and layer.ever_attends_sparsely(length):
@@ -89,11 +92,31 @@ def attention_forward(
         return out.transpose(1, 2).contiguous(), None
     if torch.compiler.is_compiling():
         query = guard_compiled(query, attention_mask, sequences)
-    if sequences is None:
-        out = infllm_attention(query, key, value, layer.config, scale=scaling)
-    else:
+
+    def sparse(q: Tensor, k: Tensor, v: Tensor, scale: float | None) -> Tensor:
+        if sequences is None:
+            return infllm_attention(q, k, v, layer.config, scale=scale)
         layout = sequences.layout(layer.config)
-        out = attend_in_layout(query, key, value, layer.config, layout, scale=scaling)
+        return attend_in_layout(q, k, v, layer.config, layout, scale=scale)
+
+    return _attend(sparse, query, key, value, scaling)
+
+
+def _attend(
+    attend: Attend, query: Tensor, key: Tensor, value: Tensor, scale: float | None
+) -> tuple[Tensor, None]:
+    """Call ``attend`` in the precision that ``torch.autocast`` asks for, as SDPA would be.
+
+    The rotary embedding leaves queries and keys in that of the weights. Inside nothing more is
+    cast: scores stay float32.
+    """
+    device = query.device.type
+    if torch.is_autocast_enabled(device):
+        dtype = torch.get_autocast_dtype(device)
+        with torch.autocast(device, enabled=False):
+            out = attend(query.to(dtype), key.to(dtype), value.to(dtype), scale)
+    else:
+        out = attend(query, key, value, scale)
     return out.transpose(1, 2).contiguous(), None
 
 

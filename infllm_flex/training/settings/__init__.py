@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from infllm_flex.config import InfLLMConfig
 from infllm_flex.training.settings.data import STDLIB, DataSettings
 from infllm_flex.training.settings.model import ModelSettings, TinyModelSettings
+from infllm_flex.training.settings.parallel import MemorySettings, ParallelSettings
 from infllm_flex.training.settings.run import (
     CheckpointSettings,
     CompareSettings,
@@ -21,8 +22,10 @@ __all__ = [
     "CompareSettings",
     "DataSettings",
     "LogSettings",
+    "MemorySettings",
     "ModelSettings",
     "OptimSettings",
+    "ParallelSettings",
     "RunSettings",
     "StageSettings",
     "TinyModelSettings",
@@ -41,6 +44,8 @@ class TrainingSettings:
         attention: The sparse attention of the stages that ask for it.
         data: The text.
         optim: The optimizer.
+        parallel: How processes share the work.
+        memory: What is computed twice or kept elsewhere to spare memory.
         checkpoint: When to save.
         log: When to write metrics.
         compare: Only read by ``scripts/quickstart``.
@@ -52,6 +57,8 @@ class TrainingSettings:
     attention: InfLLMConfig = field(default_factory=InfLLMConfig)
     data: DataSettings = field(default_factory=DataSettings)
     optim: OptimSettings = field(default_factory=OptimSettings)
+    parallel: ParallelSettings = field(default_factory=ParallelSettings)
+    memory: MemorySettings = field(default_factory=MemorySettings)
     checkpoint: CheckpointSettings = field(default_factory=CheckpointSettings)
     log: LogSettings = field(default_factory=LogSettings)
     compare: CompareSettings = field(default_factory=CompareSettings)
@@ -59,6 +66,18 @@ class TrainingSettings:
     def __post_init__(self) -> None:
         if not self.stages:
             raise ValueError("stages must name at least one stage, got none")
+        if self.data.packing == "stream":
+            for name, stage in self.stages.items():
+                if stage.length_buckets:
+                    raise ValueError(
+                        f"data must pack documents where stages.{name} has length_buckets: "
+                        "set data.packing to documents"
+                    )
+        if self.memory.cpu_offload and self.parallel.kind == "ddp":
+            raise ValueError(
+                "memory must have cpu_offload: false with parallel.kind ddp, which keeps a copy of "
+                "everything on each device; fsdp can offload"
+            )
 
     @property
     def total_steps(self) -> int:

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
 from infllm_flex.training.settings.bounds import check_range
+
+_HUB_NAME = re.compile(r"\w[\w.-]*/\w[\w.-]*")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,22 +51,39 @@ class TinyModelSettings:
 
 @dataclass(frozen=True, kw_only=True)
 class ModelSettings:
-    """The model to train: exactly one of ``path`` and ``tiny``.
+    """The model to train: exactly one of ``path``, ``hub`` and ``tiny``.
 
     Attributes:
         path: A local transformers folder with ``config.json`` and safetensors weights. Nothing is
             downloaded and no code of the folder is run.
+        hub: The name of a model on the Hugging Face hub, as ``Qwen/Qwen3-8B``, taken from the cache
+            of this machine.
+        revision: Of the model on the hub: a commit, tag or branch.
+        download: Whether to fetch what the cache lacks.
         tiny: A small model to make, with random weights.
-        dtype: Precision of weights and arithmetic.
+        dtype: Precision of the weights, their gradients and the optimizer's state.
+        arithmetic: Precision of the products; ``weights``: that of the weights. ``bfloat16`` over
+            float32 weights is the usual way to fine-tune on a GPU.
+        float8: Whether the layers' products are in float8, on GPUs that have it.
     """
 
     path: Path | None = None
+    hub: str | None = None
+    revision: str = "main"
+    download: bool = False
     tiny: TinyModelSettings | None = None
     dtype: Literal["float32", "bfloat16"] = "float32"
+    arithmetic: Literal["weights", "bfloat16"] = "weights"
+    float8: bool = False
 
     def __post_init__(self) -> None:
-        if (self.path is None) == (self.tiny is None):
-            raise ValueError("exactly one of path and tiny must be given")
+        if sum(source is not None for source in (self.path, self.hub, self.tiny)) != 1:
+            raise ValueError("exactly one of path, hub and tiny must be given")
+        if self.hub is not None and not _HUB_NAME.fullmatch(self.hub):
+            raise ValueError(f"hub must be a name like Qwen/Qwen3-8B, got {self.hub!r}")
+        if self.hub is None and (self.download or self.revision != "main"):
+            setting = "download" if self.download else "revision"
+            raise ValueError(f"{setting} must not be set without hub: only that is fetched")
         if self.path is None:
             return
         if not self.path.is_dir():

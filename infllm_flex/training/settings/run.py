@@ -18,12 +18,15 @@ class RunSettings:
         seed: Decides the initial weights and the order of the data.
         device: ``"auto"`` takes the GPU where there is one.
         threads: CPU threads; 0 leaves PyTorch's choice.
+        compile: Whether torch.compile makes one program of each layer; ``auto``: on a GPU, where
+            the minutes that it takes come back.
     """
 
     folder: Path
     seed: int = 0
     device: Literal["auto", "cpu", "cuda"] = "auto"
     threads: int = 0
+    compile: Literal["auto", "always", "never"] = "auto"
 
     def __post_init__(self) -> None:
         check_range(self, "seed", 0, 2**63 - 1)
@@ -53,12 +56,19 @@ class LogSettings:
 
     Attributes:
         every: Steps between lines.
+        tensorboard: Write the same to ``tensorboard/`` where the package is installed.
+        peak_tflops: What a device can do at most, for the ``mfu`` of a line, in 10^12 products and
+            sums per second. None: known for the usual GPUs, else ``mfu`` is null.
     """
 
     every: int = 10
+    tensorboard: bool = True
+    peak_tflops: float | None = None
 
     def __post_init__(self) -> None:
         check_range(self, "every", 1, LARGEST_COUNT)
+        if self.peak_tflops is not None and self.peak_tflops <= 0:
+            raise ValueError(f"peak_tflops must be above 0, got {self.peak_tflops}")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Literal
 
 from infllm_flex.training.settings.bounds import LARGEST_COUNT, check_range
@@ -18,7 +19,9 @@ class StageSettings:
 
     Attributes:
         max_length: Tokens per sequence.
-        batch_size: Sequences per step.
+        batch_size: Sequences per step, of all processes together.
+        sequences_at_once: Of those that a process has part in, how many go through the model
+            together; the gradients of the rest are added. 0: all.
         steps: Optimizer steps.
         learning_rate: Its highest value.
         attention: ``"sparse"`` patches the model with the ``attention`` section.
@@ -26,6 +29,9 @@ class StageSettings:
         decay_steps: Steps of the fall.
         rope_theta: Base of the rotary embedding from this stage on. A larger one than before lets
             a model reach beyond the positions it was made for. None: as it was.
+        length_buckets: Lengths in tokens that sort the documents into classes, each the longest
+            of its class; the last class reaches to ``max_length``. Every class gives the same
+            number of tokens. Empty: documents come as often as they are.
     """
 
     max_length: int
@@ -33,13 +39,16 @@ class StageSettings:
     steps: int
     learning_rate: float
     attention: Literal["dense", "sparse"] = "sparse"
+    sequences_at_once: int = 0
     warmup_steps: int = 0
     decay_steps: int = 0
     rope_theta: float | None = None
+    length_buckets: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
         check_range(self, "max_length", 2, _LARGEST_LENGTH)
         check_range(self, "batch_size", 1, 65536)
+        check_range(self, "sequences_at_once", 0, 65536)
         check_range(self, "steps", 1, LARGEST_COUNT)
         if not 0 < self.learning_rate <= 1:
             raise ValueError(
@@ -49,6 +58,12 @@ class StageSettings:
         check_range(self, "decay_steps", 0, LARGEST_COUNT)
         if self.rope_theta is not None and self.rope_theta <= 1:
             raise ValueError(f"rope_theta must be above 1, got {self.rope_theta}")
+        bounds = (0, *self.length_buckets, self.max_length)
+        if any(low >= high for low, high in pairwise(bounds)):
+            raise ValueError(
+                f"length_buckets must ascend and stay below max_length = {self.max_length}, "
+                f"got {list(self.length_buckets)}"
+            )
         if self.warmup_steps + self.decay_steps > self.steps:
             raise ValueError(
                 f"steps must be at least warmup_steps + decay_steps = "

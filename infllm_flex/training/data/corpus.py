@@ -3,25 +3,18 @@
 from __future__ import annotations
 
 import hashlib
-import sysconfig
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from infllm_flex.training.settings import STDLIB, DataSettings
+from infllm_flex.training.data.errors import DataError
+from infllm_flex.training.data.files import find_files
+from infllm_flex.training.settings import DataSettings
 
-BYTE_VALUES = 256
 _SEPARATOR = b"\n\n"
 _MAX_BYTES = 2**32
-# Installed packages differ between machines; tests and tables are text of another kind.
-_NOT_LIBRARY = {"site-packages", "dist-packages", "test", "tests", "idlelib", "encodings"}
-
-
-class DataError(ValueError):
-    """The text is not there, or there is not enough of it."""
 
 
 @dataclass(frozen=True)
@@ -53,11 +46,14 @@ def load_corpus(settings: DataSettings) -> Corpus:
     Raises:
         DataError: No files, too much text, or a part would be empty.
     """
-    root, paths = _find(settings)
-    files = [TextFile(path.relative_to(root).as_posix(), path.read_bytes()) for path in paths]
+    root, names = find_files(settings)
+    files = [TextFile(name, (root / name).read_bytes()) for name in names]
     files = sorted((f for f in files if f.content.strip()), key=lambda file: _hash(file.name))
     if sum(len(file.content) for file in files) > _MAX_BYTES:
-        raise DataError(f"data.source: more than {_MAX_BYTES} bytes of text in {root}")
+        raise DataError(
+            f"data.source: more than {_MAX_BYTES} bytes of text in {root}: "
+            "set data.packing to documents, which does not hold the text in memory"
+        )
     limit = settings.held_out_percent
     train = [file for file in files if _hash(file.name) % 100 >= limit]
     known = {hashlib.sha256(file.content).digest() for file in train}
@@ -106,58 +102,9 @@ def held_out_windows(files: Sequence[TextFile], length: int, count: int) -> Tens
     return torch.stack(windows[:count]).long()
 
 
-def _find(settings: DataSettings) -> tuple[Path, list[Path]]:
-    if settings.source == STDLIB:
-        root = Path(sysconfig.get_paths()["stdlib"])
-        paths = [p for p in root.rglob("*.py") if not _NOT_LIBRARY & set(p.relative_to(root).parts)]
-        hint = "this Python comes without its sources; set data.source to a folder of text"
-    else:
-        root = Path(settings.source).expanduser()
-        if root.is_file():
-            return root.parent, [root]
-        paths = list(root.rglob(settings.pattern))
-        hint = "set data.pattern to the names of your text files"
-    paths = [path for path in paths if path.is_file()]
-    if not paths:
-        raise DataError(f"data.source: no text files in {root}: {hint}")
-    return root, paths
-
-
 def _hash(name: str) -> int:
     return int.from_bytes(hashlib.sha256(name.encode()).digest()[:8], "big")
 
 
 def _as_tensor(content: bytes) -> Tensor:
     return torch.frombuffer(bytearray(content), dtype=torch.uint8)
-
-
-class Sampler:
-    """Which bytes sample ``index`` is: a function of seed, name and index, with no state.
-
-    The stream is cut into windows at an offset that moves from epoch to epoch; an epoch is one
-    permutation of them, so none comes twice and none is skipped, wherever a run is resumed.
-    """
-
-    def __init__(self, stream: Tensor, length: int, seed: int, name: str) -> None:
-        self._stream, self._length, self._key = stream, length, f"{seed}/{name}"
-        self._count = len(stream) // length - 1  # one window less leaves room for the offset
-        if self._count < 1:
-            raise DataError(
-                f"data.source: {len(stream)} bytes of training text are too few for sequences of "
-                f"{length}; at least {2 * length} are needed"
-            )
-        self._epoch, self._starts = -1, torch.empty(0)
-
-    def batch(self, indices: Iterable[int]) -> Tensor:
-        """The samples of ``indices``, int64 ``[B, length + 1]``, the last token only a target."""
-        starts = [self._start(index) for index in indices]
-        return torch.stack([self._stream[s : s + self._length + 1] for s in starts]).long()
-
-    def _start(self, index: int) -> int:
-        epoch, place = divmod(index, self._count)
-        if epoch != self._epoch:
-            generator = torch.Generator().manual_seed(_hash(f"{self._key}/{epoch}") >> 1)
-            offset = torch.randint(self._length, (), generator=generator)
-            order = torch.randperm(self._count, generator=generator)
-            self._epoch, self._starts = epoch, order * self._length + offset
-        return int(self._starts[place])

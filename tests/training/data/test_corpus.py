@@ -1,13 +1,12 @@
-"""What is trained on and what is held out, and which bytes each step sees."""
+"""What is trained on and what is held out."""
 
 from __future__ import annotations
 
 import shutil
 
 import pytest
-import torch
 
-from infllm_flex.training.data import DataError, Sampler, held_out_windows, load_corpus
+from infllm_flex.training.data import DataError, held_out_windows, load_corpus
 from infllm_flex.training.settings import DataSettings
 from tests.training.runs import write_texts
 
@@ -65,39 +64,6 @@ def test_a_folder_without_text_is_refused_with_what_to_set(tmp_path):
     (tmp_path / "picture.png").write_bytes(b"x")
     with pytest.raises(DataError, match=r"no text files in .*: set data\.pattern"):
         load_corpus(DataSettings(source=str(tmp_path)))
-
-
-def test_an_epoch_visits_every_window_once_and_the_next_differs():
-    sampler = Sampler(torch.arange(1000), 10, seed=1, name="a")
-    first, second = sampler.batch(range(99)), sampler.batch(range(99, 198))
-    for epoch in (first, second):
-        starts = epoch[:, 0].sort().values
-        assert 0 <= starts[0] < 10
-        assert (starts.diff() == 10).all()
-    assert not torch.equal(first, second)
-
-
-def test_a_sample_depends_on_its_index_alone():
-    stream = torch.randint(256, (5000,), dtype=torch.uint8)
-    straight = Sampler(stream, 16, seed=3, name="a").batch(range(1000))
-    sampler = Sampler(stream, 16, seed=3, name="a")
-    jumps = [999, 0, 311, 312, 700, 5]
-    assert torch.equal(sampler.batch(jumps), straight[jumps])
-    assert not torch.equal(Sampler(stream, 16, seed=4, name="a").batch(range(9)), straight[:9])
-    assert not torch.equal(Sampler(stream, 16, seed=3, name="b").batch(range(9)), straight[:9])
-
-
-@pytest.mark.parametrize("length", [20, 21, 33, 40])
-def test_no_sample_reaches_beyond_the_text(length):
-    stream = torch.arange(80, dtype=torch.uint8)
-    batch = Sampler(stream, length, seed=0, name="a").batch(range(60))
-    assert batch.shape == (60, length + 1)
-    assert (batch.diff(dim=1) == 1).all()
-
-
-def test_too_little_text_is_said_with_how_much_is_needed():
-    with pytest.raises(DataError, match=r"19 bytes of training text .* at least 20 are needed"):
-        Sampler(torch.zeros(19), 10, seed=0, name="a")
 
 
 def test_held_out_windows_lie_within_one_file_and_do_not_overlap(texts):

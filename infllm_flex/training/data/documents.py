@@ -1,0 +1,155 @@
+"""Documents out of .txt, .jsonl and .parquet files and data sets on disk, a little at a time."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+from infllm_flex.training.data.errors import DataError
+
+_CHUNK = 2**20
+_LONGEST_LINE = 2**28
+_ROWS = 256
+
+
+class DamagedError(ValueError):
+    """A document cannot be read; the message says where and why."""
+
+
+Chunks = Iterator[str]
+"""The text of one document, in order. Raises `DamagedError` where it turns out to be damaged."""
+
+
+def is_dataset(folder: Path) -> bool:
+    """Whether a folder is what Hugging Face's ``Dataset.save_to_disk`` leaves."""
+    return (folder / "dataset_info.json").is_file() and (folder / "state.json").is_file()
+
+
+def read_documents(path: Path, name: str, field: str) -> Iterator[Chunks]:
+    """The documents of a file or data set, of which at most one is in memory, and that in parts.
+
+    A ``.jsonl`` file has one per line, a ``.parquet`` file and a data set one per row, any other
+    file is one. Each must be used up, or given up, before the next is asked for.
+
+    Args:
+        path: A file, or the folder of a data set.
+        name: What to call it in messages.
+        field: The key or column of the text.
+
+    Raises:
+        DataError: The file as a whole cannot be read.
+    """
+    return _reader(path)(path, name, field)
+
+
+def _reader(path: Path) -> Callable[[Path, str, str], Iterator[Chunks]]:
+    if path.is_dir():
+        return _read_dataset
+    return {".jsonl": _read_jsonl, ".parquet": _read_parquet}.get(path.suffix, _read_text)
+
+
+def _read_text(path: Path, name: str, field: str) -> Iterator[Chunks]:
+    yield _text_chunks(path, name)
+
+
+def _text_chunks(path: Path, name: str) -> Chunks:
+    rest = ""
+    try:
+        with path.open(encoding="utf-8", newline="") as file:
+            while chunk := file.read(_CHUNK):
+                # Cut behind a line, where tokenizers cut too; a line without end is cut anywhere.
+                cut = chunk.rfind("\n") + 1
+                if cut:
+                    yield rest + chunk[:cut]
+                    rest = chunk[cut:]
+                else:
+                    yield rest
+                    rest = chunk
+    except UnicodeDecodeError as error:
+        raise DamagedError(f"{name}: no UTF-8: {error.reason}") from error
+    yield rest
+
+
+def _read_jsonl(path: Path, name: str, field: str) -> Iterator[Chunks]:
+    with path.open("rb") as file:
+        number = 0
+        while line := file.readline(_LONGEST_LINE):
+            number += 1
+            where = f"{name}:{number}"
+            if not line.endswith(b"\n") and len(line) == _LONGEST_LINE:
+                while (more := file.readline(_LONGEST_LINE)) and not more.endswith(b"\n"):
+                    pass
+                yield _damaged(f"{where}: the line is longer than {_LONGEST_LINE} bytes")
+            elif line.strip():
+                yield _json_text(line, where, field)
+
+
+def _json_text(line: bytes, where: str, field: str) -> Chunks:
+    try:
+        record = json.loads(line)
+    except (ValueError, RecursionError) as error:
+        raise DamagedError(f"{where}: no JSON: {error}") from error
+    if not isinstance(record, dict):
+        raise DamagedError(f"{where}: expected a JSON object, got {type(record).__name__}")
+    yield _text_of(record.get(field), where, field)
+
+
+def _text_of(value: Any, where: str, field: str) -> str:
+    if not isinstance(value, str):
+        raise DamagedError(f"{where}: expected text under {field!r}, got {type(value).__name__}")
+    try:
+        value.encode()
+    except UnicodeEncodeError as error:
+        raise DamagedError(f"{where}: no Unicode text: {error.reason}") from error
+    return value
+
+
+def _damaged(message: str) -> Chunks:
+    raise DamagedError(message)
+    yield  # a generator, so that it is raised to who reads the document
+
+
+def _read_parquet(path: Path, name: str, field: str) -> Iterator[Chunks]:
+    try:
+        import pyarrow
+        from pyarrow import parquet
+    except ImportError as error:
+        raise DataError(f"{name}: .parquet files need pyarrow: pip install pyarrow") from error
+    try:
+        file = parquet.ParquetFile(path)
+        if field not in file.schema_arrow.names:
+            raise DataError(
+                f"{name}: no column {field!r} (data.text_field), "
+                f"the columns are {', '.join(file.schema_arrow.names)}"
+            )
+        number = 0
+        for rows in file.iter_batches(batch_size=_ROWS, columns=[field]):
+            for value in rows.column(0):
+                number += 1
+                yield iter([value.as_py()]) if value.is_valid else _row(None, name, number, field)
+    except (pyarrow.ArrowException, OSError) as error:
+        raise DataError(f"{name}: no readable .parquet file: {error}") from error
+
+
+def _read_dataset(path: Path, name: str, field: str) -> Iterator[Chunks]:
+    try:
+        import datasets
+    except ImportError as error:
+        raise DataError(f"{name}: data sets on disk need datasets: pip install datasets") from error
+    try:
+        rows = datasets.load_from_disk(path)
+    except (ValueError, OSError) as error:
+        raise DataError(f"{name}: no readable data set: {error}") from error
+    if field not in rows.column_names:
+        raise DataError(
+            f"{name}: no column {field!r} (data.text_field), "
+            f"the columns are {', '.join(rows.column_names)}"
+        )
+    for number, row in enumerate(rows.select_columns([field]), start=1):
+        yield _row(row[field], name, number, field)
+
+
+def _row(value: Any, name: str, number: int, field: str) -> Chunks:
+    yield _text_of(value, f"{name}: row {number}", field)

@@ -1,0 +1,87 @@
+"""The loss of a causal language model, without ever holding the logits of a long sequence."""
+
+from __future__ import annotations
+
+import copy
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from infllm_flex.training.data import NO_LABEL
+
+_LOGITS_AT_ONCE = 2**24  # 64 MiB of float32
+
+
+class LanguageLoss(nn.Module):
+    """A causal LM that returns its loss.
+
+    One module, so that what wraps it (FSDP, DDP) sees the whole computation as one forward.
+
+    Args:
+        model: A transformers model.
+
+    Raises:
+        ValueError: The model is not a decoder and a head.
+    """
+
+    model: Any
+    _head: Any
+
+    def __init__(self, model: Any) -> None:
+        super().__init__()
+        self.model = model
+        # No submodule: its parts are those of the model.
+        object.__setattr__(self, "_head", _head_of(model))
+
+    def forward(self, labels: Tensor, **inputs: Any) -> Tensor:
+        """Add up the cost of all labels, long sequences in parts that the backward makes again.
+
+        Args:
+            labels: int64 ``[B, S]``, the token that follows each; `NO_LABEL` where none counts.
+            inputs: What the model is given: ``input_ids`` and what goes with them.
+
+        Returns:
+            The sum in nats, float32.
+        """
+        outputs = self.model.get_decoder()(**inputs)
+        hidden, goals = outputs.last_hidden_state.flatten(0, 1), labels.flatten()
+        others = {name: value for name, value in outputs.items() if name != "last_hidden_state"}
+        kind: Callable[..., Any] = type(outputs)
+        make = functools.partial(kind, **others)
+        rows = max(1, _LOGITS_AT_ONCE // self.model.config.vocab_size)
+        if len(hidden) <= rows:
+            return self._cost(hidden, goals, make)
+        total = hidden.new_zeros((), dtype=torch.float32)
+        for some, some_goals in zip(hidden.split(rows), goals.split(rows), strict=True):
+            total = total + checkpoint(self._cost, some, some_goals, make, use_reentrant=False)
+        return total
+
+    def _cost(self, hidden: Tensor, labels: Tensor, make: Callable[..., Any]) -> Tensor:
+        outputs = make(last_hidden_state=hidden[None])
+        logits = self._head(inputs_embeds=outputs, use_cache=False).logits[0].float()
+        return F.cross_entropy(logits, labels, reduction="sum", ignore_index=NO_LABEL)
+
+
+class _AsGiven(nn.Module):
+    """Stands in a decoder's place and returns what it is given for an input."""
+
+    def forward(self, inputs_embeds: Any, **_: Any) -> Any:
+        return inputs_embeds
+
+
+def _head_of(model: Any) -> Any:
+    """A model's own way from the decoder's outputs to the logits, with all scaling on it."""
+    decoder = model.get_decoder()
+    names = [name for name, child in model.named_children() if child is decoder]
+    if not names:
+        raise ValueError(
+            f"{type(model).__name__} is not a decoder and a head: its loss cannot be taken in parts"
+        )
+    head = copy.copy(model)
+    head._modules = {**model._modules, names[0]: _AsGiven()}
+    return head

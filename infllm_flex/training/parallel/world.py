@@ -1,0 +1,175 @@
+"""The processes of a run, as torchrun starts them, and what they tell one another."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.distributed_c10d import PrefixStore
+from torch.distributed.rendezvous import rendezvous
+
+from infllm_flex.training.settings import TrainingSettings
+
+
+@dataclass(frozen=True)
+class World:
+    """The place of this process among those of the run.
+
+    Ranks are counted so that those which share a sequence are neighbours.
+
+    Attributes:
+        device: Where this process computes.
+        rank: Of this process, from 0.
+        size: Number of processes.
+        context: Processes that share a sequence.
+        mesh: All processes in one row, ``all``, None where there is only one plain process.
+        group: The processes that share this one's sequences, where there are several.
+    """
+
+    device: torch.device
+    rank: int = 0
+    size: int = 1
+    context: int = 1
+    mesh: DeviceMesh | None = None
+    group: dist.ProcessGroup | None = None
+
+    @property
+    def is_first(self) -> bool:
+        """Whether this is the process that writes files and talks to the user."""
+        return self.rank == 0
+
+    @property
+    def context_rank(self) -> int:
+        """Which part of its sequences this process holds."""
+        return self.rank % self.context
+
+    @property
+    def data_size(self) -> int:
+        """Number of groups that hold different sequences."""
+        return self.size // self.context
+
+    def sum(self, value: Tensor) -> Tensor:
+        """The sum over all processes, the same bits in each. Changes ``value``."""
+        if self.mesh is not None:
+            dist.all_reduce(value)
+        return value
+
+    def largest(self, value: int) -> int:
+        """The largest of the processes' values."""
+        if self.mesh is None:
+            return value
+        shared = torch.tensor(value)
+        dist.all_reduce(shared, dist.ReduceOp.MAX)
+        return int(shared)
+
+
+def is_first_process() -> bool:
+    """Whether this process is the one to talk to the user, also before `open_world`."""
+    return int(os.environ.get("RANK", "0")) == 0
+
+
+def check_processes(settings: TrainingSettings, size: int) -> None:
+    """Refuse a number of processes that cannot share the work evenly.
+
+    Raises:
+        ValueError: With the setting that does not fit.
+    """
+    context = settings.parallel.context
+    if size % context:
+        raise ValueError(
+            f"parallel.context must divide the number of processes, {size}, got {context}"
+        )
+    for name, stage in settings.stages.items():
+        if stage.batch_size % (size // context):
+            raise ValueError(
+                f"stages.{name}: batch_size must be a multiple of the {size // context} groups of "
+                f"processes that hold different sequences, got {stage.batch_size}"
+            )
+        if context > 1 and stage.max_length % (2 * context):
+            raise ValueError(
+                f"stages.{name}: max_length must be a multiple of twice parallel.context = "
+                f"{2 * context}, got {stage.max_length}"
+            )
+
+
+def num_processes() -> int:
+    """How many torchrun started; 1 without it."""
+    return int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def was_restarted() -> bool:
+    """Whether torchrun started this process again, after one of the run had failed."""
+    return _attempt() > 0
+
+
+def _attempt() -> int:
+    return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"))
+
+
+@contextlib.contextmanager
+def open_world(settings: TrainingSettings) -> Iterator[World]:
+    """Join the processes that torchrun started for the block; alone without torchrun.
+
+    Raises:
+        ValueError: The device is not there, or the number of processes does not fit the settings.
+    """
+    device = pick_device(settings.run.device)
+    size = num_processes()
+    check_processes(settings, size)
+    if not dist.is_torchelastic_launched():
+        if settings.memory.cpu_offload:
+            raise ValueError(
+                "memory.cpu_offload needs torchrun, also for one process: "
+                "torchrun --nproc-per-node 1 scripts/finetune.py ..."
+            )
+        yield World(device)
+        return
+    if device.type == "cuda":
+        device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
+        torch.cuda.set_device(device)
+    # Words between processes are CPU tensors, on machines with GPUs too.
+    backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
+    with _process_group(backend):
+        context = settings.parallel.context
+        mesh = init_device_mesh(device.type, (size,), mesh_dim_names=("all",))
+        parts = init_device_mesh(
+            device.type, (size // context, context), mesh_dim_names=("data", "context")
+        )
+        group = parts.get_group("context") if context > 1 else None
+        yield World(device, dist.get_rank(), size, context, mesh, group)
+
+
+@contextlib.contextmanager
+def _process_group(backend: str) -> Iterator[None]:
+    """The group of all processes, ended with the block where it began with it."""
+    if dist.is_initialized():
+        yield
+        return
+    store, rank, size = next(rendezvous("env://"))
+    # torchrun may start processes again on the same store: what those before them said there, of
+    # addresses that are gone, must not be heard.
+    store = PrefixStore(f"attempt-{_attempt()}", store)
+    dist.init_process_group(backend, store=store, rank=rank, world_size=size)
+    try:
+        yield
+    finally:
+        dist.destroy_process_group()
+
+
+def pick_device(name: str) -> torch.device:
+    """The device of ``run.device``.
+
+    Raises:
+        ValueError: It is not there.
+    """
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    if name == "cuda" and not torch.cuda.is_available():
+        raise ValueError("run.device: cuda is not available here; use cpu or auto")
+    return torch.device(name)

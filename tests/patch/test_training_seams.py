@@ -1,0 +1,76 @@
+"""What training asks of a patched model: other precisions by autocast, attention held elsewhere."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+import infllm_flex as ifx
+from infllm_flex import attention
+from infllm_flex.patch import attend_through
+from tests.patch.models import LONG, SETTINGS, SHORT, build, gemma2, logits, tokens
+
+
+def test_autocast_serves_sparse_and_dense_lengths():
+    model = ifx.patch_model(build(), SETTINGS)
+    for length in (SHORT, LONG):
+        batch = tokens(length)
+        exact = model(batch, labels=batch, use_cache=False).loss
+        model.zero_grad()
+        with torch.autocast("cpu", torch.bfloat16):
+            rounded = model(batch, labels=batch, use_cache=False).loss
+        rounded.backward()
+        assert 0 < (exact - rounded).abs() < 0.05
+        assert all(weight.grad.isfinite().all() for weight in model.parameters())
+
+
+def test_autocast_leaves_the_choice_of_blocks_in_float32(monkeypatch):
+    """Queries and keys are rounded; their scores are those of the rounded ones, in float32."""
+    model, chosen = ifx.patch_model(build(), SETTINGS), []
+    real = attention.choose_blocks
+
+    def choose(query, key, *others):
+        assert query.dtype == key.dtype == torch.bfloat16
+        chosen.append((real(query, key, *others), query.clone(), key.clone(), *others))
+        return chosen[-1][0]
+
+    monkeypatch.setattr(attention, "choose_blocks", choose)
+    with torch.autocast("cpu", torch.bfloat16):
+        logits(model, LONG)
+    assert len(chosen) == 2
+    for selected, *inputs in chosen:
+        assert torch.equal(real(*inputs), selected)
+
+
+def test_attention_can_be_handed_over_for_a_block():
+    model = ifx.patch_model(build(), SETTINGS)
+    calls = []
+
+    def attend(query, key, value, scale):
+        calls.append(query.shape)
+        return F.scaled_dot_product_attention(
+            query, key, value, is_causal=True, scale=scale, enable_gqa=True
+        )
+
+    with ifx.dense(model):
+        dense = logits(model, LONG)
+    sparse = logits(model, LONG)
+    with attend_through(model, attend):
+        assert torch.equal(logits(model, LONG), dense)
+    assert len(calls) == 2
+    assert torch.equal(logits(model, LONG), sparse)
+
+
+def test_a_model_that_cannot_hand_over_every_layer_says_so():
+    with (
+        pytest.raises(ValueError, match="is not patched"),
+        attend_through(build(), lambda *_: None),
+    ):
+        pass
+    model = ifx.patch_model(build(gemma2(), attn_implementation="eager"), SETTINGS)
+    with (
+        pytest.raises(ValueError, match=r"layers\.0.* otherwise than as it was made: sliding"),
+        attend_through(model, lambda *_: None),
+    ):
+        pass

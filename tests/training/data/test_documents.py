@@ -1,0 +1,121 @@
+"""Documents out of files, and what is said of those that are damaged."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from infllm_flex.training.data import DataError
+from infllm_flex.training.data import documents as module
+from infllm_flex.training.data.documents import DamagedError, read_documents
+
+
+def read(path, field="text"):
+    """The texts, and in their places the messages of damaged documents."""
+    found = []
+    for chunks in read_documents(path, path.name, field):
+        try:
+            found.append("".join(chunks))
+        except DamagedError as error:
+            found.append(error)
+    return found
+
+
+@pytest.mark.parametrize("text", ["", "one line", "a\nb\n", "é\r\n" * 40, "x" * 99])
+def test_a_text_file_is_one_document_however_it_is_read(tmp_path, monkeypatch, text):
+    monkeypatch.setattr(module, "_CHUNK", 10)
+    path = tmp_path / "a.txt"
+    path.write_bytes(text.encode())
+    assert read(path) == [text]
+
+
+def test_parts_of_a_text_file_end_with_a_line(tmp_path, monkeypatch):
+    monkeypatch.setattr(module, "_CHUNK", 10)
+    path = tmp_path / "a.txt"
+    path.write_text("word word\n" * 20 + "rest")
+    (chunks,) = read_documents(path, "a.txt", "text")
+    parts = list(chunks)
+    assert len(parts) > 10
+    assert all(part.endswith("\n") for part in parts[:-1] if part)
+
+
+def test_a_text_file_that_is_no_text_is_damaged(tmp_path):
+    path = tmp_path / "a.txt"
+    path.write_bytes(b"good\n" * 10 + b"\xff\xfe")
+    (error,) = read(path)
+    assert str(error).startswith("a.txt: no UTF-8: ")
+
+
+def test_damaged_lines_are_told_one_by_one_and_the_others_are_read(tmp_path, monkeypatch):
+    monkeypatch.setattr(module, "_LONGEST_LINE", 64)
+    lines = [
+        json.dumps({"text": "first", "id": 1}),
+        "{broken",
+        "",
+        json.dumps(["text"]),
+        json.dumps({"body": "x"}),
+        json.dumps({"text": None}),
+        json.dumps({"text": "\ud800"}),
+        json.dumps({"text": "y" * 200}),
+        "[" * 60,
+        json.dumps({"text": "last ü"}),
+    ]
+    path = tmp_path / "a.jsonl"
+    path.write_text("\n".join(lines))
+    found = read(path)
+    assert found[0] == "first"
+    assert found[-1] == "last ü"
+    assert [str(error) for error in found[1:-1]] == [
+        "a.jsonl:2: no JSON: Expecting property name enclosed in double quotes: "
+        "line 1 column 2 (char 1)",
+        "a.jsonl:4: expected a JSON object, got list",
+        "a.jsonl:5: expected text under 'text', got NoneType",
+        "a.jsonl:6: expected text under 'text', got NoneType",
+        "a.jsonl:7: no Unicode text: surrogates not allowed",
+        "a.jsonl:8: the line is longer than 64 bytes",
+        "a.jsonl:9: no JSON: Expecting value: line 2 column 1 (char 61)",
+    ]
+
+
+def test_bytes_that_are_no_utf_8_are_a_damaged_line(tmp_path):
+    path = tmp_path / "a.jsonl"
+    path.write_bytes(b'{"text": "\xff"}\n{"text": "good"}\n')
+    error, good = read(path)
+    assert str(error).startswith("a.jsonl:1: no JSON: 'utf-8' codec can't decode")
+    assert good == "good"
+
+
+def test_the_field_can_have_another_name(tmp_path):
+    path = tmp_path / "a.jsonl"
+    path.write_text('{"content": "x"}\n')
+    assert read(path, "content") == ["x"]
+
+
+def test_a_parquet_file_is_read_row_by_row(tmp_path):
+    pyarrow = pytest.importorskip("pyarrow")
+    from pyarrow import parquet
+
+    path = tmp_path / "a.parquet"
+    texts = [f"row {number}" for number in range(600)]
+    parquet.write_table(pyarrow.table({"text": [*texts, None], "id": range(601)}), path)
+    *found, error = read(path)
+    assert found == texts
+    assert str(error) == "a.parquet: row 601: expected text under 'text', got NoneType"
+    with pytest.raises(DataError, match=r"no column 'body' .*, the columns are text, id"):
+        read(path, "body")
+    path.write_bytes(path.read_bytes()[:50])
+    with pytest.raises(DataError, match=r"a\.parquet: no readable \.parquet file"):
+        read(path)
+
+
+def test_a_data_set_on_disk_is_read_row_by_row(tmp_path):
+    datasets = pytest.importorskip("datasets")
+    path = tmp_path / "set"
+    rows = datasets.Dataset.from_dict({"text": ["one", "two", None], "id": [1, 2, 3]})
+    rows.save_to_disk(path)
+    *found, error = read(path)
+    assert found == ["one", "two"]
+    assert str(error) == "set: row 3: expected text under 'text', got NoneType"
+    with pytest.raises(DataError, match=r"no column 'body' .*, the columns are text, id"):
+        read(path, "body")

@@ -1,0 +1,101 @@
+"""Several processes of one run on one machine, forked from the test."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import traceback
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import safetensors.torch  # noqa: F401 - here once, not in every process
+import torch
+import torch._dynamo
+import torch._inductor.codecache
+import torch.distributed as dist
+import torch.distributed.checkpoint
+
+
+def run_ranks(count: int, folder: Path, work: Callable[..., Any], *arguments: Any) -> list[Any]:
+    """Call ``work(*arguments)`` in ``count`` processes that know each other.
+
+    Returns:
+        What each returned, in order; an exception as its type and message.
+    """
+    context = multiprocessing.get_context("fork")
+    meeting = folder / f"meeting-{os.urandom(8).hex()}"
+    queue = context.SimpleQueue()
+    processes = [
+        context.Process(target=_rank, args=(rank, count, meeting, queue, work, arguments))
+        for rank in range(count)
+    ]
+    with _fork_beside_threads():
+        for process in processes:
+            process.start()
+    found = dict(queue.get() for _ in processes)
+    for process in processes:
+        process.join()
+    return [found[rank] for rank in range(count)]
+
+
+def start(work: Callable[..., Any], *arguments: Any) -> int:
+    """Call ``work(*arguments)`` in a process of its own; returns the process's number.
+
+    It ends with status 0, or 1 where ``work`` raised.
+    """
+    with _fork_beside_threads():
+        child = os.fork()
+    if child:
+        return child
+    status = 1
+    try:
+        work(*arguments)
+        status = 0
+    except BaseException:
+        traceback.print_exc()
+    finally:
+        os._exit(status)  # nothing of the tests' process shall run here
+
+
+@contextmanager
+def _fork_beside_threads() -> Iterator[None]:
+    # Python 3.12 warns of PyTorch's threads; none of them holds a lock that a child needs.
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)
+        yield
+
+
+def start_ranks(count: int, folder: Path, work: Callable[..., Any], *arguments: Any) -> list[int]:
+    """Call ``work(*arguments)`` in processes that know each other; returns their numbers."""
+    meeting = folder / f"meeting-{os.urandom(8).hex()}"
+    return [start(_join, rank, count, meeting, work, arguments) for rank in range(count)]
+
+
+def _rank(rank: int, count: int, meeting: Path, queue: Any, work: Any, arguments: Any) -> None:
+    try:
+        result = _join(rank, count, meeting, work, arguments)
+    except BaseException as error:
+        traceback.print_exc()
+        result = f"{type(error).__name__}: {error}"
+    queue.put((rank, result))
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def _join(rank: int, count: int, meeting: Path, work: Any, arguments: Any) -> Any:
+    torch.set_num_threads(1)
+    # What torchrun would have set.
+    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(count)}
+    os.environ["TORCHELASTIC_RUN_ID"] = meeting.name
+    dist.init_process_group(
+        "gloo",
+        init_method=f"file://{meeting}",
+        rank=rank,
+        world_size=count,
+        timeout=timedelta(seconds=60),
+    )
+    return work(*arguments)

@@ -1,0 +1,249 @@
+"""What one of several processes does for the tests of parallel training; torchrun starts it.
+
+    torchrun --nproc-per-node N -m tests.training.parallel_checks FOLDER
+
+Starting processes takes seconds, so they start once for all checks of a size. The first writes
+``FOLDER/results.json``: for every check "passed" or what went wrong, in any of them.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+import os
+import signal
+import sys
+import traceback
+import warnings
+from collections.abc import Callable
+from dataclasses import replace
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from infllm_flex import attention
+from infllm_flex.attention import infllm_attention
+from infllm_flex.config import InfLLMConfig
+from infllm_flex.training import loop
+from infllm_flex.training.loop import TrainingDivergedError, train
+from infllm_flex.training.loss import LanguageLoss
+from infllm_flex.training.parallel import World, open_world
+from infllm_flex.training.parallel.context import ContextAttention, part_of
+from infllm_flex.training.settings import (
+    DataSettings,
+    MemorySettings,
+    ModelSettings,
+    OptimSettings,
+    ParallelSettings,
+    TrainingSettings,
+)
+from infllm_flex.training.together import gather
+from tests.inputs import make_qkv
+from tests.tolerance import assert_within_rounding
+from tests.training.runs import ATTENTION, LONG, TINY, settings, stage
+
+SPARSE = replace(LONG, attention="sparse", max_length=128, batch_size=4)
+STAGES = {"short": stage(warmup_steps=1, batch_size=4), "long": SPARSE}
+IN_PASSES = {name: replace(some, sequences_at_once=1) for name, some in STAGES.items()}
+# The runs that so many processes train.
+NAMES = {
+    2: ("fsdp", "ddp", "muon", "checkpointing", "offload", "context", "packed", "bfloat16"),
+    4: ("fsdp", "context"),
+}
+
+
+def runs(folder: Path) -> dict[str, TrainingSettings]:
+    """Every run by name, as one process and as several are to train it."""
+    texts = folder / "texts"
+
+    def run(name: str, **changes: Any) -> TrainingSettings:
+        return settings(folder / name, texts, **({"stages": STAGES} | changes))
+
+    return {
+        "fsdp": run("fsdp"),
+        "ddp": run("ddp", parallel=ParallelSettings(kind="ddp"), stages=IN_PASSES),
+        "muon": run("muon", optim=OptimSettings(kind="muon")),
+        "checkpointing": run("checkpointing", memory=MemorySettings(activation_checkpointing=True)),
+        "offload": run("offload", memory=MemorySettings(cpu_offload=True)),
+        "context": run("context", parallel=ParallelSettings(context=2), stages=IN_PASSES),
+        "packed": run(
+            "packed",
+            parallel=ParallelSettings(context=2),
+            data=DataSettings(source=str(texts), packing="documents", held_out_percent=20),
+        ),
+        "bfloat16": run("bfloat16", model=ModelSettings(tiny=TINY, arithmetic="bfloat16")),
+    }
+
+
+def stopped_run(folder: Path) -> TrainingSettings:
+    """A run that is stopped after three steps by a signal to the last process."""
+    run = runs(folder)["fsdp"]
+    return replace(run, run=replace(run.run, folder=folder / "stopped"))
+
+
+def attention_equals_that_of_one_process(world: World) -> None:
+    for S, starts in ((128, None), (192, [0, 7, 70, 71, 180])):
+        # Packed, the document of 109 tokens is sparse, the others are dense.
+        config = replace(ATTENTION, dense_len=100)
+        _compare(world, config, S, starts)
+    _compare(world, replace(ATTENTION, dense_len=129), 128, None)
+
+
+def _compare(world: World, config: InfLLMConfig, S: int, starts: list[int] | None) -> None:
+    batch = 2 if starts is None else 1
+    whole = [x.requires_grad_() for x in make_qkv(B=batch, Hq=4, Hkv=2, S=S, D=8)]
+    positions = None
+    bounds = [0, S] if starts is None else [*starts, S]
+    if starts is not None:
+        lengths = [end - start for start, end in pairwise(bounds)]
+        positions = torch.cat([torch.arange(length) for length in lengths])[None]
+
+    def alone(tensors: list[Tensor]) -> Tensor:
+        documents = [
+            infllm_attention(*(x[:, :, start:end] for x in tensors), config)
+            for start, end in pairwise(bounds)
+        ]
+        return torch.cat(documents, dim=2)
+
+    def spread(x: Tensor) -> Tensor:
+        return part_of(x.transpose(1, 2).flatten(2), world).unflatten(2, (-1, 8)).transpose(1, 2)
+
+    expected_choice, choice = _Choices(), _Choices()
+    weight = torch.randn(whole[0].shape, generator=torch.Generator().manual_seed(1))
+    with expected_choice as expected_calls:
+        expected = alone(whole)
+    expected.backward(weight)
+    exact = [x.detach().double().requires_grad_() for x in whole]
+    exact_out = alone(exact)
+    exact_out.backward(weight.double())
+
+    parts = [spread(x.detach()).contiguous().requires_grad_() for x in whole]
+    share = ContextAttention(config, world)
+    share.begin(S, positions)
+    with choice as calls:
+        out = share(*parts, None)
+    out.backward(spread(weight))
+    assert_within_rounding(out, spread(exact_out), spread(expected))
+    for x, y, z in zip(parts, exact, whole, strict=True):
+        assert_within_rounding(x.grad, spread(y.grad), spread(z.grad), factor=3.0)
+    if starts is None and calls:
+        (full,) = expected_calls
+        ours = torch.cat([_padded(part, full.shape[3]) for part in calls], dim=2)
+        chunks = full.chunk(2 * world.context, dim=2)
+        theirs = [chunks[world.context_rank], chunks[-1 - world.context_rank]]
+        assert torch.equal(ours, torch.cat(theirs, dim=2))
+
+
+def _padded(selected: Tensor, width: int) -> Tensor:
+    return torch.nn.functional.pad(selected, (0, width - selected.shape[3]), value=-1)
+
+
+class _Choices:
+    """Note the blocks that attention chooses inside the block."""
+
+    def __enter__(self) -> list[Tensor]:
+        self.calls: list[Tensor] = []
+        real = attention.choose_blocks
+
+        def select(*args: Any, **kwargs: Any) -> Tensor:
+            self.calls.append(real(*args, **kwargs))
+            return self.calls[-1]
+
+        self._patch = mock.patch.object(attention, "choose_blocks", select)
+        self._patch.start()
+        return self.calls
+
+    def __exit__(self, *_: object) -> None:
+        self._patch.stop()
+
+
+def a_signal_to_one_process_stops_all_after_the_same_step(folder: Path) -> None:
+    real, last = loop.take_step, dist.get_rank() == dist.get_world_size() - 1
+
+    def take_step(state: Any, *args: Any) -> Any:
+        if last and state.done == 2:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return real(state, *args)
+
+    with mock.patch.object(loop, "take_step", take_step):
+        outcome = train(stopped_run(folder), show=False)
+    assert (outcome.step, outcome.signal, outcome.model) == (3, signal.SIGTERM, None)
+
+
+def a_resumed_run_continues_in_the_same_bits(folder: Path) -> None:
+    train(stopped_run(folder), resume=True, show=False)
+    ours, straight = (folder / name / "metrics.jsonl" for name in ("stopped", "fsdp"))
+    assert losses(ours) == losses(straight)
+    ours, straight = (folder / name / "model" for name in ("stopped", "fsdp"))
+    name = "model.safetensors"
+    assert (ours / name).read_bytes() == (straight / name).read_bytes()
+
+
+def a_nan_in_one_process_stops_all(folder: Path) -> None:
+    run = runs(folder)["fsdp"]
+    run = replace(run, run=replace(run.run, folder=folder / "nan"))
+    real, rank = LanguageLoss._cost, dist.get_rank()
+
+    def cost(*args: Any) -> Tensor:
+        return real(*args) * (float("nan") if rank else 1.0)
+
+    said = r"step 1: the loss is nan; its batch is samples 0 to 3 of stage short"
+    with (
+        mock.patch.object(LanguageLoss, "_cost", cost),
+        pytest.raises(TrainingDivergedError, match=said),
+    ):
+        train(run, show=False)
+
+
+def losses(path: Path) -> list[tuple[float, float]]:
+    """Of ``metrics.jsonl``: loss and norm of the gradient of each step."""
+    lines = map(json.loads, path.read_text().splitlines())
+    return [(line["loss"], line["gradient_norm"]) for line in lines]
+
+
+def checks_of(folder: Path, size: int) -> dict[str, Callable[[], object]]:
+    """Everything that so many processes do, by name, in order."""
+    shared = replace(runs(folder)["fsdp"], parallel=ParallelSettings(context=size))
+
+    def compare_attention() -> None:
+        with open_world(shared) as world:
+            attention_equals_that_of_one_process(world)
+
+    checks: dict[str, Callable[[], object]] = {"attention": compare_attention}
+    for name in NAMES[size]:
+        checks[name] = functools.partial(train, runs(folder)[name], show=False)
+    if size == 2:
+        checks["stopped"] = lambda: a_signal_to_one_process_stops_all_after_the_same_step(folder)
+        checks["resumed"] = lambda: a_resumed_run_continues_in_the_same_bits(folder)
+        checks["nan"] = lambda: a_nan_in_one_process_stops_all(folder)
+    return checks
+
+
+def main() -> None:
+    folder = Path(sys.argv[1])
+    warnings.simplefilter("error")
+    # PyTorch's about its own parts.
+    warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.")
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo")
+    results = {}
+    for name, check in checks_of(folder, dist.get_world_size()).items():
+        try:
+            check()
+            said = ""
+        except Exception:
+            said = traceback.format_exc()
+        results[name] = "".join(gather(said)) or "passed"
+    if dist.get_rank() == 0:
+        (folder / "results.json").write_text(json.dumps(results))
+    dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main()

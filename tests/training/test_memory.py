@@ -1,0 +1,129 @@
+"""Layers compiled, computed twice or in float8 train the same, and are as they were afterwards."""
+
+from __future__ import annotations
+
+import sys
+import types
+import warnings
+from dataclasses import replace
+
+import pytest
+import torch
+
+from infllm_flex.training.loop import train
+from infllm_flex.training.memory import check_float8, run_layers, use_float8
+from infllm_flex.training.metrics import MetricsFile
+from infllm_flex.training.model import build_model, decoder_layers
+from infllm_flex.training.settings import MemorySettings, ModelSettings, RunSettings
+from tests.training.parallel_checks import losses
+from tests.training.runs import LONG, TINY, settings, stage
+
+
+def test_activation_checkpointing_changes_no_bit(tmp_path, texts):
+    stages = {"long": replace(LONG, attention="sparse", max_length=128)}
+    plain = settings(tmp_path / "plain", texts, stages=stages)
+    again = settings(
+        tmp_path / "again",
+        texts,
+        stages=stages,
+        memory=MemorySettings(activation_checkpointing=True),
+    )
+    train(plain, show=False)
+    train(again, show=False)
+    found = [losses(run.run.folder / "metrics.jsonl") for run in (plain, again)]
+    assert found[0] == found[1]
+
+
+def test_layers_are_as_they_were_after_the_block(tmp_path, texts):
+    layers = decoder_layers(build_model(ModelSettings(tiny=TINY), 32))
+    run = settings(tmp_path, texts, memory=MemorySettings(activation_checkpointing=True))
+    before = [dict(vars(layer)) for layer in layers]
+    with run_layers(layers, run, torch.device("cpu")):
+        assert all("forward" in vars(layer) for layer in layers)
+    assert [dict(vars(layer)) for layer in layers] == before
+
+
+@pytest.mark.slow  # compiles two layers
+def test_compiled_layers_train_the_same_in_dense_and_sparse_stages(tmp_path, texts):
+    stages = {"short": stage(steps=2), "long": replace(LONG, attention="sparse", max_length=128)}
+    found = []
+    for kind in ("never", "always"):
+        run = settings(
+            tmp_path / kind,
+            texts,
+            stages=stages,
+            run=RunSettings(folder=tmp_path / kind, device="cpu", compile=kind),
+            memory=MemorySettings(activation_checkpointing=True),
+        )
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # Inductor's own
+            train(run, show=False)
+        found.append(torch.tensor(losses(tmp_path / kind / "metrics.jsonl")))
+    assert (found[0] - found[1]).abs().max() < 1e-4
+
+
+def test_float8_rounds_the_products_of_the_layers_and_leaves_weights_and_names(tmp_path, texts):
+    model = build_model(ModelSettings(tiny=TINY), 32)
+    names = list(model.state_dict())
+    tokens = torch.arange(16)[None]
+    with torch.no_grad():
+        exact = model(tokens).logits
+        with pytest.warns(UserWarning, match="this CPU only imitates it"):
+            use_float8(model, torch.device("cpu"))
+        rounded = model(tokens).logits
+    assert list(model.state_dict()) == names
+    assert 0 < (exact - rounded).abs().max() < 0.1 * exact.abs().max()
+    run = settings(
+        tmp_path / "run",
+        texts,
+        model=ModelSettings(tiny=TINY, float8=True),
+        stages={"only": stage(steps=20, batch_size=4)},
+    )
+    with pytest.warns(UserWarning, match="this CPU only imitates it"):
+        outcome = train(run, show=False)
+    found = losses(run.run.folder / "metrics.jsonl")
+    assert found[-1][0] < found[0][0] - 1
+    assert (outcome.model / "model.safetensors").is_file()
+
+
+def test_float8_is_refused_where_nothing_can_use_it(monkeypatch):
+    narrow = replace(TINY, hidden_size=24, intermediate_size=24, num_heads=2, num_kv_heads=1)
+    with (
+        pytest.raises(ValueError, match="no linear layer of LlamaForCausalLM has sizes"),
+        pytest.warns(UserWarning, match="only imitates it"),
+    ):
+        use_float8(build_model(ModelSettings(tiny=narrow), 32), torch.device("cpu"))
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 0))
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "NVIDIA A100")
+    with pytest.raises(ValueError, match="NVIDIA A100 has none"):
+        check_float8(torch.device("cuda", 0))
+
+
+def test_tensorboard_gets_every_number_where_it_is_installed(tmp_path, monkeypatch):
+    said = []
+
+    class SummaryWriter:
+        def __init__(self, folder, purge_step):
+            said.append((folder, purge_step))
+
+        def add_scalar(self, *values):
+            said.append(values)
+
+        def close(self):
+            said.append("closed")
+
+    module = types.SimpleNamespace(SummaryWriter=SummaryWriter)
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", module)
+    metrics = MetricsFile(tmp_path / "metrics.jsonl", 4, tmp_path / "board")
+    metrics.write({"step": 5, "stage": "long", "loss": 1.5, "mfu": None})
+    metrics.close()
+    assert said == [(str(tmp_path / "board"), 5), ("loss", 1.5, 5), "closed"]
+
+
+def test_without_tensorboard_the_file_is_all(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
+    metrics = MetricsFile(tmp_path / "metrics.jsonl", 0, tmp_path / "board")
+    metrics.write({"step": 1})
+    metrics.close()
+    assert (tmp_path / "metrics.jsonl").read_text() == '{"step": 1}\n'
+    assert not (tmp_path / "board").exists()

@@ -1,0 +1,157 @@
+"""Models of other makers and of the hub's cache, read without running or fetching a thing."""
+
+from __future__ import annotations
+
+import json
+import math
+from dataclasses import replace
+
+import huggingface_hub
+import pytest
+import torch
+from huggingface_hub.errors import LocalEntryNotFoundError
+from safetensors.torch import save_file
+from transformers import LlamaConfig, LlamaForCausalLM
+
+import infllm_flex as ifx
+from infllm_flex.training.loop import train
+from infllm_flex.training.model import build_outline, load_model
+from infllm_flex.training.model_config import find_model
+from infllm_flex.training.settings import ModelSettings
+from tests.training.runs import ATTENTION, settings, stage
+
+SIZE = {
+    "vocab_size": 256,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 128,
+    "rms_norm_eps": 1e-5,
+}
+MINICPM = {
+    **SIZE,
+    "model_type": "minicpm",
+    "architectures": ["MiniCPMForCausalLM"],
+    "auto_map": {"AutoModelForCausalLM": "modeling_minicpm.MiniCPMForCausalLM"},
+    "scale_emb": 12,
+    "scale_depth": 1.4,
+    "dim_model_base": 8,
+    "tie_word_embeddings": False,
+    "rope_scaling": None,
+    "sparse_config": {"block_size": 8, "kernel_size": 4, "kernel_stride": 2, "window_size": 8},
+}
+
+
+@pytest.fixture
+def minicpm(tmp_path):
+    """A folder as MiniCPM comes, and the Llama that its scaled weights make."""
+    torch.manual_seed(0)
+    llama = LlamaForCausalLM(LlamaConfig(**SIZE, tie_word_embeddings=False)).eval()
+    folder = tmp_path / "minicpm"
+    folder.mkdir()
+    save_file(llama.state_dict(), folder / "model.safetensors", {"format": "pt"})
+    (folder / "config.json").write_text(json.dumps(MINICPM))
+    (folder / "modeling_minicpm.py").write_text("raise SystemExit('this code must not run')\n")
+    depth = 1.4 / math.sqrt(2)
+    with torch.no_grad():
+        llama.model.embed_tokens.weight *= 12
+        llama.lm_head.weight /= 32 / 8
+        for layer in llama.model.layers:
+            layer.self_attn.o_proj.weight *= depth
+            layer.mlp.down_proj.weight *= depth
+    return folder, llama
+
+
+def test_minicpm_computes_what_its_own_code_would(minicpm):
+    folder, llama = minicpm
+    model = load_model(folder).eval()
+    tokens = torch.randint(256, (2, 40))
+    with torch.no_grad():
+        assert torch.allclose(model(tokens).logits, llama(tokens).logits, atol=1e-5)
+    outline = build_outline(ModelSettings(path=folder), 64)
+    assert {n: w.shape for n, w in outline.named_parameters()} == {
+        n: w.shape for n, w in model.named_parameters()
+    }
+
+
+def test_minicpm_brings_its_sparse_attention_and_is_fine_tuned_into_a_model_of_transformers(
+    minicpm, tmp_path, texts
+):
+    folder, _ = minicpm
+    layer = ifx.patch_model(load_model(folder)).model.layers[0].self_attn.infllm_layer
+    assert (layer.config.block_size, layer.config.topk) == (8, 64)
+    run = settings(
+        tmp_path / "run",
+        texts,
+        model=ModelSettings(path=folder),
+        stages={"only": stage(attention="sparse", max_length=96, steps=2)},
+    )
+    outcome = train(run, show=False)
+    config = load_model(outcome.model).config
+    assert (config.model_type, config.embedding_multiplier) == ("granite", 12)
+    assert config.sparse_config["topk"] == ATTENTION.topk
+
+
+def test_longrope_is_taken_over(minicpm):
+    folder, _ = minicpm
+    factors = {"short_factor": [1.0] * 4, "long_factor": [2.0] * 4}
+    rope = {"rope_type": "longrope", "original_max_position_embeddings": 128, **factors}
+    (folder / "config.json").write_text(json.dumps({**MINICPM, "rope_scaling": rope}))
+    config = load_model(folder).config
+    assert config.rope_parameters["rope_type"] == "longrope"
+    assert config.rope_parameters["rope_theta"] == 10_000.0
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("{", r"config\.json cannot be read"),
+        (json.dumps({**MINICPM, "num_experts": 8}), "with experts is not known"),
+        ('{"model_type": "unheard"}', "unheard"),
+    ],
+)
+def test_a_configuration_that_cannot_be_used_is_refused(minicpm, content, message):
+    folder, _ = minicpm
+    (folder / "config.json").write_text(content)
+    with pytest.raises(ValueError, match=message):
+        build_outline(ModelSettings(path=folder), 64)
+
+
+def test_the_hub_is_asked_only_where_the_settings_say_so(minicpm, tmp_path, texts, monkeypatch):
+    folder, _ = minicpm
+    asked = []
+
+    def snapshot_download(name, *, revision, local_files_only, allow_patterns):
+        asked.append((name, revision, local_files_only))
+        assert not any(pattern.endswith((".py", ".bin")) for pattern in allow_patterns)
+        if local_files_only:
+            raise LocalEntryNotFoundError("not cached")
+        return str(folder)
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot_download)
+    run = settings(tmp_path / "run", texts, model=ModelSettings(hub="Qwen/Qwen3-8B"))
+    with pytest.raises(
+        ValueError, match=r"Qwen3-8B is not in the cache .* model\.download to true"
+    ):
+        train(run, show=False)
+    assert not (tmp_path / "run").exists()
+    download = replace(run.model, download=True, revision="abc")
+    found = find_model(replace(run, model=download))
+    assert found.model.path == folder
+    assert asked == [("Qwen/Qwen3-8B", "main", True), ("Qwen/Qwen3-8B", "abc", False)]
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({}, "exactly one of path, hub and tiny"),
+        ({"hub": "../secrets"}, "hub must be a name like"),
+        ({"hub": "a/b/c"}, "hub must be a name like"),
+        ({"path": "x", "download": True}, "download must not be set without hub"),
+    ],
+)
+def test_model_settings_that_contradict_are_refused(values, message):
+    with pytest.raises(ValueError, match=message):
+        ModelSettings(**values)

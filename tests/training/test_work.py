@@ -1,0 +1,154 @@
+"""What a step costs, and what a run needs, told without running it."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+from torch.autograd.graph import saved_tensors_hooks
+from torch.utils.flop_counter import FlopCounterMode
+
+from infllm_flex.training.estimate import estimate_memory
+from infllm_flex.training.loss import LanguageLoss
+from infllm_flex.training.memory import run_layers
+from infllm_flex.training.model import build_model, build_outline, decoder_layers
+from infllm_flex.training.optim import Optimizers
+from infllm_flex.training.settings import (
+    MemorySettings,
+    ModelSettings,
+    OptimSettings,
+    ParallelSettings,
+    TinyModelSettings,
+)
+from infllm_flex.training.stages import stage_attention
+from infllm_flex.training.work import Work, document_lengths, peak_operations
+from tests.training.runs import ATTENTION, settings, stage
+
+MODEL = ModelSettings(
+    tiny=TinyModelSettings(
+        num_layers=3, hidden_size=64, intermediate_size=160, num_heads=4, num_kv_heads=2
+    )
+)
+LENGTH = 256
+
+
+@pytest.fixture(scope="module")
+def model():
+    return build_model(MODEL, LENGTH)
+
+
+def test_operations_of_dense_attention_are_those_that_torch_counts(model):
+    tokens = torch.randint(256, (2, LENGTH))
+    model.set_attn_implementation("eager")  # its products are counted, those of SDPA not everywhere
+    with FlopCounterMode(display=False) as counter:
+        LanguageLoss(model)(tokens, input_ids=tokens, use_cache=False).backward()
+    work = Work(model, stage(max_length=LENGTH), ATTENTION)
+    ours = work.operations([LENGTH, LENGTH])
+    upper_triangle = ours - 2 * LENGTH * work._per_token  # eager attention computes it too
+    assert ours + upper_triangle == pytest.approx(counter.get_total_flops(), rel=0.01)
+
+
+def test_sparse_attention_costs_what_a_query_sees_and_scores(model):
+    def attention_alone(attention, length):
+        work = Work(model, stage(attention="sparse", max_length=length), attention)
+        return work.operations([length]) - length * work._per_token
+
+    budget = ATTENTION.num_selected * ATTENTION.block_size  # 24 tokens
+    layers_times_width = 3 * 64
+    seen = budget * budget / 2 + (256 - budget) * budget
+    scored = 256 * 256 / 2 * (1 / 2 + 1 / 8)
+    assert attention_alone(ATTENTION, 256) == layers_times_width * 2 * (6 * seen + scored)
+    always_dense = replace(ATTENTION, dense_len=257)
+    assert attention_alone(always_dense, 256) == layers_times_width * 12 * 256 * 256 / 2
+
+
+def test_only_documents_of_dense_len_count_as_sparse(model):
+    work = Work(model, stage(attention="sparse"), ATTENTION)
+    assert work.sparse_tokens([63, 64, 200]) == 264
+    assert Work(model, stage(attention="dense"), ATTENTION).sparse_tokens([64, 200]) == 0
+
+
+def test_documents_are_told_by_where_positions_begin_anew():
+    positions = torch.tensor([[0, 1, 2, 0], [0, 0, 1, 2]])
+    assert document_lengths(4, 2, positions) == [3, 1, 1, 3]
+    assert document_lengths(4, 2, None) == [4, 4]
+
+
+def test_a_device_is_known_by_its_name_or_by_the_setting(monkeypatch):
+    assert peak_operations(torch.device("cpu"), None) is None
+    assert peak_operations(torch.device("cpu"), 2.5) == 2.5e12
+    gpu = torch.device("cuda", 0)
+    for name, peak in [("NVIDIA H100 80GB HBM3", 989e12), ("NVIDIA H100 PCIe", 756e12)]:
+        monkeypatch.setattr(torch.cuda, "get_device_name", lambda device, name=name: name)
+        assert peak_operations(gpu, None) == peak
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "NVIDIA of Tomorrow")
+    assert peak_operations(gpu, None) is None
+
+
+@pytest.mark.parametrize("kind", ["adamw", "muon"])
+def test_weights_gradients_and_optimizer_are_estimated_to_the_byte(tmp_path, texts, model, kind):
+    run = settings(tmp_path, texts, model=MODEL, optim=OptimSettings(kind=kind))
+    found = estimate_memory(build_outline(MODEL, LENGTH), run, processes=1)
+    optimizers = Optimizers(model, run.optim)
+    optimizers.materialise()
+    weights = sum(weight.nbytes for weight in model.parameters())
+    state = sum(t.nbytes for t in optimizers.tensors().values() if t.ndim)
+    assert (found.weights, found.gradients, found.optimizer) == (weights, weights, state)
+
+
+def kept_for_the_backward(run, length):
+    """Bytes that autograd keeps of a forward pass, without the weights."""
+    model = build_model(MODEL, length)
+    weights = {weight.untyped_storage().data_ptr() for weight in model.parameters()}
+    kept = {}
+
+    def note(tensor):
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in weights:
+            kept[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    tokens = torch.randint(256, (2, length))
+    with (
+        stage_attention(model, run.stages["only"], ATTENTION),
+        run_layers(decoder_layers(model), run, torch.device("cpu")),
+        saved_tensors_hooks(note, lambda tensor: tensor),
+    ):
+        LanguageLoss(model)(tokens, input_ids=tokens, use_cache=False)
+    return sum(kept.values())
+
+
+@pytest.mark.parametrize("attention", ["dense", "sparse"])
+def test_activations_are_estimated_to_a_half(tmp_path, texts, attention):
+    length, kept, found = 2048, [], []
+    for checkpointing in (False, True):
+        run = settings(
+            tmp_path,
+            texts,
+            model=MODEL,
+            stages={"only": stage(max_length=length, attention=attention)},
+            memory=MemorySettings(activation_checkpointing=checkpointing),
+        )
+        kept.append(kept_for_the_backward(run, length))
+        found.append(estimate_memory(build_outline(MODEL, length), run, processes=1).activations)
+    assert 0.75 < found[0] / kept[0] < 1.5
+    # What is computed again comes on top of what is kept: one layer of three.
+    assert 0.75 < found[1] / (kept[1] + kept[0] / 3) < 1.5
+
+
+def test_fsdp_cuts_what_is_kept_and_offloading_takes_it_off_the_device(tmp_path, texts):
+    outline = build_outline(MODEL, LENGTH)
+
+    def estimate(processes, **changes):
+        return estimate_memory(
+            outline, settings(tmp_path, texts, model=MODEL, **changes), processes
+        )
+
+    one, four = estimate(1), estimate(4)
+    assert four.weights == one.weights // 4
+    assert one.gathered == 0 < four.gathered
+    copies = estimate(4, parallel=ParallelSettings(kind="ddp"))
+    assert (copies.weights, copies.gathered) == (one.weights, 0)
+    offloaded = estimate(4, memory=MemorySettings(cpu_offload=True))
+    assert offloaded.total == offloaded.gathered + offloaded.activations
