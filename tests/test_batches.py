@@ -188,6 +188,7 @@ def test_many_lengths_compile_few_graphs(is_packed):
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.filterwarnings("ignore:Synchronization debug mode is a prototype")
 @BATCHES
 def test_on_a_gpu_nothing_waits_for_the_device(batch):
     batch = {name: x.cuda() for name, x in batch.items()}
