@@ -28,9 +28,11 @@ def run(code: str) -> str:
 
 def test_public_names():
     assert infllm_flex.__all__ == [
+        "CompressedKeys",
         "InfLLMConfig",
         "UnsupportedModelError",
         "build_block_mask",
+        "decode_attention",
         "dense",
         "describe",
         "infllm_attention",
@@ -105,7 +107,7 @@ def test_without_transformers_patching_still_says_why_not():
         except infllm_flex.UnsupportedModelError as error:
             print(error)
         """
-    ).startswith("Linear cannot be patched: found no layer")
+    ).startswith("Linear cannot be patched: found no attention layer; tried")
 
 
 def test_the_wheel_ships_two_packages_and_nothing_else(tmp_path):

@@ -92,4 +92,5 @@ def launch(
             D,
             triton.next_power_of_2(D),
             _WINDOWS,
+            num_warps=8,
         )
