@@ -13,7 +13,12 @@ from infllm_flex.patch.huggingface.decode import attend_cached, cut_mask, follow
 from infllm_flex.patch.huggingface.layers import layer_of, previous_implementation
 from infllm_flex.patch.huggingface.masks import LazyMask, spell_out
 from infllm_flex.patch.huggingface.obstacles import find_obstacle, guard_compiled
-from infllm_flex.patch.huggingface.sequences import Sequences, find_sequences
+from infllm_flex.patch.huggingface.sequences import (
+    Sequences,
+    find_sequences,
+    lone_positions,
+    refuse_leak,
+)
 from infllm_flex.patch.layer import Attend
 
 
@@ -58,11 +63,17 @@ def attention_forward(
     if is_static(cached) and layer.ever_attends_sparsely(length):
         attention_mask = spell_out(attention_mask)
         length = follow_static(cached, query, key, value, attention_mask, layer.config)
-    sequences = None
+    sequences, is_dense = None, layer.attends_densely(length)
     if getattr(module, "is_causal", True):
-        sequences = find_sequences(query, key, attention_mask, kwargs)
-    if layer.attends_densely(length):
-        query, mask = _dense_mask(query, attention_mask, sequences, layer.reads_positions)
+        positions = None
+        if is_dense and torch.compiler.is_compiling():
+            positions = lone_positions(query, key, attention_mask, kwargs)
+        if positions is None:
+            sequences = find_sequences(query, key, attention_mask, kwargs)
+        elif layer.reads_positions:  # one layer checks for all: they get the same
+            query = refuse_leak(query, positions)
+    if is_dense:
+        mask = _dense_mask(attention_mask, sequences)
         if previous_implementation(module) == "eager":
             mask = _additive_mask(module, query, key, mask)
         return layer.dense_attention(
@@ -120,20 +131,10 @@ def _attend(
     return out.transpose(1, 2).contiguous(), None
 
 
-def _dense_mask(
-    query: Tensor, mask: LazyMask | Tensor | None, sequences: Sequences | None, checks: bool
-) -> tuple[Tensor, Tensor | None]:
-    """The mask for the layer's previous function, and the query with what checks a graph needs.
-
-    One layer checks for all: they get the same positions.
-    """
-    tensor = spell_out(mask)
-    if sequences is None:
-        return query, tensor
-    if tensor is None and sequences.limit is None:
-        # Taking the mask down for a graph's every call would cost all those that are not packed.
-        return sequences.refuse_leak(query) if checks else query, None
-    return query, sequences.isolate(tensor)
+def _dense_mask(mask: LazyMask | Tensor | None, sequences: Sequences | None) -> Tensor | None:
+    """The mask for the layer's previous function."""
+    tensor = mask.spell_out() if isinstance(mask, LazyMask) else mask
+    return tensor if sequences is None else sequences.isolate(tensor)
 
 
 def _additive_mask(

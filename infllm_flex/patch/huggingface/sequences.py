@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -91,9 +91,28 @@ class Sequences:
             return mask & same
         return mask.masked_fill(~same, torch.finfo(mask.dtype).min)
 
-    def refuse_leak(self, query: Tensor) -> Tensor:
-        """The query, and in the graph the check that no row holds two sequences."""
-        return query + custom_ops.zero_if((self.opens.sum(-1) <= 1).all(), _LEAK)
+
+def lone_positions(
+    query: Tensor, key: Tensor, mask: LazyMask | Tensor | None, kwargs: Mapping[str, Any]
+) -> Tensor | None:
+    """The positions of a call where nothing else would tell of documents; else None."""
+    positions = kwargs.get("position_ids")
+    S = query.shape[2]
+    if isinstance(mask, LazyMask):
+        mask = None if mask.is_plain and mask.padding is None else mask
+    if mask is not None or kwargs.get("cu_seq_lens_q") is not None or key.shape[2] != S:
+        return None
+    if positions is None or positions.dim() != 2 or positions.shape[-1] != S or S == 1:
+        return None
+    return cast(Tensor, positions)
+
+
+def refuse_leak(query: Tensor, positions: Tensor) -> Tensor:
+    """The query, and in the graph the check that no row of positions restarts.
+
+    Taking the mask down for a graph's every call would cost all those that are not packed.
+    """
+    return query + custom_ops.zero_if((positions.diff(dim=-1) == 1).all(), _LEAK)
 
 
 def find_sequences(
@@ -133,6 +152,10 @@ def _read(
     bounds: Tensor | None,
     same_bounds: Tensor | None,
 ) -> Sequences | None:
+    if padding is None and bounds is None and not torch.compiler.is_compiling():
+        assert positions is not None  # or there was nothing to read
+        if bool((positions.diff(dim=-1) == 1).all()):
+            return None  # as it mostly is, and quickly told
     device = next(x.device for x in (padding, positions, bounds) if x is not None)
     everything = torch.ones(B, S, dtype=torch.bool, device=device)
     is_real = everything if padding is None else padding != 0
