@@ -9,9 +9,10 @@ import triton.language as tl
 from torch import Tensor
 
 from custom_ops import union_lists
-from custom_ops.kernels.attend_blocks_backward.dkv import dkv_kernel, reduce_kernel
+from custom_ops.kernels.attend_blocks_backward.dkv import dkv_kernel
 from custom_ops.kernels.attend_blocks_backward.dq import dq_kernel
 from custom_ops.kernels.attend_blocks_backward.entries import entries_by_block
+from custom_ops.kernels.attend_blocks_backward.reduce import reduce_kernel
 from custom_ops.kernels.attend_blocks_backward.shares import choose_stretch, share_blocks
 
 
