@@ -2,12 +2,18 @@
 
 import math
 
+import torch
 from torch import Tensor
 
 from custom_ops.tile_blocks import tile_blocks
 
 MAX_TILE_TOKENS = 32  # a tile's tokens have one bit each in an int32 word
 _TILE_ROWS = 64  # on the CPU; more rows would load more of each other's blocks
+
+
+def union_width(num_slots: int, tile_tokens: int, num_blocks: int) -> int:
+    """Bound the blocks that a tile's tokens select together, whatever they are: a static size."""
+    return torch.sym_min(num_blocks, tile_tokens * num_slots)
 
 
 def list_blocks(
@@ -25,7 +31,8 @@ def list_blocks(
         Three int32 tensors: blocks per tile ``[B, Hkv, Nq]``; the blocks ``[B, Hkv, Nq, W]``,
         ascending; their membership words, alike.
     """
-    width = min(-(-kv_len // block_size), tile_tokens * selected.shape[3])
+    num_blocks = -(-kv_len // block_size)
+    width = union_width(selected.shape[3], tile_tokens, num_blocks)
     lists = tile_blocks(selected, kv_len, block_size, tile_tokens, width, separate_full=False)
     return lists[0], lists[1], lists[2]
 

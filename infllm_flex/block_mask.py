@@ -10,13 +10,13 @@ from torch import Tensor
 from torch.nn.attention.flex_attention import BlockMask
 
 import custom_ops
+from custom_ops.union_lists import MAX_TILE_TOKENS, union_width
 from infllm_flex.config import InfLLMConfig
 
 _MaskMod = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
 
 _CPU_TILE_ROWS = 4  # FlexAttention's CPU code is as fast on 4 rows as on 64, with less union
 _GPU_TILE_ROWS = 16  # the least that tensor cores take; more tokens a tile, more union
-_MAX_TILE_TOKENS = 32  # a tile's tokens have one bit each in an int32 word
 
 
 def choose_tile_tokens(num_groups: int, device: torch.device) -> int:
@@ -36,11 +36,6 @@ def choose_tile_tokens(num_groups: int, device: torch.device) -> int:
             tokens *= 2
         return tokens
     return -(-rows // num_groups)
-
-
-def union_width(num_slots: int, tile_tokens: int, num_blocks: int) -> int:
-    """Bound the blocks that a tile's tokens select together, whatever they are: a static size."""
-    return torch.sym_min(num_blocks, tile_tokens * num_slots)
 
 
 def build_block_mask(
@@ -83,8 +78,8 @@ def build_block_mask(
         )
     if tile_tokens is None:
         tile_tokens = choose_tile_tokens(num_groups, selected.device)
-    if not 1 <= tile_tokens <= _MAX_TILE_TOKENS:
-        raise ValueError(f"tile_tokens must be between 1 and {_MAX_TILE_TOKENS}, got {tile_tokens}")
+    if not 1 <= tile_tokens <= MAX_TILE_TOKENS:
+        raise ValueError(f"tile_tokens must be between 1 and {MAX_TILE_TOKENS}, got {tile_tokens}")
     Sq = selected.shape[2]
     num_blocks = (kv_len + config.block_size - 1) // config.block_size
     width = union_width(selected.shape[3], tile_tokens, num_blocks)

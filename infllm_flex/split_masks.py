@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.nn.attention.flex_attention import BlockMask
 
 import custom_ops
-from infllm_flex.block_mask import union_width
+from custom_ops.union_lists import union_width
 from infllm_flex.config import InfLLMConfig
 
 _SHARED_ROWS = 128  # the tile that FlexAttention's kernels are fastest with
@@ -53,35 +53,31 @@ def build_split_masks(
     _, _, _, num, idx = custom_ops.tile_blocks(
         selected, first + Sq, config.block_size, tile_tokens, width
     )
-    shared = BlockMask(
-        seq_lengths=(Sq * num_groups, kv_len),
-        kv_num_blocks=torch.zeros_like(num),
-        kv_indices=torch.zeros_like(idx),
-        full_kv_num_blocks=num,
-        full_kv_indices=idx,
-        q_num_blocks=None,
-        q_indices=None,
-        full_q_num_blocks=None,
-        full_q_indices=None,
-        BLOCK_SIZE=(tile_tokens * num_groups, config.block_size),
-        mask_mod=_causal(first, num_groups, selected.device),
-    )
     own = _without(selected, num, idx, tile_tokens)
-    kv_num, kv_idx, _, full_num, full_idx = custom_ops.tile_blocks(
+    own_num, own_idx, _, own_full_num, own_full_idx = custom_ops.tile_blocks(
         own, first + Sq, config.block_size, 1, min(K, num_blocks)
     )
-    return shared, BlockMask(
-        seq_lengths=(Sq * num_groups, kv_len),
-        kv_num_blocks=kv_num,
-        kv_indices=kv_idx,
-        full_kv_num_blocks=full_num,
-        full_kv_indices=full_idx,
-        q_num_blocks=None,
-        q_indices=None,
-        full_q_num_blocks=None,
-        full_q_indices=None,
-        BLOCK_SIZE=(num_groups, config.block_size),
-        mask_mod=_causal(first, num_groups, selected.device),
+    causal = _causal(first, num_groups, selected.device)
+
+    def mask(tokens: int, lists: tuple[Tensor, Tensor, Tensor, Tensor]) -> BlockMask:
+        return BlockMask(
+            seq_lengths=(Sq * num_groups, kv_len),
+            kv_num_blocks=lists[0],
+            kv_indices=lists[1],
+            full_kv_num_blocks=lists[2],
+            full_kv_indices=lists[3],
+            q_num_blocks=None,
+            q_indices=None,
+            full_q_num_blocks=None,
+            full_q_indices=None,
+            BLOCK_SIZE=(tokens * num_groups, config.block_size),
+            mask_mod=causal,
+        )
+
+    nothing = (torch.zeros_like(num), torch.zeros_like(idx))
+    return (
+        mask(tile_tokens, (*nothing, num, idx)),
+        mask(1, (own_num, own_idx, own_full_num, own_full_idx)),
     )
 
 

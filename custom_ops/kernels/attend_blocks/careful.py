@@ -7,7 +7,7 @@ has such keys or values, and only there, this kernel writes the head's result ag
 import triton
 import triton.language as tl
 
-from custom_ops.kernels.dot_in_parts import dot_in_parts
+from custom_ops.kernels.take_seen import take_seen
 
 
 @triton.jit(do_not_specialize=["S"])
@@ -121,21 +121,23 @@ def attend_carefully_kernel(
             seen = (inner < BLOCK_SIZE) & (key <= tl.where(member != 0, position, -1))
             k_row = k_ptr + key.to(tl.int64)[None, :] * stride_ks
             v_row = v_ptr + key.to(tl.int64)[:, None] * stride_vs + d[None, :] * stride_vd
-            if IN_PARTS:
-                logits = dot_in_parts(
-                    q_row, real, stride_qd, k_row, seen[None, :], stride_kd, D, BLOCK_D
-                )
-            else:
-                k_mask = seen[None, :] & (d < D)[:, None]
-                logits = tl.dot(q, tl.load(k_row + d[:, None] * stride_kd, mask=k_mask, other=0.0))
-            logits = tl.where(seen[None, :], logits, float("-inf"))
-            new_top = tl.maximum(top, tl.max(logits, 1) * factor)
-            weights = tl.exp2(logits * factor - new_top[:, None])
-            shrink = tl.exp2(top - new_top)
-            total = total * shrink + tl.sum(weights, 1)
-            top = new_top
-            v = tl.load(v_row, mask=seen[:, None] & (d < D)[None, :], other=0.0)
-            acc = tl.dot(weights.to(v.dtype), v, acc * shrink[:, None], input_precision="ieee")
+            acc, top, total = take_seen(
+                acc,
+                top,
+                total,
+                q,
+                q_row,
+                real,
+                stride_qd,
+                k_row,
+                v_row,
+                stride_kd,
+                seen,
+                factor,
+                D,
+                BLOCK_D,
+                IN_PARTS,
+            )
         lse_row = (b * Hkv * G + q_head) * Sq + s
         out_row = b * stride_ob + q_head * stride_oh + s.to(tl.int64) * stride_os
         lse = (top + tl.log2(tl.where(total == 0.0, 1.0, total))) * 0.6931471805599453

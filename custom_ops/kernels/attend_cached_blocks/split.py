@@ -3,7 +3,7 @@
 import triton
 import triton.language as tl
 
-from custom_ops.kernels.dot_in_parts import dot_in_parts
+from custom_ops.kernels.take_seen import take_seen
 
 
 @triton.jit(do_not_specialize=["n", "S", "W", "slots"])
@@ -81,21 +81,23 @@ def split_kernel(
         valid = valid & (key <= position) & (first + key < S)
         k_row = k_ptr + (first + key)[None, :] * stride_ks
         v_row = v_ptr + (first + key)[:, None] * stride_vs + d[None, :] * stride_vd
-        if IN_PARTS:
-            logits = dot_in_parts(
-                q_ptr, q_mask, stride_qd, k_row, valid[None, :], stride_kd, D, BLOCK_D
-            )
-        else:
-            k_mask = valid[None, :] & (d < D)[:, None]
-            logits = tl.dot(q, tl.load(k_row + d[:, None] * stride_kd, mask=k_mask, other=0.0))
-        logits = tl.where(valid[None, :], logits, float("-inf"))
-        new_top = tl.maximum(top, tl.max(logits, 1) * factor)
-        weights = tl.exp2(logits * factor - new_top[:, None])
-        shrink = tl.exp2(top - new_top)
-        total = total * shrink + tl.sum(weights, 1)
-        top = new_top
-        v = tl.load(v_row, mask=valid[:, None] & (d < D)[None, :], other=0.0)
-        acc = tl.dot(weights.to(v.dtype), v, acc * shrink[:, None], input_precision="ieee")
+        acc, top, total = take_seen(
+            acc,
+            top,
+            total,
+            q,
+            q_ptr,
+            q_mask,
+            stride_qd,
+            k_row,
+            v_row,
+            stride_kd,
+            valid,
+            factor,
+            D,
+            BLOCK_D,
+            IN_PARTS,
+        )
 
     at = (head.to(tl.int64) * n + token) * tl.num_programs(0) + split
     part = parts_ptr + at * (ROWS * (BLOCK_D + 2)) + group * (BLOCK_D + 2)

@@ -3,14 +3,8 @@
 import triton
 import triton.language as tl
 
-from custom_ops.kernels.dot_in_parts import dot_in_parts
 from custom_ops.kernels.select_blocks.documents import locate_tile
-
-
-@triton.jit
-def _count_seen(position, SIZE: tl.constexpr, STRIDE: tl.constexpr, count):
-    """Count the windows that lie wholly at or before each position."""
-    return tl.minimum(tl.maximum(position + 1 - SIZE + STRIDE, 0) // STRIDE, count)
+from custom_ops.kernels.window_sums import count_windows, sum_run
 
 
 @triton.jit
@@ -35,24 +29,23 @@ def _row_lse(
     It is a dot product ``x`` for which ``2 ** (x * factor)`` is the sum: subtracted from another
     before both are scaled, it leaves equal products equal and small differences exact.
     """
-    top = tl.full([q_ptr.shape[0]], float("-inf"), tl.float32)
-    total = tl.zeros([q_ptr.shape[0]], tl.float32)
-    d = tl.arange(0, BLOCK_D)
-    for start in range(0, count, BLOCK_N):
-        n = start + tl.arange(0, BLOCK_N)
-        key_ptr = keys_ptr + n[None, :].to(tl.int64) * stride_s
-        valid = (n < count)[None, :]
-        if IN_PARTS:
-            logits = dot_in_parts(q_ptr, q_mask, stride_qd, key_ptr, valid, stride_d, D, BLOCK_D)
-        else:
-            mask = valid & (d < D)[:, None]
-            logits = tl.dot(q, tl.load(key_ptr + d[:, None] * stride_d, mask=mask, other=0.0))
-        logits = tl.where(n[None, :] < seen[:, None], logits, float("-inf"))
-        new_top = tl.maximum(top, tl.max(logits, 1))
-        base = tl.where(new_top == float("-inf"), 0.0, new_top)
-        weights = tl.exp2((logits - base[:, None]) * factor)
-        total = total * tl.exp2((top - base) * factor) + tl.sum(weights, 1)
-        top = new_top
+    top, total = sum_run(
+        q,
+        q_ptr,
+        q_mask,
+        stride_qd,
+        keys_ptr,
+        stride_s,
+        stride_d,
+        0,
+        count,
+        seen,
+        factor,
+        D,
+        BLOCK_D,
+        BLOCK_N,
+        IN_PARTS,
+    )
     return top + tl.log2(tl.where(total == 0.0, 1.0, total)) / factor  # none seen: -inf
 
 
@@ -137,8 +130,8 @@ def lse_kernel(
         q = tl.load(q_ptr + d[None, :] * stride_qd, mask=q_mask & (d < D)[None, :], other=0.0)
 
     position = offset + row
-    seen = _count_seen(position, COARSE_SIZE, COARSE_STRIDE, C2)
-    count = _count_seen(last_position, COARSE_SIZE, COARSE_STRIDE, C2)
+    seen = count_windows(position, COARSE_SIZE, COARSE_STRIDE, C2)
+    count = count_windows(last_position, COARSE_SIZE, COARSE_STRIDE, C2)
     coarse_ptr += b * stride_cb + h * stride_ch
     lse = _row_lse(
         q,
@@ -158,8 +151,8 @@ def lse_kernel(
     )
     if offset + first < COARSE_SIZE - 1:  # some row sees no coarse key: the compressed ones serve
         blind = tl.minimum(last_position, COARSE_SIZE - 2)
-        few = _count_seen(blind, KERNEL_SIZE, KERNEL_STRIDE, C)
-        seen_keys = _count_seen(position, KERNEL_SIZE, KERNEL_STRIDE, C)
+        few = count_windows(blind, KERNEL_SIZE, KERNEL_STRIDE, C)
+        seen_keys = count_windows(position, KERNEL_SIZE, KERNEL_STRIDE, C)
         keys_ptr += b * stride_kb + h * stride_kh
         own_lse = _row_lse(
             q,

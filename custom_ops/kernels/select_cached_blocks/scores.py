@@ -4,7 +4,8 @@ import triton
 import triton.language as tl
 
 from custom_ops.kernels.dot_in_parts import dot_in_parts
-from custom_ops.kernels.select_cached_blocks.lse import count_windows, merge_runs
+from custom_ops.kernels.select_cached_blocks.lse import merge_runs
+from custom_ops.kernels.window_sums import count_windows
 
 
 @triton.jit(do_not_specialize=["n", "C", "C2", "columns", "runs", "split_blocks"])
