@@ -53,7 +53,7 @@ def record_launches(
     """
     import triton
 
-    from custom_ops.kernels import attend_blocks
+    from custom_ops.kernels import attend_blocks, descriptors
 
     launches: dict[str, Launch] = {}
 
@@ -65,7 +65,8 @@ def record_launches(
 
     with monkeypatch.context() as patch:
         patch.setattr(triton.runtime.JITFunction, "run", run)
-        patch.setattr(attend_blocks, "compute_capability", lambda _: capability)
+        for module in (attend_blocks, descriptors):
+            patch.setattr(module, "compute_capability", lambda _: capability)
         call()
     return list(launches.values())
 
@@ -75,6 +76,7 @@ def compile_for(launch: Launch, capability: int) -> Resources:
     import triton
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
+    from triton.tools.tensor_descriptor import TensorDescriptor
 
     signature, constants, attributes = {}, {}, {}
     for i, parameter in enumerate(launch.kernel.params):
@@ -82,6 +84,10 @@ def compile_for(launch: Launch, capability: int) -> Resources:
         specialise = not parameter.do_not_specialize
         if parameter.is_constexpr or (specialise and type(value) is int and value == 1):
             signature[name], constants[name] = "constexpr", value
+        elif value is None:
+            signature[name], constants[name] = "constexpr", None
+        elif isinstance(value, TensorDescriptor):
+            signature[name] = f"tensordesc<{_POINTERS[value.base.dtype][1:]}{value.block_shape}>"
         elif isinstance(value, torch.Tensor):
             signature[name] = _POINTERS[value.dtype]
             attributes[i,] = [["tt.divisibility", 16]]

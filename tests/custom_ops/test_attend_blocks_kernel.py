@@ -123,6 +123,34 @@ def test_is_as_exact_in_half_precision(group: int, D: int, dtype: torch.dtype) -
     _judge(_case(shape, 64, 8, dtype))
 
 
+@pytest.mark.skipif(not INTERPRETED, reason="what Hopper does is what the other tests test there")
+@pytest.mark.parametrize(
+    ("shape", "block_size", "tile_tokens"),
+    [
+        ({"S": 260, "Sq": 37, "Hq": 16, "Hkv": 1, "D": 128}, 64, 4),
+        ({"S": 260, "Sq": 37, "Hq": 8, "Hkv": 2, "D": 64, "B": 2}, 64, 32),
+        ({"S": 200, "Sq": 20, "Hq": 7, "Hkv": 1, "D": 40}, 64, 16),
+        ({"S": 200, "Sq": 20, "Hq": 4, "Hkv": 2, "D": 72}, 36, 8),
+        ({"S": 30, "Hq": 2, "Hkv": 1, "D": 256}, 64, 16),
+    ],
+)
+def test_boxes_are_as_exact_as_pointers(
+    shape: dict[str, int], block_size: int, tile_tokens: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from custom_ops.kernels import descriptors
+
+    described = []
+    describe = descriptors.describe
+    for module in (forward, backward):
+        monkeypatch.setattr(module, "has_boxes", lambda x: descriptors.is_laid_out_for_boxes(x))
+        monkeypatch.setattr(module, "describe", lambda *a: described.append(a) or describe(*a))
+    case = _case(shape, block_size, tile_tokens, torch.float16)
+    _judge(case)
+    by_token = [x.transpose(1, 2).contiguous().transpose(1, 2) for x in case.qkv]
+    _judge(case._replace(qkv=by_token))
+    assert described
+
+
 def test_rows_without_a_key() -> None:
     case = _case({"S": 64, "Hq": 2, "Hkv": 1, "D": 16, "Sq": 12}, 16, 4)
     case.selected[:, :, 4:8] = -1  # a whole tile

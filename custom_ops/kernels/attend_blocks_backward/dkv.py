@@ -19,6 +19,10 @@ def _walk(
     v,
     q_ptr,
     do_ptr,
+    q_boxes,
+    do_boxes,
+    b,
+    h,
     lse_ptr,
     delta_ptr,
     k_ptr,
@@ -49,6 +53,7 @@ def _walk(
     BLOCK_D: tl.constexpr,
     IN_PARTS: tl.constexpr,
     INDEX: tl.constexpr,
+    BOXES: tl.constexpr,
     EDGE: tl.constexpr,
 ):
     """Add what the rows of some of a block's tiles contribute to its gradients."""
@@ -58,20 +63,29 @@ def _walk(
         # No number, however wrong, leads out of the tensors.
         tile = tl.minimum(tl.maximum(tl.load(tile_of_ptr + i // PARTS), 0), num_tiles - 1)
         word = tl.load(word_of_ptr + i // PARTS)
-        row = i % PARTS * ROWS + lane
-        token = row // G
+        if BOXES:  # which hold head after head
+            group = lane // (ROWS // G)
+            token = i % PARTS * (ROWS // G) + lane % (ROWS // G)
+        else:
+            group = (i % PARTS * ROWS + lane) % G
+            token = (i % PARTS * ROWS + lane) // G
         s = tile * TILE_TOKENS + token
         real = (token < TILE_TOKENS) & (s < Sq)
         member = real & (((word >> token) & 1) != 0)
-        row_mask = real[:, None] & (d < D)[None, :]
         # Offsets within a tile stay the same from tile to tile, and in registers.
         q_tile = q_ptr + tile.to(tl.int64) * TILE_TOKENS * stride_qs
         do_tile = do_ptr + tile.to(tl.int64) * TILE_TOKENS * stride_os
-        q_row = q_tile + (row % G).to(INDEX) * stride_qh + token * stride_qs
-        do_row = do_tile + (row % G).to(INDEX) * stride_oh + token * stride_os
-        q = tl.load(q_row[:, None] + d[None, :] * stride_qd, mask=row_mask, other=0.0)
-        do = tl.load(do_row[:, None] + d[None, :] * stride_od, mask=row_mask, other=0.0)
-        flat = (row % G).to(tl.int64) * Sq + s
+        q_row = q_tile + group.to(INDEX) * stride_qh + token * stride_qs
+        do_row = do_tile + group.to(INDEX) * stride_oh + token * stride_os
+        if BOXES:
+            first = tile * TILE_TOKENS + i % PARTS * (ROWS // G)
+            q = q_boxes.load([b, h * G, first, 0]).reshape(ROWS, BLOCK_D)
+            do = do_boxes.load([b, h * G, first, 0]).reshape(ROWS, BLOCK_D)
+        else:
+            row_mask = real[:, None] & (d < D)[None, :]
+            q = tl.load(q_row[:, None] + d[None, :] * stride_qd, mask=row_mask, other=0.0)
+            do = tl.load(do_row[:, None] + d[None, :] * stride_od, mask=row_mask, other=0.0)
+        flat = group.to(tl.int64) * Sq + s
         lse = tl.load(lse_ptr + flat, mask=member, other=float("inf")) * 1.4426950408889634
         delta = tl.load(delta_ptr + flat, mask=real, other=0.0)
         if IN_PARTS:
@@ -89,7 +103,8 @@ def _walk(
             logits = tl.dot(k, tl.trans(q))
         weights = tl.exp2(logits * factor - lse[None, :])
         if EDGE:
-            weights = tl.where(key[:, None] <= (Skv - Sq + s)[None, :], weights, 0.0)
+            ahead = key - (Skv - Sq) - tile * TILE_TOKENS
+            weights = tl.where(ahead[:, None] <= token[None, :], weights, 0.0)
         dv = tl.dot(weights.to(do.dtype), do, dv, input_precision="ieee")
         if IN_PARTS:
             dweights = dot_in_parts(
@@ -115,6 +130,8 @@ def dkv_kernel(
     q_ptr,
     k_ptr,
     v_ptr,
+    do_boxes,
+    q_boxes,
     lse_ptr,
     delta_ptr,
     begin_ptr,
@@ -161,6 +178,7 @@ def dkv_kernel(
     BLOCK_N: tl.constexpr,
     BLOCK_D: tl.constexpr,
     IN_PARTS: tl.constexpr,
+    BOXES: tl.constexpr,
     INDEX: tl.constexpr,
 ):
     """Fill ``dk`` and ``dv`` for some keys of one block, or a slot of ``part`` for a share of it.
@@ -211,6 +229,10 @@ def dkv_kernel(
                     v,
                     q_ptr + b * stride_qb + h * G * stride_qh,
                     do_ptr + b * stride_ob + h * G * stride_oh,
+                    q_boxes,
+                    do_boxes,
+                    b.to(tl.int32),
+                    h.to(tl.int32),
                     lse_ptr + head * G * Sq,
                     delta_ptr + head * G * Sq,
                     k_row,
@@ -241,6 +263,7 @@ def dkv_kernel(
                     BLOCK_D,
                     IN_PARTS,
                     INDEX,
+                    BOXES,
                     not LATER,
                 )
             if is_share:

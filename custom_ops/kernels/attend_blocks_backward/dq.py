@@ -20,6 +20,10 @@ def _walk(
     delta,
     k_ptr,
     v_ptr,
+    k_boxes,
+    v_boxes,
+    b,
+    h,
     stride_ks,
     stride_kd,
     stride_vs,
@@ -37,6 +41,7 @@ def _walk(
     BLOCK_N: tl.constexpr,
     BLOCK_D: tl.constexpr,
     IN_PARTS: tl.constexpr,
+    BOXES: tl.constexpr,
     EDGE: tl.constexpr,
 ):
     """Add what the keys of some slots of a list contribute to the gradient of the rows."""
@@ -49,13 +54,16 @@ def _walk(
         block = tl.minimum(tl.maximum(tl.load(idx_ptr + i // CHUNKS), 0), last)
         member = ((tl.load(words_ptr + i // CHUNKS) >> token) & 1) != 0
         inner = i % CHUNKS * BLOCK_N + n
-        key = block * BLOCK_SIZE + inner
+        first = block * BLOCK_SIZE + i % CHUNKS * BLOCK_N
+        key = first + n
         valid = inner < BLOCK_SIZE
         if EDGE:
             valid = valid & (key < Skv)
         k_row = k_ptr + key.to(tl.int64)[:, None] * stride_ks + d[None, :] * stride_kd
         v_row = v_ptr + key.to(tl.int64)[:, None] * stride_vs + d[None, :] * stride_vd
-        if CHECK or D < BLOCK_D:
+        if BOXES:
+            k = k_boxes.load([b, h, first, 0]).reshape(BLOCK_N, BLOCK_D)
+        elif CHECK or D < BLOCK_D:
             key_mask = valid[:, None] & (d < D)[None, :]
             k = tl.load(k_row, mask=key_mask, other=0.0)
         else:
@@ -70,7 +78,9 @@ def _walk(
                 do_ptr, row_mask, stride_gd, v_column, valid[None, :], stride_vd, D, BLOCK_D
             )
         else:
-            if CHECK or D < BLOCK_D:  # noqa: SIM108 -- Triton resolves statements, not expressions
+            if BOXES:
+                v = v_boxes.load([b, h, first, 0]).reshape(BLOCK_N, BLOCK_D)
+            elif CHECK or D < BLOCK_D:
                 v = tl.load(v_row, mask=key_mask, other=0.0)
             else:
                 v = tl.load(v_row)
@@ -93,6 +103,8 @@ def dq_kernel(
     q_ptr,
     k_ptr,
     v_ptr,
+    k_boxes,
+    v_boxes,
     out_ptr,
     lse_ptr,
     num_ptr,
@@ -135,6 +147,7 @@ def dq_kernel(
     BLOCK_N: tl.constexpr,
     BLOCK_D: tl.constexpr,
     IN_PARTS: tl.constexpr,
+    BOXES: tl.constexpr,
 ):
     """Fill ``dq``, and ``delta``, the dot product of the output and its gradient, for some rows.
 
@@ -189,6 +202,10 @@ def dq_kernel(
             delta,
             k_ptr,
             v_ptr,
+            k_boxes,
+            v_boxes,
+            b.to(tl.int32),
+            h.to(tl.int32),
             stride_ks,
             stride_kd,
             stride_vs,
@@ -206,6 +223,7 @@ def dq_kernel(
             BLOCK_N,
             BLOCK_D,
             IN_PARTS,
+            BOXES,
             EDGE,
         )
     tl.store(dq_ptr + out_row + d[None, :] * stride_od, dq * scale, mask=mask)

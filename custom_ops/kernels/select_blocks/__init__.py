@@ -7,11 +7,12 @@ import torch
 import triton
 from torch import Tensor
 
+from custom_ops.kernels.descriptors import describe, has_boxes
 from custom_ops.kernels.select_blocks.lse import lse_kernel
 from custom_ops.kernels.select_blocks.pick import pick_kernel
 from custom_ops.kernels.select_blocks.scores import score_kernel
 
-_SCORE_BYTES = 128 << 20
+_SCORE_BYTES = 176 << 20
 _LSE_BYTES = 64 << 20
 _MAX_BLOCKS = 1 << 14  # a row's scores live in the registers of at most 32 warps
 _MIN_PROGRAMS = 1024  # several per multiprocessor: below that, columns are split among programs
@@ -52,7 +53,8 @@ def launch(
     # Windows that begin before a block: kept as a second score of the block they begin in, or,
     # if they begin further back than that, scored again.
     tail, before = (before, 0) if before <= per_block else (0, before)
-    tile = _tile(q, Hkv, triton.next_power_of_2(per_block + before))
+    slots = triton.next_power_of_2(per_block + before)
+    tile = _tile(q, Hkv, slots)
     tokens, tile_rows = tile["TOKENS"], tile["HEADS"] * tile["TOKENS"]
     parts = _parts(documents, kv_len, offset, tokens)
     table = out if documents is None else documents.contiguous()
@@ -117,6 +119,9 @@ def launch(
         **tile,
     }
     factor = scale * math.log2(math.e)
+    # A box holds windows without gaps between those of one block and the next.
+    boxed = slots == per_block and has_boxes(compressed)
+    boxes = describe(compressed, 1, tile["BLOCK_N"]) if boxed else None
     for head in range(0, B * Hkv, step_heads):
         heads = all_heads[head : head + step_heads]
         for row in range(first_scored, num_rows, step_tiles * tokens):
@@ -153,6 +158,7 @@ def launch(
             score_kernel[(programs * splits,)](
                 q,
                 compressed,
+                boxes,
                 lse,
                 space[0],
                 space[-1],
@@ -178,7 +184,8 @@ def launch(
                 PER_BLOCK=per_block,
                 BEFORE=before,
                 TAIL=tail,
-                SLOTS=triton.next_power_of_2(per_block + before),
+                SLOTS=slots,
+                BOXES=boxed,
                 **shared,
             )
             pick(space[0], space[-1], heads, rows, columns)
@@ -225,7 +232,9 @@ def _tile(q: Tensor, Hkv: int, slots: int) -> dict[str, int]:
     if q.element_size() > 2:  # float32 without tensor cores: the tile must fit in registers
         rows, block_n, warps, stages = 32, 32, 8, 1
     elif block_d <= 128 and heads > 2:
-        rows, block_n, warps, stages = 128, 64, 4, 3
+        # Of many heads' rows fewer scores come out: room for a third program beside two is worth more
+        # than a third stage.
+        rows, block_n, warps, stages = 128, 64, 4, 2 if heads >= 16 else 3
     else:  # wide heads take registers, and so do the scores of many tokens
         rows, block_n, warps, stages = 64, 64, 4, 2 if block_d > 128 else 3
     rows = max(rows, heads)

@@ -18,6 +18,7 @@ _VARYING += ["split_blocks", "splits", "lse_tile", "lse_tiles", "num_parts", "fi
 def score_kernel(
     q_ptr,
     keys_ptr,
+    boxes,
     lse_ptr,
     scores_ptr,
     tails_ptr,
@@ -63,6 +64,7 @@ def score_kernel(
     TOKENS: tl.constexpr,
     BLOCK_N: tl.constexpr,
     IN_PARTS: tl.constexpr,
+    BOXES: tl.constexpr,
 ):
     """Fill ``scores`` and ``tails [num_heads, rows, columns]``: a tile, a run of blocks each.
 
@@ -79,14 +81,16 @@ def score_kernel(
     b = ((first_head + head) // Hkv).to(tl.int64)
     h = ((first_head + head) % Hkv).to(tl.int64)
     dense = DENSE
+    first_window = 0
     if PART > 0:
         first, begin, end_row, budget = locate_tile(
             documents_ptr + b * num_parts * 3, first, first_part, offset, PART, PART_ROWS
         )
         offset -= begin
         dense = budget * BLOCK_SIZE
-        keys_ptr += (begin // KERNEL_STRIDE).to(tl.int64) * stride_ks
-        C -= begin // KERNEL_STRIDE
+        first_window = begin // KERNEL_STRIDE
+        keys_ptr += first_window.to(tl.int64) * stride_ks
+        C -= first_window
     last_position = offset + tl.minimum(first + TOKENS, end_row) - 1
     num_scored = last_position // BLOCK_SIZE - LOCAL_BLOCKS  # the blocks after these are forced
     if (last_position < dense) | (first >= end_row) | (split * split_blocks >= num_scored):
@@ -118,6 +122,10 @@ def score_kernel(
             logits = dot_in_parts(
                 key_ptr, valid[:, None], stride_kd, q_ptr, q_mask, stride_qd, D, BLOCK_D
             )
+        elif BOXES:
+            at = first_window + start * PER_BLOCK
+            keys = boxes.load([b.to(tl.int32), h.to(tl.int32), at, 0])
+            logits = tl.dot(keys.reshape(BLOCK_N, BLOCK_D), q)
         else:
             mask = valid[:, None] & (d < D)[None, :]
             logits = tl.dot(tl.load(key_ptr + d[None, :] * stride_kd, mask=mask, other=0.0), q)

