@@ -95,7 +95,7 @@ def _cached(dtype: torch.dtype, D: int, G: int, n: int = 1, block_size: int = 64
     ends = [_meta(1, dtype=torch.int64) for _ in range(2)]
     selected = _meta(1, 2, n, width, dtype=torch.int32)
     sizes = (32, 16, 128, 64)
-    append_windows.launch(k, *windows, *ends, n, *sizes)
+    append_windows.launch(k, *windows, *ends, None, None, n, *sizes)
     rule = (block_size, 1, 2048 // block_size, 96, 8192, width, D**-0.5)
     select_cached_blocks.launch(q, *windows, *ends, *sizes, *rule)
     attend_cached_blocks.launch(q, k, v, selected, *ends, block_size, D**-0.5)
