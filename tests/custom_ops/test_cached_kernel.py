@@ -109,11 +109,13 @@ def test_select_in_half_precision(dtype: torch.dtype) -> None:
 def test_select_joins_many_runs_and_splits(monkeypatch: pytest.MonkeyPatch) -> None:
     from custom_ops.kernels import select_cached_blocks as kernels
 
-    monkeypatch.setattr(kernels, "_RUN", 4)
-    for programs in (1, 1024):
+    # Windows of few tokens, so that some hundred of them fill several runs.
+    args = _select_case(3, {}, kernel_size=2, kernel_stride=1, topk=3)
+    expected = select_cached_blocks(*args)
+    for programs, runs in ((1, 64), (1024, 64), (1024, 2)):
         monkeypatch.setattr(kernels, "_PROGRAMS", programs)
-        args = _select_case(3, {})
-        assert torch.equal(run_on_device(launch_select, *args), select_cached_blocks(*args))
+        monkeypatch.setattr(kernels, "_MAX_RUNS", runs)
+        assert torch.equal(run_on_device(launch_select, *args), expected)
 
 
 def _attend_case(n: int, dtype: torch.dtype = torch.float32, **shape: int) -> list[Any]:
@@ -144,7 +146,6 @@ def test_attend_joins_any_number_of_parts(programs: int, monkeypatch: pytest.Mon
     from custom_ops.kernels import attend_cached_blocks as kernels
 
     monkeypatch.setattr(kernels, "_PROGRAMS", programs)
-    monkeypatch.setattr(kernels, "_LEAST_SLOTS", 1)
     _judge_attention(_attend_case(2))
 
 

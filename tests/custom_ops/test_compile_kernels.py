@@ -85,10 +85,12 @@ def _attend(dtype: torch.dtype, D: int, G: int, tile_tokens: int, block_size: in
     attend_blocks_backward.launch(grad_out, q, k, v, out, lse, *lists, *rest)
 
 
-def _cached(dtype: torch.dtype, D: int, G: int, n: int = 1, block_size: int = 64) -> None:
+def _cached(
+    dtype: torch.dtype, D: int, G: int, n: int = 1, block_size: int = 64, S: int = 32768
+) -> None:
     from custom_ops.kernels import append_windows, attend_cached_blocks, select_cached_blocks
 
-    S, width = 32768, 128
+    width = 128
     q = _meta(1, 2 * G, n, D, dtype=dtype)
     k, v = (_meta(1, 2, S, D, dtype=dtype) for _ in range(2))
     windows = [_meta(1, 2, S // stride, D, dtype=dtype) for stride in (16, 64)]
@@ -126,6 +128,9 @@ def _cached(dtype: torch.dtype, D: int, G: int, n: int = 1, block_size: int = 64
         (_transpose, ()),
         (_cached, (BRAIN, 128, 16)),
         (_cached, (BRAIN, 128, 64)),
+        (_cached, (BRAIN, 128, 16, 1, 64, 1 << 19)),
+        (_cached, (BRAIN, 128, 64, 1, 64, 1 << 19)),
+        (_cached, (BRAIN, 128, 16, 1, 64, 4096)),
         (_cached, (HALF, 80, 7, 5)),
         (_cached, (HALF, 256, 1, 16)),
         (_cached, (BRAIN, 64, 4, 1, 48)),
