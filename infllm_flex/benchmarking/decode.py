@@ -46,8 +46,8 @@ def decode_subjects(
     Returns:
         The subjects, and which dense attentions do not serve here and why.
     """
-    qkv = make_qkv(settings, heads, S + 1, inputs)
-    step = _Step(QKV(qkv.query[:, :, -1:].contiguous(), qkv.key, qkv.value), settings)
+    qkv = make_qkv(settings, heads, S + 1, inputs, num_queries=1)
+    step = _Step(qkv, settings)
     prepare = _captured if qkv.key.is_cuda else _as_it_is
     subjects = [
         Subject("select_blocks", "", prepare(step.select)),
