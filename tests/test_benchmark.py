@@ -367,5 +367,7 @@ def test_a_decode_step_is_timed_beside_dense_over_the_same_cache(run_script, con
     assert {row["mode"] for row in rows.values()} == {"decode"}
     assert {row["B"] for row in rows.values()} == {"2"}
     # 256 / 4 compressed keys and a quarter of them again, twice 5 blocks of 16; twice 256.
-    assert float(ours["ms_floor"]) / float(dense["ms_floor"]) == pytest.approx((80 + 160) / 512, 1e-4)
+    assert float(ours["ms_floor"]) / float(dense["ms_floor"]) == pytest.approx(
+        (80 + 160) / 512, 1e-4
+    )
     assert "decode" in out
