@@ -60,15 +60,38 @@ def test_a_cache_changes_nothing(model, options):
     assert torch.equal(generate(model, ids, **options), expected)
 
 
+@pytest.mark.parametrize("settings", [GROWING, SETTINGS], ids=["sparse", "turns sparse"])
 @pytest.mark.parametrize("how", ["model", "lookup"])
-def test_assisted_decoding_crops_what_was_not_accepted(model, how):
-    ids = tokens(60, batch=1)
+def test_assisted_decoding_crops_what_was_not_accepted(how, settings):
+    model, ids = ifx.patch_model(build(), settings), tokens(60, batch=1)
     if how == "lookup":
         ids = ids.remainder(7) + 3  # with repetitions, so that there is something to look up
         options = {"prompt_lookup_num_tokens": 4}
     else:
         options = {"assistant_model": build(smaller(model.config))}
-    assert torch.equal(generate(model, ids, **options), generate(model, ids))
+    options["max_new_tokens"] = 60
+    assert torch.equal(generate(model, ids, **options), generate(model, ids, max_new_tokens=60))
+
+
+@pytest.mark.parametrize("num_drafts", [5, 12, 25])
+@pytest.mark.parametrize("cache", ["dynamic", "static"])
+def test_drafts_checked_across_dense_len_are_what_they_are_one_by_one(num_drafts, cache):
+    """Some of them are dense and some sparse in the same call."""
+    model = ifx.patch_model(build(), SETTINGS)
+    ids = tokens(105)
+    caches = {
+        "dynamic": DynamicCache,
+        "static": lambda: StaticCache(config=model.config, max_cache_len=140),
+    }
+    with torch.no_grad():
+        several, alone = caches[cache](), caches[cache]()
+        for which in several, alone:
+            model(ids[:, :80], **{CACHE: which})
+        ours, ones = (
+            torch.cat([model(x, **{CACHE: which}).logits for x in ids[:, 80:].split(count, 1)], 1)
+            for which, count in ((several, num_drafts), (alone, 1))
+        )
+    torch.testing.assert_close(ours, ones, rtol=1e-3, atol=5e-5)
 
 
 def smaller(config):

@@ -55,7 +55,7 @@ def cached_lse_kernel(
     length = (tl.load(end_ptr + b) - tl.load(start_ptr + b)).to(tl.int32)
     last = length - n + tl.minimum(tile * TOKENS + TOKENS, n) - 1
     count = count_windows(last, COARSE_SIZE, COARSE_STRIDE, C2)
-    if (length < dense_len) | (last < FITTING) | ((run > 0) & (run * run_keys >= count)):
+    if (last + 1 < dense_len) | (last < FITTING) | ((run > 0) & (run * run_keys >= count)):
         return
     column = tl.arange(0, HEADS * TOKENS)
     group = column // TOKENS

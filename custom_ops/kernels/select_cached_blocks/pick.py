@@ -37,7 +37,7 @@ def cached_pick_kernel(
     out_ptr += row * width
     slot = tl.arange(0, BLOCK_W)
     own = tl.where(position < 0, -1, position // BLOCK_SIZE)
-    if (own < K) | (length < dense_len):  # every block
+    if (own < K) | (position + 1 < dense_len):  # every block
         tl.store(out_ptr + slot, tl.where(slot <= own, slot, -1), mask=slot < width)
         return
     room = K - LOCAL_BLOCKS - 1

@@ -66,7 +66,7 @@ def cached_score_kernel(
     last = length - n + tl.minimum(tile * TOKENS + TOKENS, n) - 1
     begin = tl.program_id(0) * split_blocks
     num_scored = last // BLOCK_SIZE - LOCAL_BLOCKS  # the blocks after these are forced
-    if (length < dense_len) | (last < FITTING) | (begin >= num_scored):
+    if (last + 1 < dense_len) | (last < FITTING) | (begin >= num_scored):
         return
     column = tl.arange(0, HEADS * TOKENS)  # heads outer, so that their sum stays in a thread
     group = column // TOKENS
