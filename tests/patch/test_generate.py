@@ -300,6 +300,18 @@ def test_a_model_built_for_it_generates():
     assert torch.equal(generate(model, ids), expected)
 
 
+@pytest.mark.parametrize("length", [40, 90])
+def test_a_model_built_for_it_is_patched_before_a_static_cache(length):
+    config = copy.deepcopy(build().config)
+    config.sparse_config = GROWING
+    model, ids = build(config, attn_implementation="infllm_flex"), tokens(length)
+    expected = generate(build(config, attn_implementation="infllm_flex"), ids)
+    with pytest.raises(NotImplementedError, match=r"call infllm_flex.patch_model\(model\) first"):
+        generate(model, ids, cache_implementation="static")
+    ifx.patch_model(model)
+    assert torch.equal(generate(model, ids, cache_implementation="static"), expected)
+
+
 @pytest.mark.parametrize("cache", ["dynamic", "static"])
 def test_a_mask_with_holes_is_refused(model, cache):
     ids, mask = tokens(90), torch.ones(2, 91, dtype=torch.int64)
