@@ -9,6 +9,7 @@ from transformers.cache_utils import Cache, DynamicLayer
 
 import infllm_flex as ifx
 from infllm_flex.patch.huggingface.cache import compressed_keys_of
+from tests.inputs import draw_normal
 from tests.patch.models import CACHE, FULL_ATTENTION, SETTINGS, build, tokens
 
 # 48 tokens are the three blocks of the budget: up to there, sparse attention is dense. So positions
@@ -197,9 +198,8 @@ CHANGES = {
 
 
 def fill(cache, length, seed):
-    random = torch.Generator().manual_seed(seed)
     B = 2 if not cache.layers or cache.layers[0].keys is None else cache.layers[0].keys.shape[0]
-    key = torch.randn(B, 2, length, 16, generator=random)
+    key = draw_normal(B, 2, length, 16, seed=seed)
     cache.update(key, key, 0)
 
 
