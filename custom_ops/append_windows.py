@@ -8,20 +8,24 @@ from torch import Tensor
 from custom_ops.compress_keys import average_windows
 
 
-@torch.library.custom_op("infllm_flex::append_windows", mutates_args=("compressed", "coarse"))
+@torch.library.custom_op(
+    "infllm_flex::append_windows", mutates_args=("compressed", "coarse", "start", "end")
+)
 def append_windows(
     k: Tensor,
     compressed: Tensor,
     coarse: Tensor | None,
     start: Tensor,
     end: Tensor,
+    new_start: Tensor | None,
+    new_end: Tensor | None,
     num_new: int,
     kernel_size: int,
     kernel_stride: int,
     coarse_size: int,
     coarse_stride: int,
 ) -> None:
-    """Write the windows that the last ``num_new`` slots of a cache made whole.
+    """Take in the next ``num_new`` slots of a cache: count them, and write the windows made whole.
 
     A window has the bits that ``compress_keys`` gives it in a row of its own. Whole windows that
     end before the new slots are not touched, nor is anything beyond the last whole one: after a
@@ -33,8 +37,11 @@ def append_windows(
             Window j of row b averages the slots from ``start[b] + j * kernel_stride`` on.
         coarse: Coarse keys ``[B, Hkv, C2, D]``, alike; or None, for compressed keys only.
         start: Slot of each row's first token, int64 ``[B]``: how far it is padded on the left.
-        end: One past the slot of each row's last token, int64 ``[B]``.
-        num_new: How many slots before ``end`` are new.
+        end: One past the slot of each row's last token, int64 ``[B]``; moves on by ``num_new``.
+        new_start: What ``start`` becomes, of integers, and broadcast to it; None to keep it.
+        new_end: What ``end`` becomes instead, alike; how many slots are filled, the new ones
+            included.
+        num_new: How many slots before the new ``end`` are new.
         kernel_size: Pooling window of the compressed keys, in tokens, a multiple of the step.
         kernel_stride: Step between their windows, in tokens.
         coarse_size: Pooling window of the coarse keys, in tokens, a multiple of the step.
@@ -44,6 +51,12 @@ def append_windows(
         ValueError: The cache or its windows are too short for ``end``, on the CPU; elsewhere what
             is beyond them is left out.
     """
+    if new_start is not None:
+        start.copy_(new_start)
+    if new_end is not None:
+        end.copy_(new_end)
+    else:
+        end.add_(num_new)
     levels = [(compressed, kernel_size, kernel_stride)]
     if coarse is not None:
         levels.append((coarse, coarse_size, coarse_stride))

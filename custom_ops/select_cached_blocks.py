@@ -45,8 +45,9 @@ def select_cached_blocks(
 ) -> Tensor:
     """Pick the blocks of few queries per row, by the same rule as ``select_blocks``.
 
-    A row's length is known on the device alone, so that one graph serves a whole generation. Rows
-    shorter than ``dense_len`` list all their blocks, and attend densely by that.
+    A row's length is known on the device alone, so that one graph serves a whole generation. A
+    query among a row's first ``dense_len - 1`` tokens lists all blocks up to its own, and attends
+    densely by that: as it would if it came alone, whatever follows it in the same call.
 
     Args:
         q: Queries ``[B, Hq, n, D]``, the last ``n`` tokens of their rows; ``n`` is small.
@@ -64,8 +65,8 @@ def select_cached_blocks(
         init_blocks: First blocks, always selected.
         local_blocks: Blocks before the query's own that are always selected, as its own is.
         num_selected: Budget in blocks; forced blocks count toward it.
-        dense_len: Rows of fewer tokens list every block.
-        width: Slots per list: the budget, or the blocks of the longest dense row if those are more.
+        dense_len: A query up to which there are fewer tokens, its own included, lists every block.
+        width: Slots per list: the budget, or the longest list of a dense query if that is more.
         scale: Factor on the dot products.
 
     Returns:
@@ -87,7 +88,7 @@ def select_cached_blocks(
     for b, (first, last) in enumerate(zip(start.tolist(), end.tolist(), strict=True)):
         length = last - first
         positions = range(length - n, length)
-        fitting = length if length < dense_len else num_selected * block_size
+        fitting = max(dense_len - 1, num_selected * block_size)
         num_fit = min(n, max(0, fitting - positions[0]))  # that take every block
         if num_fit:
             selected[b, :, :num_fit] = list_all(positions[:num_fit], width, rule, q.device)

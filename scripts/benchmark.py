@@ -93,7 +93,9 @@ def benchmark(settings: BenchmarkSettings) -> None:
         verdicts: list[str] = []
         try:
             for case, heads, S in shapes_of(settings):
-                progress.begin(f"{case.mode}, {case.inputs} queries, {heads} heads, {S} tokens")
+                batch = settings.with_batch_of(case).shapes.batch
+                shape = f"batch {batch}, {heads} heads, {S} tokens"
+                progress.begin(f"{case.mode}, {case.inputs} queries, {shape}")
                 time_shape(settings, case, heads, S, results)
             verdicts += measure_memory(settings, results, progress)
             for name, model in settings.models.items():
@@ -132,7 +134,7 @@ def time_shape(
     settings: BenchmarkSettings, case: CaseSettings, heads: Heads, S: int, results: Results
 ) -> None:
     """Time all stages and all dense attentions at one shape, by turns."""
-    run = settings.run
+    run, settings = settings.run, settings.with_batch_of(case)
     try:
         subjects, failing = make_subjects(settings, heads, S, case)
         for name, reason in failing.items():

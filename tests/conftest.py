@@ -1,6 +1,21 @@
 from pathlib import Path
 
 import pytest
+import torch
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption(
+        "--device",
+        default="cpu",
+        help="where tests put the tensors that they make nowhere in particular: tests/decoding, "
+        "tests/patch/test_generate.py and tests/patch/test_cache_kinds.py pass on cuda, too",
+    )
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    if config.getoption("--device") != "cpu":
+        torch.set_default_device(config.getoption("--device"))
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -20,6 +20,17 @@ def small_config(**overrides: object) -> InfLLMConfig:
     return InfLLMConfig.from_dict({**SMALL, **overrides})
 
 
+def on_default_device(x: Tensor) -> Tensor:
+    """Move what was drawn on the CPU, so that every device gets the same numbers."""
+    return x.to(torch.get_default_device())
+
+
+def draw_normal(*shape: int, seed: int) -> Tensor:
+    """Draw float32 from the normal distribution."""
+    random = torch.Generator().manual_seed(seed)
+    return on_default_device(torch.randn(shape, generator=random, device="cpu"))
+
+
 def make_qkv(
     S: int,
     *,
@@ -34,7 +45,8 @@ def make_qkv(
     """Draw normal queries (the last ``Sq`` of ``S``), keys and values."""
     random = torch.Generator().manual_seed(seed)
     shapes = (B, Hq, S if Sq is None else Sq, D), (B, Hkv, S, D), (B, Hkv, S, D)
-    q, k, v = (torch.randn(shape, generator=random).to(dtype) for shape in shapes)
+    drawn = (torch.randn(shape, generator=random, device="cpu") for shape in shapes)
+    q, k, v = (on_default_device(x.to(dtype)) for x in drawn)
     return q, k, v
 
 

@@ -135,6 +135,7 @@ def test_a_csv_of_something_else_is_left_alone(run_script, config, tmp_path):
             "cases.short.mode=backward",
             "expected one of forward, forward+backward, decode, got backward",
         ),
+        ("cases.short.batch=0", "cases.short.batch: must be between 1 and"),
         ("attention.dense_len=512", "got a length of 256, below attention.dense_len = 512"),
         ("run.out=results.txt", "run.out: must name a .csv file, got results.txt"),
         ("engines=[]", "engines: must be one or more, each once, got []"),
@@ -352,7 +353,7 @@ def test_of_repeated_measurements_the_newest_counts():
 
 
 def test_a_decode_step_is_timed_beside_dense_over_the_same_cache(run_script, config, tmp_path):
-    case = "cases={step: {lengths: [256], mode: decode}}"
+    case = "cases={step: {lengths: [256], mode: decode, batch: 2}}"
     floor = "floor={tflops: 1, terabytes: 0.01}"
     status, out, err = run_script("benchmark", "--config", config, case, floor)
     assert status == 0, err
@@ -364,6 +365,9 @@ def test_a_decode_step_is_timed_beside_dense_over_the_same_cache(run_script, con
         ("dense", "sdpa"),
     }
     assert {row["mode"] for row in rows.values()} == {"decode"}
+    assert {row["B"] for row in rows.values()} == {"2"}
     # 256 / 4 compressed keys and a quarter of them again, twice 5 blocks of 16; twice 256.
-    assert float(ours["ms_floor"]) / float(dense["ms_floor"]) == pytest.approx((80 + 160) / 512)
+    assert float(ours["ms_floor"]) / float(dense["ms_floor"]) == pytest.approx(
+        (80 + 160) / 512, 1e-4
+    )
     assert "decode" in out

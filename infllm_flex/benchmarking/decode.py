@@ -46,8 +46,8 @@ def decode_subjects(
     Returns:
         The subjects, and which dense attentions do not serve here and why.
     """
-    qkv = make_qkv(settings, heads, S + 1, inputs)
-    step = _Step(QKV(qkv.query[:, :, -1:].contiguous(), qkv.key, qkv.value), settings)
+    qkv = make_qkv(settings, heads, S + 1, inputs, num_queries=1)
+    step = _Step(qkv, settings)
     prepare = _captured if qkv.key.is_cuda else _as_it_is
     subjects = [
         Subject("select_blocks", "", prepare(step.select)),
@@ -72,11 +72,11 @@ class _Step:
         self._qkv = qkv
         self._keys = CompressedKeys(settings.attention, qkv.key)
         self._keys.append(qkv.key, qkv.key.shape[2])
+        self._end = self._keys.end.clone()
 
     def everything(self) -> Tensor:
         """Take the token in, select and attend; the next run takes it in again."""
-        self._keys.crop(1)
-        self._keys.append(self._qkv.key, 1)
+        self._keys.append(self._qkv.key, 1, end=self._end)
         return decode_attention(*self._qkv, self._keys)
 
     def select(self) -> Tensor:

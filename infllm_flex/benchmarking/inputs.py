@@ -33,7 +33,14 @@ class QKV(NamedTuple):
     value: Tensor
 
 
-def make_qkv(settings: BenchmarkSettings, heads: Heads, S: int, inputs: Inputs) -> QKV:
+def make_qkv(
+    settings: BenchmarkSettings,
+    heads: Heads,
+    S: int,
+    inputs: Inputs,
+    *,
+    num_queries: int | None = None,
+) -> QKV:
     """Draw random keys and values, and queries of the kind asked for, on the run's device.
 
     Args:
@@ -43,6 +50,7 @@ def make_qkv(settings: BenchmarkSettings, heads: Heads, S: int, inputs: Inputs) 
         inputs: ``"text"``: neighbours, and the heads of a group, ask for as much the same as those
             of a model trained on text. ``"drifting"``: every head drifts on its own.
             ``"independent"``: every query asks for something else, the worst case.
+        num_queries: How many tokens, the last ones, have a query; all by default.
     """
     shapes, device = settings.shapes, torch.device(settings.run.device)
     dtype = getattr(torch, settings.run.dtype)
@@ -53,14 +61,15 @@ def make_qkv(settings: BenchmarkSettings, heads: Heads, S: int, inputs: Inputs) 
         return torch.randn(size, generator=random, device=device)
 
     key, value = draw(heads.kv, S).to(dtype), draw(heads.kv, S).to(dtype)
-    query = draw(heads.query, S)
+    n = S if num_queries is None else num_queries
+    query = draw(heads.query, n)
     if inputs != "independent":
         drift, num_corners = _DRIFTS[inputs], S // _DRIFT_TOKENS + 2
         corners = draw(heads.query, num_corners)
         if drift.common:
             shared = draw(heads.kv, num_corners).repeat_interleave(heads.query // heads.kv, 1)
             corners = (1 - drift.common) ** 0.5 * corners + drift.common**0.5 * shared
-        at = torch.arange(S, device=device) / _DRIFT_TOKENS
+        at = torch.arange(S - n, S, device=device) / _DRIFT_TOKENS
         corner, way = at.long(), at.frac()[:, None]
         query *= drift.noise
         query += torch.lerp(corners[:, :, corner], corners[:, :, corner + 1], way)

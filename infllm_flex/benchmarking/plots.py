@@ -29,7 +29,14 @@ def plot_speed_up(path: Path, rows: Sequence[Row]) -> None:
         at, dense = dict(zip(SHAPE, shape, strict=True)), fastest_dense(times)
         for (op, engine), ms in times.items():
             if op == "infllm_attention" and dense is not None and at["mode"] in _MODES:
-                line = (f"{at['Hq']}/{at['Hkv']}", at["mode"], f"{at['inputs']} queries", engine)
+                batch = () if at["B"] == "1" else (f"batch {at['B']}",)
+                line = (
+                    f"{at['Hq']}/{at['Hkv']}",
+                    at["mode"],
+                    f"{at['inputs']} queries",
+                    engine,
+                    *batch,
+                )
                 lines.setdefault(line, []).append((int(at["S"]), dense[1] / ms))
     if not lines:
         raise ValueError("nothing to draw: no sparse attention beside a dense one")

@@ -47,14 +47,25 @@ def speed_table(rows: Iterable[Row]) -> tuple[list[str], list[list[str]]]:
             variant for times in shapes.values() for op, variant in times if op == "dense"
         )
     )
-    header = ["mode", "queries", "heads", "tokens", "engine", "select", "lists", "attend", "all ms"]
+    header = [
+        "mode",
+        "queries",
+        "batch",
+        "heads",
+        "tokens",
+        "engine",
+        "select",
+        "lists",
+        "attend",
+        "all ms",
+    ]
     header += [title for name in baselines for title in (name, "x")]
     lines = []
     for shape, times in shapes.items():
         at = dict(zip(SHAPE, shape, strict=True))
         for engine in _engines(times):
             total = times["infllm_attention", engine]
-            line = [at["mode"], at["inputs"], f"{at['Hq']}/{at['Hkv']}", at["S"], engine]
+            line = [at["mode"], at["inputs"], at["B"], f"{at['Hq']}/{at['Hkv']}", at["S"], engine]
             stages = (("select_blocks", ""), ("build_lists", engine), ("attend", engine))
             line += [_ms(times.get(stage)) for stage in stages]
             line.append(_ms(total))

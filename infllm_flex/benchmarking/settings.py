@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Literal, NamedTuple
 
@@ -107,6 +107,7 @@ class CaseSettings:
         mode: Without gradients, forward and backward, or one token after a cache of ``lengths``.
         inputs: Queries like those of a model trained on text, ones whose heads drift each on its
             own, or random ones, the worst case.
+        batch: ``B`` of this case; None for that of ``shapes``.
         tile_rows: Also time ``attend_blocks`` with tiles of so many rows, one head of one token
             each; its variant says how many blocks a tile loads per block that a token selected.
     """
@@ -114,11 +115,14 @@ class CaseSettings:
     lengths: tuple[int, ...]
     mode: CaseMode = "forward"
     inputs: Inputs = "drifting"
+    batch: int | None = None
     tile_rows: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
         for length in self.lengths:
             _check_range("lengths", length, 1, _LONGEST)
+        if self.batch is not None:
+            _check_range("batch", self.batch, 1, 65_536)
         for rows in self.tile_rows:
             _check_range("tile_rows", rows, 1, 4096)
 
@@ -236,6 +240,12 @@ class BenchmarkSettings:
                 f"cases must be sparse, got a length of {shortest}, below attention.dense_len = "
                 f"{self.attention.dense_len} (-1 is always sparse)"
             )
+
+    def with_batch_of(self, case: CaseSettings) -> BenchmarkSettings:
+        """The same run, with the batch that a case asks for."""
+        if case.batch is None:
+            return self
+        return replace(self, shapes=replace(self.shapes, batch=case.batch))
 
 
 def _check_range(name: str, value: float, low: float, high: float) -> None:

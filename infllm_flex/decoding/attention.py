@@ -21,7 +21,7 @@ def decode_attention(
     *,
     scale: float | None = None,
 ) -> Tensor:
-    """Attend from the newest tokens of each row: densely if the row is short, else sparsely.
+    """Attend from the newest tokens of each row: densely while the row is short, then sparsely.
 
     What it costs grows with the compressed keys; of the cache itself only the attended blocks are
     read. Nothing waits for the device, and no shape depends on a length but ``S``: a step over a
@@ -31,8 +31,8 @@ def decode_attention(
         query: ``[B, Hq, n, D]``, the last ``n`` tokens, after the rotary embedding; few at a time.
         key: The cache ``[B, Hkv, S, D]``, with the newest tokens in it; may be preallocated.
         value: The cache ``[B, Hkv, S, D]``.
-        compressed_keys: Of ``key``, with the newest tokens appended. A row is dense iff it holds
-            fewer than ``dense_len`` tokens, these included.
+        compressed_keys: Of ``key``, with the newest tokens appended. A query is dense iff
+            its row holds fewer than ``dense_len`` tokens up to it, its own included.
         scale: Factor on the dot products. Defaults to ``1 / sqrt(D)``.
 
     Returns:
@@ -83,7 +83,7 @@ def select_cached(
 
     Returns:
         int32 ``[B, Hkv, n, W]``, counted from each row's first token, ascending, unused slots last
-        as -1; all blocks up to its own for a row below ``dense_len``.
+        as -1; all blocks up to its own for a query that is dense.
     """
     keys, config = compressed_keys, compressed_keys.config
     longest_dense = min(config.dense_len - 1, capacity)

@@ -81,12 +81,6 @@ class CompressedKeys:
             ValueError: ``key`` has not the shape, dtype or device of the cache so far.
         """
         self._make_room(key)
-        if start is not None:
-            self.start.copy_(start)
-        if end is None:
-            self.end.add_(num_new)
-        else:
-            self.end.copy_(end)
         key = key.detach()
         past_dispatcher(custom_ops.append_windows, key)(
             key,
@@ -94,6 +88,8 @@ class CompressedKeys:
             None if self.coarse is self.compressed else self.coarse,
             self.start,
             self.end,
+            start,
+            end,
             num_new,
             self.config.kernel_size,
             self.config.kernel_stride,

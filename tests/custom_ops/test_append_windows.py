@@ -10,7 +10,8 @@ SIZES = (8, 4, 32, 16)
 def arguments(B=2, S=100, start=(0, 13), end=(100, 80), num_new=100):
     k = make_qkv(S, B=B)[1]
     windows = [torch.full((B, 2, C, 16), torch.nan) for C in (30, 10)]
-    return [k, *windows, torch.tensor(start), torch.tensor(end), num_new, *SIZES]
+    counters = torch.tensor(start), torch.tensor(end) - num_new
+    return [k, *windows, *counters, None, None, num_new, *SIZES]
 
 
 def test_writes_the_whole_windows_of_each_rows_own_tokens_and_no_others():
@@ -39,6 +40,23 @@ def test_without_coarse_keys():
     append_windows(*args)
     append_windows(*both)
     assert torch.equal(args[1].nan_to_num(), both[1].nan_to_num())
+
+
+def test_counters_move_on_or_become_what_is_given():
+    args = arguments(num_new=20)
+    append_windows(*args)
+    assert args[3].tolist() == [0, 13]
+    assert args[4].tolist() == [100, 80]
+    other = arguments(num_new=20, start=(7, 7), end=(50, 50))
+    other[5:7] = torch.tensor([0, 13]), torch.tensor([100, 80])
+    append_windows(*other)
+    for ours, theirs in zip(other[1:5], args[1:5], strict=True):
+        assert torch.equal(ours.nan_to_num(), theirs.nan_to_num())
+    other[5:7] = torch.tensor([2]), torch.tensor(90)
+    append_windows(*other)
+    assert args[3].tolist() == [0, 13]
+    assert (other[3] == 2).all()
+    assert (other[4] == 90).all()
 
 
 @pytest.mark.parametrize("coarse", [True, False])

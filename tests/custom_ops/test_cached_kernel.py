@@ -32,21 +32,41 @@ ROWS = [(0, 230), (3, 230), (150, 230), (229, 230), (230, 230), (0, 17)]
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize(("num_new", "D"), [(1, 16), (9, 40), (240, 16)])
+@pytest.mark.parametrize(("num_new", "D"), [(1, 16), (4, 16), (9, 40), (240, 16)])
 def test_append_writes_what_the_definition_writes(num_new: int, D: int, dtype: torch.dtype) -> None:
     k = make_qkv(240, B=6, D=D, dtype=dtype)[1]
     start, end = (torch.tensor(x) for x in zip(*ROWS, strict=True))
-    sizes = (num_new, 8, 4, 32, 16)
-    windows = [torch.full((6, 2, C, D), 7.0, dtype=dtype) for C in (60, 14)]
-    expected = [x.clone() for x in windows]
-    append_windows(k, *expected, start, end, *sizes)
-    on_device = [x.to(DEVICE) for x in (k, *windows, start, end)]
-    launch_append(*on_device, *sizes)
-    for ours, theirs in zip(on_device[1:3], expected, strict=True):
-        assert torch.equal(ours.cpu(), theirs)
-    alone = windows[0].to(DEVICE)
-    launch_append(on_device[0], alone, None, *on_device[3:], *sizes)
+    expected = [torch.full((6, 2, C, D), 7.0, dtype=dtype) for C in (60, 14)]
+    expected += [start, end - num_new]
+    ours = [x.to(DEVICE, copy=True) for x in expected]
+    rest = (None, None, num_new, 8, 4, 32, 16)
+    append_windows(k, *expected, *rest)
+    launch_append(k.to(DEVICE), *ours, *rest)
+    for mine, theirs in zip(ours, expected, strict=True):
+        assert torch.equal(mine.cpu(), theirs)
+    alone = torch.full((6, 2, 60, D), 7.0, dtype=dtype, device=DEVICE)
+    counters = [x.to(DEVICE, copy=True) for x in (start, end - num_new)]
+    launch_append(k.to(DEVICE), alone, None, *counters, *rest)
     assert torch.equal(alone.cpu(), expected[0])
+
+
+@pytest.mark.parametrize(
+    ("num_new", "Hkv", "new_start", "new_end"),
+    [(3, 1, None, [200]), (40, 2, [0, 3], [200]), (4, 9, [0, 3], [200, 190]), (90, 9, [2], None)],
+)
+def test_append_takes_counters_over(
+    num_new: int, Hkv: int, new_start: list[int] | None, new_end: list[int] | None
+) -> None:
+    k = make_qkv(240, B=2, Hkv=Hkv, Hq=Hkv, dtype=torch.float32)[1]
+    expected = [torch.full((2, Hkv, C, 16), 7.0) for C in (60, 14)]
+    expected += [torch.tensor([5, 5]), torch.tensor([100, 101])]
+    ours = [x.to(DEVICE, copy=True) for x in expected]
+    new = [None if x is None else torch.tensor(x) for x in (new_start, new_end)]
+    append_windows(k, *expected, *new, num_new, 8, 4, 32, 16)
+    new = [x if x is None else x.to(DEVICE) for x in new]
+    launch_append(k.to(DEVICE), *ours, *new, num_new, 8, 4, 32, 16)
+    for mine, theirs in zip(ours, expected, strict=True):
+        assert torch.equal(mine.cpu(), theirs)
 
 
 def _select_case(n: int, shape: dict[str, Any], **settings: Any) -> list[Any]:
@@ -89,11 +109,13 @@ def test_select_in_half_precision(dtype: torch.dtype) -> None:
 def test_select_joins_many_runs_and_splits(monkeypatch: pytest.MonkeyPatch) -> None:
     from custom_ops.kernels import select_cached_blocks as kernels
 
-    monkeypatch.setattr(kernels, "_RUN", 4)
-    for programs in (1, 1024):
+    # Windows of few tokens, so that some hundred of them fill several runs.
+    args = _select_case(3, {}, kernel_size=2, kernel_stride=1, topk=3)
+    expected = select_cached_blocks(*args)
+    for programs, runs in ((1, 64), (1024, 64), (1024, 2)):
         monkeypatch.setattr(kernels, "_PROGRAMS", programs)
-        args = _select_case(3, {})
-        assert torch.equal(run_on_device(launch_select, *args), select_cached_blocks(*args))
+        monkeypatch.setattr(kernels, "_MAX_RUNS", runs)
+        assert torch.equal(run_on_device(launch_select, *args), expected)
 
 
 def _attend_case(n: int, dtype: torch.dtype = torch.float32, **shape: int) -> list[Any]:
@@ -124,7 +146,6 @@ def test_attend_joins_any_number_of_parts(programs: int, monkeypatch: pytest.Mon
     from custom_ops.kernels import attend_cached_blocks as kernels
 
     monkeypatch.setattr(kernels, "_PROGRAMS", programs)
-    monkeypatch.setattr(kernels, "_LEAST_SLOTS", 1)
     _judge_attention(_attend_case(2))
 
 

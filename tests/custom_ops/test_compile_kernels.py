@@ -89,17 +89,19 @@ def _attend(dtype: torch.dtype, D: int, G: int, tile_tokens: int, block_size: in
     attend_blocks_backward.launch(grad_out, q, k, v, out, lse, *lists, *rest)
 
 
-def _cached(dtype: torch.dtype, D: int, G: int, n: int = 1, block_size: int = 64) -> None:
+def _cached(
+    dtype: torch.dtype, D: int, G: int, n: int = 1, block_size: int = 64, S: int = 32768
+) -> None:
     from custom_ops.kernels import append_windows, attend_cached_blocks, select_cached_blocks
 
-    S, width = 32768, 128
+    width = 128
     q = _meta(1, 2 * G, n, D, dtype=dtype)
     k, v = (_meta(1, 2, S, D, dtype=dtype) for _ in range(2))
     windows = [_meta(1, 2, S // stride, D, dtype=dtype) for stride in (16, 64)]
     ends = [_meta(1, dtype=torch.int64) for _ in range(2)]
     selected = _meta(1, 2, n, width, dtype=torch.int32)
     sizes = (32, 16, 128, 64)
-    append_windows.launch(k, *windows, *ends, n, *sizes)
+    append_windows.launch(k, *windows, *ends, None, None, n, *sizes)
     rule = (block_size, 1, 2048 // block_size, 96, 8192, width, D**-0.5)
     select_cached_blocks.launch(q, *windows, *ends, *sizes, *rule)
     attend_cached_blocks.launch(q, k, v, selected, *ends, block_size, D**-0.5)
@@ -130,6 +132,9 @@ def _cached(dtype: torch.dtype, D: int, G: int, n: int = 1, block_size: int = 64
         (_transpose, ()),
         (_cached, (BRAIN, 128, 16)),
         (_cached, (BRAIN, 128, 64)),
+        (_cached, (BRAIN, 128, 16, 1, 64, 1 << 19)),
+        (_cached, (BRAIN, 128, 64, 1, 64, 1 << 19)),
+        (_cached, (BRAIN, 128, 16, 1, 64, 4096)),
         (_cached, (HALF, 80, 7, 5)),
         (_cached, (HALF, 256, 1, 16)),
         (_cached, (BRAIN, 64, 4, 1, 48)),

@@ -29,6 +29,7 @@ def chunks_of(length, sizes):
         begin, turn = end, turn + 1
 
 
+@pytest.mark.skipif("config.getoption('--device') != 'cpu'", reason="equal bits are the CPU's")
 @settings(max_examples=25, deadline=None)
 @given(
     length=st.integers(1, 700),
@@ -75,10 +76,12 @@ def test_output_is_that_of_the_reference_over_each_rows_own_tokens(n, dtype):
     for row, pad in enumerate(pads):
         own = slice(row, row + 1)
         here = min(n, S - pad)
-        mine = q[own, :, n - here :], k[own, :, pad:], v[own, :, pad:]
-        exact = reference.attention(*mine, config)
-        plain = infllm_attention(*mine, config)
-        assert_within_rounding(out[own, :, n - here :], exact, plain, factor=4)
+        for i in range(n - here, n):  # dense or sparse as it would be alone
+            until = slice(pad, S - n + i + 1)
+            mine = q[own, :, i : i + 1], k[own, :, until], v[own, :, until]
+            exact = reference.attention(*mine, config)
+            plain = infllm_attention(*mine, config)
+            assert_within_rounding(out[own, :, i : i + 1], exact, plain, factor=4)
         assert (out[own, :, : n - here] == 0).all(), "padding"
 
 

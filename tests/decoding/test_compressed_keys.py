@@ -8,7 +8,7 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, ru
 
 from custom_ops import compress_keys
 from infllm_flex import CompressedKeys
-from tests.inputs import small_config
+from tests.inputs import draw_normal, small_config
 
 D = 3
 
@@ -22,8 +22,7 @@ class Cache:
         self.keys = torch.zeros(len(self.pads), 2, 0, D)
 
     def append(self, count, seed):
-        random = torch.Generator().manual_seed(seed)
-        new = torch.randn(len(self.pads), 2, count, D, generator=random)
+        new = draw_normal(len(self.pads), 2, count, D, seed=seed)
         self.keys = torch.cat([self.keys, new], 2)
 
     def all_slots(self):

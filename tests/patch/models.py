@@ -21,6 +21,8 @@ from transformers import (
     Qwen3Config,
 )
 
+from tests.inputs import on_default_device
+
 SETTINGS = {
     "kernel_size": 8,
     "kernel_stride": 4,
@@ -104,12 +106,15 @@ def build(config: str | PretrainedConfig = "llama", **kwargs: object) -> PreTrai
     """A model with the same weights on every call."""
     torch.manual_seed(0)
     config = CONFIGS[config]() if isinstance(config, str) else config
-    return AutoModelForCausalLM.from_config(config, **kwargs).eval()
+    with torch.device("cpu"):
+        model = AutoModelForCausalLM.from_config(config, **kwargs)
+    return model.to(torch.get_default_device()).eval()
 
 
 def tokens(length: int, batch: int = 2) -> torch.Tensor:
     """``[batch, length]`` token ids, without special ones."""
-    return torch.randint(3, 64, (batch, length), generator=torch.Generator().manual_seed(length))
+    random = torch.Generator().manual_seed(length)
+    return on_default_device(torch.randint(3, 64, (batch, length), generator=random, device="cpu"))
 
 
 def logits(model: PreTrainedModel, length: int, **kwargs: object) -> torch.Tensor:

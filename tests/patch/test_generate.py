@@ -9,6 +9,7 @@ from transformers.cache_utils import Cache, DynamicLayer
 
 import infllm_flex as ifx
 from infllm_flex.patch.huggingface.cache import compressed_keys_of
+from tests.inputs import draw_normal
 from tests.patch.models import CACHE, FULL_ATTENTION, SETTINGS, build, tokens
 
 # 48 tokens are the three blocks of the budget: up to there, sparse attention is dense. So positions
@@ -60,15 +61,38 @@ def test_a_cache_changes_nothing(model, options):
     assert torch.equal(generate(model, ids, **options), expected)
 
 
+@pytest.mark.parametrize("settings", [GROWING, SETTINGS], ids=["sparse", "turns sparse"])
 @pytest.mark.parametrize("how", ["model", "lookup"])
-def test_assisted_decoding_crops_what_was_not_accepted(model, how):
-    ids = tokens(60, batch=1)
+def test_assisted_decoding_crops_what_was_not_accepted(how, settings):
+    model, ids = ifx.patch_model(build(), settings), tokens(60, batch=1)
     if how == "lookup":
         ids = ids.remainder(7) + 3  # with repetitions, so that there is something to look up
         options = {"prompt_lookup_num_tokens": 4}
     else:
         options = {"assistant_model": build(smaller(model.config))}
-    assert torch.equal(generate(model, ids, **options), generate(model, ids))
+    options["max_new_tokens"] = 60
+    assert torch.equal(generate(model, ids, **options), generate(model, ids, max_new_tokens=60))
+
+
+@pytest.mark.parametrize("num_drafts", [5, 12, 25])
+@pytest.mark.parametrize("cache", ["dynamic", "static"])
+def test_drafts_checked_across_dense_len_are_what_they_are_one_by_one(num_drafts, cache):
+    """Some of them are dense and some sparse in the same call."""
+    model = ifx.patch_model(build(), SETTINGS)
+    ids = tokens(105)
+    caches = {
+        "dynamic": DynamicCache,
+        "static": lambda: StaticCache(config=model.config, max_cache_len=140),
+    }
+    with torch.no_grad():
+        several, alone = caches[cache](), caches[cache]()
+        for which in several, alone:
+            model(ids[:, :80], **{CACHE: which})
+        ours, ones = (
+            torch.cat([model(x, **{CACHE: which}).logits for x in ids[:, 80:].split(count, 1)], 1)
+            for which, count in ((several, num_drafts), (alone, 1))
+        )
+    torch.testing.assert_close(ours, ones, rtol=1e-3, atol=5e-5)
 
 
 def smaller(config):
@@ -174,9 +198,8 @@ CHANGES = {
 
 
 def fill(cache, length, seed):
-    random = torch.Generator().manual_seed(seed)
     B = 2 if not cache.layers or cache.layers[0].keys is None else cache.layers[0].keys.shape[0]
-    key = torch.randn(B, 2, length, 16, generator=random)
+    key = draw_normal(B, 2, length, 16, seed=seed)
     cache.update(key, key, 0)
 
 
@@ -275,6 +298,18 @@ def test_a_model_built_for_it_generates():
     ids = tokens(90)
     expected = generate(ifx.patch_model(build(), GROWING), ids)
     assert torch.equal(generate(model, ids), expected)
+
+
+@pytest.mark.parametrize("length", [40, 90])
+def test_a_model_built_for_it_is_patched_before_a_static_cache(length):
+    config = copy.deepcopy(build().config)
+    config.sparse_config = GROWING
+    model, ids = build(config, attn_implementation="infllm_flex"), tokens(length)
+    expected = generate(build(config, attn_implementation="infllm_flex"), ids)
+    with pytest.raises(NotImplementedError, match=r"call infllm_flex.patch_model\(model\) first"):
+        generate(model, ids, cache_implementation="static")
+    ifx.patch_model(model)
+    assert torch.equal(generate(model, ids, cache_implementation="static"), expected)
 
 
 @pytest.mark.parametrize("cache", ["dynamic", "static"])

@@ -10,7 +10,8 @@ from custom_ops.kernels.attend_cached_blocks.join import join_kernel
 from custom_ops.kernels.attend_cached_blocks.split import split_kernel
 
 _PROGRAMS = 512  # several per multiprocessor
-_LEAST_SLOTS = 2  # blocks that one program reads at least
+_MAX_SPLITS = 128  # of a list; the joining kernel reads what all of them found at once
+_PART = 32  # elements of a value that one joining program takes
 
 
 def launch(
@@ -30,8 +31,8 @@ def launch(
     out = torch.empty(B, Hq, n, D, dtype=q.dtype, device=q.device)
     if out.numel() == 0:
         return out
-    wanted = max(1, _PROGRAMS // (B * Hkv * n))
-    slots = max(_LEAST_SLOTS, triton.cdiv(W, wanted))
+    wanted = max(1, min(_MAX_SPLITS, _PROGRAMS // (B * Hkv * n)))
+    slots = max(1, triton.cdiv(W, wanted))
     splits = max(1, triton.cdiv(W, slots))
     G = Hq // Hkv
     rows = max(16, triton.next_power_of_2(G))
@@ -66,9 +67,10 @@ def launch(
         BLOCK_D=block_d,
         IN_PARTS=wide,
         num_warps=4 if rows <= 32 else 8,
-        num_stages=1 if wide else 2,
+        num_stages=1 if wide else 3,
     )
-    join_kernel[(G, n, B * Hkv)](
+    part = min(_PART, block_d)
+    join_kernel[(G * triton.cdiv(D, part), n, B * Hkv)](
         parts,
         out,
         n,
@@ -77,6 +79,8 @@ def launch(
         D=D,
         ROWS=rows,
         BLOCK_D=block_d,
-        num_warps=1,
+        PART=part,
+        SPLITS=triton.next_power_of_2(splits),
+        num_warps=4,
     )
     return out

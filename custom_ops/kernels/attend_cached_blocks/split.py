@@ -47,7 +47,8 @@ def split_kernel(
 ):
     """Fill ``parts [B * Hkv, n, splits, ROWS, BLOCK_D + 2]``: sums of values, largest, total.
 
-    A row is a head of the query's group. Lists ascend, so the first unused slot ends a program.
+    A row is a head of the query's group. A program takes every so many-th slot of the list: the
+    unused ones, all at its end, then lie with all programs alike.
     """
     split = tl.program_id(0)
     token = tl.program_id(1)
@@ -71,10 +72,10 @@ def split_kernel(
     top = tl.full([ROWS], -1e30, tl.float32)  # finite: a row that has seen nothing makes no NaN
     total = tl.zeros([ROWS], tl.float32)
     CHUNKS: tl.constexpr = (BLOCK_SIZE + BLOCK_N - 1) // BLOCK_N
-    begin = split * slots
-    stop = tl.minimum(begin + slots, W)
-    for i in tl.range(begin * CHUNKS, stop * CHUNKS):
-        block = tl.load(selected_ptr + i // CHUNKS * stride_sw)
+    splits = tl.num_programs(0)
+    for i in tl.range(0, slots * CHUNKS):
+        slot = split + i // CHUNKS * splits
+        block = tl.load(selected_ptr + slot * stride_sw, mask=slot < W, other=-1)
         inner = i % CHUNKS * BLOCK_N + tl.arange(0, BLOCK_N)
         key = block.to(tl.int64) * BLOCK_SIZE + inner
         valid = (inner < BLOCK_SIZE) & (key >= 0)  # a slot that is not used names block -1
@@ -99,7 +100,7 @@ def split_kernel(
             IN_PARTS,
         )
 
-    at = (head.to(tl.int64) * n + token) * tl.num_programs(0) + split
+    at = (head.to(tl.int64) * n + token) * splits + split
     part = parts_ptr + at * (ROWS * (BLOCK_D + 2)) + group * (BLOCK_D + 2)
     tl.store(part[:, None] + d[None, :], acc)
     tl.store(part + BLOCK_D, top)

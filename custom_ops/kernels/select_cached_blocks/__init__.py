@@ -14,10 +14,10 @@ from custom_ops.kernels.select_cached_blocks.lse import cached_lse_kernel
 from custom_ops.kernels.select_cached_blocks.pick import cached_pick_kernel
 from custom_ops.kernels.select_cached_blocks.scores import cached_score_kernel
 
-_RUN = 512  # coarse keys whose sum one program takes
+_MAX_RUNS = 64  # of coarse keys, a program each; the next kernel reads what all of them found
 _MAX_ROWS = 64  # heads x tokens of a tile
 _MAX_BLOCKS = 1 << 14  # a row's scores live in the registers of at most 32 warps
-_PROGRAMS = 1024  # several per multiprocessor
+_PROGRAMS = 512  # as many as a GPU holds at a time: a second wave would wait for the first
 
 
 def launch(
@@ -41,17 +41,18 @@ def launch(
     """Normalise, score and pick: three launches."""
     B, _, n, _ = q.shape
     Hkv, C = compressed.shape[1:3]
-    columns = triton.cdiv((C - 1) * kernel_stride + kernel_size, block_size) if C else 0
+    blocks = triton.cdiv((C - 1) * kernel_stride + kernel_size, block_size) if C else 0
+    columns = max(0, blocks - local_blocks)  # those that may lie before a query's window
     if columns > _MAX_BLOCKS:
         raise NotImplementedError(
-            f"select_cached_blocks handles at most {_MAX_BLOCKS} blocks on CUDA, got {columns}: "
-            f"use a larger block_size"
+            f"select_cached_blocks handles at most {_MAX_BLOCKS} blocks beside the window on CUDA, "
+            f"got {columns}: use a larger block_size"
         )
     out = torch.empty(B, Hkv, n, width, dtype=torch.int32, device=q.device)
     if out.numel() == 0:
         return out
     scores = torch.empty(B * Hkv, n, max(columns, 1), dtype=torch.float32, device=q.device)
-    if columns > num_selected:
+    if columns and blocks >= num_selected:
         _score(
             q,
             compressed,
@@ -109,9 +110,13 @@ def _score(
     slots = triton.next_power_of_2(per_block + before)
     tile = _tile(q, Hkv, slots)
     tiles = triton.cdiv(n, tile["TOKENS"])
-    runs = max(1, triton.cdiv(coarse.shape[2], _RUN))
+    rows = B * Hkv * tiles
+    num_coarse, unit = coarse.shape[2], tile["BLOCK_N"]
+    share = max(triton.cdiv(num_coarse, _MAX_RUNS), triton.cdiv(num_coarse * rows, _PROGRAMS), 1)
+    run_keys = unit * triton.cdiv(share, unit)
+    runs = max(1, triton.cdiv(num_coarse, run_keys))
     parts = torch.empty(
-        B * Hkv * tiles * runs,
+        rows * runs,
         2,
         tile["HEADS"] * tile["TOKENS"],
         dtype=torch.float32,
@@ -125,7 +130,6 @@ def _score(
         "COARSE_SIZE": coarse_size,
         "COARSE_STRIDE": coarse_stride,
         "FITTING": num_selected * block_size,
-        "RUN": _RUN,
         **tile,
     }
     factor = scale * math.log2(math.e)
@@ -141,15 +145,16 @@ def _score(
         *coarse.stride(),
         n,
         compressed.shape[2],
-        coarse.shape[2],
+        num_coarse,
+        run_keys,
         factor,
         dense_len,
         Hkv,
         **shared,
     )
     columns = scores.shape[-1]
-    unit = max(16, tile["BLOCK_N"] // slots)
-    split_blocks = unit * max(1, columns * B * Hkv * tiles // (unit * _PROGRAMS))
+    unit = tile["BLOCK_N"] // slots
+    split_blocks = unit * triton.cdiv(columns * rows, unit * _PROGRAMS)
     cached_score_kernel[(triton.cdiv(columns, split_blocks), B * Hkv, tiles)](
         q,
         compressed,
@@ -161,9 +166,10 @@ def _score(
         *compressed.stride(),
         n,
         compressed.shape[2],
-        coarse.shape[2],
+        num_coarse,
         columns,
         runs,
+        run_keys,
         split_blocks,
         factor,
         dense_len,
@@ -173,6 +179,7 @@ def _score(
         PER_BLOCK=per_block,
         BEFORE=before,
         SLOTS=slots,
+        RUNS=triton.next_power_of_2(runs),
         **shared,
     )
 

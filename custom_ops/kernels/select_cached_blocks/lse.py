@@ -6,7 +6,7 @@ import triton.language as tl
 from custom_ops.kernels.window_sums import count_windows, sum_run
 
 
-@triton.jit(do_not_specialize=["n", "C", "C2"])
+@triton.jit(do_not_specialize=["n", "C", "C2", "run_keys"])
 def cached_lse_kernel(
     q_ptr,
     keys_ptr,
@@ -29,6 +29,7 @@ def cached_lse_kernel(
     n,
     C,
     C2,
+    run_keys,
     factor,
     dense_len,
     Hkv,
@@ -39,7 +40,6 @@ def cached_lse_kernel(
     COARSE_SIZE: tl.constexpr,
     COARSE_STRIDE: tl.constexpr,
     FITTING: tl.constexpr,
-    RUN: tl.constexpr,
     BLOCK_D: tl.constexpr,
     HEADS: tl.constexpr,
     TOKENS: tl.constexpr,
@@ -55,7 +55,7 @@ def cached_lse_kernel(
     length = (tl.load(end_ptr + b) - tl.load(start_ptr + b)).to(tl.int32)
     last = length - n + tl.minimum(tile * TOKENS + TOKENS, n) - 1
     count = count_windows(last, COARSE_SIZE, COARSE_STRIDE, C2)
-    if (length < dense_len) | (last < FITTING) | ((run > 0) & (run * RUN >= count)):
+    if (last + 1 < dense_len) | (last < FITTING) | ((run > 0) & (run * run_keys >= count)):
         return
     column = tl.arange(0, HEADS * TOKENS)
     group = column // TOKENS
@@ -76,8 +76,8 @@ def cached_lse_kernel(
         coarse_ptr + b * stride_cb + h * stride_ch,
         stride_cs,
         stride_cd,
-        run * RUN,
-        tl.minimum(run * RUN + RUN, count),
+        run * run_keys,
+        tl.minimum(run * run_keys + run_keys, count),
         count_windows(position, COARSE_SIZE, COARSE_STRIDE, C2),
         factor,
         D,
@@ -116,20 +116,27 @@ def cached_lse_kernel(
 
 @triton.jit
 def merge_runs(
-    parts_ptr, at, count, factor, RUN: tl.constexpr, HEADS: tl.constexpr, TOKENS: tl.constexpr
+    parts_ptr,
+    at,
+    count,
+    run_keys,
+    factor,
+    HEADS: tl.constexpr,
+    TOKENS: tl.constexpr,
+    RUNS: tl.constexpr,
 ):
-    """Join the runs that cover ``count`` coarse keys: the rows' log-sum-exp, before scaling."""
+    """Join the runs that cover ``count`` coarse keys: the rows' log-sum-exp, before scaling.
+
+    All are read at once: one after the other they would take longer than the scores themselves.
+    """
     column = tl.arange(0, HEADS * TOKENS)
-    parts_ptr += at * (2 * HEADS * TOKENS) + column
-    top = tl.load(parts_ptr)
-    total = tl.load(parts_ptr + HEADS * TOKENS)
-    for run in range(1, tl.cdiv(count, RUN)):
-        part_ptr = parts_ptr + run * (2 * HEADS * TOKENS)
-        run_top = tl.load(part_ptr)
-        run_total = tl.load(part_ptr + HEADS * TOKENS)
-        new_top = tl.maximum(top, run_top)
-        base = tl.where(new_top == float("-inf"), 0.0, new_top)
-        total = total * tl.exp2((top - base) * factor)
-        total += run_total * tl.exp2((run_top - base) * factor)
-        top = new_top
+    run = tl.arange(0, RUNS)
+    parts_ptr += at * (2 * HEADS * TOKENS)
+    parts_ptr += run[:, None] * (2 * HEADS * TOKENS) + column[None, :]
+    used = ((run == 0) | (run * run_keys < count))[:, None]
+    tops = tl.load(parts_ptr, mask=used, other=float("-inf"))
+    totals = tl.load(parts_ptr + HEADS * TOKENS, mask=used, other=0.0)
+    top = tl.max(tops, 0)
+    base = tl.where(top == float("-inf"), 0.0, top)
+    total = tl.sum(totals * tl.exp2((tops - base[None, :]) * factor), 0)
     return top + tl.log2(tl.where(total == 0.0, 1.0, total)) / factor  # none seen: -inf

@@ -24,7 +24,10 @@ def cached_pick_kernel(
     BLOCK_W: tl.constexpr,
     N: tl.constexpr,
 ):
-    """Write one query's blocks, ascending: the forced ones, then the best scored."""
+    """Write one query's blocks, ascending: the best of those before the window, then the window.
+
+    ``scores [B * Hkv, n, columns]`` holds all blocks that can lie before a window.
+    """
     token = tl.program_id(0)
     head = tl.program_id(1)
     b = head // Hkv
@@ -34,13 +37,16 @@ def cached_pick_kernel(
     out_ptr += row * width
     slot = tl.arange(0, BLOCK_W)
     own = tl.where(position < 0, -1, position // BLOCK_SIZE)
-    if (own < K) | (length < dense_len):  # every block
+    if (own < K) | (position + 1 < dense_len):  # every block
         tl.store(out_ptr + slot, tl.where(slot <= own, slot, -1), mask=slot < width)
         return
-    tl.store(out_ptr + slot, -1, mask=(slot >= K) & (slot < width))
+    room = K - LOCAL_BLOCKS - 1
+    window = tl.where(slot < K, own - LOCAL_BLOCKS + slot - room, -1)
+    tl.store(out_ptr + slot, window, mask=(slot >= room) & (slot < width))
+    last = own - LOCAL_BLOCKS - 1
     block = tl.arange(0, N)
-    scored = (block < own - LOCAL_BLOCKS) & (block < columns)
+    scored = (block <= last) & (block < columns)
     score = tl.load(scores_ptr + row * columns + block, mask=scored, other=-1.0)
-    chosen = best_blocks(score, block, own, K, INIT_BLOCKS, LOCAL_BLOCKS)
+    chosen = best_blocks(score, block, last, room, INIT_BLOCKS, -1)  # none is forced at the end
     place = tl.cumsum(chosen.to(tl.int32), 0) - 1
     tl.store(out_ptr + place, block, mask=chosen)

@@ -8,7 +8,7 @@ from custom_ops.kernels.select_cached_blocks.lse import merge_runs
 from custom_ops.kernels.window_sums import count_windows
 
 
-@triton.jit(do_not_specialize=["n", "C", "C2", "columns", "runs", "split_blocks"])
+@triton.jit(do_not_specialize=["n", "C", "C2", "columns", "runs", "run_keys", "split_blocks"])
 def cached_score_kernel(
     q_ptr,
     keys_ptr,
@@ -29,6 +29,7 @@ def cached_score_kernel(
     C2,
     columns,
     runs,
+    run_keys,
     split_blocks,
     factor,
     dense_len,
@@ -42,7 +43,7 @@ def cached_score_kernel(
     BLOCK_SIZE: tl.constexpr,
     LOCAL_BLOCKS: tl.constexpr,
     FITTING: tl.constexpr,
-    RUN: tl.constexpr,
+    RUNS: tl.constexpr,
     PER_BLOCK: tl.constexpr,
     BEFORE: tl.constexpr,
     SLOTS: tl.constexpr,
@@ -65,7 +66,7 @@ def cached_score_kernel(
     last = length - n + tl.minimum(tile * TOKENS + TOKENS, n) - 1
     begin = tl.program_id(0) * split_blocks
     num_scored = last // BLOCK_SIZE - LOCAL_BLOCKS  # the blocks after these are forced
-    if (length < dense_len) | (last < FITTING) | (begin >= num_scored):
+    if (last + 1 < dense_len) | (last < FITTING) | (begin >= num_scored):
         return
     column = tl.arange(0, HEADS * TOKENS)  # heads outer, so that their sum stays in a thread
     group = column // TOKENS
@@ -77,7 +78,7 @@ def cached_score_kernel(
         q = tl.load(q_ptr + d[:, None] * stride_qd, mask=q_mask & (d < D)[:, None], other=0.0)
     at = (head.to(tl.int64) * tl.num_programs(2) + tile) * runs
     count = count_windows(last, COARSE_SIZE, COARSE_STRIDE, C2)
-    lse = merge_runs(parts_ptr, at, count, factor, RUN, HEADS, TOKENS)
+    lse = merge_runs(parts_ptr, at, count, run_keys, factor, HEADS, TOKENS, RUNS)
 
     keys_ptr += b * stride_kb + h * stride_kh
     token = tile * TOKENS + tl.arange(0, TOKENS)

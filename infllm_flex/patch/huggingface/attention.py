@@ -19,7 +19,7 @@ from infllm_flex.patch.huggingface.sequences import (
     lone_positions,
     refuse_leak,
 )
-from infllm_flex.patch.layer import Attend
+from infllm_flex.patch.layer import Attend, get_layer
 
 
 def attention_forward(
@@ -55,6 +55,7 @@ def attention_forward(
         NotImplementedError: The sequence is long enough to be sparse, but sparse attention cannot
             serve this call. One line says what came and what to do.
     """
+    is_new = get_layer(module) is None
     layer = layer_of(module)
     if layer.attend is not None:
         return _attend(layer.attend, query, key, value, scaling)
@@ -64,6 +65,12 @@ def attention_forward(
         attention_mask = spell_out(attention_mask)
         length = follow_static(cached, query, key, value, attention_mask, layer.config)
     sequences, is_dense = None, layer.attends_densely(length)
+    if is_new and not is_dense and query.shape[2] != length:
+        raise NotImplementedError(
+            "sparse attention cannot serve a cache that is preallocated, or filled before, in the "
+            "first call of a model that only names it as its attn_implementation: call "
+            "infllm_flex.patch_model(model) first"
+        )
     if getattr(module, "is_causal", True):
         positions = None
         if is_dense and torch.compiler.is_compiling():

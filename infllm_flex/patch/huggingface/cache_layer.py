@@ -86,6 +86,7 @@ class FollowedLayer(DynamicLayer):
 
     def offload(self) -> None:
         """Move keys and values to the CPU; the compressed keys, a twentieth of them, stay."""
+        self._key_room = self._value_room = None
         with self._following():
             super().offload()
 

@@ -1,0 +1,107 @@
+"""Caches that hold keys in another form, or elsewhere: served from what they return, as right."""
+
+import pytest
+import torch
+from transformers import DynamicCache, QuantizedCache
+from transformers.utils import is_hqq_available, is_optimum_quanto_available
+
+import infllm_flex as ifx
+from tests.patch.models import CACHE, SETTINGS, build, tokens
+
+GROWING = {**SETTINGS, "dense_len": 48}
+EVERYTHING = {**GROWING, "topk": 16}
+STEPS = 40
+
+# Requantised every 16 tokens, so that keys of the past change more than once.
+GROUPS = {"residual_length": 16, "nbits": 4, "q_group_size": 16}
+BACKENDS = {
+    "hqq": {"backend": "hqq", "axis_key": 1, "axis_value": 1, **GROUPS},
+    "quanto": {"backend": "quanto", "axis_key": 0, "axis_value": 0, **GROUPS},
+    "fp8": {"backend": "fp8"},
+}
+
+
+@pytest.fixture(params=BACKENDS)
+def quantised(request):
+    """What ``generate`` takes as ``cache_config``."""
+    backend = request.param
+    if backend == "hqq" and not is_hqq_available():
+        pytest.skip("needs hqq")
+    if backend == "quanto" and not is_optimum_quanto_available():
+        pytest.skip("needs optimum-quanto")
+    try:
+        QuantizedCache(config=build().config, **BACKENDS[backend])
+    except ValueError as error:
+        pytest.skip(str(error))  # a version of transformers without it
+    return BACKENDS[backend]
+
+
+def generate(model, ids, cache_config, **options):
+    return model.generate(
+        ids,
+        attention_mask=torch.ones_like(ids),
+        do_sample=False,
+        eos_token_id=None,
+        max_new_tokens=STEPS,
+        cache_implementation="quantized",
+        cache_config=cache_config,
+        **options,
+    )
+
+
+@pytest.mark.parametrize("options", [{}, {"num_beams": 3}], ids=["greedy", "beams"])
+def test_with_every_block_selected_a_quantised_cache_gives_what_a_dense_model_gives(
+    quantised, options
+):
+    ids = tokens(90)
+    expected = generate(build(), ids, quantised, **options)
+    assert torch.equal(
+        generate(ifx.patch_model(build(), EVERYTHING), ids, quantised, **options), expected
+    )
+
+
+def test_steps_over_a_quantised_cache_are_the_full_operator_over_its_keys(quantised):
+    """Where gradients are wanted, the operator for whole sequences serves the same call."""
+    model, ids = ifx.patch_model(build(), GROWING), tokens(90)
+    steps = {}
+    for with_gradients in (False, True):
+        cache, taken, new = QuantizedCache(config=model.config, **quantised), [], ids
+        with torch.set_grad_enabled(with_gradients):
+            for _ in range(STEPS):
+                logits = model(new, **{CACHE: cache}).logits[:, -1].detach()
+                new = logits.argmax(-1, keepdim=True)
+                taken.append((logits, new))
+        steps[with_gradients] = [torch.stack(x) for x in zip(*taken, strict=True)]
+    for ours, theirs in zip(steps[False], steps[True], strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-3, atol=1e-4)
+    generated = generate(model, ids, quantised)[:, 90:]
+    assert torch.equal(generated, steps[False][1][:, :, 0].T)
+
+
+@pytest.mark.parametrize("kind", ["offloaded", "offloaded_static"])
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="transformers offloads from CUDA only")
+def test_an_offloaded_cache_changes_nothing(kind):
+    model, ids = ifx.patch_model(build(), GROWING), tokens(90)
+    options = {"do_sample": False, "eos_token_id": None, "max_new_tokens": STEPS}
+    model, ids = model.cuda(), ids.cuda()
+    expected = model.generate(ids, attention_mask=torch.ones_like(ids), **options)
+    ours = model.generate(
+        ids, attention_mask=torch.ones_like(ids), cache_implementation=kind, **options
+    )
+    assert torch.equal(ours, expected)
+
+
+def test_an_offloaded_layer_keeps_no_room_behind():
+    model, cache = ifx.patch_model(build(), GROWING), DynamicCache()
+    with torch.no_grad():
+        for ids in (tokens(90), tokens(1), tokens(1)):
+            model(ids, **{CACHE: cache})
+        layer = cache.layers[0]
+        assert layer._key_room is not None
+        layer.offload()
+        assert layer._key_room is layer._value_room is None
+        layer.prefetch()
+        ours = model(tokens(2), **{CACHE: cache}).logits
+        whole = torch.cat([tokens(90), tokens(1), tokens(1), tokens(2)], 1)
+        theirs = model(whole, use_cache=False).logits[:, -2:]
+    torch.testing.assert_close(ours, theirs, rtol=1e-3, atol=2e-5)
