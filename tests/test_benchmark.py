@@ -93,7 +93,7 @@ def test_a_run_times_every_stage_and_the_sum_beside_dense(run_script, config, tm
         assert row["torch"] == torch.__version__
         assert row["commit"]
         assert row["date"]
-    assert "x: dense over sparse" in out
+    assert "x: the attention before it over ours" in out
     assert f"{len(rows)} rows added" in out
 
 
