@@ -220,7 +220,9 @@ def report(results: Results, verdicts: list[str]) -> None:
     """Show what was measured, also of a run that was cut short."""
     header, lines = speed_table(results.rows)
     if lines:
-        print("\nmedians in ms; x: dense over sparse, selection and lists included\n")
+        print(
+            "\nmedians in ms; x: the attention before it over ours, selection and lists included\n"
+        )
         print(format_table(header, lines))
     if verdicts:
         print("\n" + "\n".join(verdicts))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import dataclasses
 import importlib.util
 import itertools
 import sys
@@ -13,7 +14,7 @@ import pytest
 import torch
 
 from custom_ops import union_lists
-from infllm_flex import engines, infllm_attention, select_blocks
+from infllm_flex import InfLLMConfig, engines, infllm_attention, select_blocks
 from infllm_flex.benchmarking import correctness, timing
 from infllm_flex.benchmarking.dense import _dense_flex
 from infllm_flex.benchmarking.inputs import QKV, make_qkv
@@ -92,7 +93,7 @@ def test_a_run_times_every_stage_and_the_sum_beside_dense(run_script, config, tm
         assert row["torch"] == torch.__version__
         assert row["commit"]
         assert row["date"]
-    assert "x: dense over sparse" in out
+    assert "x: the attention before it over ours" in out
     assert f"{len(rows)} rows added" in out
 
 
@@ -290,6 +291,17 @@ def test_heads_of_a_group_have_half_in_common_in_text(settings):
     same, other = (torch.cosine_similarity(query[0], query[h], dim=-1).mean() for h in (1, 2))
     assert same > 0.25
     assert abs(other) < 0.1
+
+
+def test_tiles_of_text_hold_as_many_blocks_as_those_of_a_trained_model(settings):
+    S, half = 16384, 8192
+    shapes = dataclasses.replace(settings.shapes, head_dim=64)
+    attention = InfLLMConfig(topk=56, window_size=512)
+    query, key, _ = make_qkv(dataclasses.replace(settings, shapes=shapes), Heads(16, 1), S, "text")
+    selected = select_blocks(query[:, :, half:], key, attention)
+    for tokens, measured in {2: 1.16, 4: 1.29, 8: 1.42, 16: 1.54, 32: 1.66}.items():
+        num, _, _ = union_lists.list_blocks(selected, S, attention.block_size, tokens)
+        assert num.float().mean() / 64 == pytest.approx(measured, abs=0.03)
 
 
 @pytest.mark.parametrize("engine", ["flex", "fused"])

@@ -23,14 +23,14 @@ _MAX_GRAPHS = 200
 _BLOCK = 128
 
 
-class Dense(NamedTuple):
-    """A dense attention over given tensors, and those of them that collect gradients."""
+class Baseline(NamedTuple):
+    """An attention over given tensors, and those of them that collect gradients."""
 
     attend: Callable[[], Tensor]
     qkv: QKV
 
 
-def dense_attentions(qkv: QKV) -> tuple[dict[str, Dense], dict[str, str]]:
+def dense_attentions(qkv: QKV) -> tuple[dict[str, Baseline], dict[str, str]]:
     """Find the dense attentions that serve these tensors.
 
     Args:
@@ -40,9 +40,9 @@ def dense_attentions(qkv: QKV) -> tuple[dict[str, Dense], dict[str, str]]:
         The attentions by name, and the reasons of those that do not serve.
     """
     if qkv.query.device.type != "cuda":
-        return {"sdpa": Dense(lambda: _sdpa(qkv), qkv)}, {}
+        return {"sdpa": Baseline(lambda: _sdpa(qkv), qkv)}, {}
     wanted = {name: _with_backend(backend, qkv) for name, backend in _CUDA_BACKENDS.items()}
-    wanted["flex_dense"] = Dense(_dense_flex(qkv), qkv)
+    wanted["flex_dense"] = Baseline(_dense_flex(qkv), qkv)
     serving, failing = {}, {}
     for name, dense in wanted.items():
         try:
@@ -60,7 +60,7 @@ def _sdpa(qkv: QKV) -> Tensor:
     return F.scaled_dot_product_attention(*qkv, is_causal=True, enable_gqa=is_grouped)
 
 
-def _with_backend(backend: SDPBackend, qkv: QKV) -> Dense:
+def _with_backend(backend: SDPBackend, qkv: QKV) -> Baseline:
     query, key, value = qkv
     if backend == SDPBackend.EFFICIENT_ATTENTION:  # knows no groups: hand it one key per query
         G = query.shape[1] // key.shape[1]
@@ -70,7 +70,7 @@ def _with_backend(backend: SDPBackend, qkv: QKV) -> Dense:
         with sdpa_kernel(backend):
             return _sdpa(qkv)
 
-    return Dense(attend, qkv)
+    return Baseline(attend, qkv)
 
 
 def _repeated(x: Tensor, G: int) -> Tensor:

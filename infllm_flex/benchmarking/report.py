@@ -7,6 +7,7 @@ from collections.abc import Iterable, Mapping, Sequence
 Row = Mapping[str, str]
 
 SHAPE = ("device", "dtype", "B", "Hq", "Hkv", "D", "mode", "inputs", "S")
+_BASELINES = ("dense", "nsa")  # by op; only the first decides how fast we are
 
 
 def by_shape(rows: Iterable[Row]) -> dict[tuple[str, ...], dict[tuple[str, str], float]]:
@@ -36,17 +37,14 @@ def fastest_dense(times: Mapping[tuple[str, str], float]) -> tuple[str, float] |
 
 
 def speed_table(rows: Iterable[Row]) -> tuple[list[str], list[list[str]]]:
-    """Milliseconds of the stages, of their sum, of every dense attention, and ratios of the sums.
+    """Milliseconds of the stages, of their sum, of every other attention, and ratios of the sums.
 
     Returns:
         Header and cells of a table: a line per shape and engine.
     """
     shapes = by_shape(rows)
-    baselines = list(
-        dict.fromkeys(
-            variant for times in shapes.values() for op, variant in times if op == "dense"
-        )
-    )
+    measured = dict.fromkeys(key for times in shapes.values() for key in times)
+    baselines = [key for op in _BASELINES for key in measured if key[0] == op]
     header = [
         "mode",
         "queries",
@@ -59,7 +57,7 @@ def speed_table(rows: Iterable[Row]) -> tuple[list[str], list[list[str]]]:
         "attend",
         "all ms",
     ]
-    header += [title for name in baselines for title in (name, "x")]
+    header += [title for _, name in baselines for title in (name, "x")]
     lines = []
     for shape, times in shapes.items():
         at = dict(zip(SHAPE, shape, strict=True))
@@ -69,9 +67,9 @@ def speed_table(rows: Iterable[Row]) -> tuple[list[str], list[list[str]]]:
             stages = (("select_blocks", ""), ("build_lists", engine), ("attend", engine))
             line += [_ms(times.get(stage)) for stage in stages]
             line.append(_ms(total))
-            for name in baselines:
-                dense = times.get(("dense", name))
-                line += [_ms(dense), "" if dense is None else f"{dense / total:.2f}"]
+            for baseline in baselines:
+                ms = times.get(baseline)
+                line += [_ms(ms), "" if ms is None else f"{ms / total:.2f}"]
             lines.append(line)
     return header, lines
 

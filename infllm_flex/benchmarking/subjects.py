@@ -12,8 +12,9 @@ import custom_ops
 from custom_ops import union_lists
 from infllm_flex.attention import infllm_attention
 from infllm_flex.benchmarking.decode import decode_subjects
-from infllm_flex.benchmarking.dense import dense_attentions
+from infllm_flex.benchmarking.dense import Baseline, dense_attentions
 from infllm_flex.benchmarking.inputs import QKV, make_qkv, with_gradients
+from infllm_flex.benchmarking.nsa import nsa_attentions
 from infllm_flex.benchmarking.settings import BenchmarkSettings, CaseSettings, Heads
 from infllm_flex.benchmarking.stages import RecordedLists
 from infllm_flex.benchmarking.timing import Subject
@@ -33,7 +34,7 @@ def make_subjects(
         case: Kind of queries, with gradients or without.
 
     Returns:
-        The subjects, and which dense attentions do not serve here and why.
+        The subjects, and which other attentions do not serve here and why.
     """
     if case.mode == "decode":
         return decode_subjects(settings, heads, S, case.inputs)
@@ -55,6 +56,10 @@ def make_subjects(
         Subject("dense", name, _graded(dense.attend, grad_out), _backward(dense.qkv, grad_out))
         for name, dense in attentions.items()
     ]
+    if qkv.query.is_cuda:
+        attentions, lacking = nsa_attentions(qkv, settings.attention)
+        subjects += _nsa(attentions, grad_out)
+        failing |= lacking
     return subjects, failing
 
 
@@ -75,6 +80,15 @@ def _sparse(
         Subject("build_lists", config.engine, lists.build),
         Subject("attend", config.engine, attend_only, backward),
         Subject("infllm_attention", config.engine, everything, backward),
+    ]
+
+
+def _nsa(attentions: dict[str, Baseline], grad_out: Tensor | None) -> list[Subject]:
+    """Sparse attentions of others, ``[B, S, H, D]``."""
+    by_token = None if grad_out is None else grad_out.transpose(1, 2).contiguous()
+    return [
+        Subject("nsa", name, _graded(nsa.attend, by_token), _backward(nsa.qkv, by_token))
+        for name, nsa in attentions.items()
     ]
 
 

@@ -232,8 +232,8 @@ def _tile(q: Tensor, Hkv: int, slots: int) -> dict[str, int]:
     if q.element_size() > 2:  # float32 without tensor cores: the tile must fit in registers
         rows, block_n, warps, stages = 32, 32, 8, 1
     elif block_d <= 128 and heads > 2:
-        # Of many heads' rows fewer scores come out: room for a third program beside two is worth more
-        # than a third stage.
+        # Rows of many heads give few scores: there a third program is worth more than a third
+        # stage.
         rows, block_n, warps, stages = 128, 64, 4, 2 if heads >= 16 else 3
     else:  # wide heads take registers, and so do the scores of many tokens
         rows, block_n, warps, stages = 64, 64, 4, 2 if block_d > 128 else 3
