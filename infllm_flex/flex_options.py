@@ -1,6 +1,6 @@
 """Block sizes, warps and stages of FlexAttention's Triton kernels, chosen so that none spills.
 
-Registers, spills and shared memory by compute capability: tests/test_flex_kernels.py prints them.
+Registers, spills and shared memory by compute capability: `pytest tests/flex_kernels -s` prints them.
 """
 
 from __future__ import annotations
