@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import functools
+import warnings
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -16,7 +19,7 @@ from infllm_flex.compiled_flex import (
     unfold_queries,
 )
 from infllm_flex.config import InfLLMConfig
-from infllm_flex.flex_options import inference_options, training_options
+from infllm_flex.flex_options import inference_options, single_mask_options, training_options
 from infllm_flex.split_masks import (
     build_split_masks,
     can_split,
@@ -87,6 +90,18 @@ def can_train_with_flex(query: Tensor, key: Tensor, config: InfLLMConfig) -> boo
     )
 
 
+@functools.cache
+def warn_backward_refused() -> None:
+    """Say once that training goes another way than asked."""
+    warnings.warn(
+        "engine='flex' cannot train these shapes (served: 4 to 127 query heads per KV head, blocks "
+        "of a multiple of 16 keys, lists of tiles by block up to 1 GiB): gradients go through "
+        "attend_blocks, as exact",
+        RuntimeWarning,
+        stacklevel=2,
+    )
+
+
 def _attend_on_cpu(
     query: Tensor, key: Tensor, value: Tensor, selected: Tensor, config: InfLLMConfig, scale: float
 ) -> Tensor | None:
@@ -114,10 +129,12 @@ def _attend_on_gpu(
         masks = build_split_masks(
             selected, config, levels, kv_len=key.shape[2], first=first, backward=training
         )
-        options = [inference_options(mask) for mask in masks]
+        head_dim, dtype = query.shape[3], query.dtype
         if training:
-            chosen = [training_options(mask, query.shape[3], query.dtype) for mask in masks]
-            masks, options = (list(x) for x in zip(*chosen, strict=True))
+            chosen = [training_options(mask, head_dim, dtype) for mask in masks]
+            masks, options = [mask for mask, _ in chosen], [option for _, option in chosen]
+        else:
+            options = [inference_options(mask, head_dim, dtype) for mask in masks]
         rows = [level.rows for level in levels]
         folds = {n: fold_queries(query, Hkv, n) for n in rows}
         folded = [folds[n] for n in rows]
@@ -125,13 +142,13 @@ def _attend_on_gpu(
     else:
         mask = build_block_mask(selected, config, kv_len=key.shape[2], num_groups=G, first=first)
         flat = fold_queries(query, Hkv, G)
-        out = run_compiled(flex, None, flat, key, value, mask, scale, inference_options(mask))
+        out = run_compiled(flex, None, flat, key, value, mask, scale, single_mask_options(mask))
         out = None if out is None else unfold_queries(out, G, G)
     if out is None:
         return None
     out = out.contiguous()
     # In place and out of autograd's sight: what it replaces is not finite, and so has no gradient.
-    unseen = (x.detach() for x in (out, query, key, value))
+    unseen = [x.detach() for x in (out, query, key, value)]
     custom_ops.redo_special_heads(*unseen, selected, config.block_size, scale)
     return out
 

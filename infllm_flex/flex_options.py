@@ -1,6 +1,6 @@
 """Block sizes, warps and stages of FlexAttention's Triton kernels, chosen so that none spills.
 
-Registers, spills and shared memory by compute capability: `pytest tests/flex_kernels -s` prints them.
+``pytest tests/flex_kernels -s`` prints their registers, spills and shared memory.
 """
 
 from __future__ import annotations
@@ -33,10 +33,30 @@ class _Backward(NamedTuple):
     warps: int
 
 
-def inference_options(mask: BlockMask) -> FlexKernelOptions:
-    """Fit FlexAttention's matrix products into a mask's tiles and blocks."""
+def single_mask_options(mask: BlockMask) -> FlexKernelOptions:
+    """Fit FlexAttention's matrix products into a mask's tiles and blocks, and leave it the rest."""
     rows, keys = mask.BLOCK_SIZE
     return {"BLOCK_M": min(rows & -rows, 128), "BLOCK_N": min(keys & -keys, 64)}
+
+
+def inference_options(mask: BlockMask, head_dim: int, dtype: torch.dtype) -> FlexKernelOptions:
+    """Choose the forward kernel for a mask without a bit test, however few its rows.
+
+    Args:
+        mask: A mask whose tiles may have fewer rows than matrix instructions.
+        head_dim: Of queries, keys and values, at most 256.
+        dtype: Of queries, keys and values.
+    """
+    rows, keys = mask.BLOCK_SIZE
+    M, N, stages, warps = _choose(rows & -rows, keys & -keys, head_dim, dtype)[0]
+    # FlexAttention's kernel for few queries has other terms, which such tiles do not meet.
+    return {
+        "BACKEND": "TRITON",
+        "BLOCK_M": M,
+        "BLOCK_N": N,
+        "num_stages": stages,
+        "num_warps": warps,
+    }
 
 
 def training_options(

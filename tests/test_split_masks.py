@@ -3,6 +3,7 @@ import torch
 
 from infllm_flex import reference
 from infllm_flex.compiled_flex import fold_queries, merge_attention, unfold_queries
+from infllm_flex.engines import can_train_with_flex
 from infllm_flex.flex_options import inference_options, training_options
 from infllm_flex.split_masks import (
     Level,
@@ -157,7 +158,7 @@ def test_kernels_fit_into_tiles_and_blocks(groups, block_size, head_dim, dtype):
     masks = build_split_masks(selected, config, levels, kv_len=300, first=0, backward=True)
     for mask, level in zip(masks, levels, strict=True):
         rows, keys = level.tokens * level.rows, block_size
-        forward = inference_options(mask)
+        forward = inference_options(mask, head_dim, dtype)
         assert rows % forward["BLOCK_M"] == 0
         assert keys % forward["BLOCK_N"] == 0
         admitted, options = training_options(mask, head_dim, dtype)
@@ -200,3 +201,8 @@ def test_a_row_without_any_key_has_zero_gradients():
     for out, lse in zip(outs, lses, strict=True):
         assert torch.equal(out.grad[0], torch.full((4,), 0.5))  # of an output that is zero
         assert torch.equal(lse.grad, torch.zeros(3))
+
+
+def test_the_cpu_trains_without_flex():
+    q, k, _ = make_qkv(64, Hq=32)
+    assert not can_train_with_flex(q, k, small_config(engine="flex"))
