@@ -13,7 +13,10 @@ _TILE_ROWS = 64  # on the CPU; more rows would load more of each other's blocks
 
 def union_width(num_slots: int, tile_tokens: int, num_blocks: int) -> int:
     """Bound the blocks that a tile's tokens select together, whatever they are: a static size."""
-    return torch.sym_min(num_blocks, tile_tokens * num_slots)
+    widest = tile_tokens * num_slots
+    if isinstance(num_blocks, int) and isinstance(widest, int):
+        return min(num_blocks, widest)  # torch 2.11 cannot trace sym_min of plain numbers
+    return torch.sym_min(num_blocks, widest)
 
 
 def list_blocks(

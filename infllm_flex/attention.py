@@ -8,7 +8,12 @@ from torch import Tensor
 
 from infllm_flex.batches import lay_out_batch
 from infllm_flex.config import InfLLMConfig
-from infllm_flex.engines import attend_with_flex, attend_with_lists
+from infllm_flex.engines import (
+    attend_with_flex,
+    attend_with_lists,
+    can_train_with_flex,
+    needs_gradients,
+)
 from infllm_flex.layout import Layout
 from infllm_flex.selection import check_query_and_key, choose_blocks, default_scale
 
@@ -183,19 +188,18 @@ def _attend_sparse(
 
 
 def _use_flex(query: Tensor, key: Tensor, value: Tensor, config: InfLLMConfig) -> bool:
-    """FlexAttention for inference: where asked for on a GPU, on the CPU wherever it can go.
+    """FlexAttention where asked for on a GPU; for inference on the CPU wherever it can go.
 
-    Training goes through ``attend_blocks`` on every device, as does float64. FlexAttention's CPU
-    code fails on a query that the same graph has just folded; it loses a nan among scores, and lets
-    one among values reach rows that do not see it.
+    Training goes through ``attend_blocks`` on the CPU, where FlexAttention has no backward, and so
+    does float64 everywhere. FlexAttention's CPU code fails on a query that the same graph has just
+    folded; it loses a nan among scores, and lets one among values reach rows that do not see it.
     """
     if config.engine == "fused" or query.dtype == torch.float64:
         return False
-    if torch.is_grad_enabled() and any(x.requires_grad for x in (query, key, value)):
-        return False
     if query.device.type == "cuda":
-        return config.engine == "flex"
-    if torch.compiler.is_compiling():
+        training = needs_gradients(query, key, value)
+        return config.engine == "flex" and (not training or can_train_with_flex(query, key, config))
+    if needs_gradients(query, key, value) or torch.compiler.is_compiling():
         return False
     # Sums are finite only where all terms are, and cost one pass without a temporary.
     return all(bool(x.sum(dtype=torch.float32).isfinite()) for x in (query, key, value))

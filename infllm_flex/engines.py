@@ -4,25 +4,28 @@ from __future__ import annotations
 
 import functools
 import warnings
-from collections.abc import Callable
-from typing import cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.nn.attention.flex_attention import (
-    AuxRequest,
-    BlockMask,
-    FlexKernelOptions,
-    flex_attention,
-)
 
 import custom_ops
 from infllm_flex.block_mask import build_block_mask
+from infllm_flex.compiled_flex import (
+    flex,
+    flex_in_levels,
+    fold_queries,
+    run_compiled,
+    unfold_queries,
+)
 from infllm_flex.config import InfLLMConfig
-from infllm_flex.split_masks import build_split_masks, can_split
-
-_MAX_GRAPHS = 32  # static lengths are powers of two, so a program needs few
+from infllm_flex.flex_options import inference_options, single_mask_options, training_options
+from infllm_flex.split_masks import (
+    build_split_masks,
+    can_split,
+    can_split_backward,
+    choose_levels,
+)
 
 
 def attend_with_lists(
@@ -65,42 +68,94 @@ def attend_with_flex(
     """Attend through compiled FlexAttention, the query group folded into the sequence.
 
     Arguments and result are those of ``attend_with_lists``, as is the attention where PyTorch
-    would run FlexAttention uncompiled.
+    would run FlexAttention uncompiled. Gradients need what ``can_train_with_flex`` asks for.
     """
-    Hq, Sq = query.shape[1:3]
-    Hkv, Skv = key.shape[1:3]
-    rows, keys, values, choice = query, key, value, selected
-    if query.device.type == "cpu":
-        rows, keys, values = _pad_length(rows), _pad_length(keys), _pad_length(values)
-        choice = F.pad(selected, (0, 0, 0, rows.shape[2] - Sq), value=-1)
-    masks = _build_masks(choice, config, keys.shape[2], Hq // Hkv, Skv - Sq)
-    folded = rows.unflatten(1, (Hkv, -1)).transpose(2, 3).flatten(2, 3)  # [B, Hkv, Sq * G, D]
-    options = [_kernel_options(mask) if query.device.type == "cuda" else None for mask in masks]
-    if torch.compiler.is_compiling():
-        out = _flex(folded, keys, values, masks, scale, options)
+    if query.device.type == "cuda":
+        out = _attend_on_gpu(query, key, value, selected, config, scale)
     else:
-        with torch._dynamo.config.patch(recompile_limit=_MAX_GRAPHS):
-            compiled = _compiled_flex(False if query.device.type == "cpu" else None)
-            out = compiled(folded, keys, values, masks, scale, options)
+        out = _attend_on_cpu(query, key, value, selected, config, scale)
     if out is None:
         return attend_with_lists(query, key, value, selected, config, scale)
-    out = out.unflatten(2, (-1, Hq // Hkv))[:, :, :Sq].transpose(2, 3).flatten(1, 2)
-    if query.device.type == "cuda":
-        out = out.contiguous()
-        custom_ops.redo_special_heads(out, query, key, value, selected, config.block_size, scale)
     return out
 
 
-def _build_masks(
-    selected: Tensor, config: InfLLMConfig, kv_len: int, num_groups: int, first: int
-) -> list[BlockMask]:
-    """One mask; or on a GPU, where the group fills tensor cores, two that need no bit test."""
-    if selected.device.type == "cuda" and can_split(num_groups):
-        return list(
-            build_split_masks(selected, config, kv_len=kv_len, num_groups=num_groups, first=first)
+def can_train_with_flex(query: Tensor, key: Tensor, config: InfLLMConfig) -> bool:
+    """Whether FlexAttention's backward serves these shapes: on a GPU, with masks in levels."""
+    (B, Hq), (Hkv, Skv) = query.shape[:2], key.shape[1:3]
+    num_blocks = -(-Skv // config.block_size)
+    return (
+        query.device.type == "cuda"
+        and config.block_size % 16 == 0
+        and can_split_backward(B, Hkv, query.shape[2], num_blocks, Hq // Hkv)
+    )
+
+
+@functools.cache
+def warn_backward_refused() -> None:
+    """Say once that training goes another way than asked."""
+    warnings.warn(
+        "engine='flex' cannot train these shapes (served: 4 to 127 query heads per KV head, blocks "
+        "of a multiple of 16 keys, lists of tiles by block up to 1 GiB): gradients go through "
+        "attend_blocks, as exact",
+        RuntimeWarning,
+        stacklevel=2,
+    )
+
+
+def _attend_on_cpu(
+    query: Tensor, key: Tensor, value: Tensor, selected: Tensor, config: InfLLMConfig, scale: float
+) -> Tensor | None:
+    (Hkv, Skv), (Hq, Sq) = key.shape[1:3], query.shape[1:3]
+    rows, keys, values = _pad_length(query), _pad_length(key), _pad_length(value)
+    choice = F.pad(selected, (0, 0, 0, rows.shape[2] - Sq), value=-1)
+    mask = build_block_mask(
+        choice, config, kv_len=keys.shape[2], num_groups=Hq // Hkv, first=Skv - Sq
+    )
+    folded = fold_queries(rows, Hkv, Hq // Hkv)
+    out = run_compiled(flex, False, folded, keys, values, mask, scale, None)
+    return None if out is None else unfold_queries(out, Hq // Hkv, Hq // Hkv)[:, :, :Sq]
+
+
+def _attend_on_gpu(
+    query: Tensor, key: Tensor, value: Tensor, selected: Tensor, config: InfLLMConfig, scale: float
+) -> Tensor | None:
+    """Where the group fills tensor cores, by levels that need no bit test; else by one mask."""
+    Hkv, G = key.shape[1], query.shape[1] // key.shape[1]
+    first = key.shape[2] - query.shape[2]
+    training = needs_gradients(query, key, value)
+    out: Tensor | None
+    if training or can_split(G):
+        levels = choose_levels(G, backward=training)
+        masks = build_split_masks(
+            selected, config, levels, kv_len=key.shape[2], first=first, backward=training
         )
-    mask = build_block_mask(selected, config, kv_len=kv_len, num_groups=num_groups, first=first)
-    return [mask]
+        head_dim, dtype = query.shape[3], query.dtype
+        if training:
+            chosen = [training_options(mask, head_dim, dtype) for mask in masks]
+            masks, options = [mask for mask, _ in chosen], [option for _, option in chosen]
+        else:
+            options = [inference_options(mask, head_dim, dtype) for mask in masks]
+        rows = [level.rows for level in levels]
+        folds = {n: fold_queries(query, Hkv, n) for n in rows}
+        folded = [folds[n] for n in rows]
+        out = run_compiled(flex_in_levels, None, folded, key, value, masks, scale, options, G, rows)
+    else:
+        mask = build_block_mask(selected, config, kv_len=key.shape[2], num_groups=G, first=first)
+        flat = fold_queries(query, Hkv, G)
+        out = run_compiled(flex, None, flat, key, value, mask, scale, single_mask_options(mask))
+        out = None if out is None else unfold_queries(out, G, G)
+    if out is None:
+        return None
+    out = out.contiguous()
+    # In place and out of autograd's sight: what it replaces is not finite, and so has no gradient.
+    unseen = [x.detach() for x in (out, query, key, value)]
+    custom_ops.redo_special_heads(*unseen, selected, config.block_size, scale)
+    return out
+
+
+def needs_gradients(*inputs: Tensor) -> bool:
+    """Whether autograd records operations on these tensors."""
+    return torch.is_grad_enabled() and any(x.requires_grad for x in inputs)
 
 
 def _pad_length(x: Tensor) -> Tensor:
@@ -111,74 +166,3 @@ def _pad_length(x: Tensor) -> Tensor:
     """
     S = x.shape[2]
     return F.pad(x, (0, 0, 0, (1 << (S - 1).bit_length()) - S))
-
-
-def _kernel_options(block_mask: BlockMask) -> FlexKernelOptions:
-    """Fit FlexAttention's matrix products into the mask's tiles and blocks."""
-    rows, keys = block_mask.BLOCK_SIZE
-    return {"BLOCK_M": min(rows & -rows, 128), "BLOCK_N": min(keys & -keys, 64)}
-
-
-def _flex(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    masks: list[BlockMask],
-    scale: float,
-    options: list[FlexKernelOptions | None],
-) -> Tensor | None:
-    """FlexAttention where a compiler takes it up, ``None`` where it would run uncompiled.
-
-    Uncompiled FlexAttention scores every pair of tokens. PyTorch runs this very function so when
-    its recompile limit is hit or compilation is switched off, which the test below tells apart.
-    """
-    if not torch.compiler.is_dynamo_compiling():
-        _warn_uncompiled()
-        return None
-    if len(masks) == 1:
-        return flex_attention(q, k, v, block_mask=masks[0], scale=scale, kernel_options=options[0])
-    parts = [
-        flex_attention(
-            q,
-            k,
-            v,
-            block_mask=mask,
-            scale=scale,
-            kernel_options=option,
-            return_aux=AuxRequest(lse=True),
-        )
-        for mask, option in zip(masks, options, strict=True)
-    ]
-    return merge_attention([out for out, _ in parts], [cast(Tensor, aux.lse) for _, aux in parts])
-
-
-def merge_attention(outs: list[Tensor], lses: list[Tensor]) -> Tensor:
-    """Join attention over disjoint sets of keys by their log-sum-exp; -inf where a set is empty.
-
-    Args:
-        outs: Each ``[..., S, D]``.
-        lses: Natural log-sum-exp of each, ``[..., S]``.
-    """
-    lse = torch.stack(lses).logsumexp(0)
-    total = torch.zeros_like(outs[0], dtype=torch.float32)
-    for out, part in zip(outs, lses, strict=True):
-        weight = torch.where(part == -torch.inf, 0.0, torch.exp(part - lse))
-        total = total + weight[..., None] * out
-    return total.to(outs[0].dtype)
-
-
-@functools.cache
-def _compiled_flex(dynamic: bool | None) -> Callable[..., Tensor | None]:
-    """Compile once per process and kind of shapes."""
-    return torch.compile(_flex, dynamic=dynamic)
-
-
-@functools.cache
-def _warn_uncompiled() -> None:
-    warnings.warn(
-        "torch.compile did not take up FlexAttention (recompile limit, or compilation disabled): "
-        "infllm_attention goes on with its own operator, as exact and slower; "
-        "see torch._dynamo.config.recompile_limit",
-        RuntimeWarning,
-        stacklevel=2,
-    )

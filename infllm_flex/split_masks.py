@@ -1,14 +1,16 @@
-"""Two masks for FlexAttention that need no test of membership: shared blocks, and each token's own.
+"""Masks for FlexAttention that need no test of membership: shared blocks, and each token's own.
 
 A block that only some tokens of a tile selected costs FlexAttention a test per element, four to
-five times a full block. Of a large tile's blocks the first mask lists those that all its tokens
-selected and see whole; the second lists the others, token by token. All are full but the block that
-a token stands in, which is causal. Attention under the two is merged by log-sum-exp.
+five times a full block. So a choice of blocks is dealt out over levels: of a large tile's blocks
+the first level takes those that all its tokens selected and see whole, the next does so with what
+is left on smaller tiles, and the last lists the rest token by token, where only the causal test
+remains. Attention under the levels is merged by log-sum-exp.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -16,69 +18,114 @@ from torch import Tensor
 from torch.nn.attention.flex_attention import BlockMask
 
 import custom_ops
-from custom_ops.union_lists import union_width
+from custom_ops.union_lists import MAX_TILE_TOKENS, union_width
 from infllm_flex.config import InfLLMConfig
 
-_SHARED_ROWS = 128  # the tile that FlexAttention's kernels are fastest with
-_OWN_ROWS = 16  # the least that tensor cores take
+_TILE_ROWS = 128  # the tile that FlexAttention's kernels are fastest with
+_LEAST_ROWS = 16  # the least that matrix instructions take, and FlexAttention's backward
+_LEAST_GROUP = 4  # below, most of a single token's instructions would be idle
+_MAX_LIST_BYTES = 1 << 30  # of one call's lists of tiles by block
 
 _MaskMod = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
 
 
+class Level(NamedTuple):
+    """Tiles of so many tokens, each with so many rows of the folded query: G and padding."""
+
+    tokens: int
+    rows: int
+
+
 def can_split(num_groups: int) -> bool:
-    """Whether one token's rows fill matrix instructions, and several tokens fit in a tile."""
-    return num_groups % _OWN_ROWS == 0 and num_groups < _SHARED_ROWS
+    """Whether one token's rows keep matrix instructions busy, and several tokens fit in a tile."""
+    return _LEAST_GROUP <= num_groups < _TILE_ROWS
+
+
+def choose_levels(num_groups: int, *, backward: bool = False) -> list[Level]:
+    """Choose the tiles over which blocks are dealt out, large ones first, single tokens last.
+
+    Args:
+        num_groups: Query heads per KV head, ``G``.
+        backward: Whether gradients are wanted, whose matrix products take 16 rows at least.
+    """
+    even = num_groups % _LEAST_ROWS == 0
+    rows = num_groups if even else 1 << (num_groups - 1).bit_length()
+    sizes = {min(MAX_TILE_TOKENS, _floor_power(_TILE_ROWS // rows)), max(1, _LEAST_ROWS // rows)}
+    levels = [Level(tokens, rows) for tokens in sorted(sizes, reverse=True) if tokens > 1]
+    return [*levels, Level(1, max(rows, _LEAST_ROWS) if backward else rows)]
+
+
+def can_split_backward(B: int, Hkv: int, Sq: int, num_blocks: int, num_groups: int) -> bool:
+    """Whether the backward's lists fit: any block may be in the list of every tile."""
+    tiles = sum(-(-Sq // level.tokens) for level in choose_levels(num_groups))
+    list_bytes = 4 * B * Hkv * num_blocks * tiles
+    return can_split(num_groups) and list_bytes <= _MAX_LIST_BYTES
 
 
 def build_split_masks(
-    selected: Tensor, config: InfLLMConfig, *, kv_len: int, num_groups: int, first: int
-) -> tuple[BlockMask, BlockMask]:
+    selected: Tensor,
+    config: InfLLMConfig,
+    levels: list[Level],
+    *,
+    kv_len: int,
+    first: int,
+    backward: bool = False,
+) -> list[BlockMask]:
     """Split a choice of blocks into what tiles of tokens share and what is a token's own.
 
     Args:
         selected: int32 ``[B, Hkv, Sq, K]``, ascending, -1 for unused slots.
         config: Sparsity settings.
+        levels: Tiles, large ones first and single tokens last, as from ``choose_levels``.
         kv_len: Keys in the sequence.
-        num_groups: Query heads per KV head, ``G``; the query is folded as in `build_block_mask`.
         first: Position of the first query.
+        backward: Also list the tiles of each block, which FlexAttention's backward walks.
 
     Returns:
-        Two masks of ``[B, Hkv, Sq * G, kv_len]`` that overlap nowhere and together let every query
-        see its blocks, causally. Either may leave rows empty. Neither is exact without its lists.
+        One mask per level, ``[B, Hkv, Sq * rows, kv_len]`` with ``BLOCK_SIZE = (tokens * rows,
+        block_size)`` and one list each; the query is folded as in `build_block_mask`, a token's
+        rows padded from G. They overlap nowhere and together let every query see its blocks,
+        causally. Any may leave rows empty. None is exact without its lists.
     """
-    Sq, K = selected.shape[2:]
-    tile_tokens = 1 << (_SHARED_ROWS // num_groups).bit_length() - 1
-    num_blocks = (kv_len + config.block_size - 1) // config.block_size
-    width = union_width(K, tile_tokens, num_blocks)
-    _, _, _, num, idx = custom_ops.tile_blocks(
-        selected, first + Sq, config.block_size, tile_tokens, width
-    )
-    own = _without(selected, num, idx, tile_tokens)
-    own_num, own_idx, _, own_full_num, own_full_idx = custom_ops.tile_blocks(
-        own, first + Sq, config.block_size, 1, min(K, num_blocks)
-    )
-    causal = _causal(first, num_groups, selected.device)
-
-    def mask(tokens: int, lists: tuple[Tensor, Tensor, Tensor, Tensor]) -> BlockMask:
-        return BlockMask(
-            seq_lengths=(Sq * num_groups, kv_len),
-            kv_num_blocks=lists[0],
-            kv_indices=lists[1],
-            full_kv_num_blocks=lists[2],
-            full_kv_indices=lists[3],
-            q_num_blocks=None,
-            q_indices=None,
-            full_q_num_blocks=None,
-            full_q_indices=None,
-            BLOCK_SIZE=(tokens * num_groups, config.block_size),
-            mask_mod=causal,
+    K = selected.shape[3]
+    block = config.block_size
+    num_blocks = (kv_len + block - 1) // block
+    kv_end = first + selected.shape[2]
+    masks = []
+    mask_mod: _MaskMod
+    for tokens, rows in levels:
+        if tokens > 1:
+            width = union_width(K, tokens, num_blocks)
+            _, _, _, num, idx = custom_ops.tile_blocks(selected, kv_end, block, tokens, width)
+            idx = idx[..., : min(K, num_blocks)].contiguous()  # no tile shares more
+            selected = _without(selected, num, idx, tokens)
+            mask_mod = _everything
+        else:
+            num, idx, *_ = custom_ops.tile_blocks(
+                selected, kv_end, block, 1, min(K, num_blocks), separate_full=False
+            )
+            mask_mod = _causal(first, rows, selected.device)
+        tiles = custom_ops.transpose_blocks(num, idx, num_blocks) if backward else (None, None)
+        masks.append(
+            BlockMask(
+                seq_lengths=(selected.shape[2] * rows, kv_len),
+                kv_num_blocks=num,
+                kv_indices=idx,
+                full_kv_num_blocks=None,
+                full_kv_indices=None,
+                q_num_blocks=tiles[0],
+                q_indices=tiles[1],
+                full_q_num_blocks=None,
+                full_q_indices=None,
+                BLOCK_SIZE=(tokens * rows, block),
+                mask_mod=mask_mod,
+            )
         )
+    return masks
 
-    nothing = (torch.zeros_like(num), torch.zeros_like(idx))
-    return (
-        mask(tile_tokens, (*nothing, num, idx)),
-        mask(1, (own_num, own_idx, own_full_num, own_full_idx)),
-    )
+
+def _floor_power(x: int) -> int:
+    return 1 << x.bit_length() - 1
 
 
 def _without(selected: Tensor, num: Tensor, idx: Tensor, tile_tokens: int) -> Tensor:
@@ -97,11 +144,15 @@ def _without(selected: Tensor, num: Tensor, idx: Tensor, tile_tokens: int) -> Te
     return left.scatter_(3, place, selected)[..., :K].contiguous()
 
 
-def _causal(first: int, num_groups: int, device: torch.device) -> _MaskMod:
+def _everything(b: Tensor, h: Tensor, q_idx: Tensor, kv_idx: Tensor) -> Tensor:
+    return q_idx >= 0
+
+
+def _causal(first: int, rows: int, device: torch.device) -> _MaskMod:
     # A tensor, since a captured number that changes from call to call would be compiled anew.
     first_position = torch.full((1,), first, dtype=torch.int32, device=device)
 
     def mask_mod(b: Tensor, h: Tensor, q_idx: Tensor, kv_idx: Tensor) -> Tensor:
-        return kv_idx <= q_idx // num_groups + first_position[0]
+        return kv_idx <= q_idx // rows + first_position[0]
 
     return mask_mod

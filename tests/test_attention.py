@@ -4,7 +4,14 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from infllm_flex import InfLLMConfig, engines, infllm_attention, reference, select_blocks
+from infllm_flex import (
+    InfLLMConfig,
+    compiled_flex,
+    engines,
+    infllm_attention,
+    reference,
+    select_blocks,
+)
 from tests.inputs import make_qkv, small_config
 from tests.tolerance import assert_within_rounding
 from tests.watch import WatchTensors
@@ -209,7 +216,7 @@ def test_uncompiled_flex_is_replaced_by_the_exact_operator_and_said_once(monkeyp
     config = small_config(engine="flex")
     qkv = make_qkv(205, Hq=8)
     exact = attend_exactly(*qkv, config)
-    engines._warn_uncompiled.cache_clear()
+    compiled_flex._warn_uncompiled.cache_clear()
     with torch.compiler.set_stance("force_eager"):
         with pytest.warns(RuntimeWarning, match="did not take up FlexAttention"):
             out = infllm_attention(*qkv, config)
@@ -223,8 +230,8 @@ def test_uncompiled_flex_is_replaced_by_the_exact_operator_and_said_once(monkeyp
 def test_beyond_the_recompile_limit_the_result_is_still_right(monkeypatch):
     config = small_config(engine="flex")
     torch.compiler.reset()
-    engines._warn_uncompiled.cache_clear()
-    monkeypatch.setattr(engines, "_MAX_GRAPHS", 1)
+    compiled_flex._warn_uncompiled.cache_clear()
+    monkeypatch.setattr(compiled_flex, "_MAX_GRAPHS", 1)
     infllm_attention(*make_qkv(60, Hq=8), config)
     longer = make_qkv(130, Hq=8)
     with pytest.warns(RuntimeWarning, match="did not take up FlexAttention"):
@@ -274,3 +281,37 @@ def test_bad_input_is_named_in_one_line(qkv, message):
 def test_use_nope_asks_for_the_choice():
     with pytest.raises(NotImplementedError, match="pass selected="):
         infllm_attention(*GOOD, small_config(use_nope=True))
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="FlexAttention has a backward on GPUs")
+@pytest.mark.parametrize("engine", ["flex", "fused"])
+@pytest.mark.parametrize(
+    ("groups", "D"), [(16, 128), (4, 128), (7, 64), (32, 256), (16, 96), (16, 32)]
+)
+def test_every_engine_trains_on_a_gpu(engine, groups, D):
+    config = small_config(engine=engine)
+    inputs = make_qkv(205, Hq=2 * groups, D=D, dtype=torch.bfloat16)
+    grad_out = make_qkv(205, Hq=2 * groups, D=D, seed=1)[0]
+    selected = select_blocks(*inputs[:2], config)
+    mask = reference.attention_mask(selected, 16, 205)
+
+    def run(attend, dtype, device="cpu"):
+        leaves = [x.clone().to(device, dtype).requires_grad_() for x in inputs]
+        out = attend(*leaves)
+        out.backward(grad_out.to(device, dtype))
+        return [x.detach().cpu() for x in (out, *(x.grad for x in leaves))]
+
+    def masked(q, k, v):
+        k, v, seen = (x.repeat_interleave(groups, 1) for x in (k, v, mask))
+        return (q @ k.mT * D**-0.5).masked_fill(~seen, -torch.inf).softmax(-1) @ v
+
+    def ours(q, k, v):
+        if engine == "flex":
+            assert engines.can_train_with_flex(q, k, config)
+        return infllm_attention(q, k, v, config, selected=selected.cuda())
+
+    results = run(ours, torch.bfloat16, "cuda")
+    exact, plain = run(masked, torch.float64), run(masked, torch.bfloat16)
+    for actual, true, same in zip(results, exact, plain, strict=True):
+        assert_within_rounding(actual, true, same, factor=3)

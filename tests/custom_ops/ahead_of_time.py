@@ -102,11 +102,12 @@ def compile_for(launch: Launch, capability: int) -> Resources:
     )
     target = GPUTarget("cuda", capability, 32)
     compiled = triton.compile(source, target=target, options=launch.options)
-    usage = _resource_usage(compiled.asm["cubin"])
+    usage = resource_usage(compiled.asm["cubin"])
     return Resources(usage["REG"], usage["STACK"], compiled.metadata.shared)
 
 
-def _resource_usage(cubin: bytes) -> dict[str, int]:
+def resource_usage(cubin: bytes) -> dict[str, int]:
+    """Registers, stack and so on of a compiled kernel, by the names that cuobjdump prints."""
     import triton
 
     tool = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"

@@ -1,0 +1,124 @@
+"""Block sizes, warps and stages of FlexAttention's Triton kernels, chosen so that none spills.
+
+``pytest tests/flex_kernels -s`` prints their registers, spills and shared memory.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+from torch.nn.attention.flex_attention import BlockMask, FlexKernelOptions
+
+_ADMITTED = (128, 128)  # a multiple of every block size that FlexAttention would choose by itself
+
+
+class _Forward(NamedTuple):
+    """Rows and keys of a program's matrix products."""
+
+    M: int
+    N: int
+    stages: int
+    warps: int
+
+
+class _Backward(NamedTuple):
+    """The same for gradients of keys and values (M1, N1) and of queries (M2, N2)."""
+
+    M1: int
+    N1: int
+    M2: int
+    N2: int
+    stages: int
+    warps: int
+
+
+def single_mask_options(mask: BlockMask) -> FlexKernelOptions:
+    """Fit FlexAttention's matrix products into a mask's tiles and blocks, and leave it the rest."""
+    rows, keys = mask.BLOCK_SIZE
+    return {"BLOCK_M": min(rows & -rows, 128), "BLOCK_N": min(keys & -keys, 64)}
+
+
+def inference_options(mask: BlockMask, head_dim: int, dtype: torch.dtype) -> FlexKernelOptions:
+    """Choose the forward kernel for a mask without a bit test, however few its rows.
+
+    Args:
+        mask: A mask whose tiles may have fewer rows than matrix instructions.
+        head_dim: Of queries, keys and values, at most 256.
+        dtype: Of queries, keys and values.
+    """
+    rows, keys = mask.BLOCK_SIZE
+    M, N, stages, warps = _choose(rows & -rows, keys & -keys, head_dim, dtype)[0]
+    # FlexAttention's kernel for few queries has other terms, which such tiles do not meet.
+    return {
+        "BACKEND": "TRITON",
+        "BLOCK_M": M,
+        "BLOCK_N": N,
+        "num_stages": stages,
+        "num_warps": warps,
+    }
+
+
+def training_options(
+    mask: BlockMask, head_dim: int, dtype: torch.dtype
+) -> tuple[BlockMask, FlexKernelOptions]:
+    """Choose kernels for both passes, and have FlexAttention's backward admit them.
+
+    That discards a mask's tiles and blocks where its own choice of block sizes does not divide
+    them, before it looks at the options: 64 keys and fewer on Hopper and Blackwell
+    (pytorch#176025, open in 2.13). So the mask it is shown claims larger ones, and the options
+    carry the true ones.
+
+    Args:
+        mask: A mask with its lists of tiles by block.
+        head_dim: Of queries, keys and values, at most 256.
+        dtype: Of queries, keys and values.
+
+    Returns:
+        The mask to pass to FlexAttention, of the same lists, and the options to pass with it.
+    """
+    rows, keys = mask.BLOCK_SIZE
+    forward, backward = _choose(rows & -rows, keys & -keys, head_dim, dtype)
+    options: dict[str, Any] = {
+        "BACKEND": "TRITON",
+        "SPARSE_Q_BLOCK_SIZE": rows,
+        "SPARSE_KV_BLOCK_SIZE": keys,
+    }
+    for prefix, choice in (("fwd_", forward), ("bwd_", backward)):
+        for name, value in choice._asdict().items():
+            key = f"num_{name}" if name in ("stages", "warps") else f"BLOCK_{name}"
+            options[prefix + key] = value
+    admitted = BlockMask(
+        seq_lengths=mask.seq_lengths,
+        kv_num_blocks=mask.kv_num_blocks,
+        kv_indices=mask.kv_indices,
+        full_kv_num_blocks=mask.full_kv_num_blocks,
+        full_kv_indices=mask.full_kv_indices,
+        q_num_blocks=mask.q_num_blocks,
+        q_indices=mask.q_indices,
+        full_q_num_blocks=mask.full_q_num_blocks,
+        full_q_indices=mask.full_q_indices,
+        BLOCK_SIZE=_ADMITTED,
+        mask_mod=mask.mask_mod,
+    )
+    return admitted, options  # type: ignore[return-value]  # the sizes are not among those declared
+
+
+def _choose(rows: int, keys: int, head_dim: int, dtype: torch.dtype) -> tuple[_Forward, _Backward]:
+    """Choose for tiles and blocks of these powers of two (or multiples of them)."""
+    wide = head_dim > 128
+    if dtype == torch.float32:
+        forward = _Forward(min(rows, 32 if head_dim <= 64 else 16), 32, 2, 4)
+        backward = _Backward(16, 16 if wide else 32, 16, 16, 2, 4)
+    elif wide:
+        forward = _Forward(min(rows, 64), 32 if rows >= 64 else 64, 2, 4)
+        backward = (
+            _Backward(32, 32, 32, 32, 2, 8) if rows >= 64 else _Backward(16, 64, 16, 16, 2, 8)
+        )
+    else:
+        forward = _Forward(min(rows, 128), 64, 3, 8 if rows >= 128 else 4)
+        backward = _Backward(min(rows, 32), 64, min(rows, 64), min(rows, 32), 3, 4)
+    N1, M2 = min(backward.N1, keys), min(backward.M2, rows)
+    return forward._replace(N=min(forward.N, keys)), backward._replace(
+        M1=min(backward.M1, rows, N1), N1=N1, M2=M2, N2=min(backward.N2, keys, M2)
+    )
