@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from typing import NamedTuple
 
 import torch
@@ -30,11 +30,14 @@ class Baseline(NamedTuple):
     qkv: QKV
 
 
-def dense_attentions(qkv: QKV) -> tuple[dict[str, Baseline], dict[str, str]]:
+def dense_attentions(
+    qkv: QKV, names: Collection[str] = ()
+) -> tuple[dict[str, Baseline], dict[str, str]]:
     """Find the dense attentions that serve these tensors.
 
     Args:
         qkv: Their device, dtype and shape decide.
+        names: Which of them to look for; none: all.
 
     Returns:
         The attentions by name, and the reasons of those that do not serve.
@@ -45,6 +48,8 @@ def dense_attentions(qkv: QKV) -> tuple[dict[str, Baseline], dict[str, str]]:
     wanted["flex_dense"] = Baseline(_dense_flex(qkv), qkv)
     serving, failing = {}, {}
     for name, dense in wanted.items():
+        if names and name not in names:
+            continue
         try:
             with warnings.catch_warnings():  # SDPA explains at length why it declines
                 warnings.simplefilter("ignore")

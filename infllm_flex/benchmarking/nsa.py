@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib
 import importlib.util
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from typing import Any
 
 import torch
@@ -22,7 +22,9 @@ _BLOCKS, _BLOCK_SIZE, _WINDOW = 16, 64, 512
 _GATE = 0.5
 
 
-def nsa_attentions(qkv: QKV, config: InfLLMConfig) -> tuple[dict[str, Baseline], dict[str, str]]:
+def nsa_attentions(
+    qkv: QKV, config: InfLLMConfig, names: Collection[str] = ()
+) -> tuple[dict[str, Baseline], dict[str, str]]:
     """Prepare ``fla``'s attention with its own settings, and with the blocks that we choose.
 
     ``fla_nsa_16_blocks``: compressed keys, the 16 blocks they choose, and a window of 512 tokens,
@@ -34,6 +36,7 @@ def nsa_attentions(qkv: QKV, config: InfLLMConfig) -> tuple[dict[str, Baseline],
     Args:
         qkv: On a GPU. If they collect gradients, the backward is tried too.
         config: Whose choice and budget the second has.
+        names: Which of them to prepare; none: both.
 
     Returns:
         The attentions by name, and the reasons of those that do not serve; none of either where
@@ -55,6 +58,8 @@ def nsa_attentions(qkv: QKV, config: InfLLMConfig) -> tuple[dict[str, Baseline],
     }
     serving, failing = {}, {}
     for name, attend in wanted.items():
+        if names and name not in names:
+            continue
         try:
             out = attend()
             if out.requires_grad:

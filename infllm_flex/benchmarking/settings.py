@@ -108,6 +108,8 @@ class CaseSettings:
         inputs: Queries like those of a model trained on text, ones whose heads drift each on its
             own, or random ones, the worst case.
         batch: ``B`` of this case; None for that of ``shapes``.
+        baselines: The other attentions to compare with, such as ``sdpa_cudnn``; none: all. At great
+            lengths the slow ones take half a minute a run.
         tile_rows: Also time ``attend_blocks`` with tiles of so many rows, one head of one token
             each; its variant says how many blocks a tile loads per block that a token selected.
     """
@@ -116,6 +118,7 @@ class CaseSettings:
     mode: CaseMode = "forward"
     inputs: Inputs = "drifting"
     batch: int | None = None
+    baselines: tuple[str, ...] = ()
     tile_rows: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:

@@ -51,13 +51,13 @@ def make_subjects(
         config = dataclasses.replace(settings.attention, engine=engine)
         subjects += _sparse(qkv, selected, config, grad_out)
     subjects += _tilings(qkv, selected, settings.attention, case.tile_rows, grad_out)
-    attentions, failing = dense_attentions(qkv)
+    attentions, failing = dense_attentions(qkv, case.baselines)
     subjects += [
         Subject("dense", name, _graded(dense.attend, grad_out), _backward(dense.qkv, grad_out))
         for name, dense in attentions.items()
     ]
     if qkv.query.is_cuda:
-        attentions, lacking = nsa_attentions(qkv, settings.attention)
+        attentions, lacking = nsa_attentions(qkv, settings.attention, case.baselines)
         subjects += _nsa(attentions, grad_out)
         failing |= lacking
     return subjects, failing
