@@ -152,6 +152,12 @@ def test_a_static_cache_serves_again_after_a_reset(model):
         ids = tokens(length)
         assert torch.equal(generate(model, ids, **{CACHE: cache}), generate(model, ids))
         cache.reset()
+    mask = torch.ones_like(ids)
+    mask[1, :7] = 0
+    expected = generate(model, ids, attention_mask=mask)
+    assert torch.equal(generate(model, ids, attention_mask=mask, **{CACHE: cache}), expected)
+    cache.reset()  # and no row remembers that it was padded
+    assert torch.equal(generate(model, ids, **{CACHE: cache}), generate(model, ids))
 
 
 class UsersLayer(DynamicLayer):

@@ -60,7 +60,7 @@ def is_static(layer: Any) -> bool:
 
 
 def compressed_keys_of(
-    layer: Any, key: Tensor, num_new: int, start: Tensor, config: InfLLMConfig
+    layer: Any, key: Tensor, num_new: int, start: Tensor | None, config: InfLLMConfig
 ) -> CompressedKeys:
     """The compressed keys of a cache layer, brought up to date with it.
 
@@ -71,7 +71,7 @@ def compressed_keys_of(
         layer: The cache's layer, after its own update.
         key: ``[B, Hkv, S, D]``, as that returned them.
         num_new: How many of them are new.
-        start: Slot of each row's first token, int64 ``[B]``.
+        start: Slot of each row's first token, int64 ``[B]``; None where no row is padded.
         config: Sparsity settings.
     """
     if is_static(layer):
@@ -91,18 +91,29 @@ class State:
         compressed_keys: Of the slots taken in so far.
         keys: The tensor of keys they belong to. If the layer holds another, something changed the
             cache in a way that was not followed.
+        no_padding: Zero, for where no row is padded: made once, not at every step.
         num_slots: How many are taken in; not kept for static caches.
     """
 
     compressed_keys: CompressedKeys
     keys: Tensor
+    no_padding: Tensor
     num_slots: int = 0
 
+    @classmethod
+    def begin(cls, config: InfLLMConfig, key: Tensor, keys: Tensor) -> State:
+        """The state of a cache layer that holds ``keys``, and returned them as ``key``; empty."""
+        no_padding = torch.zeros(1, dtype=torch.int64, device=key.device)
+        return cls(CompressedKeys(config, key), keys, no_padding)
 
-def _follow_dynamic(layer: Any, key: Tensor, start: Tensor, config: InfLLMConfig) -> CompressedKeys:
+
+def _follow_dynamic(
+    layer: Any, key: Tensor, start: Tensor | None, config: InfLLMConfig
+) -> CompressedKeys:
     state = layer.infllm_state
     if state is None or state.compressed_keys.config != config or not _may_write(state):
-        state = layer.infllm_state = State(CompressedKeys(config, key), layer.keys)
+        state = layer.infllm_state = State.begin(config, key, layer.keys)
+    start = state.no_padding if start is None else start
     state.compressed_keys.append(key, key.shape[2] - state.num_slots, start=start)
     state.num_slots = key.shape[2]
     return state.compressed_keys
@@ -114,18 +125,20 @@ def _may_write(state: State) -> bool:
 
 
 def _follow_static(
-    layer: Any, key: Tensor, num_new: int, start: Tensor, config: InfLLMConfig
+    layer: Any, key: Tensor, num_new: int, start: Tensor | None, config: InfLLMConfig
 ) -> CompressedKeys:
     state: State | None = getattr(layer, _ATTRIBUTE, None)
     if state is None or state.keys is not layer.keys or state.compressed_keys.config != config:
-        state = State(CompressedKeys(config, key), layer.keys)
+        state = State.begin(config, key, layer.keys)
         setattr(layer, _ATTRIBUTE, state)
         num_new = key.shape[2]  # all there are
         if not torch.compiler.is_compiling():
             keys = state.compressed_keys
-            for tensor in (keys.compressed, keys.coarse, keys.start, keys.end):
+            tensors = keys.compressed, keys.coarse, keys.start, keys.end, state.no_padding
+            for tensor in tensors:
                 torch._dynamo.mark_static_address(tensor)
     keys = state.compressed_keys
+    start = state.no_padding if start is None else start
     keys.append(key, num_new, start=start, end=layer.cumulative_length)
     return keys
 

@@ -43,12 +43,14 @@ def attend_cached(
         attention_mask: As ``sdpa_mask`` made it; None where all see all that is before them.
         scale: Factor on the dot products.
     """
-    n, start = query.shape[2], first_slots(attention_mask, key)
+    n, start = query.shape[2], None
     through_state = _is_step(query, key, value, cached)
     preallocated = through_state and is_static(cached)
-    if attention_mask is not None and layer.reads_positions:
-        end = cached.cumulative_length if preallocated else key.shape[2]
-        query = query + zero_if(_is_causal(attention_mask, start, end), _MASK)
+    if attention_mask is not None:
+        start = first_slots(attention_mask, key)
+        if layer.reads_positions:
+            end = cached.cumulative_length if preallocated else key.shape[2]
+            query = query + zero_if(_is_causal(attention_mask, start, end), _MASK)
     if not through_state:
         padding = None if attention_mask is None else _visible(attention_mask)[:, -1]
         padding = padding if padding is None else padding.expand(query.shape[0], -1)
@@ -105,7 +107,7 @@ def follow_static(
     Raises:
         NotImplementedError: A compiled step that needs gradients.
     """
-    start = first_slots(attention_mask, key)
+    start = None if attention_mask is None else first_slots(attention_mask, key)
     compressed_keys_of(cached, key, query.shape[2], start, config)
     is_step = _is_step(query, key, value, cached)
     return key.shape[2] if is_step else int(cached.cumulative_length)
@@ -153,16 +155,14 @@ def cut_mask(mask: Tensor | None, query: Tensor, length: int) -> LazyMask | Tens
     return LazyMask(arguments, is_plain=True)
 
 
-def first_slots(mask: Tensor | None, key: Tensor) -> Tensor:
+def first_slots(mask: Tensor, key: Tensor) -> Tensor:
     """Where each row's tokens begin, by what its last query sees: int64 ``[B]``.
 
     Args:
-        mask: As ``sdpa_mask`` made it, ``[B, 1, n, S]``; None where all see everything before them.
+        mask: As ``sdpa_mask`` made it, ``[B, 1, n, S]``.
         key: ``[B, H, S, D]``.
     """
     B, _, S, _ = key.shape
-    if mask is None:
-        return torch.zeros(B, dtype=torch.int64, device=key.device)
     visible = _visible(mask)[:, -1]
     return torch.where(visible.any(-1), visible.int().argmax(-1), S).expand(B)
 
