@@ -72,7 +72,7 @@ class FollowsACache(RuleBasedStateMachine):
 
     @rule()
     def move(self):
-        self.state.to("cpu")
+        self.state.to(self.cache.keys.device)
 
     @rule()
     def reset(self):
