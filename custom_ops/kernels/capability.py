@@ -10,3 +10,8 @@ def compute_capability(x: Tensor) -> int:
         return 0
     major, minor = torch.cuda.get_device_capability(x.device)
     return major * 10 + minor
+
+
+def has_little_shared_memory(x: Tensor) -> bool:
+    """Whether a program gets at most 99 KiB, as on Ada and on desktop GPUs, instead of 163 up."""
+    return compute_capability(x) in (75, 86, 89, 120, 121)

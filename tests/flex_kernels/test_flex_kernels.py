@@ -42,7 +42,7 @@ def lower(tmp_path, **case):
 
 SLOW = [
     pytest.param(capability, groups, D, dtype, block, marks=pytest.mark.slow)
-    for capability in (80, 90, 100)
+    for capability in (80, 89, 90, 100)
     for groups in (4, 16, 32)
     for D, dtype, block in (
         (64, "float16", 64),

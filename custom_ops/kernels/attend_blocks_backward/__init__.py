@@ -14,6 +14,7 @@ from custom_ops.kernels.attend_blocks_backward.dq import dq_kernel
 from custom_ops.kernels.attend_blocks_backward.entries import entries_by_block
 from custom_ops.kernels.attend_blocks_backward.reduce import reduce_kernel
 from custom_ops.kernels.attend_blocks_backward.shares import choose_stretch, share_blocks
+from custom_ops.kernels.capability import has_little_shared_memory
 from custom_ops.kernels.descriptors import describe, has_boxes
 
 _BOXED_ROWS = 64  # of a step for dk and dv, where the copy engine fetches them
@@ -182,7 +183,7 @@ def _tiles(
     if in_parts:
         return tile(16, 16, 4), tile(16, 16, 8 if block_d > 128 else 4)
     if block_d > 128:
-        return tile(32, 64, 8), tile(32, 32, 8)
+        return tile(32, 32 if has_little_shared_memory(q) else 64, 8), tile(32, 32, 8)
     by_tile = tile(64, 64 if block_d == 128 and (keys_boxed or not masked) else 32, 4)
     if rows_boxed:
         return by_tile, tile(_BOXED_ROWS, 64, 4)

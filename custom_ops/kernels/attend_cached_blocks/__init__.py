@@ -8,6 +8,7 @@ from torch import Tensor
 
 from custom_ops.kernels.attend_cached_blocks.join import join_kernel
 from custom_ops.kernels.attend_cached_blocks.split import split_kernel
+from custom_ops.kernels.capability import has_little_shared_memory
 
 _PROGRAMS = 512  # several per multiprocessor
 _MAX_SPLITS = 128  # of a list; the joining kernel reads what all of them found at once
@@ -67,7 +68,7 @@ def launch(
         BLOCK_D=block_d,
         IN_PARTS=wide,
         num_warps=4 if rows <= 32 else 8,
-        num_stages=1 if wide else 3,
+        num_stages=_stages(q, block_d),
     )
     part = min(_PART, block_d)
     join_kernel[(G * triton.cdiv(D, part), n, B * Hkv)](
@@ -84,3 +85,10 @@ def launch(
         num_warps=4,
     )
     return out
+
+
+def _stages(q: Tensor, block_d: int) -> int:
+    """Choose how many blocks are on their way at once; three of the widest heads take 138 KiB."""
+    if q.element_size() > 2:
+        return 1
+    return 2 if block_d > 128 and has_little_shared_memory(q) else 3
