@@ -15,9 +15,9 @@ from custom_ops.kernels.capability import compute_capability
 _ALIGNMENT = 16  # bytes: where a tensor begins, and the steps between its rows
 
 
-def has_boxes(x: Tensor) -> bool:
-    """Whether boxes of ``x [B, H, S, D]`` are to be used: on Hopper, where they were measured."""
-    return compute_capability(x) == 90 and is_laid_out_for_boxes(x)
+def has_boxes(*tensors: Tensor) -> bool:
+    """Whether boxes of all of them, ``[B, H, S, D]``, are to be used: on Hopper, where measured."""
+    return all(compute_capability(x) == 90 and is_laid_out_for_boxes(x) for x in tensors)
 
 
 def is_laid_out_for_boxes(x: Tensor) -> bool:

@@ -35,7 +35,7 @@ def launch(
     lse = torch.empty(B, Hq, Sq, dtype=torch.float32, device=q.device)
     if out.numel() == 0:
         return out, lse
-    boxed = has_boxes(k) and has_boxes(v)
+    boxed = has_boxes(k, v)
     tile = choose_tile(q, Hq // Hkv * tile_tokens, block_size, boxed)
     lists = [x.contiguous() for x in (num, idx, words)]
     arguments = _arguments(q, k, v, lists, out, lse, block_size, tile_tokens, scale)

@@ -49,11 +49,8 @@ def launch(
     strides = (*q.stride(), *k.stride(), *v.stride())
     G = Hq // Hkv
     shared = {"G": G, "D": D, "BLOCK_SIZE": block_size, "TILE_TOKENS": tile_tokens}
-    keys_boxed = has_boxes(k) and has_boxes(v)
-    rows_boxed = (
-        _fill_boxes(G * tile_tokens, G, block_size) and has_boxes(q) and has_boxes(grad_out)
-    )
-    rows_boxed = rows_boxed and D <= 128  # wider heads leave no registers for so many rows
+    keys_boxed = has_boxes(k, v)
+    rows_boxed = _fill_boxes(G * tile_tokens, G, D, block_size) and has_boxes(q, grad_out)
     by_tile, by_block = _tiles(q, G * tile_tokens, block_size, keys_boxed, rows_boxed)
     key_boxes = [describe(x, 1, by_tile["BLOCK_N"]) if keys_boxed else None for x in (k, v)]
     dq_kernel[(B * Hkv * num_tiles * by_tile["PARTS"],)](
@@ -144,10 +141,14 @@ def choose_tile_tokens(q: Tensor, k: Tensor) -> int:
     return union_lists.choose_tile_tokens(q.shape[1] // k.shape[1], rows)
 
 
-def _fill_boxes(tile_rows: int, G: int, block_size: int) -> bool:
-    """Whether steps of ``_BOXED_ROWS`` cut a tile into whole tokens, and keys fill a step too."""
+def _fill_boxes(tile_rows: int, G: int, D: int, block_size: int) -> bool:
+    """Whether steps of ``_BOXED_ROWS`` cut a tile into whole tokens, and keys fill a step too.
+
+    Heads wider than 128 leave no registers for so many rows.
+    """
     is_power = tile_rows & (tile_rows - 1) == 0
-    return is_power and tile_rows >= 16 and G <= _BOXED_ROWS and block_size % 64 == 0
+    fits = is_power and tile_rows >= 16 and G <= _BOXED_ROWS and block_size % 64 == 0
+    return fits and D <= 128
 
 
 def _fit_32_bits(q: Tensor, grad_out: Tensor, G: int, tile_tokens: int) -> bool:
