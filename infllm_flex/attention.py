@@ -13,6 +13,7 @@ from infllm_flex.engines import (
     attend_with_lists,
     can_train_with_flex,
     needs_gradients,
+    warn_backward_refused,
 )
 from infllm_flex.layout import Layout
 from infllm_flex.selection import check_query_and_key, choose_blocks, default_scale
@@ -197,8 +198,12 @@ def _use_flex(query: Tensor, key: Tensor, value: Tensor, config: InfLLMConfig) -
     if config.engine == "fused" or query.dtype == torch.float64:
         return False
     if query.device.type == "cuda":
-        training = needs_gradients(query, key, value)
-        return config.engine == "flex" and (not training or can_train_with_flex(query, key, config))
+        if config.engine != "flex":
+            return False
+        serves = not needs_gradients(query, key, value) or can_train_with_flex(query, key, config)
+        if not serves and not torch.compiler.is_compiling():  # a graph takes up no warnings
+            warn_backward_refused()
+        return serves
     if needs_gradients(query, key, value) or torch.compiler.is_compiling():
         return False
     # Sums are finite only where all terms are, and cost one pass without a temporary.

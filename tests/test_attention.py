@@ -1,4 +1,5 @@
 import warnings
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -6,6 +7,7 @@ import torch.nn.functional as F
 
 from infllm_flex import (
     InfLLMConfig,
+    attention,
     compiled_flex,
     engines,
     infllm_attention,
@@ -225,6 +227,32 @@ def test_uncompiled_flex_is_replaced_by_the_exact_operator_and_said_once(monkeyp
             again = infllm_attention(*qkv, config)
     assert torch.equal(out, again)
     torch.testing.assert_close(out.double(), exact, rtol=0, atol=1e-6)
+
+
+def test_flex_that_cannot_train_these_shapes_on_a_gpu_says_so_once():
+    config = small_config(engine="flex")
+
+    def on_a_gpu(heads, requires_grad=True):
+        return SimpleNamespace(
+            device=torch.device("cuda"),
+            dtype=torch.float32,
+            shape=torch.Size((1, heads, 64, 16)),
+            requires_grad=requires_grad,
+        )
+
+    qkv = [on_a_gpu(heads) for heads in (4, 2, 2)]  # two query heads per KV head: too few
+    engines.warn_backward_refused.cache_clear()
+    with pytest.warns(RuntimeWarning, match="cannot train these shapes .* attend_blocks"):
+        assert not attention._use_flex(*qkv, config)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert not attention._use_flex(*qkv, config)
+    engines.warn_backward_refused.cache_clear()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert not attention._use_flex(*qkv, small_config(engine="auto"))
+        assert attention._use_flex(*(on_a_gpu(heads, False) for heads in (4, 2, 2)), config)
+        assert attention._use_flex(*(on_a_gpu(heads) for heads in (8, 2, 2)), config)
 
 
 def test_beyond_the_recompile_limit_the_result_is_still_right(monkeypatch):
