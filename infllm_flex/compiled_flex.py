@@ -103,13 +103,15 @@ def merge_attention(outs: list[Tensor], lses: list[Tensor]) -> Tensor:
         outs: Each ``[..., S, D]``.
         lses: Natural log-sum-exp of each, ``[..., S]``.
     """
-    shares = torch.stack(lses)
-    # Rows without any key: their outputs are zero, and their gradients must be too, not nan.
-    weights = shares.masked_fill((shares == -torch.inf).all(0), 0.0).softmax(0)
-    total = torch.zeros_like(outs[0], dtype=weights.dtype)
+    top = functools.reduce(torch.maximum, lses).detach()
+    top = top.masked_fill(top == -torch.inf, 0.0)  # no key in any set: weights 0, gradients too
+    weights = [(lse - top).exp() for lse in lses]
+    total = functools.reduce(torch.add, weights)
+    total = total.masked_fill(total == 0.0, 1.0)
+    merged = torch.zeros_like(outs[0], dtype=total.dtype)
     for out, weight in zip(outs, weights, strict=True):
-        total = total + weight[..., None] * out
-    return total.to(outs[0].dtype)
+        merged = merged + (weight / total)[..., None] * out
+    return merged.to(outs[0].dtype)
 
 
 @functools.cache
