@@ -93,7 +93,7 @@ def flex_in_levels(
         )
         outs.append(unfold_queries(out, num_groups, n))
         lses.append(unfold_queries(cast(Tensor, aux.lse), num_groups, n))
-    return merge_attention(outs, lses)
+    return merge_attention(outs, lses).contiguous()  # here, it costs no copy
 
 
 def merge_attention(outs: list[Tensor], lses: list[Tensor]) -> Tensor:

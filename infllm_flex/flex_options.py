@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 import torch
 from torch.nn.attention.flex_attention import BlockMask, FlexKernelOptions
 
+_WHOLE = 128  # lengths that are a multiple of it hold whole tiles and blocks of any size
 _ADMITTED = (128, 128)  # a multiple of every block size that FlexAttention would choose by itself
 
 
@@ -49,14 +50,9 @@ def inference_options(mask: BlockMask, head_dim: int, dtype: torch.dtype) -> Fle
     """
     rows, keys = mask.BLOCK_SIZE
     M, N, stages, warps = _choose(rows & -rows, keys & -keys, head_dim, dtype)[0]
-    # FlexAttention's kernel for few queries has other terms, which such tiles do not meet.
-    return {
-        "BACKEND": "TRITON",
-        "BLOCK_M": M,
-        "BLOCK_N": N,
-        "num_stages": stages,
-        "num_warps": warps,
-    }
+    options = {"BLOCK_M": M, "BLOCK_N": N, "num_stages": stages, "num_warps": warps}
+    # What is shared is not all among the options declared.
+    return _shared_options(mask) | options  # type: ignore[return-value]
 
 
 def training_options(
@@ -79,8 +75,8 @@ def training_options(
     """
     rows, keys = mask.BLOCK_SIZE
     forward, backward = _choose(rows & -rows, keys & -keys, head_dim, dtype)
-    options: dict[str, Any] = {
-        "BACKEND": "TRITON",
+    options = {
+        **_shared_options(mask),
         "SPARSE_Q_BLOCK_SIZE": rows,
         "SPARSE_KV_BLOCK_SIZE": keys,
     }
@@ -104,6 +100,19 @@ def training_options(
     return admitted, options  # type: ignore[return-value]  # the sizes are not among those declared
 
 
+def _shared_options(mask: BlockMask) -> dict[str, Any]:
+    """What both passes are told of any mask.
+
+    FlexAttention's kernel for few queries has other terms, which such tiles do not meet. And of
+    lengths that change from call to call it does not know whether they need tests at their ends,
+    which cost a tenth.
+    """
+    return {
+        "BACKEND": "TRITON",
+        "IS_DIVISIBLE": all(length % _WHOLE == 0 for length in mask.seq_lengths),
+    }
+
+
 def _choose(rows: int, keys: int, head_dim: int, dtype: torch.dtype) -> tuple[_Forward, _Backward]:
     """Choose for tiles and blocks of these powers of two (or multiples of them)."""
     wide = head_dim > 128
@@ -116,7 +125,10 @@ def _choose(rows: int, keys: int, head_dim: int, dtype: torch.dtype) -> tuple[_F
             _Backward(32, 32, 32, 32, 2, 8) if rows >= 64 else _Backward(16, 64, 16, 16, 2, 8)
         )
     else:
-        forward = _Forward(min(rows, 128), 64, 3, 8 if rows >= 128 else 4)
+        stages, warps = (3, 8) if rows >= 128 else (3, 4) if rows >= 64 else (2, 4)
+        if rows < 32:
+            stages, warps = 3, 2  # of 16 rows four warps would share too few products
+        forward = _Forward(min(rows, 128), 64, stages, warps)
         backward = _Backward(min(rows, 32), 64, min(rows, 64), min(rows, 32), 3, 4)
     N1, M2 = min(backward.N1, keys), min(backward.M2, rows)
     return forward._replace(N=min(forward.N, keys)), backward._replace(

@@ -60,12 +60,12 @@ def by_token(table, level, num_groups):
 @pytest.mark.parametrize(
     ("groups", "levels"),
     [
-        (16, [(8, 16), (1, 16)]),
+        (16, [(8, 16), (2, 16), (1, 16)]),
         (32, [(4, 32), (1, 32)]),
         (48, [(2, 48), (1, 48)]),
         (24, [(4, 32), (1, 32)]),
-        (7, [(16, 8), (2, 8), (1, 16)]),
-        (4, [(32, 4), (4, 4), (1, 16)]),
+        (7, [(16, 8), (4, 8), (2, 8), (1, 16)]),
+        (4, [(32, 4), (8, 4), (4, 4), (1, 16)]),
     ],
 )
 def test_the_masks_are_disjoint_and_together_the_choice(S, Sq, groups, levels):
@@ -133,8 +133,8 @@ def test_gradients_through_the_levels_are_those_of_masked_attention(groups):
 
 
 def test_inference_pads_no_token_to_sixteen_rows():
-    assert choose_levels(8) == [(16, 8), (2, 8), (1, 8)]
-    assert choose_levels(4) == [(32, 4), (4, 4), (1, 4)]
+    assert choose_levels(8) == [(16, 8), (4, 8), (2, 8), (1, 8)]
+    assert choose_levels(4) == [(32, 4), (8, 4), (4, 4), (1, 4)]
 
 
 def test_groups_that_leave_tensor_cores_idle_are_not_split():

@@ -5,6 +5,19 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+LIST_END = tl.constexpr(0x7FFFFFFF)  # what follows a list's last block
+
+
+@triton.jit
+def next_block(list_ptr, taken, own, stride_k, K, mask):
+    """Read the blocks at slots ``taken``; ``LIST_END`` after a list's last and where not asked.
+
+    Blocks that begin after their token, whose own block is ``own``, end its list.
+    """
+    at = list_ptr + taken.to(tl.int64) * stride_k
+    block = tl.load(at, mask=mask & (taken < K), other=-1)
+    return tl.where((block < 0) | (block > own), LIST_END, block)
+
 
 @triton.jit(do_not_specialize=["Sq", "K", "offset", "num_tiles", "total_tiles", "width"])
 def _tile_blocks_kernel(
@@ -32,7 +45,6 @@ def _tile_blocks_kernel(
     SEPARATE_FULL: tl.constexpr,
 ):
     """Merge for a few tiles side by side, one lane a token: each step lists the lowest block."""
-    end = 0x7FFFFFFF  # an exhausted list
     flat = tl.program_id(0).to(tl.int64) * TILES + tl.arange(0, TILES)
     head = flat // num_tiles
     tile = (flat % num_tiles).to(tl.int32)
@@ -46,16 +58,15 @@ def _tile_blocks_kernel(
     list_ptr = selected_ptr + (head // Hkv * stride_b + head % Hkv * stride_h)[:, None]
     list_ptr += row.to(tl.int64) * stride_s
     own = (offset + row) // BLOCK_SIZE
-    block = tl.load(list_ptr, mask=real, other=-1)
-    block = tl.where((block < 0) | (block > own), end, block)
     taken = tl.zeros([TILES, LANES], tl.int32)
+    block = next_block(list_ptr, taken, own, stride_k, K, real)
     kv_num = tl.zeros([TILES], tl.int32)
     full_num = tl.zeros([TILES], tl.int32)
     lowest = tl.min(block, 1)
-    while tl.min(lowest, 0) < end:
-        hit = (block == lowest[:, None]) & (block < end)
+    while tl.min(lowest, 0) < LIST_END:
+        hit = (block == lowest[:, None]) & (block < LIST_END)
         word = tl.sum(tl.where(hit, bit, 0), 1)
-        part = lowest < end
+        part = lowest < LIST_END
         if SEPARATE_FULL:
             full = (lowest < num_past) & (word == everyone)
             part = part & (full == 0)
@@ -69,10 +80,7 @@ def _tile_blocks_kernel(
             full_num += full.to(tl.int32)
 
         taken += hit.to(tl.int32)
-        following = tl.load(
-            list_ptr + taken.to(tl.int64) * stride_k, mask=hit & (taken < K), other=-1
-        )
-        following = tl.where((following < 0) | (following > own), end, following)
+        following = next_block(list_ptr, taken, own, stride_k, K, hit)
         block = tl.where(hit, following, block)
         lowest = tl.min(block, 1)
     tl.store(kv_num_ptr + flat, tl.minimum(kv_num, width), mask=flat < total_tiles)

@@ -69,6 +69,12 @@ def _tile(tile_tokens: int) -> None:
     launch(_meta(1, 2, 8192, 96, dtype=torch.int32), 8192, 64, tile_tokens, 128)
 
 
+def _share(tile_tokens: int) -> None:
+    from custom_ops.kernels.share_blocks import launch
+
+    launch(_meta(1, 2, 8192, 96, dtype=torch.int32), 8192, 64, tile_tokens)
+
+
 def _transpose() -> None:
     from custom_ops.kernels.transpose_blocks import launch
 
@@ -130,6 +136,7 @@ def _cached(
         (_tile, (1,)),
         (_tile, (8,)),
         (_tile, (32,)),
+        (_share, (8,)),
         (_transpose, ()),
         (_cached, (BRAIN, 128, 16)),
         (_cached, (BRAIN, 128, 64)),

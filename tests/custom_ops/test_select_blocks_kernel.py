@@ -135,6 +135,7 @@ def test_scores_that_underflow_or_overflow() -> None:
         _judge(args)
 
 
+@pytest.mark.filterwarnings("ignore:All-NaN slice")  # NumPy's, of the interpreter's maximum
 @pytest.mark.parametrize("place", ["query", "compressed", "coarse", "everywhere"])
 def test_nan_scores_count_as_zero(place: str) -> None:
     args = _case((1, 4, 1, 30, 900, 16))

@@ -1,9 +1,10 @@
-"""The Triton kernels of ``tile_blocks`` and ``transpose_blocks`` equal their definitions."""
+"""The Triton kernels that build lists of blocks and of tiles equal their definitions."""
 
 import pytest
 import torch
 from torch import Tensor
 
+from custom_ops.share_blocks import share_blocks
 from custom_ops.tile_blocks import tile_blocks
 from custom_ops.transpose_blocks import transpose_blocks
 from tests.custom_ops.harness import (
@@ -19,6 +20,7 @@ from tests.custom_ops.harness import (
 
 require_kernels()
 
+from custom_ops.kernels.share_blocks import launch as launch_share  # noqa: E402
 from custom_ops.kernels.tile_blocks import launch as launch_tiles  # noqa: E402
 from custom_ops.kernels.transpose_blocks import launch as launch_transpose  # noqa: E402
 
@@ -73,6 +75,9 @@ def test_equals_the_definition(
     args = (selected, kv_len, block_size, tile_tokens, width, False)
     assert _same(run_on_device(launch_tiles, *args), together)
 
+    args = (selected, kv_len, block_size, tile_tokens)
+    assert _same(run_on_device(launch_share, *args), share_blocks(*args))
+
     num_blocks = -(-kv_len // block_size)
     for num, idx in (actual[:2], actual[3:], together[:2]):
         back = run_on_device(launch_transpose, num, idx, num_blocks)
@@ -90,6 +95,8 @@ def test_rows_that_selected_nothing() -> None:
     selected[0, 0, 8, 0] = 2
     expected = tile_blocks(selected, 600, 64, 4, 5)
     assert _same(run_on_device(launch_tiles, selected, 600, 64, 4, 5), expected)
+    expected = share_blocks(selected, 600, 64, 4)
+    assert _same(run_on_device(launch_share, selected, 600, 64, 4), expected)
 
 
 def test_takes_any_strides() -> None:
@@ -97,6 +104,8 @@ def test_takes_any_strides() -> None:
     expected = tile_blocks(selected, 300, 16, 8, 19)
     shuffled = selected.permute(3, 1, 0, 2).contiguous().permute(2, 1, 3, 0)
     assert _same(run_on_device(launch_tiles, shuffled, 300, 16, 8, 19), expected)
+    shared = run_on_device(launch_share, shuffled, 300, 16, 8)
+    assert _same(shared, share_blocks(selected, 300, 16, 8))
     num, idx = (x.transpose(1, 2).contiguous().transpose(1, 2) for x in expected[:2])
     back = run_on_device(launch_transpose, num, idx, 19)
     assert _same(back, transpose_blocks(*expected[:2], 19))
@@ -122,6 +131,8 @@ def test_blocks_that_begin_after_a_token_are_left_out() -> None:
         for separate_full in (True, False):
             args = (selected, 40, 16, tile_tokens, 4, separate_full)
             assert _same(run_on_device(launch_tiles, *args), tile_blocks(*args))
+        args = (selected, 40, 16, tile_tokens)
+        assert _same(run_on_device(launch_share, *args), share_blocks(*args))
 
 
 def test_transposes_many_tiles() -> None:

@@ -85,9 +85,9 @@ def test_an_offloaded_cache_changes_nothing(kind):
     options = {"do_sample": False, "eos_token_id": None, "max_new_tokens": STEPS}
     model, ids = model.cuda(), ids.cuda()
     expected = model.generate(ids, attention_mask=torch.ones_like(ids), **options)
-    ours = model.generate(
-        ids, attention_mask=torch.ones_like(ids), cache_implementation=kind, **options
-    )
+    # PyTorch 2.11 crashes where it compiles any model over an offloaded static cache.
+    options |= {"cache_implementation": kind, "disable_compile": True}
+    ours = model.generate(ids, attention_mask=torch.ones_like(ids), **options)
     assert torch.equal(ours, expected)
 
 

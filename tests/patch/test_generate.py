@@ -146,6 +146,21 @@ def test_a_static_cache_compiles_once_for_300_tokens(model):
     assert 1 <= torch._dynamo.utils.counters["stats"]["unique_graphs"] <= 4
 
 
+def test_a_compiled_model_allocates_a_new_caches_state_outside_of_its_graphs(model):
+    # As generate() does where it prefills a static cache in chunks on a GPU.
+    ids, cache = tokens(90), StaticCache(model.config, max_cache_len=120)
+    cache.early_initialization(2, 2, 16, torch.float32, ids.device)
+    compiled = torch.compile(model, backend="aot_eager")
+    with torch.no_grad():
+        logits = [compiled(part, **{CACHE: cache}).logits for part in ids.split(30, 1)]
+        expected = model(ids, use_cache=False).logits
+    torch.testing.assert_close(torch.cat(logits, 1), expected, rtol=1e-3, atol=2e-5)
+    for layer in cache.layers:
+        keys = layer.infllm_state.compressed_keys
+        for tensor in (keys.compressed, keys.coarse, keys.start, keys.end):
+            assert tensor._dynamo_static_input_type == "unguarded"  # marked, so not of a graph
+
+
 def test_a_static_cache_serves_again_after_a_reset(model):
     cache = StaticCache(config=model.config, max_cache_len=140)
     for length in (90, 60):

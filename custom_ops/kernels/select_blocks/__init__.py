@@ -15,6 +15,7 @@ from custom_ops.kernels.select_blocks.scores import score_kernel
 _SCORE_BYTES = 176 << 20
 _LSE_BYTES = 64 << 20
 _MAX_BLOCKS = 1 << 14  # a row's scores live in the registers of at most 32 warps
+_WARP_KEYS = 512  # of a row whose best are picked
 _MIN_PROGRAMS = 1024  # several per multiprocessor: below that, columns are split among programs
 
 
@@ -88,7 +89,7 @@ def launch(
             parts.first,
             **picking,
             N=N,
-            num_warps=max(1, min(16, N // 512)),
+            num_warps=max(1, min(16, N // _WARP_KEYS)),
         )
 
     all_heads = range(B * Hkv)
@@ -109,6 +110,14 @@ def launch(
     span_tiles = min(step_tiles * lse_chunks, num_tiles)
     space = _workspace(q, planes, step_heads * step_tiles * tokens * columns)
     lse = _workspace(q, step_heads * span_tiles * tile_rows)
+    factor = scale * math.log2(math.e)
+    # A box holds windows without gaps between those of one block and the next.
+    boxed = slots == per_block and has_boxes(compressed)
+    boxes = describe(compressed, 1, tile["BLOCK_N"]) if boxed else None
+    lse_boxed = has_boxes(coarse)
+    lse_boxes = describe(coarse, 1, tile["BLOCK_N"]) if lse_boxed else None
+    if boxed and tile["HEADS"] >= 16:
+        tile["num_stages"] = 1  # a fourth program side by side is worth more than a second stage
     shared = {
         **rule,
         "G": q.shape[1] // Hkv,
@@ -118,10 +127,6 @@ def launch(
         "DENSE": num_selected * block_size,
         **tile,
     }
-    factor = scale * math.log2(math.e)
-    # A box holds windows without gaps between those of one block and the next.
-    boxed = slots == per_block and has_boxes(compressed)
-    boxes = describe(compressed, 1, tile["BLOCK_N"]) if boxed else None
     for head in range(0, B * Hkv, step_heads):
         heads = all_heads[head : head + step_heads]
         for row in range(first_scored, num_rows, step_tiles * tokens):
@@ -132,6 +137,7 @@ def launch(
                     q,
                     compressed,
                     coarse,
+                    lse_boxes,
                     lse,
                     table,
                     *q.stride(),
@@ -150,6 +156,7 @@ def launch(
                     parts.first,
                     COARSE_SIZE=coarse_size,
                     COARSE_STRIDE=coarse_stride,
+                    BOXES=lse_boxed,
                     **shared,
                 )
             rows = range(num_rows)[row : row + step_tiles * tokens]

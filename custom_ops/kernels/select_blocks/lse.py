@@ -16,13 +16,19 @@ def _row_lse(
     keys_ptr,
     stride_s,
     stride_d,
+    boxes,
+    b,
+    h,
+    first_key,
     count,
+    whole,
     seen,
     factor,
     D: tl.constexpr,
     BLOCK_D: tl.constexpr,
     BLOCK_N: tl.constexpr,
     IN_PARTS: tl.constexpr,
+    BOXES: tl.constexpr,
 ):
     """Take the log-sum-exp of each query row over its first ``seen`` keys, before scaling.
 
@@ -37,14 +43,20 @@ def _row_lse(
         keys_ptr,
         stride_s,
         stride_d,
+        boxes,
+        b,
+        h,
+        first_key,
         0,
         count,
+        whole,
         seen,
         factor,
         D,
         BLOCK_D,
         BLOCK_N,
         IN_PARTS,
+        BOXES,
     )
     return top + tl.log2(tl.where(total == 0.0, 1.0, total)) / factor  # none seen: -inf
 
@@ -58,6 +70,7 @@ def lse_kernel(
     q_ptr,
     keys_ptr,
     coarse_ptr,
+    boxes,
     lse_ptr,
     documents_ptr,
     stride_qb,
@@ -98,6 +111,7 @@ def lse_kernel(
     TOKENS: tl.constexpr,
     BLOCK_N: tl.constexpr,
     IN_PARTS: tl.constexpr,
+    BOXES: tl.constexpr,
 ):
     """Fill ``lse [num_heads, tiles, HEADS * TOKENS]`` for the rows of some heads, a tile each."""
     tiles = tl.cdiv(end_row - first_row, TOKENS)
@@ -107,6 +121,7 @@ def lse_kernel(
     b = ((first_head + head) // Hkv).to(tl.int64)
     h = ((first_head + head) % Hkv).to(tl.int64)
     dense = DENSE
+    first_coarse = 0
     if PART > 0:
         first, begin, end_row, budget = locate_tile(
             documents_ptr + b * num_parts * 3, first, first_part, offset, PART, PART_ROWS
@@ -114,7 +129,8 @@ def lse_kernel(
         offset -= begin
         dense = budget * BLOCK_SIZE
         keys_ptr += (begin // KERNEL_STRIDE).to(tl.int64) * stride_ks
-        coarse_ptr += (begin // COARSE_STRIDE).to(tl.int64) * stride_cs
+        first_coarse = begin // COARSE_STRIDE
+        coarse_ptr += first_coarse.to(tl.int64) * stride_cs
     last_position = offset + tl.minimum(first + TOKENS, end_row) - 1
     if (last_position < dense) | (first >= end_row):
         return
@@ -141,13 +157,19 @@ def lse_kernel(
         coarse_ptr,
         stride_cs,
         stride_cd,
+        boxes,
+        b.to(tl.int32),
+        h.to(tl.int32),
+        first_coarse,
         count,
+        count_windows(offset + first, COARSE_SIZE, COARSE_STRIDE, C2),
         seen,
         factor,
         D,
         BLOCK_D,
         BLOCK_N,
         IN_PARTS,
+        BOXES,
     )
     if offset + first < COARSE_SIZE - 1:  # some row sees no coarse key: the compressed ones serve
         blind = tl.minimum(last_position, COARSE_SIZE - 2)
@@ -162,13 +184,19 @@ def lse_kernel(
             keys_ptr,
             stride_ks,
             stride_kd,
+            boxes,
+            0,
+            0,
+            0,
             few,
+            0,
             seen_keys,
             factor,
             D,
             BLOCK_D,
             BLOCK_N,
             IN_PARTS,
+            False,
         )
         lse = tl.where(position < COARSE_SIZE - 1, own_lse, lse)
     tl.store(lse_ptr + (head.to(tl.int64) * tiles + tile) * (HEADS * TOKENS) + column, lse)

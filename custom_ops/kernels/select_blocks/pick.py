@@ -1,4 +1,4 @@
-"""Pick the best blocks of a row: the threshold of its K-th score, found bit by bit, no sort."""
+"""Pick the best blocks of a row: the threshold of its K-th score, found by counting, no sort."""
 
 import triton
 import triton.language as tl
@@ -21,25 +21,45 @@ def best_blocks(score, block, own, K, INIT_BLOCKS: tl.constexpr, LOCAL_BLOCKS: t
         LOCAL_BLOCKS: Blocks before the own one that are forced, as it is.
     """
     # Non-negative floats order as their bits do: unscored 0, scores from 1 up, forced above all.
-    key = tl.where(score < 0.0, 0, score.to(tl.int32, bitcast=True) + 1)
+    key = tl.maximum(score.to(tl.int32, bitcast=True), -1) + 1
     key = tl.where((block < INIT_BLOCKS) | (block >= own - LOCAL_BLOCKS), 0x7FFFFFFF, key)
     key = tl.where(block <= own, key, -1)
 
-    # The largest threshold that at least K keys reach, bit by bit; or any that exactly K reach.
-    threshold = 0
-    kept = own + 1
-    bit = 30
-    while bit >= 0:
-        trial = threshold | (1 << bit)
+    # The largest threshold that at least K keys reach, or any that exactly K reach: at least K
+    # reach `low`, fewer reach `high`, and the gap closes where the counts suggest.
+    low = tl.min(tl.where(key >= 0, key, 0x7FFFFFFF), 0)
+    high = tl.max(tl.where(key < 0x7FFFFFFF, key, -1), 0) + 1
+    num_low = own + 1
+    num_high = tl.sum((key == 0x7FFFFFFF).to(tl.int32), 0)
+    if num_high >= K:
+        low = 0x7FFFFFFF
+        num_low = num_high
+        high = low
+    step = 0
+    while (num_low > K) & (high - low > 1):
+        is_close = num_low - num_high <= 3
+        if is_close:  # ties end here: the threshold is one of three keys
+            trial = tl.max(tl.where(key < high, key, -1), 0)
+        else:
+            share = 0.5  # halves now and then, whatever the distribution
+            if step % 3 != 2:  # else as if the logarithm of the count fell evenly
+                fewest = tl.maximum(num_high.to(tl.float32), 0.5)
+                drop = tl.log2(num_low.to(tl.float32) / fewest)
+                share = tl.log2(num_low.to(tl.float32) / K) / drop
+            trial = low + ((high - low).to(tl.float32) * share).to(tl.int32)
+            trial = tl.minimum(tl.maximum(trial, low + 1), high - 1)
         count = tl.sum((key >= trial).to(tl.int32), 0)
-        threshold = tl.where(count >= K, trial, threshold)
-        kept = tl.where(count >= K, count, kept)
-        bit = tl.where(kept == K, -1, bit - 1)
-    if kept > K:  # ties at the threshold: the lowest blocks
-        room = K - tl.sum((key > threshold).to(tl.int32), 0)
-        tied = key == threshold
+        reached = count >= K
+        low = tl.where(reached, trial, low)
+        num_low = tl.where(reached, count, num_low)
+        high = tl.where(reached, tl.where(is_close, trial + 1, high), trial)
+        num_high = tl.where(reached, num_high, count)
+        step += 1
+    if num_low > K:  # ties at the threshold: the lowest blocks
+        room = K - tl.sum((key > low).to(tl.int32), 0)
+        tied = key == low
         key = tl.where(tied & (tl.cumsum(tied.to(tl.int32), 0) > room), -1, key)
-    return key >= threshold
+    return key >= low
 
 
 @triton.jit(do_not_specialize=_VARYING)

@@ -9,6 +9,7 @@ import triton.language as tl
 
 from custom_ops.kernels.dot_in_parts import dot_in_parts
 from custom_ops.kernels.select_blocks.documents import locate_tile
+from custom_ops.kernels.window_sums import count_windows
 
 _VARYING = ["first_head", "num_heads", "first_row", "end_row", "offset", "C"]
 _VARYING += ["split_blocks", "splits", "lse_tile", "lse_tiles", "num_parts", "first_part"]
@@ -113,38 +114,51 @@ def score_kernel(
     n = tl.arange(0, BLOCK_N)
     slot = n % SLOTS
     block_slot = tl.arange(0, BLOCK_N // SLOTS)
-    end_block = tl.minimum(split * split_blocks + split_blocks, num_scored)
-    for start in range(split * split_blocks, end_block, BLOCK_N // SLOTS):
-        window = (start + n // SLOTS) * PER_BLOCK + slot - BEFORE
-        valid = (window >= 0) & (window < C) & (slot < PER_BLOCK + BEFORE)
-        key_ptr = keys_ptr + window.to(tl.int64)[:, None] * stride_ks
-        if IN_PARTS:
-            logits = dot_in_parts(
-                key_ptr, valid[:, None], stride_kd, q_ptr, q_mask, stride_qd, D, BLOCK_D
-            )
-        elif BOXES:
-            at = first_window + start * PER_BLOCK
-            keys = boxes.load([b.to(tl.int32), h.to(tl.int32), at, 0])
-            logits = tl.dot(keys.reshape(BLOCK_N, BLOCK_D), q)
-        else:
-            mask = valid[:, None] & (d < D)[None, :]
-            logits = tl.dot(tl.load(key_ptr + d[None, :] * stride_kd, mask=mask, other=0.0), q)
-        weights = tl.exp2((logits - lse[None, :]) * factor)
-        if HEADS > G:
-            weights = tl.where((group < G)[None, :], weights, 0.0)
-        weight = tl.sum(tl.reshape(weights, [BLOCK_N, HEADS, TOKENS]), 1)
-        weight = tl.where(weight == weight, tl.minimum(weight, 3.4028234663852886e38), 0.0)
-        window_end = window * KERNEL_STRIDE + KERNEL_SIZE - 1
-        seen = valid[:, None] & (window_end[:, None] <= offset + token[None, :])
-        weight = tl.where(seen, weight, -1.0)
+    STEP: tl.constexpr = BLOCK_N // SLOTS
+    begin_block = split * split_blocks
+    end_block = tl.minimum(begin_block + split_blocks, num_scored)
+    inner_end = begin_block
+    # Float32 leaves no registers for a second loop, and windows of other blocks need the tests.
+    ALL_EDGE: tl.constexpr = IN_PARTS or SLOTS != PER_BLOCK
+    if not ALL_EDGE:  # every row sees all of these blocks' windows
+        whole = count_windows(offset + first, KERNEL_SIZE, KERNEL_STRIDE, C) // PER_BLOCK
+        inner_end += tl.maximum(tl.minimum(end_block, whole) - begin_block, 0) // STEP * STEP
+    for EDGE in tl.static_range(1 if ALL_EDGE else 0, 2):
+        for start in tl.range(
+            inner_end if EDGE else begin_block, end_block if EDGE else inner_end, STEP
+        ):
+            window = (start + n // SLOTS) * PER_BLOCK + slot - BEFORE
+            valid = (window >= 0) & (window < C) & (slot < PER_BLOCK + BEFORE)
+            key_ptr = keys_ptr + window.to(tl.int64)[:, None] * stride_ks
+            if IN_PARTS:
+                logits = dot_in_parts(
+                    key_ptr, valid[:, None], stride_kd, q_ptr, q_mask, stride_qd, D, BLOCK_D
+                )
+            elif BOXES:
+                at = first_window + start * PER_BLOCK
+                keys = boxes.load([b.to(tl.int32), h.to(tl.int32), at, 0])
+                logits = tl.dot(keys.reshape(BLOCK_N, BLOCK_D), q)
+            else:
+                mask = valid[:, None] & (d < D)[None, :]
+                keys = tl.load(key_ptr + d[None, :] * stride_kd, mask=mask, other=0.0)
+                logits = tl.dot(keys, q)
+            weights = tl.exp2((logits - lse[None, :]) * factor)
+            if HEADS > G:
+                weights = tl.where((group < G)[None, :], weights, 0.0)
+            weight = tl.sum(tl.reshape(weights, [BLOCK_N, HEADS, TOKENS]), 1)
+            weight = tl.minimum(tl.maximum(weight, 0.0), 3.4028234663852886e38)  # nan: 0
+            if EDGE:
+                window_end = window * KERNEL_STRIDE + KERNEL_SIZE - 1
+                seen = valid[:, None] & (window_end[:, None] <= offset + token[None, :])
+                weight = tl.where(seen, weight, -1.0)
 
-        block = start + block_slot
-        out = out_row[None, :] + block[:, None]
-        out_mask = (block < num_scored)[:, None] & (token < end_row)[None, :]
-        by_block = tl.reshape(weight, [BLOCK_N // SLOTS, SLOTS, TOKENS])
-        tl.store(scores_ptr + out, tl.max(by_block, 1), mask=out_mask)
-        if TAIL > 0:  # the windows that reach into the next block, stored there
-            tail = tl.where((slot >= PER_BLOCK - TAIL)[:, None], weight, -1.0)
-            tail = tl.reshape(tail, [BLOCK_N // SLOTS, SLOTS, TOKENS])
-            tail_mask = (block + 1 < num_scored)[:, None] & (token < end_row)[None, :]
-            tl.store(tails_ptr + out + 1, tl.max(tail, 1), mask=tail_mask)
+            block = start + block_slot
+            out = out_row[None, :] + block[:, None]
+            out_mask = (block < num_scored)[:, None] & (token < end_row)[None, :]
+            by_block = tl.reshape(weight, [STEP, SLOTS, TOKENS])
+            tl.store(scores_ptr + out, tl.max(by_block, 1), mask=out_mask)
+            if TAIL > 0:  # the windows that reach into the next block, stored there
+                tail = tl.where((slot >= PER_BLOCK - TAIL)[:, None], weight, -1.0)
+                tail = tl.reshape(tail, [STEP, SLOTS, TOKENS])
+                tail_mask = (block + 1 < num_scored)[:, None] & (token < end_row)[None, :]
+                tl.store(tails_ptr + out + 1, tl.max(tail, 1), mask=tail_mask)

@@ -76,14 +76,20 @@ def cached_lse_kernel(
         coarse_ptr + b * stride_cb + h * stride_ch,
         stride_cs,
         stride_cd,
+        None,
+        0,
+        0,
+        0,
         run * run_keys,
         tl.minimum(run * run_keys + run_keys, count),
+        count_windows(length - n + tile * TOKENS, COARSE_SIZE, COARSE_STRIDE, C2),
         count_windows(position, COARSE_SIZE, COARSE_STRIDE, C2),
         factor,
         D,
         BLOCK_D,
         BLOCK_N,
         IN_PARTS,
+        False,
     )
     first = length - n + tile * TOKENS
     if (run == 0) & (first < COARSE_SIZE - 1):  # some see no coarse key: the compressed ones serve
@@ -96,14 +102,20 @@ def cached_lse_kernel(
             keys_ptr + b * stride_kb + h * stride_kh,
             stride_ks,
             stride_kd,
+            None,
+            0,
+            0,
+            0,
             0,
             few,
+            0,
             count_windows(position, KERNEL_SIZE, KERNEL_STRIDE, C),
             factor,
             D,
             BLOCK_D,
             BLOCK_N,
             IN_PARTS,
+            False,
         )
         blind = position < COARSE_SIZE - 1
         top = tl.where(blind, own_top, top)

@@ -129,14 +129,11 @@ def _follow_static(
 ) -> CompressedKeys:
     state: State | None = getattr(layer, _ATTRIBUTE, None)
     if state is None or state.keys is not layer.keys or state.compressed_keys.config != config:
-        state = State.begin(config, key, layer.keys)
+        from infllm_flex.patch.huggingface.static_state import begin_state
+
+        state = begin_state(layer, key, config)
         setattr(layer, _ATTRIBUTE, state)
         num_new = key.shape[2]  # all there are
-        if not torch.compiler.is_compiling():
-            keys = state.compressed_keys
-            tensors = keys.compressed, keys.coarse, keys.start, keys.end, state.no_padding
-            for tensor in tensors:
-                torch._dynamo.mark_static_address(tensor)
     keys = state.compressed_keys
     start = state.no_padding if start is None else start
     keys.append(key, num_new, start=start, end=layer.cumulative_length)

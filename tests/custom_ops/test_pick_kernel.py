@@ -1,0 +1,79 @@
+"""Picking by counting, against a stable sort, on scores of many distributions."""
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from tests.custom_ops.harness import DEVICE, require_kernels
+
+require_kernels()
+
+import triton  # noqa: E402
+import triton.language as tl  # noqa: E402
+
+from custom_ops.kernels.select_blocks.pick import best_blocks  # noqa: E402
+
+LARGEST, SMALLEST = torch.finfo(torch.float32).max, 2.0**-149
+N = 128
+
+
+@triton.jit
+def _pick(score_ptr, out_ptr, own, K, INIT: tl.constexpr, LOCAL: tl.constexpr, N: tl.constexpr):
+    block = tl.arange(0, N)
+    score = tl.load(score_ptr + block)
+    tl.store(out_ptr + block, best_blocks(score, block, own, K, INIT, LOCAL).to(tl.int32))
+
+
+def _draw(kind: str, generator: torch.Generator) -> Tensor:
+    """Scores of ``N`` blocks: at least 0, or below where there is none."""
+    normal = torch.randn(N, generator=generator)
+    uniform = torch.rand(N, generator=generator)
+    return {
+        "equal": torch.full((N,), 0.25),
+        "none": torch.full((N,), -1.0),
+        "two values": (uniform > 0.7).float(),
+        "few values": (uniform * 5).floor() * 1e-3,
+        "alike": 1 + normal * 1e-6,
+        "normal": 1 + normal.abs(),
+        "every exponent": torch.exp2(uniform * 276 - 149).clamp(max=LARGEST),
+        "one outlier": torch.where(torch.arange(N) == 40, LARGEST, uniform * SMALLEST * 8),
+        "subnormal": (uniform * 9).floor() * SMALLEST,
+        "pairs": normal.abs().repeat_interleave(2)[:N],  # a window that reaches into two blocks
+        "with gaps": torch.where(uniform < 0.5, -1.0, normal.abs()),
+    }[kind]
+
+
+KINDS = ["equal", "none", "normal", "alike", "subnormal", "pairs"]
+KINDS += ["two values", "few values", "every exponent", "one outlier", "with gaps"]
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.sampled_from(KINDS), st.data())
+def test_they_are_the_first_of_a_stable_sort(kind: str, data: st.DataObject) -> None:
+    init, local = data.draw(st.integers(0, 3)), data.draw(st.integers(-1, 6))
+    K = data.draw(st.integers(init + local + 1 + (init + local < 0), 60))
+    own = data.draw(st.integers(max(K, init + local), N - 1))
+    seed = data.draw(st.integers(0, 999))
+    score = _draw(kind, torch.Generator().manual_seed(seed))
+
+    block = torch.arange(N)
+    rank = score.clamp(min=-1.0)
+    rank[(block < init) | (block >= own - local)] = torch.inf
+    expected = torch.zeros(N, dtype=torch.bool)
+    expected[rank[: own + 1].sort(descending=True, stable=True).indices[:K]] = True
+
+    out = torch.zeros(N, dtype=torch.int32, device=DEVICE)
+    _pick[(1,)](score.to(DEVICE), out, own, K, init, local, N)
+    assert torch.equal(out.cpu() != 0, expected)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("K", [1, 20, 127])
+def test_few_and_nearly_all(kind: str, K: int) -> None:
+    score = _draw(kind, torch.Generator().manual_seed(K))
+    out = torch.zeros(N, dtype=torch.int32, device=DEVICE)
+    _pick[(1,)](score.to(DEVICE), out, N - 1, K, 0, -1, N)
+    expected = score.clamp(min=-1.0).sort(descending=True, stable=True).indices[:K].sort().values
+    assert torch.equal(out.cpu().nonzero().flatten(), expected)
