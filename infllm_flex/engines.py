@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import custom_ops
+from custom_ops.kernels.capability import compute_capability
 from infllm_flex.block_mask import build_block_mask
 from infllm_flex.compiled_flex import (
     flex,
@@ -130,11 +131,12 @@ def _attend_on_gpu(
             selected, config, levels, kv_len=key.shape[2], first=first, backward=training
         )
         head_dim, dtype = query.shape[3], query.dtype
+        capability = compute_capability(query)
         if training:
-            chosen = [training_options(mask, head_dim, dtype) for mask in masks]
+            chosen = [training_options(mask, head_dim, dtype, capability) for mask in masks]
             masks, options = [mask for mask, _ in chosen], [option for _, option in chosen]
         else:
-            options = [inference_options(mask, head_dim, dtype) for mask in masks]
+            options = [inference_options(mask, head_dim, dtype, capability) for mask in masks]
         rows = [level.rows for level in levels]
         folds = {n: fold_queries(query, Hkv, n) for n in rows}
         folded = [folds[n] for n in rows]

@@ -151,17 +151,18 @@ def test_the_backward_is_refused_where_its_lists_outgrow_a_gibibyte():
 @pytest.mark.parametrize("head_dim", [16, 64, 96, 128, 256])
 @pytest.mark.parametrize("block_size", [16, 48, 64, 128])
 @pytest.mark.parametrize("groups", [4, 16, 48])
-def test_kernels_fit_into_tiles_and_blocks(groups, block_size, head_dim, dtype):
+@pytest.mark.parametrize("capability", [80, 90])
+def test_kernels_fit_into_tiles_and_blocks(groups, block_size, head_dim, dtype, capability):
     config = small_config(block_size=block_size, window_size=2 * block_size)
     selected = make_selected(300, block_size=block_size)
     levels = choose_levels(groups, backward=True)
     masks = build_split_masks(selected, config, levels, kv_len=300, first=0, backward=True)
     for mask, level in zip(masks, levels, strict=True):
         rows, keys = level.tokens * level.rows, block_size
-        forward = inference_options(mask, head_dim, dtype)
+        forward = inference_options(mask, head_dim, dtype, capability)
         assert rows % forward["BLOCK_M"] == 0
         assert keys % forward["BLOCK_N"] == 0
-        admitted, options = training_options(mask, head_dim, dtype)
+        admitted, options = training_options(mask, head_dim, dtype, capability)
         assert admitted.BLOCK_SIZE == (128, 128)
         assert admitted.q_indices is mask.q_indices
         assert (options["SPARSE_Q_BLOCK_SIZE"], options["SPARSE_KV_BLOCK_SIZE"]) == (rows, keys)

@@ -49,7 +49,7 @@ def lower_levels(case: dict[str, Any]) -> list[dict[str, Any]]:
             selected = torch.empty(1, 2, S, 5, dtype=torch.int32)
             masks = build_split_masks(selected, config, levels, kv_len=S, first=0, backward=True)
             sources = lower(
-                _attend(masks[i], i == len(levels) - 1, D, q.dtype, level.rows), q, k, v
+                _attend(masks[i], i == len(levels) - 1, q, level.rows, case["capability"]), q, k, v
             )
         for direction, source in zip(("forward", "backward"), sources, strict=True):
             ((name, text),) = _KERNEL.findall(source)
@@ -60,8 +60,8 @@ def lower_levels(case: dict[str, Any]) -> list[dict[str, Any]]:
     return kernels
 
 
-def _attend(mask: BlockMask, is_last: bool, D: int, dtype: torch.dtype, rows: int) -> Any:
-    mask, options = training_options(mask, D, dtype)
+def _attend(mask: BlockMask, is_last: bool, q: torch.Tensor, rows: int, capability: int) -> Any:
+    mask, options = training_options(mask, q.shape[3], q.dtype, capability)
     if is_last:  # the mask's own takes the first position from a tensor, which cannot be relabelled
         mask.mask_mod = lambda b, h, q_idx, kv_idx: kv_idx <= q_idx // rows
 
