@@ -18,6 +18,13 @@ from infllm_flex.engines import (
 from infllm_flex.layout import Layout
 from infllm_flex.selection import check_query_and_key, choose_blocks, default_scale
 
+# Asked here once: Dynamo of PyTorch 2.11 cannot trace the question.
+_AUTOCAST_DEVICES = tuple(
+    device
+    for device in ("cpu", "cuda", "xpu", "mps", "hpu")
+    if torch.amp.is_autocast_available(device)
+)
+
 
 def infllm_attention(
     query: Tensor,
@@ -111,7 +118,7 @@ def _as_autocast(x: Tensor) -> Tensor:
     """Cast as SDPA casts its inputs under autocast, where rotary embeddings leave mixed dtypes."""
     device = x.device.type
     casts = x.is_floating_point() and x.dtype != torch.float64
-    if casts and torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device):
+    if casts and device in _AUTOCAST_DEVICES and torch.is_autocast_enabled(device):
         return x.to(torch.get_autocast_dtype(device))
     return x
 

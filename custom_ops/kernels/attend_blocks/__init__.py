@@ -14,6 +14,7 @@ from custom_ops.kernels.capability import compute_capability
 from custom_ops.kernels.descriptors import describe, has_boxes
 
 _CAREFUL_PROGRAMS = 512  # per head; they share its tokens, and end at once where there is nothing
+_WIDE_KEYS = 48 << 10  # up to here tiles of 128 rows pay for groups of 4 to 7 heads, too
 _SEARCHED_KEYS = 64  # keys that a program searches for nan and inf
 
 
@@ -132,10 +133,10 @@ def _attend_carefully(k: Tensor, v: Tensor, q: Tensor, arguments: tuple[Any, ...
 def choose_tile_tokens(q: Tensor, k: Tensor) -> int:
     """Choose how many tokens share a tile: as many as one program's rows hold."""
     groups = q.shape[1] // k.shape[1]
-    return union_lists.choose_tile_tokens(groups, rows=_most_rows(q, groups))
+    return union_lists.choose_tile_tokens(groups, rows=_most_rows(q, groups, k.shape[2]))
 
 
-def _most_rows(q: Tensor, groups: int) -> int:
+def _most_rows(q: Tensor, groups: int, kv_len: int) -> int:
     """Rows of the largest tile worth its union.
 
     More rows load more keys at once, of which each row uses fewer.
@@ -144,9 +145,10 @@ def _most_rows(q: Tensor, groups: int) -> int:
     if q.element_size() > 2:
         return 16  # float32 without tensor cores: operands in registers
     # On one H200 at 64K and 128K tokens two programs of 128 rows side by side take 2 to 8 % less
-    # time than more of 64 with 16 heads to a group; with 4 heads, whose tokens choose less alike,
-    # 4 % more.
-    wide = compute_capability(q) == 90 and D in (64, 128) and groups >= 8
+    # time than more of 64 with 16 heads to a group. With 4, whose tokens choose less alike, on one
+    # H100: 8 % less at 32K, the same at 64K, 2 % more at 128K; with 7 2 % less, the same, 9 % more.
+    fits = compute_capability(q) == 90 and D in (64, 128)
+    wide = fits and (groups >= 8 or (groups >= 4 and kv_len <= _WIDE_KEYS))
     return 128 if wide else 64
 
 
