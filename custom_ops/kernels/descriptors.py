@@ -29,18 +29,38 @@ def is_laid_out_for_boxes(x: Tensor) -> bool:
     return aligned and x.data_ptr() % _ALIGNMENT == 0
 
 
-def describe(x: Tensor, heads: int, rows: int) -> Any:
-    """Describe ``x [B, H, S, D]`` as boxes of some heads' rows; what is outside reads as zero.
+def describe(x: Tensor, rows: int) -> Any:
+    """Describe ``x [B, H, S, D]`` as boxes of a head's rows; what is outside reads as zero.
 
     Args:
         x: A tensor that ``has_boxes``. Its last dimension is taken whole, padded to a power of two.
-        heads: Heads of a box, a power of two.
         rows: Rows of a box, a power of two.
     """
     from triton.tools.tensor_descriptor import TensorDescriptor
 
-    box = [1, heads, rows, max(16, triton.next_power_of_2(x.shape[3]))]
-    return TensorDescriptor(x, list(x.shape), [*_strides(x), 1], box)
+    return TensorDescriptor(x, list(x.shape), [*_strides(x), 1], [1, 1, rows, _box_width(x)])
+
+
+def describe_groups(x: Tensor, num_groups: int, tokens: int) -> Any:
+    """Describe ``x [B, H, S, D]`` as boxes of some tokens' rows in all heads of a group.
+
+    Args:
+        x: A tensor that ``has_boxes``.
+        num_groups: Groups of heads, which divide ``H``. A box holds a group head after head, and
+            rows of zeros up to a power of two of heads.
+        tokens: Tokens of a box, a power of two.
+    """
+    from triton.tools.tensor_descriptor import TensorDescriptor
+
+    B, H, S, D = x.shape
+    G = H // num_groups
+    batch, head, token = _strides(x)
+    box = [1, 1, triton.next_power_of_2(G), tokens, _box_width(x)]
+    return TensorDescriptor(x, [B, num_groups, G, S, D], [batch, G * head, head, token, 1], box)
+
+
+def _box_width(x: Tensor) -> int:
+    return max(16, triton.next_power_of_2(x.shape[3]))
 
 
 def _strides(x: Tensor) -> list[int]:

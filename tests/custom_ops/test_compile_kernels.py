@@ -154,6 +154,8 @@ def _cached(
         (_attend, (BRAIN, 64, 4, 32)),
         (_attend, (HALF, 40, 3, 8)),
         (_attend, (HALF, 80, 7, 8)),
+        (_attend, (BRAIN, 128, 7, 8)),
+        (_attend, (BRAIN, 128, 3, 16)),
         (_attend, (HALF, 256, 2, 32)),
         (_attend, (BRAIN, 128, 2, 16, 36)),
         (_attend, (FLOAT, 128, 2, 16)),

@@ -40,7 +40,7 @@ def launch(
     tile = choose_tile(q, Hq // Hkv * tile_tokens, block_size, boxed)
     lists = [x.contiguous() for x in (num, idx, words)]
     arguments = _arguments(q, k, v, lists, out, lse, block_size, tile_tokens, scale)
-    boxes = [describe(x, 1, tile["BLOCK_N"]) if boxed else None for x in (k, v)]
+    boxes = [describe(x, tile["BLOCK_N"]) if boxed else None for x in (k, v)]
     attend_kernel[(B * Hkv * num.shape[2] * tile["PARTS"],)](
         *arguments, *boxes, BOXES=boxed, **tile
     )

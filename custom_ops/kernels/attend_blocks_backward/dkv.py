@@ -57,20 +57,22 @@ def _walk(
     EDGE: tl.constexpr,
 ):
     """Add what the rows of some of a block's tiles contribute to its gradients."""
+    HEADS: tl.constexpr = triton.next_power_of_2(G)
+    BOX_TOKENS: tl.constexpr = ROWS // HEADS if BOXES else ROWS
     d = tl.arange(0, BLOCK_D)
     lane = tl.arange(0, ROWS)
     for i in tl.range(begin * PARTS, end * PARTS):
         # No number, however wrong, leads out of the tensors.
         tile = tl.minimum(tl.maximum(tl.load(tile_of_ptr + i // PARTS), 0), num_tiles - 1)
         word = tl.load(word_of_ptr + i // PARTS)
-        if BOXES:  # which hold head after head
-            group = lane // (ROWS // G)
-            token = i % PARTS * (ROWS // G) + lane % (ROWS // G)
+        if BOXES:  # which hold head after head, and then zeros
+            group = lane // BOX_TOKENS
+            token = i % PARTS * BOX_TOKENS + lane % BOX_TOKENS
         else:
             group = (i % PARTS * ROWS + lane) % G
             token = (i % PARTS * ROWS + lane) // G
         s = tile * TILE_TOKENS + token
-        real = (token < TILE_TOKENS) & (s < Sq)
+        real = (token < TILE_TOKENS) & (s < Sq) & (group < G)
         member = real & (((word >> token) & 1) != 0)
         # Offsets within a tile stay the same from tile to tile, and in registers.
         q_tile = q_ptr + tile.to(tl.int64) * TILE_TOKENS * stride_qs
@@ -78,9 +80,9 @@ def _walk(
         q_row = q_tile + group.to(INDEX) * stride_qh + token * stride_qs
         do_row = do_tile + group.to(INDEX) * stride_oh + token * stride_os
         if BOXES:
-            first = tile * TILE_TOKENS + i % PARTS * (ROWS // G)
-            q = q_boxes.load([b, h * G, first, 0]).reshape(ROWS, BLOCK_D)
-            do = do_boxes.load([b, h * G, first, 0]).reshape(ROWS, BLOCK_D)
+            first = tile * TILE_TOKENS + i % PARTS * BOX_TOKENS
+            q = q_boxes.load([b, h, 0, first, 0]).reshape(ROWS, BLOCK_D)
+            do = do_boxes.load([b, h, 0, first, 0]).reshape(ROWS, BLOCK_D)
         else:
             row_mask = real[:, None] & (d < D)[None, :]
             q = tl.load(q_row[:, None] + d[None, :] * stride_qd, mask=row_mask, other=0.0)

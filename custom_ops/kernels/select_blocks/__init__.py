@@ -113,9 +113,9 @@ def launch(
     factor = scale * math.log2(math.e)
     # A box holds windows without gaps between those of one block and the next.
     boxed = slots == per_block and has_boxes(compressed)
-    boxes = describe(compressed, 1, tile["BLOCK_N"]) if boxed else None
+    boxes = describe(compressed, tile["BLOCK_N"]) if boxed else None
     lse_boxed = has_boxes(coarse)
-    lse_boxes = describe(coarse, 1, tile["BLOCK_N"]) if lse_boxed else None
+    lse_boxes = describe(coarse, tile["BLOCK_N"]) if lse_boxed else None
     if boxed and tile["HEADS"] >= 16:
         tile["num_stages"] = 1  # a fourth program side by side is worth more than a second stage
     shared = {
