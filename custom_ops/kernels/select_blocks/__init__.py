@@ -15,7 +15,6 @@ from custom_ops.kernels.select_blocks.scores import score_kernel
 _SCORE_BYTES = 176 << 20
 _LSE_BYTES = 64 << 20
 _MAX_BLOCKS = 1 << 14  # a row's scores live in the registers of at most 32 warps
-_WARP_KEYS = 512  # of a row whose best are picked
 _MIN_PROGRAMS = 1024  # several per multiprocessor: below that, columns are split among programs
 
 
@@ -89,7 +88,9 @@ def launch(
             parts.first,
             **picking,
             N=N,
-            num_warps=max(1, min(16, N // _WARP_KEYS)),
+            # On one H100, 8 KV heads: eight warps instead of sixteen take 155 ms instead of 220
+            # at 512K tokens (N 8192); four instead of two 8.2 instead of 8.7 at 128K (N 2048).
+            num_warps=max(1, min(N // 512, max(8, N // 1024))),
         )
 
     all_heads = range(B * Hkv)
