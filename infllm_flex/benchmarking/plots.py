@@ -4,14 +4,24 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from infllm_flex.benchmarking.report import SHAPE, Row, by_shape, fastest_dense
 
 # Dark enough on white, and apart for colour-blind eyes.
 _COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#56b4e9", "#e69f00", "#999999")
+_DASHES = {"text": "-", "drifting": "--", "independent": ":"}
+_MARKERS = ("o", "s", "^", "v")
 _MODES = ("forward", "forward+backward")
 _STAGES = {"select_blocks": "selection", "build_lists": "lists", "attend": "attention"}
+
+
+class _Line(NamedTuple):
+    mode: str
+    heads: str
+    inputs: str
+    engine: str
+    batch: str
 
 
 def plot_speed_up(path: Path, rows: Sequence[Row]) -> None:
@@ -24,45 +34,54 @@ def plot_speed_up(path: Path, rows: Sequence[Row]) -> None:
     Raises:
         ValueError: The rows compare nothing.
     """
-    lines: dict[tuple[str, ...], list[tuple[int, float]]] = {}
+    lines: dict[_Line, list[tuple[int, float]]] = {}
     for shape, times in by_shape(rows).items():
         at, dense = dict(zip(SHAPE, shape, strict=True)), fastest_dense(times)
         for (op, engine), ms in times.items():
             if op == "infllm_attention" and dense is not None and at["mode"] in _MODES:
-                batch = () if at["B"] == "1" else (f"batch {at['B']}",)
-                line = (
-                    f"{at['Hq']}/{at['Hkv']}",
-                    at["mode"],
-                    f"{at['inputs']} queries",
-                    engine,
-                    *batch,
-                )
+                shape_of_heads = f"{at['Hq']}/{at['Hkv']}"
+                line = _Line(at["mode"], shape_of_heads, at["inputs"], engine, at["B"])
                 lines.setdefault(line, []).append((int(at["S"]), dense[1] / ms))
     if not lines:
         raise ValueError("nothing to draw: no sparse attention beside a dense one")
-    figure, axes = _figure(1)
-    for index, (name, points) in enumerate(lines.items()):
-        lengths, ratios = zip(*sorted(points), strict=True)
-        dashes = "--" if "forward" in name else "-"
-        axes.plot(
-            lengths,
-            ratios,
-            dashes,
-            marker="o",
-            markersize=4,
-            color=_COLOURS[index % len(_COLOURS)],
-            label=", ".join(name),
-        )
-    axes.axhline(1, color="#bbbbbb", linewidth=0.8, zorder=0)
-    axes.set_xscale("log", base=2)
-    ticks = sorted({length for points in lines.values() for length, _ in points})
-    axes.set_xticks(ticks, [f"{n:,}" for n in ticks])
-    axes.minorticks_off()
-    axes.set_ylim(bottom=0)
-    axes.set_xlabel("tokens")
-    axes.set_ylabel("times as fast as the fastest dense attention")
-    axes.legend(frameon=False, fontsize=8)
+    modes = [mode for mode in _MODES if any(line.mode == mode for line in lines)]
+    figure, panels = _figure(1, len(modes))
+    heads, engines = (
+        list(dict.fromkeys(getattr(line, name) for line in lines)) for name in ("heads", "engine")
+    )
+    for mode, axes in zip(modes, panels, strict=True):
+        shown = {line: sorted(points) for line, points in lines.items() if line.mode == mode}
+        for line, points in sorted(shown.items(), key=lambda item: -item[1][-1][1]):
+            lengths, ratios = zip(*points, strict=True)
+            batch = "" if line.batch == "1" else f", batch {line.batch}"
+            axes.plot(
+                lengths,
+                ratios,
+                _DASHES.get(line.inputs, "-."),
+                marker=_MARKERS[engines.index(line.engine) % len(_MARKERS)],
+                markersize=4,
+                color=_COLOURS[heads.index(line.heads) % len(_COLOURS)],
+                label=f"{line.heads}, {line.inputs} queries, {line.engine}{batch}",
+            )
+        axes.axhline(1, color="#bbbbbb", linewidth=0.8, zorder=0)
+        axes.set_xscale("log", base=2)
+        ticks = sorted({length for points in shown.values() for length, _ in points})
+        axes.set_xticks(ticks, [_short(n) for n in ticks])
+        axes.minorticks_off()
+        axes.set_ylim(bottom=0)
+        axes.set_title(mode, fontsize=9)
+        axes.set_xlabel("tokens")
+        axes.legend(frameon=False, fontsize=8)
+    panels[0].set_ylabel("times as fast as the fastest dense attention")
     _save(figure, path, rows)
+
+
+def _short(tokens: int) -> str:
+    """A length as people say it: 32K, 1M."""
+    for unit, name in ((1 << 20, "M"), (1 << 10, "K")):
+        if tokens % unit == 0:
+            return f"{tokens // unit}{name}"
+    return f"{tokens:,}"
 
 
 def plot_stages(path: Path, rows: Sequence[Row]) -> None:
@@ -89,7 +108,7 @@ def plot_stages(path: Path, rows: Sequence[Row]) -> None:
                 bars.append((label, stages))
     if not bars:
         raise ValueError("nothing to draw: no stages")
-    figure, axes = _figure(max(1.0, len(bars) / 10))
+    figure, (axes,) = _figure(max(1.0, len(bars) / 10))
     places = range(len(bars))
     left = [0.0] * len(bars)
     for index, name in enumerate(_STAGES.values()):
@@ -104,13 +123,15 @@ def plot_stages(path: Path, rows: Sequence[Row]) -> None:
     _save(figure, path, rows)
 
 
-def _figure(height: float) -> tuple[Any, Any]:
+def _figure(height: float, num_panels: int = 1) -> tuple[Any, list[Any]]:
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(8, 4.5 * height), dpi=150, layout="constrained")
-    axes = figure.add_subplot()
-    axes.spines[["top", "right"]].set_visible(False)
-    return figure, axes
+    width = 8 if num_panels == 1 else 6 * num_panels
+    figure = Figure(figsize=(width, 4.5 * height), dpi=150, layout="constrained")
+    panels = [figure.add_subplot(1, num_panels, i + 1) for i in range(num_panels)]
+    for axes in panels:
+        axes.spines[["top", "right"]].set_visible(False)
+    return figure, panels
 
 
 def _save(figure: Any, path: Path, rows: Sequence[Row]) -> None:

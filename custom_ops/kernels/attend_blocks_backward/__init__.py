@@ -13,7 +13,7 @@ from custom_ops.kernels.attend_blocks_backward.dkv import dkv_kernel
 from custom_ops.kernels.attend_blocks_backward.dq import dq_kernel
 from custom_ops.kernels.attend_blocks_backward.entries import entries_by_block
 from custom_ops.kernels.attend_blocks_backward.reduce import reduce_kernel
-from custom_ops.kernels.attend_blocks_backward.shares import choose_stretch, share_blocks
+from custom_ops.kernels.attend_blocks_backward.shares import choose_stretch, cut_long_lists
 from custom_ops.kernels.capability import has_little_shared_memory
 from custom_ops.kernels.descriptors import describe, describe_groups, has_boxes
 
@@ -81,7 +81,7 @@ def launch(
     row_boxes = [describe_groups(x, Hkv, tokens) if rows_boxed else None for x in (grad_out, q)]
     begin, count, tile_of, word_of = entries_by_block(*lists, num_blocks)
     num_pairs = num_tiles * min(idx.shape[3], num_blocks)
-    shares = share_blocks(count, choose_stretch(num_pairs, num_blocks))
+    shares = cut_long_lists(count, choose_stretch(num_pairs, num_blocks))
     parts = torch.empty(
         B * Hkv * shares.most, 2, block_size, D, dtype=torch.float32, device=q.device
     )

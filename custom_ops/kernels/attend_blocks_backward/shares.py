@@ -35,7 +35,7 @@ def choose_stretch(num_pairs: int, blocks: int) -> int:
     return max(_LEAST_STRETCH, num_pairs // blocks)
 
 
-def share_blocks(count: Tensor, stretch: int) -> Shares:
+def cut_long_lists(count: Tensor, stretch: int) -> Shares:
     """Cut the lists of blocks that are much longer than others.
 
     Args:
