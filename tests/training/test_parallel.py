@@ -75,12 +75,12 @@ def alone(tmp_path_factory):
     return of
 
 
-def assert_same_training(folder, alone):
+def assert_same_training(folder, alone, factor=3.0):
     whole, in_passes = alone
     found = torch.tensor(checks.losses(folder / "metrics.jsonl"))
     for column in (0, 1):
         assert_within_rounding(
-            found[:, column], whole[:, column].double(), in_passes[:, column], factor=3.0
+            found[:, column], whole[:, column].double(), in_passes[:, column], factor=factor
         )
 
 
@@ -91,7 +91,9 @@ EXACT = [(n, name) for n, names in checks.NAMES.items() for name in names if nam
 def test_several_processes_train_what_one_does(results, alone, size, name):
     said, folder = results(size)
     assert said[name] == "passed"
-    assert_same_training(folder / name, alone(name))
+    # Muon orthogonalises in bfloat16, which makes much of a gradient's last bit on some CPUs.
+    factor = 10.0 if name == "muon" else 3.0
+    assert_same_training(folder / name, alone(name), factor)
 
 
 def test_bfloat16_arithmetic_over_float32_weights_stays_close(results, alone):
