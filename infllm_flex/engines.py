@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import custom_ops
+from custom_ops.kernels.capability import device_capability
 from infllm_flex.block_mask import build_block_mask
 from infllm_flex.compiled_flex import (
     flex,
@@ -130,7 +131,7 @@ def _attend_on_gpu(
             selected, config, levels, kv_len=key.shape[2], first=first, backward=training
         )
         head_dim, dtype = query.shape[3], query.dtype
-        capability = _capability(query.device)
+        capability = device_capability(query.device)
         if training:
             chosen = [training_options(mask, head_dim, dtype, capability) for mask in masks]
             masks, options = [mask for mask, _ in chosen], [option for _, option in chosen]
@@ -152,16 +153,6 @@ def _attend_on_gpu(
     unseen = [x.detach() for x in (out, query, key, value)]
     custom_ops.redo_special_heads(*unseen, selected, config.block_size, scale)
     return out
-
-
-def _capability(device: torch.device) -> int:
-    """Compute capability of a GPU, 90 for Hopper."""
-    major, minor = torch.cuda.get_device_capability(device)
-    return 10 * major + minor
-
-
-# A constant to graphs: what torch.compiler.assume_constant_result says, without importing Dynamo.
-_capability._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def needs_gradients(*inputs: Tensor) -> bool:

@@ -1,1 +1,1 @@
-"""Triton kernels and their launchers, imported only when an operator runs on CUDA."""
+"""Triton kernels and their launchers, which are imported only when an operator runs on CUDA."""

@@ -5,7 +5,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from custom_ops.kernels.tile_blocks import LIST_END, next_block
+from custom_ops.kernels.tile_blocks import LIST_END, locate_lists, next_block
 
 
 @triton.jit(do_not_specialize=["Sq", "K", "offset", "num_tiles", "total_tiles", "width"])
@@ -31,19 +31,23 @@ def _share_blocks_kernel(
     TILES: tl.constexpr,
 ):
     """Merge for a few tiles side by side, one lane a token: each step deals out one block."""
-    flat = tl.program_id(0).to(tl.int64) * TILES + tl.arange(0, TILES)
-    head = flat // num_tiles
-    tile = (flat % num_tiles).to(tl.int32)
-    lane = tl.arange(0, LANES)
-    row = tile[:, None] * TILE_TOKENS + lane[None, :]
-    real = (flat < total_tiles)[:, None] & (lane < TILE_TOKENS)[None, :] & (row < Sq)
+    flat, head, row, real, own, num_past, list_ptr = locate_lists(
+        selected_ptr,
+        stride_b,
+        stride_h,
+        stride_s,
+        Sq,
+        offset,
+        num_tiles,
+        total_tiles,
+        Hkv,
+        BLOCK_SIZE,
+        TILE_TOKENS,
+        LANES,
+        TILES,
+    )
     everyone = tl.sum(real.to(tl.int32), 1)
-    num_past = (offset + tile * TILE_TOKENS + 1) // BLOCK_SIZE  # blocks that end by the first token
-
-    list_ptr = selected_ptr + (head // Hkv * stride_b + head % Hkv * stride_h)[:, None]
-    list_ptr += row.to(tl.int64) * stride_s
     rest_ptr += (head[:, None] * Sq + row) * K
-    own = (offset + row) // BLOCK_SIZE
     taken = tl.zeros([TILES, LANES], tl.int32)
     left = tl.zeros([TILES, LANES], tl.int32)
     num = tl.zeros([TILES], tl.int32)

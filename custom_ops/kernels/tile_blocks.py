@@ -9,6 +9,42 @@ LIST_END = tl.constexpr(0x7FFFFFFF)  # what follows a list's last block
 
 
 @triton.jit
+def locate_lists(
+    selected_ptr,
+    stride_b,
+    stride_h,
+    stride_s,
+    Sq,
+    offset,
+    num_tiles,
+    total_tiles,
+    Hkv,
+    BLOCK_SIZE: tl.constexpr,
+    TILE_TOKENS: tl.constexpr,
+    LANES: tl.constexpr,
+    TILES: tl.constexpr,
+):
+    """Find the lists of a program's tiles, one lane a token.
+
+    Returns:
+        ``[TILES]``: each tile's number among all heads', and its head; ``[TILES, LANES]``: the
+        query of each lane, whether there is one, and its own block; ``[TILES]``: how many blocks
+        end by the first token; ``[TILES, LANES]``: where each list begins.
+    """
+    flat = tl.program_id(0).to(tl.int64) * TILES + tl.arange(0, TILES)
+    head = flat // num_tiles
+    tile = (flat % num_tiles).to(tl.int32)
+    lane = tl.arange(0, LANES)
+    row = tile[:, None] * TILE_TOKENS + lane[None, :]
+    real = (flat < total_tiles)[:, None] & (lane < TILE_TOKENS)[None, :] & (row < Sq)
+    own = (offset + row) // BLOCK_SIZE
+    num_past = (offset + tile * TILE_TOKENS + 1) // BLOCK_SIZE
+    list_ptr = selected_ptr + (head // Hkv * stride_b + head % Hkv * stride_h)[:, None]
+    list_ptr += row.to(tl.int64) * stride_s
+    return flat, head, row, real, own, num_past, list_ptr
+
+
+@triton.jit
 def next_block(list_ptr, taken, own, stride_k, K, mask):
     """Read the blocks at slots ``taken``; ``LIST_END`` after a list's last and where not asked.
 
@@ -45,19 +81,23 @@ def _tile_blocks_kernel(
     SEPARATE_FULL: tl.constexpr,
 ):
     """Merge for a few tiles side by side, one lane a token: each step lists the lowest block."""
-    flat = tl.program_id(0).to(tl.int64) * TILES + tl.arange(0, TILES)
-    head = flat // num_tiles
-    tile = (flat % num_tiles).to(tl.int32)
-    lane = tl.arange(0, LANES)
-    row = tile[:, None] * TILE_TOKENS + lane[None, :]
-    real = (flat < total_tiles)[:, None] & (lane < TILE_TOKENS)[None, :] & (row < Sq)
-    bit = tl.where(real, 1 << lane[None, :], 0)
+    flat, _, _, real, own, num_past, list_ptr = locate_lists(
+        selected_ptr,
+        stride_b,
+        stride_h,
+        stride_s,
+        Sq,
+        offset,
+        num_tiles,
+        total_tiles,
+        Hkv,
+        BLOCK_SIZE,
+        TILE_TOKENS,
+        LANES,
+        TILES,
+    )
+    bit = tl.where(real, 1 << tl.arange(0, LANES)[None, :], 0)
     everyone = tl.sum(bit, 1)
-    num_past = (offset + tile * TILE_TOKENS + 1) // BLOCK_SIZE  # blocks that end by the first token
-
-    list_ptr = selected_ptr + (head // Hkv * stride_b + head % Hkv * stride_h)[:, None]
-    list_ptr += row.to(tl.int64) * stride_s
-    own = (offset + row) // BLOCK_SIZE
     taken = tl.zeros([TILES, LANES], tl.int32)
     block = next_block(list_ptr, taken, own, stride_k, K, real)
     kv_num = tl.zeros([TILES], tl.int32)
