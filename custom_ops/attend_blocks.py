@@ -35,7 +35,7 @@ def attend_blocks(
         selected: Blocks of each token, int32 ``[B, Hkv, Sq, K]``, ascending, -1 for unused slots.
         block_size: Keys per block.
         scale: Factor on the dot products.
-        tile_tokens: Tokens per tile, 1 to 32; None lets the device's rule choose.
+        tile_tokens: Tokens per tile, 1 to 64; None lets the device's rule choose.
         unit: Where sequences begin at multiples of so many tokens, no tile holds two of them.
 
     Returns:

@@ -18,7 +18,7 @@ def share_blocks(
         selected: int32 ``[B, Hkv, Sq, K]``, ascending, -1 for unused slots.
         kv_len: Keys in the sequence; the queries are its last ``Sq`` positions.
         block_size: Keys per block.
-        tile_tokens: Tokens per tile, 1 to 32. The last tile may hold fewer.
+        tile_tokens: Tokens per tile, 1 to 64. The last tile may hold fewer.
 
     Returns:
         Three int32 tensors, W the smaller of K and the blocks in the sequence.

@@ -4,7 +4,19 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+MAX_TILE_TOKENS = 64  # a tile's tokens have one bit each in a word
 _CHUNK_ENTRIES = 4 << 20  # (tile, block) pairs looked at together; bounds memory at any length
+
+
+def word_dtype(tile_tokens: int) -> torch.dtype:
+    """Choose the integers whose bits stand for a tile's tokens.
+
+    Raises:
+        ValueError: No integer has so many bits.
+    """
+    if not 1 <= tile_tokens <= MAX_TILE_TOKENS:
+        raise ValueError(f"tile_tokens must be between 1 and {MAX_TILE_TOKENS}, got {tile_tokens}")
+    return torch.int32 if tile_tokens <= 32 else torch.int64
 
 
 @torch.library.custom_op("infllm_flex::tile_blocks", mutates_args=())
@@ -26,17 +38,22 @@ def tile_blocks(
         selected: int32 ``[B, Hkv, Sq, K]``, ascending, -1 for unused slots.
         kv_len: Keys in the sequence; the queries are its last ``Sq`` positions.
         block_size: Keys per block.
-        tile_tokens: Tokens per tile, 1 to 32. The last tile may hold fewer.
+        tile_tokens: Tokens per tile, 1 to 64. The last tile may hold fewer.
         width: Slots per list, at least the size of the largest union.
         separate_full: Whether full blocks are listed apart; else all are in the first list.
 
     Returns:
-        Five int32 tensors; lists ascend and are zero past their counts.
+        Five tensors, int32 but for ``words``; lists ascend and are zero past their counts.
         ``kv_num [B, Hkv, Nq]`` and ``kv_idx [B, Hkv, Nq, width]``: the partial blocks.
-        ``words [B, Hkv, Nq, width]``: bit t is set iff token t of the tile selected that block.
+        ``words [B, Hkv, Nq, width]``: bit t is set iff token t of the tile selected that block;
+        int32 for tiles of up to 32 tokens, else int64.
         ``full_num [B, Hkv, Nq]`` and ``full_idx [B, Hkv, Nq, width]``: the full blocks; of width 0,
         and none counted, unless they are separate.
+
+    Raises:
+        ValueError: ``tile_tokens`` is out of range.
     """
+    dtype = word_dtype(tile_tokens)
     if tile_tokens == 1 and separate_full:
         return _split_own_lists(selected, kv_len, block_size, width)
     B, Hkv, Sq, _ = selected.shape
@@ -44,7 +61,8 @@ def tile_blocks(
     rows = B * Hkv * num_tiles
     kv_num, full_num = (selected.new_zeros(rows) for _ in range(2))
     full_width = width if separate_full else 0
-    kv_idx, words = (selected.new_zeros(rows, width) for _ in range(2))
+    kv_idx = selected.new_zeros(rows, width)
+    words = selected.new_zeros(rows, width, dtype=dtype)
     full_idx = selected.new_zeros(rows, full_width)
     num_blocks = -(-kv_len // block_size)
     per_chunk = max(1, _CHUNK_ENTRIES // num_blocks)
@@ -84,7 +102,8 @@ def _(
     num = selected.new_empty(B, Hkv, num_tiles)
     idx = selected.new_empty(B, Hkv, num_tiles, width)
     full_idx = selected.new_empty(B, Hkv, num_tiles, width if separate_full else 0)
-    return num, idx, torch.empty_like(idx), torch.empty_like(num), full_idx
+    words = torch.empty_like(idx, dtype=word_dtype(tile_tokens))
+    return num, idx, words, torch.empty_like(num), full_idx
 
 
 @tile_blocks.register_kernel("cuda")
@@ -161,5 +180,5 @@ def _list_blocks(
     num.copy_(counts)
     idx[tile, slot] = block.int()
     if members is not None and words is not None:
-        # Through uint32 semantics: bit 31 makes the int32 word negative, as kernels expect.
-        words[tile, slot] = members[tile, block].int()
+        # The highest bit makes a word negative, as kernels expect.
+        words[tile, slot] = members[tile, block].to(words.dtype)

@@ -5,9 +5,8 @@ import math
 import torch
 from torch import Tensor
 
-from custom_ops.tile_blocks import tile_blocks
+from custom_ops.tile_blocks import MAX_TILE_TOKENS, tile_blocks
 
-MAX_TILE_TOKENS = 32  # a tile's tokens have one bit each in an int32 word
 _TILE_ROWS = 64  # on the CPU; more rows would load more of each other's blocks
 
 
@@ -31,8 +30,8 @@ def list_blocks(
         tile_tokens: Tokens per tile.
 
     Returns:
-        Three int32 tensors: blocks per tile ``[B, Hkv, Nq]``; the blocks ``[B, Hkv, Nq, W]``,
-        ascending; their membership words, alike.
+        Blocks per tile, int32 ``[B, Hkv, Nq]``; the blocks, int32 ``[B, Hkv, Nq, W]``, ascending;
+        their membership words as from ``tile_blocks``, alike.
     """
     num_blocks = -(-kv_len // block_size)
     width = union_width(selected.shape[3], tile_tokens, num_blocks)

@@ -10,7 +10,8 @@ from torch import Tensor
 from torch.nn.attention.flex_attention import BlockMask
 
 import custom_ops
-from custom_ops.union_lists import MAX_TILE_TOKENS, union_width
+from custom_ops.tile_blocks import MAX_TILE_TOKENS
+from custom_ops.union_lists import union_width
 from infllm_flex.config import InfLLMConfig
 
 _MaskMod = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
@@ -61,7 +62,7 @@ def build_block_mask(
         kv_len: Keys in the sequence, ``Skv``.
         num_groups: Query heads per KV head, ``G``.
         first: Position of the first query. Defaults to ``Skv - Sq``: they are the last positions.
-        tile_tokens: Tokens per tile, 1 to 32; ``None`` chooses by device and group.
+        tile_tokens: Tokens per tile, 1 to 64; ``None`` chooses by device and group.
         backward: Also list the tiles of each block, which FlexAttention's backward walks. Their
             rows are as wide as the number of tiles.
 

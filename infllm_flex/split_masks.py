@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.nn.attention.flex_attention import BlockMask
 
 import custom_ops
-from custom_ops.union_lists import MAX_TILE_TOKENS
+from custom_ops.tile_blocks import MAX_TILE_TOKENS
 from infllm_flex.config import InfLLMConfig
 
 _LEAST_ROWS = 16  # the least that matrix instructions take, and FlexAttention's backward

@@ -125,8 +125,8 @@ def test_no_table_of_all_pairs_is_made():
     [
         (make_selected(64).long(), 4, "selected must be int32"),
         (make_selected(64)[0], 4, "selected must be int32 .B, Hkv, Sq, K."),
-        (make_selected(64), 33, "tile_tokens must be between 1 and 32, got 33"),
-        (make_selected(64), 0, "tile_tokens must be between 1 and 32, got 0"),
+        (make_selected(64), 65, "tile_tokens must be between 1 and 64, got 65"),
+        (make_selected(64), 0, "tile_tokens must be between 1 and 64, got 0"),
     ],
 )
 def test_bad_input_is_named(selected, tile_tokens, message):

@@ -5,6 +5,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from custom_ops.tile_blocks import word_dtype
+
 LIST_END = tl.constexpr(0x7FFFFFFF)  # what follows a list's last block
 
 
@@ -96,7 +98,9 @@ def _tile_blocks_kernel(
         LANES,
         TILES,
     )
-    bit = tl.where(real, 1 << tl.arange(0, LANES)[None, :], 0)
+    WORD: tl.constexpr = tl.int32 if TILE_TOKENS <= 32 else tl.int64
+    lane = tl.arange(0, LANES)[None, :]
+    bit = tl.where(real, tl.full([1, LANES], 1, WORD) << lane.to(WORD), 0)
     everyone = tl.sum(bit, 1)
     taken = tl.zeros([TILES, LANES], tl.int32)
     block = next_block(list_ptr, taken, own, stride_k, K, real)
@@ -143,8 +147,12 @@ def launch(
         torch.zeros(B, Hkv, num_tiles, dtype=torch.int32, device=selected.device) for _ in range(2)
     )
     kv_idx, words, full_idx = (
-        torch.zeros(B, Hkv, num_tiles, slots, dtype=torch.int32, device=selected.device)
-        for slots in (width, width, width if separate_full else 0)
+        torch.zeros(B, Hkv, num_tiles, slots, dtype=dtype, device=selected.device)
+        for slots, dtype in (
+            (width, torch.int32),
+            (width, word_dtype(tile_tokens)),
+            (width if separate_full else 0, torch.int32),
+        )
     )
     lanes = triton.next_power_of_2(tile_tokens)
     tiles = max(1, 32 // lanes)

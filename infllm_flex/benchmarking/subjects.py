@@ -10,6 +10,7 @@ from torch import Tensor
 
 import custom_ops
 from custom_ops import union_lists
+from custom_ops.tile_blocks import MAX_TILE_TOKENS
 from infllm_flex.attention import infllm_attention
 from infllm_flex.benchmarking.decode import decode_subjects
 from infllm_flex.benchmarking.dense import Baseline, dense_attentions
@@ -105,7 +106,7 @@ def _tilings(
     subjects = []
     for rows in tile_rows:
         tokens = rows // groups
-        if not 1 <= tokens <= union_lists.MAX_TILE_TOKENS:
+        if not 1 <= tokens <= MAX_TILE_TOKENS:
             continue
         lists = union_lists.list_blocks(selected, qkv.key.shape[2], config.block_size, tokens)
         inflation = (lists[0].float().mean() / own).item()

@@ -114,7 +114,9 @@ def test_keys_no_one_chose_have_no_gradient():
     assert k.grad[:, :, :16].any()
 
 
-@pytest.mark.parametrize(("tile_tokens", "unit", "tokens"), [(8, 64, 8), (9, 64, 8), (32, 48, 16)])
+@pytest.mark.parametrize(
+    ("tile_tokens", "unit", "tokens"), [(8, 64, 8), (9, 64, 8), (32, 48, 16), (64, 64, 64)]
+)
 def test_tiles_divide_the_unit_of_a_layout(tile_tokens, unit, tokens):
     assert union_lists.fit_unit(tile_tokens, unit) == tokens
     assert unit % union_lists.fit_unit(tile_tokens, unit) == 0

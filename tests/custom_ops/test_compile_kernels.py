@@ -155,6 +155,7 @@ def _cached(
         (_attend, (BRAIN, 128, 16, 4)),
         (_attend, (BRAIN, 64, 4, 16)),
         (_attend, (BRAIN, 64, 4, 32)),
+        (_attend, (BRAIN, 128, 1, 64)),
         (_attend, (HALF, 40, 3, 8)),
         (_attend, (HALF, 80, 7, 8)),
         (_attend, (BRAIN, 128, 7, 8)),

@@ -24,13 +24,14 @@ def unite_slowly(selected, kv_len, tile_tokens):
             yield partial, full, [[b in t for t in tokens] for b in partial]
 
 
-@pytest.mark.parametrize("tile_tokens", [1, 4, 7, 32])
+@pytest.mark.parametrize("tile_tokens", [1, 4, 7, 32, 33, 64])
 @pytest.mark.parametrize(("S", "Sq"), [(128, 128), (205, 205), (205, 30), (5, 5)])
 def test_lists_the_union_and_what_of_it_is_whole(S, Sq, tile_tokens):
     selected = make_selected(S)[:, :, -Sq:]
     width = min(-(-S // BLOCK), 5 * tile_tokens)
     lists = tile_blocks(selected, S, BLOCK, tile_tokens, width)
     kv_num, kv_idx, words, full_num, full_idx = (x.flatten(0, 2) for x in lists)
+    assert words.dtype == (torch.int32 if tile_tokens <= 32 else torch.int64)
     expected = list(unite_slowly(selected, S, tile_tokens))
     assert len(kv_num) == len(expected)
     for row, (partial, full, members) in enumerate(expected):
@@ -109,7 +110,7 @@ def test_transposed_lists_name_the_same_pairs_in_order():
             assert transposed == sorted(listed)
 
 
-@pytest.mark.parametrize("tile_tokens", [1, 4])
+@pytest.mark.parametrize("tile_tokens", [1, 4, 64])
 def test_are_registered_right(tile_tokens):
     selected = make_selected(50)
     torch.library.opcheck(
@@ -117,6 +118,14 @@ def test_are_registered_right(tile_tokens):
     )
     kv_num, kv_idx, *_ = tile_blocks(selected, 50, BLOCK, tile_tokens, 4)
     torch.library.opcheck(torch.ops.infllm_flex.transpose_blocks.default, (kv_num, kv_idx, 4))
+
+
+@pytest.mark.parametrize("tile_tokens", [0, 65])
+def test_tiles_of_more_tokens_than_a_word_has_bits_are_refused(tile_tokens):
+    with pytest.raises(
+        ValueError, match=f"tile_tokens must be between 1 and 64, got {tile_tokens}"
+    ):
+        tile_blocks(make_selected(50), 50, BLOCK, tile_tokens, 4)
 
 
 def test_compile_as_one_graph():

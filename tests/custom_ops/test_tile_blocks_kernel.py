@@ -45,7 +45,7 @@ def _width(selected: Tensor, kv_len: int, block_size: int, tile_tokens: int) -> 
 
 def _same(actual: tuple[Tensor, ...], expected: tuple[Tensor, ...]) -> bool:
     return all(
-        a.dtype == torch.int32 and torch.equal(a, e) for a, e in zip(actual, expected, strict=True)
+        a.dtype == e.dtype and torch.equal(a, e) for a, e in zip(actual, expected, strict=True)
     )
 
 
@@ -55,6 +55,8 @@ def _same(actual: tuple[Tensor, ...], expected: tuple[Tensor, ...]) -> bool:
         ((1, 2, 70, 200, 16, 6), 8),
         ((2, 1, 37, 37, 8, 5), 32),  # one ragged tile, all 32 bits of a word in use
         ((1, 1, 64, 64, 8, 5), 32),
+        ((1, 2, 70, 70, 8, 5), 64),  # words of 64 bits, all in use
+        ((1, 1, 50, 120, 16, 6), 40),
         ((1, 3, 50, 120, 10, 6), 7),
         ((1, 2, 20, 20, 64, 9), 1),
         ((1, 1, 1, 300, 16, 6), 8),
@@ -84,9 +86,10 @@ def test_equals_the_definition(
         assert _same(back, transpose_blocks(num, idx, num_blocks))
 
 
-def test_bit_31_makes_the_word_negative() -> None:
-    selected = torch.zeros(1, 1, 32, 1, dtype=torch.int32)
-    _, _, words, _, _ = run_on_device(launch_tiles, selected, 32, 64, 32, 1)
+@pytest.mark.parametrize("tokens", [32, 64])
+def test_the_highest_bit_makes_the_word_negative(tokens: int) -> None:
+    selected = torch.zeros(1, 1, tokens, 1, dtype=torch.int32)
+    _, _, words, _, _ = run_on_device(launch_tiles, selected, tokens, 64, tokens, 1)
     assert words.item() == -1
 
 

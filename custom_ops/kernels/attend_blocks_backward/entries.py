@@ -80,8 +80,8 @@ def entries_by_block(
     """List (tile, word) of every listed pair, by head, block and tile; all arguments contiguous.
 
     Returns:
-        ``begin`` int64 and ``count`` int32, ``[B * Hkv, blocks]``: a block's stretch of the int32
-        ``tile_of`` and ``word_of``.
+        ``begin`` int64 and ``count`` int32, ``[B * Hkv, blocks]``: a block's stretch of
+        ``tile_of``, int32, and ``word_of``.
     """
     B, Hkv, num_tiles, width = idx.shape
     row_words = triton.cdiv(num_tiles, 32)
@@ -90,7 +90,7 @@ def entries_by_block(
     before = torch.empty(rows, row_words, dtype=torch.int32, device=device)
     count = torch.empty(rows, dtype=torch.int32, device=device)
     tile_of, word_of = (
-        torch.empty(idx.numel(), dtype=torch.int32, device=device) for _ in range(2)
+        torch.empty(idx.numel(), dtype=x.dtype, device=device) for x in (idx, words)
     )
     tiles = (B * Hkv * num_tiles,)
     mark_kernel[tiles](
