@@ -9,6 +9,15 @@ _VARYING = ["first_head", "first_row", "end_row", "offset", "Sq", "K", "num_part
 
 
 @triton.jit
+def _log_of_count(count):
+    """About the logarithm, up to a factor and a summand, for interpolation: the float's own bits.
+
+    None counts as a half.
+    """
+    return tl.maximum(count.to(tl.float32), 0.5).to(tl.int32, bitcast=True).to(tl.float32)
+
+
+@triton.jit
 def best_blocks(score, block, own, K, INIT_BLOCKS: tl.constexpr, LOCAL_BLOCKS: tl.constexpr):
     """Mark the K best of more than K blocks: forced ones, then by score, the lowest at ties.
 
@@ -30,11 +39,14 @@ def best_blocks(score, block, own, K, INIT_BLOCKS: tl.constexpr, LOCAL_BLOCKS: t
     low = tl.min(tl.where(key >= 0, key, 0x7FFFFFFF), 0)
     high = tl.max(tl.where(key < 0x7FFFFFFF, key, -1), 0) + 1
     num_low = own + 1
-    num_high = tl.sum((key == 0x7FFFFFFF).to(tl.int32), 0)
+    num_high = tl.minimum(INIT_BLOCKS + LOCAL_BLOCKS + 1, num_low)  # the forced ones
     if num_high >= K:
         low = 0x7FFFFFFF
         num_low = num_high
         high = low
+    log_k = _log_of_count(K + tl.zeros([], tl.int32))
+    log_low = _log_of_count(num_low)
+    log_high = _log_of_count(num_high)
     step = 0
     while (num_low > K) & (high - low > 1):
         is_close = num_low - num_high <= 3
@@ -43,17 +55,18 @@ def best_blocks(score, block, own, K, INIT_BLOCKS: tl.constexpr, LOCAL_BLOCKS: t
         else:
             share = 0.5  # halves now and then, whatever the distribution
             if step % 3 != 2:  # else as if the logarithm of the count fell evenly
-                fewest = tl.maximum(num_high.to(tl.float32), 0.5)
-                drop = tl.log2(num_low.to(tl.float32) / fewest)
-                share = tl.log2(num_low.to(tl.float32) / K) / drop
+                share = (log_low - log_k) / (log_low - log_high)
             trial = low + ((high - low).to(tl.float32) * share).to(tl.int32)
             trial = tl.minimum(tl.maximum(trial, low + 1), high - 1)
         count = tl.sum((key >= trial).to(tl.int32), 0)
+        log_count = _log_of_count(count)
         reached = count >= K
         low = tl.where(reached, trial, low)
         num_low = tl.where(reached, count, num_low)
         high = tl.where(reached, tl.where(is_close, trial + 1, high), trial)
         num_high = tl.where(reached, num_high, count)
+        log_low = tl.where(reached, log_count, log_low)
+        log_high = tl.where(reached, log_high, log_count)
         step += 1
     if num_low > K:  # ties at the threshold: the lowest blocks
         room = K - tl.sum((key > low).to(tl.int32), 0)
@@ -65,7 +78,6 @@ def best_blocks(score, block, own, K, INIT_BLOCKS: tl.constexpr, LOCAL_BLOCKS: t
 @triton.jit(do_not_specialize=_VARYING)
 def pick_kernel(
     scores_ptr,
-    tails_ptr,
     out_ptr,
     documents_ptr,
     first_head,
@@ -83,7 +95,6 @@ def pick_kernel(
     LOCAL_BLOCKS: tl.constexpr,
     PART: tl.constexpr,
     PART_ROWS: tl.constexpr,
-    TAIL: tl.constexpr,
     BLOCK_K: tl.constexpr,
     N: tl.constexpr,
 ):
@@ -116,9 +127,6 @@ def pick_kernel(
     scored = block < own - LOCAL_BLOCKS
     at = (head * rows + row) * columns + block
     score = tl.load(scores_ptr + at, mask=scored, other=-1.0)
-    if TAIL > 0:
-        tail = tl.load(tails_ptr + at, mask=scored & (block > 0), other=-1.0)
-        score = tl.maximum(score, tail)
     chosen = best_blocks(score, block, own, budget, INIT_BLOCKS, LOCAL_BLOCKS)
     place = tl.cumsum(chosen.to(tl.int32), 0) - 1
     tl.store(out_ptr + place, first_block + block, mask=chosen)

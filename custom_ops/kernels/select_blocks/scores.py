@@ -22,7 +22,6 @@ def score_kernel(
     boxes,
     lse_ptr,
     scores_ptr,
-    tails_ptr,
     documents_ptr,
     stride_qb,
     stride_qh,
@@ -67,10 +66,10 @@ def score_kernel(
     IN_PARTS: tl.constexpr,
     BOXES: tl.constexpr,
 ):
-    """Fill ``scores`` and ``tails [num_heads, rows, columns]``: a tile, a run of blocks each.
+    """Fill ``scores [num_heads, rows, columns]``: a tile, a run of blocks each.
 
-    A score is the best of the windows that begin in the block; a tail is the best of those that
-    begin in the block before and reach into this one.
+    A score is the best of the windows that begin in the block, and of the last ``TAIL`` of those
+    that begin in the block before.
     """
     tiles = tl.cdiv(end_row - first_row, TOKENS)
     head = tl.program_id(0) % num_heads
@@ -115,14 +114,19 @@ def score_kernel(
     slot = n % SLOTS
     block_slot = tl.arange(0, BLOCK_N // SLOTS)
     STEP: tl.constexpr = BLOCK_N // SLOTS
-    begin_block = split * split_blocks
-    end_block = tl.minimum(begin_block + split_blocks, num_scored)
+    first_block = split * split_blocks
+    end_block = tl.minimum(first_block + split_blocks, num_scored)
+    begin_block = first_block
+    if TAIL > 0:  # the first block of the run needs the one before
+        begin_block = tl.maximum(first_block - STEP, 0)
     inner_end = begin_block
     # Float32 leaves no registers for a second loop, and windows of other blocks need the tests.
     ALL_EDGE: tl.constexpr = IN_PARTS or SLOTS != PER_BLOCK
     if not ALL_EDGE:  # every row sees all of these blocks' windows
         whole = count_windows(offset + first, KERNEL_SIZE, KERNEL_STRIDE, C) // PER_BLOCK
         inner_end += tl.maximum(tl.minimum(end_block, whole) - begin_block, 0) // STEP * STEP
+    previous = tl.full([STEP, TOKENS], -1.0, tl.float32)  # row 0: of the block before the step
+    from_row = ((block_slot + STEP - 1) % STEP)[:, None] + tl.zeros([STEP, TOKENS], tl.int32)
     for EDGE in tl.static_range(1 if ALL_EDGE else 0, 2):
         for start in tl.range(
             inner_end if EDGE else begin_block, end_block if EDGE else inner_end, STEP
@@ -152,13 +156,14 @@ def score_kernel(
                 seen = valid[:, None] & (window_end[:, None] <= offset + token[None, :])
                 weight = tl.where(seen, weight, -1.0)
 
+            score = tl.max(tl.reshape(weight, [STEP, SLOTS, TOKENS]), 1)
+            if TAIL > 0:  # the windows that reach into the next block, moved there
+                tail = tl.where((slot >= PER_BLOCK - TAIL)[:, None], weight, -1.0)
+                tail = tl.max(tl.reshape(tail, [STEP, SLOTS, TOKENS]), 1)
+                moved = tl.gather(tail, from_row, 0)
+                score = tl.maximum(score, tl.where(block_slot[:, None] == 0, previous, moved))
+                previous = moved
             block = start + block_slot
             out = out_row[None, :] + block[:, None]
-            out_mask = (block < num_scored)[:, None] & (token < end_row)[None, :]
-            by_block = tl.reshape(weight, [STEP, SLOTS, TOKENS])
-            tl.store(scores_ptr + out, tl.max(by_block, 1), mask=out_mask)
-            if TAIL > 0:  # the windows that reach into the next block, stored there
-                tail = tl.where((slot >= PER_BLOCK - TAIL)[:, None], weight, -1.0)
-                tail = tl.reshape(tail, [STEP, SLOTS, TOKENS])
-                tail_mask = (block + 1 < num_scored)[:, None] & (token < end_row)[None, :]
-                tl.store(tails_ptr + out + 1, tl.max(tail, 1), mask=tail_mask)
+            listed = (block >= first_block) & (block < num_scored)
+            tl.store(scores_ptr + out, score, mask=listed[:, None] & (token < end_row)[None, :])
