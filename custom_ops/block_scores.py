@@ -11,6 +11,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+# Windows are scored by so many, at one position for all. In matrix products of whole groups of
+# columns, and of a multiple of four rows, the bits of a row do not depend on how many rows and
+# threads there are: so it is with the library that PyTorch ships for x86. Rests of columns take
+# other paths through it, where threads cut them.
+COLUMNS = 64
 _INVISIBLE = -1.0  # ranks below every score, since scores are sums of exponentials
 _FEW_LISTS = 64
 _FIRST, _NEVER = torch.iinfo(torch.int64).max, torch.iinfo(torch.int64).min
@@ -25,6 +30,10 @@ class Windows(NamedTuple):
     def seen_from(self, position: int) -> int:
         """Count the windows that lie wholly at or before ``position``."""
         return max(0, (position + 1 - self.size) // self.stride + 1)
+
+    def scored_to(self, position: int) -> int:
+        """Count the windows that are scored to see those up to ``position``: whole groups."""
+        return -(-self.seen_from(position) // COLUMNS) * COLUMNS
 
 
 class Rule(NamedTuple):

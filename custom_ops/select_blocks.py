@@ -216,8 +216,8 @@ def _select_for_head(
     tokens = tokens_per_tile(G)
     end = first + Sq
     last_tile_end = -(-end // tokens) * tokens
-    compressed = _pad_rows(compressed, rule.windows.seen_from(last_tile_end))
-    coarse = _pad_rows(coarse, rule.coarse_windows.seen_from(last_tile_end))
+    compressed = _pad_rows(compressed, rule.windows.scored_to(last_tile_end))
+    coarse = _pad_rows(coarse, rule.coarse_windows.scored_to(last_tile_end))
     # Kept from tile to tile: fresh pages for each would cost as much as the products.
     scratch = compressed.new_empty(tokens * G * (len(compressed) + len(coarse)))
     for start in range(first // tokens * tokens, end, tokens):
@@ -251,8 +251,8 @@ def _score_windows(
     """Weigh the windows visible to a tile ``[T, G, D]``, summed over its group: ``[T, C']``."""
     T, G, D = tile.shape
     q = tile.view(T * G, D)
-    num_coarse = rule.coarse_windows.seen_from(positions[-1])
-    num_fine = rule.windows.seen_from(positions[-1])
+    num_coarse = rule.coarse_windows.scored_to(positions[-1])
+    num_fine = rule.windows.scored_to(positions[-1])
     logits = scratch[: T * G * num_fine].view(T * G, num_fine)
     torch.mm(q, compressed[:num_fine].t(), out=logits)
     coarse_logits = scratch[logits.numel() :][: T * G * num_coarse].view(T * G, num_coarse)

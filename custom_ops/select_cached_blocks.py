@@ -17,10 +17,7 @@ from custom_ops.block_scores import (
 from custom_ops.select_blocks import tokens_per_tile
 from custom_ops.without_autocast import without_autocast
 
-# In products of a multiple of four rows, the bits of a row do not depend on how many there are: so
-# it is with those that PyTorch ships for x86. Other numbers of rows take other paths through them.
-_ROWS = 4
-_COLUMNS = 8  # in batches of products, from so many columns on
+_ROWS = 4  # products take a multiple of it, for the bits of a whole tile; see COLUMNS
 
 
 @torch.library.custom_op("infllm_flex::select_cached_blocks", mutates_args=())
@@ -143,20 +140,22 @@ def score_blocks(
     tile = tile.reshape(Hkv, T * G, D).to(torch.promote_types(rows.dtype, torch.float32))
     tile = tile * rule.scale
     split = (Hkv, T, G, -1)
-    logits = _multiply(tile, compressed, rule.windows.seen_from(last)).reshape(split)
-    coarse_logits = _multiply(tile, coarse, rule.coarse_windows.seen_from(last)).reshape(split)
+    logits = _multiply(tile, compressed, rule.windows.scored_to(last)).reshape(split)
+    coarse_logits = _multiply(tile, coarse, rule.coarse_windows.scored_to(last)).reshape(split)
     weights = weigh_windows(logits, coarse_logits, positions, rule)
     return pool_to_blocks(weights, last // rule.block_size + 1, rule)
 
 
 def _multiply(tile: Tensor, keys: Tensor, C: int) -> Tensor:
-    """Multiply ``tile [Hkv, M, D]`` with the first C of ``keys [Hkv, _, D]``: ``[Hkv, M, C]``."""
+    """Multiply ``tile [Hkv, M, D]`` with the first C of ``keys [Hkv, _, D]``: ``[Hkv, M, C]``.
+
+    Each row has the bits that it has in a whole tile of `select_blocks`, if C is made of whole
+    groups of columns.
+    """
     if keys.shape[1] < C:
         keys = F.pad(keys, (0, 0, 0, C - keys.shape[1]))
     keys = keys[:, :C].to(tile.dtype).mT
     M = tile.shape[1]
     if M % _ROWS:
         tile = F.pad(tile, (0, 0, 0, _ROWS - M % _ROWS))
-    if C < _COLUMNS:
-        return torch.stack([torch.mm(a, b) for a, b in zip(tile, keys, strict=True)])[:, :M]
     return torch.bmm(tile, keys)[:, :M]

@@ -9,12 +9,13 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import custom_ops
+from custom_ops.block_scores import COLUMNS
 from custom_ops.compress_keys import num_windows
 from custom_ops.definition import past_dispatcher
 from infllm_flex.config import InfLLMConfig
 
 # Products over the windows are as wide as a whole tile of queries sees, which may end so many
-# tokens after the last one.
+# tokens after the last one, and take whole groups of columns.
 _SLACK_TOKENS = 512
 
 
@@ -151,7 +152,7 @@ class CompressedKeys:
 
 
 def _num_slots(S: int, size: int, stride: int) -> int:
-    return num_windows(S + _SLACK_TOKENS, size, stride)
+    return -(-num_windows(S + _SLACK_TOKENS, size, stride) // COLUMNS) * COLUMNS
 
 
 def _allocate(key: Tensor, size: int, stride: int) -> Tensor:

@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from custom_ops import select_cached_blocks
+from custom_ops.block_scores import COLUMNS
 from infllm_flex import reference
 from infllm_flex.decoding import select_cached
 from tests.custom_ops.cached import make_cache
@@ -49,16 +50,28 @@ def test_chooses_what_the_reference_chooses_in_each_rows_own_tokens(settings, n)
                 assert (chosen[:, K:] == -1).all()
 
 
-@pytest.mark.parametrize("width", [1, 2, 8, 31, 100, 513, 2047])
-@pytest.mark.parametrize("D", [16, 40, 64, 128])
-def test_few_rows_have_the_products_of_a_whole_tile(D, width):
+@pytest.fixture(params=[1, 2, 5, 16])
+def num_threads(request):
+    before = torch.get_num_threads()
+    torch.set_num_threads(request.param)
+    yield request.param
+    torch.set_num_threads(before)
+
+
+@pytest.mark.parametrize("groups", [1, 2, 3, 7, 16, 33])
+@pytest.mark.parametrize("D", [16, 40, 64, 128, 256])
+def test_few_rows_have_the_products_of_a_whole_tile(D, groups, num_threads):
     """What equal bits rest on, of the matrix products of this machine."""
     random = torch.Generator().manual_seed(0)
-    tile = torch.randn(512, D, generator=random)
-    keys = torch.randn(1, width, D, generator=random)
-    whole = torch.mm(tile, keys[0].t())
-    for rows in range(definition._ROWS, 60, definition._ROWS):
-        assert torch.equal(definition._multiply(tile[None, :rows], keys, width)[0], whole[:rows])
+    width = groups * COLUMNS
+    keys = torch.randn(2, width, D, generator=random)
+    for tile_rows in (512, 511, 640):
+        tile = torch.randn(tile_rows, D, generator=random)
+        whole = torch.mm(tile, keys[0].t())
+        for rows in (1, 2, 4, 5, 7, 16, 28, 64, 200):
+            for few in (slice(rows), slice(tile_rows - rows, tile_rows)):
+                product = definition._multiply(tile[few].expand(2, -1, -1), keys, width)
+                assert torch.equal(product[0], whole[few])
 
 
 def test_stale_windows_are_as_good_as_none():
