@@ -11,10 +11,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-# Windows are scored by so many, at one position for all. In matrix products of whole groups of
-# columns, and of a multiple of four rows, the bits of a row do not depend on how many rows and
-# threads there are: so it is with the library that PyTorch ships for x86. Rests of columns take
-# other paths through it, where threads cut them.
+# Windows are scored in groups of so many. In matrix products of whole groups of columns, and of a
+# multiple of a few rows, the bits of a row depend neither on how many rows there are nor on the
+# threads: so it is with the library that PyTorch ships for x86, with AVX2 and AVX-512, where other
+# widths take other paths as soon as threads share them.
 COLUMNS = 64
 _INVISIBLE = -1.0  # ranks below every score, since scores are sums of exponentials
 _FEW_LISTS = 64

@@ -17,7 +17,6 @@ from custom_ops.block_scores import (
 from custom_ops.select_blocks import tokens_per_tile
 from custom_ops.without_autocast import without_autocast
 
-_ROWS = 4  # products take a multiple of it, for the bits of a whole tile; see COLUMNS
 
 
 @torch.library.custom_op("infllm_flex::select_cached_blocks", mutates_args=())
@@ -152,10 +151,11 @@ def _multiply(tile: Tensor, keys: Tensor, C: int) -> Tensor:
     Each row has the bits that it has in a whole tile of `select_blocks`, if C is made of whole
     groups of columns.
     """
+    _, M, D = tile.shape
     if keys.shape[1] < C:
         keys = F.pad(keys, (0, 0, 0, C - keys.shape[1]))
     keys = keys[:, :C].to(tile.dtype).mT
-    M = tile.shape[1]
-    if M % _ROWS:
-        tile = F.pad(tile, (0, 0, 0, _ROWS - M % _ROWS))
+    rows = 4 if D <= 64 else 8 if D <= 128 else 16  # fewer take another path; see COLUMNS
+    if M % rows:
+        tile = F.pad(tile, (0, 0, 0, rows - M % rows))
     return torch.bmm(tile, keys)[:, :M]

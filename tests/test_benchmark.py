@@ -98,11 +98,11 @@ def test_a_run_times_every_stage_and_the_sum_beside_dense(run_script, config, tm
 
 
 def test_tiles_of_other_sizes_say_how_much_they_load(run_script, config, tmp_path):
-    case = "cases={tiles: {lengths: [256], tile_rows: [1, 2, 16, 128]}}"
+    case = "cases={tiles: {lengths: [256], tile_rows: [1, 2, 16, 256]}}"
     assert run_script("benchmark", "--config", config, case)[0] == 0
     rows = [row for row in rows_of(tmp_path / "out.csv") if row["op"] == "attend_blocks"]
     sizes, inflation = zip(*(row["variant"].split(" rows, u = ") for row in rows), strict=True)
-    assert sizes == ("2", "16")  # one row is less than a token, 128 are more than a word has bits
+    assert sizes == ("2", "16")  # one row is less than a token, 256 are more than a word has bits
     assert inflation[0] == "1.00"
     assert float(inflation[1]) > 1
     assert all(float(row["ms_p50"]) > 0 for row in rows)
