@@ -18,7 +18,6 @@ from custom_ops.select_blocks import tokens_per_tile
 from custom_ops.without_autocast import without_autocast
 
 
-
 @torch.library.custom_op("infllm_flex::select_cached_blocks", mutates_args=())
 @without_autocast
 def select_cached_blocks(
