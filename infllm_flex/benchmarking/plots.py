@@ -24,6 +24,17 @@ class _Line(NamedTuple):
     batch: str
 
 
+class _Bar(NamedTuple):
+    Hq: int
+    Hkv: int
+    inputs: str
+    engine: str
+    S: int
+
+    def __str__(self) -> str:
+        return f"{self.Hq}/{self.Hkv} {self.inputs}, {self.engine}, {_short(self.S)}"
+
+
 def plot_speed_up(path: Path, rows: Sequence[Row]) -> None:
     """Draw how much faster than the fastest dense attention each engine is, by length.
 
@@ -85,7 +96,7 @@ def _short(tokens: int) -> str:
 
 
 def plot_stages(path: Path, rows: Sequence[Row]) -> None:
-    """Draw what each stage takes of the sum of them, a bar per length, mode and engine.
+    """Draw what each stage takes of the sum of them: a panel per mode, a bar per shape and engine.
 
     Args:
         path: The PNG to write.
@@ -94,7 +105,7 @@ def plot_stages(path: Path, rows: Sequence[Row]) -> None:
     Raises:
         ValueError: The rows hold no stages.
     """
-    bars = []
+    bars: dict[str, list[tuple[_Bar, list[float]]]] = {}
     for shape, times in by_shape(rows).items():
         at = dict(zip(SHAPE, shape, strict=True))
         for op, engine in times:
@@ -103,23 +114,28 @@ def plot_stages(path: Path, rows: Sequence[Row]) -> None:
                     times.get((stage, "" if stage == "select_blocks" else engine), 0.0)
                     for stage in _STAGES
                 ]
-                mode = "fwd" if at["mode"] == "forward" else "fwd+bwd"
-                label = f"{mode} {at['Hq']}/{at['Hkv']} {int(at['S']):,}\n{at['inputs']} {engine}"
-                bars.append((label, stages))
+                bar = _Bar(int(at["Hq"]), int(at["Hkv"]), at["inputs"], engine, int(at["S"]))
+                bars.setdefault(at["mode"], []).append((bar, stages))
     if not bars:
         raise ValueError("nothing to draw: no stages")
-    figure, (axes,) = _figure(max(1.0, len(bars) / 10))
-    places = range(len(bars))
-    left = [0.0] * len(bars)
-    for index, name in enumerate(_STAGES.values()):
-        shares = [100 * stages[index] / sum(stages) for _, stages in bars]
-        axes.barh(places, shares, left=left, color=_COLOURS[index], label=name)
-        left = [a + b for a, b in zip(left, shares, strict=True)]
-    axes.set_yticks(places, [label for label, _ in bars], fontsize=7)
-    axes.invert_yaxis()
-    axes.set_xlim(0, 100)
-    axes.set_xlabel("% of the time")
-    axes.legend(frameon=False, fontsize=8, loc="lower center", bbox_to_anchor=(0.5, 1), ncols=3)
+    modes = [mode for mode in _MODES if mode in bars]
+    most = max(len(shown) for shown in bars.values())
+    figure, panels = _figure(max(1.0, most / 22), len(modes))
+    for mode, axes in zip(modes, panels, strict=True):
+        shown = sorted(bars[mode])
+        places = range(len(shown))
+        left = [0.0] * len(shown)
+        for index, name in enumerate(_STAGES.values()):
+            shares = [100 * stages[index] / sum(stages) for _, stages in shown]
+            axes.barh(places, shares, left=left, color=_COLOURS[index], label=name)
+            left = [a + b for a, b in zip(left, shares, strict=True)]
+        axes.set_yticks(places, [str(bar) for bar, _ in shown], fontsize=7)
+        axes.set_ylim(len(shown) - 0.4, -0.6)
+        axes.set_xlim(0, 100)
+        axes.set_title(mode, fontsize=9)
+        axes.set_xlabel("% of the time")
+    handles, names = panels[0].get_legend_handles_labels()
+    figure.legend(handles, names, frameon=False, fontsize=8, loc="outside lower center", ncols=3)
     _save(figure, path, rows)
 
 
