@@ -85,6 +85,14 @@ def _transpose() -> None:
     launch(num, idx, 128)
 
 
+def _redo(dtype: torch.dtype, D: int, G: int) -> None:
+    from custom_ops.kernels.attend_blocks import redo_special_heads
+
+    q, out = (_meta(1, 2 * G, 4096, D, dtype=dtype) for _ in range(2))
+    k, v = (_meta(1, 2, 4096, D, dtype=dtype) for _ in range(2))
+    redo_special_heads(out, q, k, v, _meta(1, 2, 4096, 96, dtype=torch.int32), 64, D**-0.5)
+
+
 def _attend(dtype: torch.dtype, D: int, G: int, tile_tokens: int, block_size: int = 64) -> None:
     from custom_ops.kernels import attend_blocks, attend_blocks_backward
 
@@ -151,6 +159,7 @@ def _cached(
         (_cached, (BRAIN, 64, 4, 1, 48)),
         (_cached, (FLOAT, 64, 4)),
         (_cached, (FLOAT, 256, 3, 5)),
+        (_redo, (BRAIN, 128, 16)),
         (_attend, (BRAIN, 128, 16, 8)),
         (_attend, (BRAIN, 128, 16, 4)),
         (_attend, (BRAIN, 64, 4, 16)),

@@ -38,7 +38,7 @@ def launch(
         return out, lse
     boxed = has_boxes(k, v)
     tile = choose_tile(q, Hq // Hkv * tile_tokens, block_size, boxed)
-    lists = [x.contiguous() for x in (num, idx, words)]
+    lists = num.contiguous(), idx.contiguous(), words.contiguous()
     arguments = _arguments(q, k, v, lists, out, lse, block_size, tile_tokens, scale)
     boxes = [describe(x, tile["BLOCK_N"]) if boxed else None for x in (k, v)]
     attend_kernel[(B * Hkv * num.shape[2] * tile["PARTS"],)](
@@ -55,7 +55,7 @@ def redo_special_heads(
     if out.numel() == 0:
         return
     num = (selected >= 0).sum(-1, dtype=torch.int32)
-    lists = [num, selected.contiguous(), torch.ones_like(selected).contiguous()]
+    lists = (num, selected.contiguous(), None)
     lse = torch.empty(q.shape[:3], dtype=torch.float32, device=q.device)
     arguments = _arguments(q, k, v, lists, out, lse, block_size, 1, scale)
     _attend_carefully(k, v, q, arguments)
@@ -65,7 +65,7 @@ def _arguments(
     q: Tensor,
     k: Tensor,
     v: Tensor,
-    lists: list[Tensor],
+    lists: tuple[Tensor, Tensor, Tensor | None],
     out: Tensor,
     lse: Tensor,
     block_size: int,

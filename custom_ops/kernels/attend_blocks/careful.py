@@ -117,7 +117,9 @@ def attend_carefully_kernel(
             block = tl.minimum(tl.maximum(tl.load(idx_ptr + slot), 0), (Skv - 1) // BLOCK_SIZE)
             inner = j % CHUNKS * BLOCK_N + n
             key = block * BLOCK_SIZE + inner
-            member = (tl.load(words_ptr + slot) >> (s % TILE_TOKENS)) & 1
+            member = 1  # of a tile of one token, if nothing else is said
+            if words_ptr is not None:
+                member = (tl.load(words_ptr + slot) >> (s % TILE_TOKENS)) & 1
             seen = (inner < BLOCK_SIZE) & (key <= tl.where(member != 0, position, -1))
             k_row = k_ptr + key.to(tl.int64)[None, :] * stride_ks
             v_row = v_ptr + key.to(tl.int64)[:, None] * stride_vs + d[None, :] * stride_vd
