@@ -39,9 +39,9 @@ def list_blocks(
     return lists[0], lists[1], lists[2]
 
 
-def choose_tile_tokens(num_groups: int, rows: int = _TILE_ROWS) -> int:
+def choose_tile_tokens(num_groups: int, rows: int = _TILE_ROWS, most: int = MAX_TILE_TOKENS) -> int:
     """Choose the tokens of tiles with about so many rows; a token has one row per query head."""
-    return min(MAX_TILE_TOKENS, max(1, rows // num_groups))
+    return min(most, max(1, rows // num_groups))
 
 
 def fit_unit(tile_tokens: int, unit: int | None) -> int:

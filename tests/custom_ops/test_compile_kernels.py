@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 
+from custom_ops.tile_blocks import word_dtype
 from tests.custom_ops.ahead_of_time import SHARED_LIMIT, compile_for, record_launches
 from tests.custom_ops.harness import INTERPRETED
 
@@ -100,8 +101,8 @@ def _attend(dtype: torch.dtype, D: int, G: int, tile_tokens: int, block_size: in
     q, out, grad_out = (_meta(1, 2 * G, S, D, dtype=dtype) for _ in range(3))
     k, v = (_meta(1, 2, S, D, dtype=dtype) for _ in range(2))
     lse = _meta(1, 2 * G, S, dtype=FLOAT)
-    widths = ((), (width,), (width,))
-    lists = [_meta(1, 2, num_tiles, *w, dtype=torch.int32) for w in widths]
+    num, idx = (_meta(1, 2, num_tiles, *w, dtype=torch.int32) for w in ((), (width,)))
+    lists = num, idx, _meta(*idx.shape, dtype=word_dtype(tile_tokens))
     rest = (block_size, tile_tokens, D**-0.5)
     attend_blocks.launch(q, k, v, *lists, *rest)
     attend_blocks_backward.launch(grad_out, q, k, v, out, lse, *lists, *rest)

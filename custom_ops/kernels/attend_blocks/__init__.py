@@ -133,7 +133,9 @@ def _attend_carefully(k: Tensor, v: Tensor, q: Tensor, arguments: tuple[Any, ...
 def choose_tile_tokens(q: Tensor, k: Tensor) -> int:
     """Choose how many tokens share a tile: as many as one program's rows hold."""
     groups = q.shape[1] // k.shape[1]
-    return union_lists.choose_tile_tokens(groups, rows=_most_rows(q, groups, k.shape[2]))
+    # Words of 64 bits take registers: only where they were measured.
+    most = union_lists.MAX_TILE_TOKENS if compute_capability(q) == 90 else 32
+    return union_lists.choose_tile_tokens(groups, _most_rows(q, groups, k.shape[2]), most)
 
 
 def _most_rows(q: Tensor, groups: int, kv_len: int) -> int:

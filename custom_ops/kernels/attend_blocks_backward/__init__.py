@@ -140,8 +140,9 @@ def choose_tile_tokens(q: Tensor, k: Tensor) -> int:
     G = q.shape[1] // k.shape[1]
     if q.element_size() > 2:
         return union_lists.choose_tile_tokens(G, 16)
-    boxed = _group_fills_boxes(G, q.shape[3]) and has_boxes(q)
-    return union_lists.choose_tile_tokens(triton.next_power_of_2(G) if boxed else G, 64)
+    if _group_fills_boxes(G, q.shape[3]) and has_boxes(q):
+        return union_lists.choose_tile_tokens(triton.next_power_of_2(G), 64)
+    return union_lists.choose_tile_tokens(G, 64, 32)
 
 
 def _fill_boxes(tile_tokens: int, G: int, D: int, block_size: int) -> bool:
@@ -197,7 +198,8 @@ def _tiles(
         return tile(16, 16, 4), tile(16, 16, 8 if block_d > 128 else 4)
     if block_d > 128:
         return tile(32, 32 if has_little_shared_memory(q) else 64, 8), tile(32, 32, 8)
-    by_tile = tile(64, 64 if block_d == 128 and (keys_boxed or not masked) else 32, 4)
+    roomy = keys_boxed or not (masked or tile_tokens > 32)  # words of 64 bits take registers, too
+    by_tile = tile(64, 64 if block_d == 128 and roomy else 32, 4)
     if rows_boxed:
         return by_tile, tile(_BOXED_ROWS, 64, 4, triton.next_power_of_2(G) * tile_tokens)
     if block_d == 128:
