@@ -16,6 +16,7 @@ import safetensors.torch  # noqa: F401 - here once, not in every process
 import torch
 import torch._dynamo
 import torch._inductor.codecache
+import torch._inductor.config
 import torch.distributed as dist
 import torch.distributed.checkpoint
 
@@ -53,6 +54,7 @@ def start(work: Callable[..., Any], *arguments: Any) -> int:
         return child
     status = 1
     try:
+        _compile_alone()
         work(*arguments)
         status = 0
     except BaseException:
@@ -69,6 +71,11 @@ def _fork_beside_threads() -> Iterator[None]:
         yield
 
 
+def _compile_alone() -> None:
+    """Let Inductor compile in this thread: the threads of its pool stay behind in a fork."""
+    torch._inductor.config.compile_threads = 1
+
+
 def start_ranks(count: int, folder: Path, work: Callable[..., Any], *arguments: Any) -> list[int]:
     """Call ``work(*arguments)`` in processes that know each other; returns their numbers."""
     meeting = folder / f"meeting-{os.urandom(8).hex()}"
@@ -77,6 +84,7 @@ def start_ranks(count: int, folder: Path, work: Callable[..., Any], *arguments: 
 
 def _rank(rank: int, count: int, meeting: Path, queue: Any, work: Any, arguments: Any) -> None:
     try:
+        _compile_alone()
         result = _join(rank, count, meeting, work, arguments)
     except BaseException as error:
         traceback.print_exc()
