@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.nn.attention.flex_attention import BlockMask
 
 import custom_ops
-from custom_ops.tile_blocks import MAX_TILE_TOKENS
+from custom_ops.tile_blocks import check_tile_tokens
 from custom_ops.union_lists import union_width
 from infllm_flex.config import InfLLMConfig
 
@@ -79,8 +79,7 @@ def build_block_mask(
         )
     if tile_tokens is None:
         tile_tokens = choose_tile_tokens(num_groups, selected.device)
-    if not 1 <= tile_tokens <= MAX_TILE_TOKENS:
-        raise ValueError(f"tile_tokens must be between 1 and {MAX_TILE_TOKENS}, got {tile_tokens}")
+    check_tile_tokens(tile_tokens)
     Sq = selected.shape[2]
     num_blocks = (kv_len + config.block_size - 1) // config.block_size
     width = union_width(selected.shape[3], tile_tokens, num_blocks)
