@@ -1,7 +1,13 @@
-"""Which GPU a launch is for."""
+"""Which GPU, and by which Triton, a launch is for."""
+
+import functools
+import warnings
 
 import torch
+import triton
 from torch import Tensor
+
+_GLUON_VERSIONS = ((3, 6), (3, 7))
 
 
 def compute_capability(x: Tensor) -> int:
@@ -24,3 +30,22 @@ device_capability._dynamo_marked_constant = True
 def has_little_shared_memory(x: Tensor) -> bool:
     """Whether a program gets at most 99 KiB, as on Ada and on desktop GPUs, instead of 163 up."""
     return compute_capability(x) in (75, 86, 89, 120, 121)
+
+
+@functools.cache
+def knows_gluon() -> bool:
+    """Whether this Triton's Gluon, which may still change, is one that our kernels are written for.
+
+    If it is not, the kernels written in Triton itself do the same, in more time, and a warning
+    says so once.
+    """
+    version = tuple(int(part) for part in triton.__version__.split(".")[:2])
+    if version in _GLUON_VERSIONS:
+        return True
+    known = " and ".join(".".join(map(str, known)) for known in _GLUON_VERSIONS)
+    warnings.warn(
+        f"infllm_flex attends faster on Hopper with Triton {known} than with {triton.__version__}, "
+        "whose Gluon it does not know",
+        stacklevel=2,
+    )
+    return False

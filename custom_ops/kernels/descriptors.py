@@ -7,6 +7,7 @@ On one H200 at 64K tokens attention in tiles of 128 rows takes 11 % less time, i
 
 from typing import Any
 
+import torch
 import triton
 from torch import Tensor
 
@@ -39,6 +40,17 @@ def describe(x: Tensor, rows: int) -> Any:
     from triton.tools.tensor_descriptor import TensorDescriptor
 
     return TensorDescriptor(x, list(x.shape), [*_strides(x), 1], [1, 1, rows, _box_width(x)])
+
+
+def describe_for_gluon(x: Tensor, rows: int) -> Any:
+    """Describe ``x`` as ``describe`` does, to kernels written in Gluon, which name layouts."""
+    from triton.experimental.gluon import language as gl
+    from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
+
+    box = [1, 1, rows, _box_width(x)]
+    dtype = gl.bfloat16 if x.dtype == torch.bfloat16 else gl.float16
+    layout = gl.NVMMASharedLayout.get_default_for(box, dtype)
+    return TensorDescriptor(x, list(x.shape), [*_strides(x), 1], box, layout)
 
 
 def describe_groups(x: Tensor, num_groups: int, tokens: int) -> Any:

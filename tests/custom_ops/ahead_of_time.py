@@ -77,6 +77,8 @@ def compile_for(launch: Launch, capability: int) -> Resources:
     import triton
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
+    from triton.experimental.gluon._runtime import GluonASTSource
+    from triton.experimental.gluon.nvidia.hopper import TensorDescriptor as GluonDescriptor
     from triton.tools.tensor_descriptor import TensorDescriptor
 
     signature, constants, attributes = {}, {}, {}
@@ -89,6 +91,9 @@ def compile_for(launch: Launch, capability: int) -> Resources:
             signature[name], constants[name] = "constexpr", None
         elif isinstance(value, TensorDescriptor):
             signature[name] = f"tensordesc<{_POINTERS[value.base.dtype][1:]}{value.block_shape}>"
+        elif isinstance(value, GluonDescriptor):
+            box = f"{_POINTERS[value.base.dtype][1:]}{value.block_shape}"
+            signature[name] = f"tensordesc<{box},{value.layout!r}>"
         elif isinstance(value, torch.Tensor):
             signature[name] = _POINTERS[value.dtype]
             attributes[i,] = [["tt.divisibility", 16]]
@@ -98,9 +103,8 @@ def compile_for(launch: Launch, capability: int) -> Resources:
             signature[name] = "i32" if abs(value) < 1 << 31 else "i64"
             if specialise and value % 16 == 0:
                 attributes[i,] = [["tt.divisibility", 16]]
-    source = ASTSource(
-        fn=launch.kernel, signature=signature, constexprs=constants, attrs=attributes
-    )
+    language = GluonASTSource if launch.kernel.is_gluon() else ASTSource
+    source = language(launch.kernel, signature, constants, attributes)
     target = GPUTarget("cuda", capability, 32)
     compiled = triton.compile(source, target=target, options=launch.options)
     usage = resource_usage(compiled.asm["cubin"])

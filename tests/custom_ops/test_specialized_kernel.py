@@ -1,0 +1,128 @@
+"""On Hopper the kernel whose warps divide the work gives the bits of the one whose do not."""
+
+import pytest
+import torch
+from torch import Tensor
+
+from custom_ops.union_lists import list_blocks
+from tests.inputs import make_qkv, make_selected
+
+pytest.importorskip("triton")
+on_hopper = pytest.mark.skipif(
+    not torch.cuda.is_available() or torch.cuda.get_device_capability()[0] != 9,
+    reason="needs a Hopper GPU",
+)
+
+BLOCK_SIZE = 64
+HALF, BRAIN = torch.float16, torch.bfloat16
+
+
+def _lists(selected: Tensor, S: int, tile_tokens: int) -> list[Tensor]:
+    return list(list_blocks(selected, S, BLOCK_SIZE, tile_tokens))
+
+
+def _attend_both_ways(
+    qkv: list[Tensor], lists: list[Tensor], tile_tokens: int, monkeypatch: pytest.MonkeyPatch
+) -> tuple[Tensor, Tensor]:
+    """Attend with the divided kernel; the other must give the same bits."""
+    from custom_ops.kernels import attend_blocks
+
+    rest = (BLOCK_SIZE, tile_tokens, 0.25)
+    tile_rows = qkv[0].shape[1] // qkv[1].shape[1] * tile_tokens
+    assert attend_blocks.can_specialize(qkv[0], tile_rows, BLOCK_SIZE)
+    divided = attend_blocks.launch(*qkv, *lists, *rest)
+    with monkeypatch.context() as patch:
+        patch.setattr(attend_blocks, "can_specialize", lambda *_: False)
+        plain = attend_blocks.launch(*qkv, *lists, *rest)
+    for a, b in zip(divided, plain, strict=True):
+        assert torch.equal(a.nan_to_num(7.0), b.nan_to_num(7.0))
+    return divided
+
+
+@pytest.mark.gpu
+@on_hopper
+@pytest.mark.parametrize(
+    ("shape", "tile_tokens", "dtype"),
+    [
+        ({"S": 1000, "Hq": 32, "Hkv": 2, "D": 128, "B": 2}, 8, BRAIN),
+        ({"S": 5000, "Sq": 333, "Hq": 8, "Hkv": 2, "D": 128}, 32, BRAIN),
+        ({"S": 5000, "Hq": 16, "Hkv": 1, "D": 128}, 5, BRAIN),
+        ({"S": 3000, "Sq": 77, "Hq": 14, "Hkv": 2, "D": 80}, 18, HALF),
+        ({"S": 2000, "Hq": 6, "Hkv": 2, "D": 64}, 42, HALF),
+        ({"S": 4096, "Hq": 4, "Hkv": 2, "D": 128}, 64, BRAIN),
+        ({"S": 9000, "Sq": 5, "Hq": 16, "Hkv": 1, "D": 40}, 8, BRAIN),
+        ({"S": 700, "Hq": 128, "Hkv": 1, "D": 128}, 1, BRAIN),
+        ({"S": 40, "Hq": 16, "Hkv": 1, "D": 128}, 8, BRAIN),
+        ({"S": 1, "Hq": 16, "Hkv": 1, "D": 128}, 8, BRAIN),
+    ],
+)
+@pytest.mark.parametrize("K", [3, 40])
+def test_has_the_same_bits(shape, tile_tokens, dtype, K, monkeypatch):
+    qkv = [x.cuda() for x in make_qkv(**shape, dtype=dtype)]
+    S = qkv[1].shape[2]
+    sizes = {"B": shape.get("B", 1), "Hkv": shape["Hkv"], "block_size": BLOCK_SIZE}
+    selected = make_selected(S, K=K, **sizes)[:, :, -qkv[0].shape[2] :].cuda()
+    lists = _lists(selected, S, tile_tokens)
+    out, _ = _attend_both_ways(qkv, lists, tile_tokens, monkeypatch)
+    assert out.isfinite().all()
+    by_token = [x.transpose(1, 2).contiguous().transpose(1, 2) for x in qkv]
+    again, _ = _attend_both_ways(by_token, lists, tile_tokens, monkeypatch)
+    assert torch.equal(again, out)
+
+
+@pytest.mark.gpu
+@on_hopper
+def test_rows_and_tiles_without_a_block(monkeypatch):
+    qkv = [x.cuda() for x in make_qkv(600, Hq=16, Hkv=1, D=128, dtype=BRAIN)]
+    selected = make_selected(600, Hkv=1, block_size=BLOCK_SIZE).cuda()
+    selected[:, :, 64:96] = -1  # whole tiles
+    selected[:, :, 128:132] = -1  # the rows of one group
+    selected[:, :, 3::5] = -1
+    out, lse = _attend_both_ways(qkv, _lists(selected, 600, 8), 8, monkeypatch)
+    empty = (selected < 0).all(-1)[0, 0]
+    assert out[:, :, empty].eq(0).all()
+    assert lse[:, :, empty].eq(-torch.inf).all()
+
+
+@pytest.mark.gpu
+@on_hopper
+@pytest.mark.parametrize("poison", [torch.nan, torch.inf])
+def test_nan_and_inf_are_seen_by_the_same(poison, monkeypatch):
+    qkv = [x.cuda() for x in make_qkv(600, Hq=16, Hkv=1, D=128, dtype=BRAIN)]
+    qkv[2][0, 0, 70, 3] = poison
+    selected = make_selected(600, Hkv=1, block_size=BLOCK_SIZE).cuda()
+    out, _ = _attend_both_ways(qkv, _lists(selected, 600, 8), 8, monkeypatch)
+    touched = ~out.isfinite().all(-1).all(1)[0]
+    sees = (selected == 1).any(-1)[0, 0] & (torch.arange(600, device="cuda") >= 70)
+    assert torch.equal(touched, sees)
+
+
+@pytest.mark.gpu
+@on_hopper
+def test_wrong_numbers_in_lists_lead_nowhere(monkeypatch):
+    from custom_ops.kernels import attend_blocks
+
+    qkv = [x.cuda() for x in make_qkv(600, Hq=16, Hkv=1, D=128, dtype=BRAIN)]
+    lists = _lists(make_selected(600, Hkv=1, block_size=BLOCK_SIZE).cuda(), 600, 8)
+    lists[0].fill_(2**31 - 1)
+    for wrong in (2**31 - 1, 5, -1, -(2**31)):
+        lists[1].fill_(wrong)
+        out, _ = attend_blocks.launch(*qkv, *lists, BLOCK_SIZE, 8, 0.25)
+        assert out.isfinite().all()
+
+
+def test_a_triton_whose_gluon_is_not_known_is_named_once(monkeypatch):
+    from custom_ops.kernels import attend_blocks, capability
+
+    q = torch.empty(1, 16, 8, 128, dtype=BRAIN)
+    monkeypatch.setattr(attend_blocks, "compute_capability", lambda _: 90)
+    capability.knows_gluon.cache_clear()
+    try:
+        assert attend_blocks.can_specialize(q, 128, BLOCK_SIZE)
+        monkeypatch.setattr(capability.triton, "__version__", "3.99.0")
+        capability.knows_gluon.cache_clear()
+        with pytest.warns(UserWarning, match=r"Triton 3\.6 and 3\.7 than with 3\.99\.0"):
+            assert not attend_blocks.can_specialize(q, 128, BLOCK_SIZE)
+        assert not attend_blocks.can_specialize(q, 128, BLOCK_SIZE)
+    finally:
+        capability.knows_gluon.cache_clear()
