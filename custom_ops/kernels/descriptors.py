@@ -44,13 +44,19 @@ def describe(x: Tensor, rows: int) -> Any:
 
 def describe_for_gluon(x: Tensor, rows: int) -> Any:
     """Describe ``x`` as ``describe`` does, to kernels written in Gluon, which name layouts."""
-    from triton.experimental.gluon import language as gl
-    from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
+    return _describe_for_gluon(x, list(x.shape), [*_strides(x), 1], [1, 1, rows, _box_width(x)])
 
-    box = [1, 1, rows, _box_width(x)]
-    dtype = gl.bfloat16 if x.dtype == torch.bfloat16 else gl.float16
-    layout = gl.NVMMASharedLayout.get_default_for(box, dtype)
-    return TensorDescriptor(x, list(x.shape), [*_strides(x), 1], box, layout)
+
+def describe_strided(x: Tensor, rows: int, step: int) -> Any:
+    """Describe ``x [B, H, S, D]`` to Gluon as boxes ``[1, 1, rows, 1, D]`` of every step-th row.
+
+    Coordinates: batch row, head, first row // step, first row % step, 0. What is left over of a
+    head's rows after its last whole step is not part of any box.
+    """
+    B, H, S, D = x.shape
+    batch, head, token = _strides(x)
+    shape, strides = [B, H, S // step, step, D], [batch, head, step * token, token, 1]
+    return _describe_for_gluon(x, shape, strides, [1, 1, rows, 1, _box_width(x)])
 
 
 def describe_groups(x: Tensor, num_groups: int, tokens: int) -> Any:
@@ -69,6 +75,15 @@ def describe_groups(x: Tensor, num_groups: int, tokens: int) -> Any:
     batch, head, token = _strides(x)
     box = [1, 1, triton.next_power_of_2(G), tokens, _box_width(x)]
     return TensorDescriptor(x, [B, num_groups, G, S, D], [batch, G * head, head, token, 1], box)
+
+
+def _describe_for_gluon(x: Tensor, shape: list[int], strides: list[int], box: list[int]) -> Any:
+    from triton.experimental.gluon import language as gl
+    from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
+
+    dtype = gl.bfloat16 if x.dtype == torch.bfloat16 else gl.float16
+    layout = gl.NVMMASharedLayout.get_default_for(box, dtype)
+    return TensorDescriptor(x, shape, strides, box, layout)
 
 
 def _box_width(x: Tensor) -> int:

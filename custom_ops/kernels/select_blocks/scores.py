@@ -11,11 +11,11 @@ from custom_ops.kernels.dot_in_parts import dot_in_parts
 from custom_ops.kernels.select_blocks.documents import locate_tile
 from custom_ops.kernels.window_sums import count_windows
 
-_VARYING = ["first_head", "num_heads", "first_row", "end_row", "offset", "C"]
-_VARYING += ["split_blocks", "splits", "lse_tile", "lse_tiles", "num_parts", "first_part"]
+VARYING = ["first_head", "num_heads", "first_row", "end_row", "offset", "C"]
+VARYING += ["split_blocks", "splits", "lse_tile", "lse_tiles", "num_parts", "first_part"]
 
 
-@triton.jit(do_not_specialize=_VARYING)
+@triton.jit(do_not_specialize=VARYING)
 def score_kernel(
     q_ptr,
     keys_ptr,

@@ -1,4 +1,4 @@
-"""On Hopper the kernel whose warps divide the work gives the bits of the one whose do not."""
+"""On Hopper the kernels written in Gluon give the bits of those written in Triton."""
 
 import pytest
 import torch
@@ -109,6 +109,103 @@ def test_wrong_numbers_in_lists_lead_nowhere(monkeypatch):
         lists[1].fill_(wrong)
         out, _ = attend_blocks.launch(*qkv, *lists, BLOCK_SIZE, 8, 0.25)
         assert out.isfinite().all()
+
+
+WINDOWS = {
+    "kernel_size": 32,
+    "kernel_stride": 16,
+    "coarse_size": 128,
+    "coarse_stride": 64,
+    "block_size": BLOCK_SIZE,
+    "init_blocks": 1,
+    "local_blocks": 2,
+    "num_selected": 6,
+    "scale": 0.125,
+}
+
+
+def _score_both_ways(
+    shape: tuple[int, int, int, int, int, int],
+    monkeypatch: pytest.MonkeyPatch,
+    dtype: torch.dtype = BRAIN,
+    documents: Tensor | None = None,
+    poison: float | None = None,
+    **rule: int,
+) -> None:
+    """Score in strided boxes and otherwise: every score and choice must have the same bits."""
+    from custom_ops.kernels import select_blocks
+
+    B, Hq, Hkv, Sq, S, D = shape
+    rule = WINDOWS | rule
+    random = torch.Generator().manual_seed(sum(shape))
+    sizes = [(B, Hq, Sq, D)]
+    for size, stride in (("kernel_size", "kernel_stride"), ("coarse_size", "coarse_stride")):
+        sizes.append((B, Hkv, (S - rule[size]) // rule[stride] + 1, D))
+    q, keys, coarse = (torch.randn(s, generator=random).to("cuda", dtype) for s in sizes)
+    if poison is not None:
+        keys[0, 0, 5:9, 3] = poison
+    assert select_blocks._can_stride(q, keys, select_blocks._tile(q, Hkv, 4))
+
+    def run() -> tuple[Tensor, ...]:
+        spaces = []
+
+        def workspace(like: Tensor, *shape: int) -> Tensor:
+            spaces.append(torch.full(shape, -7.0, device=like.device))
+            return spaces[-1]
+
+        with monkeypatch.context() as patch:
+            patch.setattr(select_blocks, "_workspace", workspace)
+            out = select_blocks.launch(q, keys, coarse, S, *rule.values(), documents)
+        return out, spaces[0]
+
+    strided = run()
+    with monkeypatch.context() as patch:
+        patch.setattr(select_blocks, "_can_stride", lambda *_: False)
+        plain = run()
+    assert strided[1].gt(0).any()
+    for a, b in zip(strided, plain, strict=True):
+        assert torch.equal(a, b)
+
+
+@pytest.mark.gpu
+@on_hopper
+@pytest.mark.parametrize(
+    ("shape", "rule"),
+    [
+        ((2, 8, 2, 700, 9000, 128), {}),
+        ((1, 7, 1, 3000, 3000, 80), {}),
+        ((1, 16, 2, 500, 6001, 64), {"local_blocks": 32, "num_selected": 40}),
+        ((1, 2, 2, 1000, 5000, 128), {}),
+        ((1, 4, 2, 40, 5000, 40), {"local_blocks": 1}),
+        ((1, 4, 1, 9, 300000, 128), {}),  # cut into many runs of blocks
+        ((1, 4, 1, 300, 7000, 128), {"kernel_size": 16}),  # no window reaches into the next block
+        ((1, 4, 1, 300, 7000, 128), {"kernel_size": 64, "coarse_size": 256}),
+        ((1, 4, 1, 300, 7000, 128), {"kernel_stride": 32, "coarse_stride": 128}),
+    ],
+)
+@pytest.mark.parametrize("dtype", [BRAIN, HALF])
+def test_scores_have_the_same_bits(shape, rule, dtype, monkeypatch):
+    _score_both_ways(shape, monkeypatch, dtype, **rule)
+
+
+@pytest.mark.gpu
+@on_hopper
+def test_scores_of_packed_documents_have_the_same_bits(monkeypatch):
+    parts, first = [], 0
+    for length in (1000, 64, 3000, 1900):
+        count = -(-length // BLOCK_SIZE)
+        parts += [[first, first + length, 6]] * count
+        first += count * BLOCK_SIZE
+    documents = torch.tensor([parts], dtype=torch.int32, device="cuda")
+    for Sq in (first, 700):
+        _score_both_ways((1, 8, 2, Sq, first, 128), monkeypatch, documents=documents)
+
+
+@pytest.mark.gpu
+@on_hopper
+@pytest.mark.parametrize("poison", [torch.nan, torch.inf, -torch.inf])
+def test_scores_of_nan_and_inf_have_the_same_bits(poison, monkeypatch):
+    _score_both_ways((1, 8, 2, 700, 3000, 128), monkeypatch, poison=poison)
 
 
 def test_a_triton_whose_gluon_is_not_known_is_named_once(monkeypatch):
