@@ -75,6 +75,21 @@ def best_blocks(score, block, own, K, INIT_BLOCKS: tl.constexpr, LOCAL_BLOCKS: t
     return key >= low
 
 
+@triton.jit
+def write_blocks(out_ptr, chosen, first_block, N: tl.constexpr):
+    """Write the numbers of the chosen blocks, ``[N]``, from ``first_block`` on, ascending."""
+    # Places are counted over fours and then within them: fewer sums pass from lane to lane.
+    inner = tl.arange(0, 4)[None, :]
+    bits = tl.reshape(chosen.to(tl.int32), [N // 4, 4])
+    count = tl.sum(bits, 1)
+    word = tl.sum(bits << inner, 1)[:, None]
+    below = word & ((1 << inner) - 1)
+    place = (tl.cumsum(count, 0) - count)[:, None]
+    place += (below & 1) + ((below >> 1) & 1) + (below >> 2)
+    block = first_block + tl.arange(0, N // 4)[:, None] * 4 + inner
+    tl.store(out_ptr + place, block, mask=((word >> inner) & 1) != 0)
+
+
 @triton.jit(do_not_specialize=_VARYING)
 def pick_kernel(
     scores_ptr,
@@ -128,7 +143,6 @@ def pick_kernel(
     at = (head * rows + row) * columns + block
     score = tl.load(scores_ptr + at, mask=scored, other=-1.0)
     chosen = best_blocks(score, block, own, budget, INIT_BLOCKS, LOCAL_BLOCKS)
-    place = tl.cumsum(chosen.to(tl.int32), 0) - 1
-    tl.store(out_ptr + place, first_block + block, mask=chosen)
+    write_blocks(out_ptr, chosen, first_block, N)
     if PART > 0:
         tl.store(out_ptr + slot, -1, mask=(slot >= budget) & (slot < K))

@@ -3,7 +3,7 @@
 import triton
 import triton.language as tl
 
-from custom_ops.kernels.select_blocks.pick import best_blocks
+from custom_ops.kernels.select_blocks.pick import best_blocks, write_blocks
 
 
 @triton.jit(do_not_specialize=["n", "columns", "width", "K", "dense_len"])
@@ -48,5 +48,4 @@ def cached_pick_kernel(
     scored = (block <= last) & (block < columns)
     score = tl.load(scores_ptr + row * columns + block, mask=scored, other=-1.0)
     chosen = best_blocks(score, block, last, room, INIT_BLOCKS, -1)  # none is forced at the end
-    place = tl.cumsum(chosen.to(tl.int32), 0) - 1
-    tl.store(out_ptr + place, block, mask=chosen)
+    write_blocks(out_ptr, chosen, 0, N)
