@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from infllm_flex.benchmarking.report import SHAPE, Row, by_shape, fastest_dense
+from infllm_flex.benchmarking.report import SHAPE, Row, by_run, speed_ups
 
 # Dark enough on white, and apart for colour-blind eyes.
 _COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#56b4e9", "#e69f00", "#999999")
@@ -46,13 +46,12 @@ def plot_speed_up(path: Path, rows: Sequence[Row]) -> None:
         ValueError: The rows compare nothing.
     """
     lines: dict[_Line, list[tuple[int, float]]] = {}
-    for shape, times in by_shape(rows).items():
-        at, dense = dict(zip(SHAPE, shape, strict=True)), fastest_dense(times)
-        for (op, engine), ms in times.items():
-            if op == "infllm_attention" and dense is not None and at["mode"] in _MODES:
-                shape_of_heads = f"{at['Hq']}/{at['Hkv']}"
-                line = _Line(at["mode"], shape_of_heads, at["inputs"], engine, at["B"])
-                lines.setdefault(line, []).append((int(at["S"]), dense[1] / ms))
+    for shape, of_engine in speed_ups(rows).items():
+        at = dict(zip(SHAPE, shape, strict=True))
+        for engine, ratio in of_engine.items():
+            if at["mode"] in _MODES:
+                line = _Line(at["mode"], f"{at['Hq']}/{at['Hkv']}", at["inputs"], engine, at["B"])
+                lines.setdefault(line, []).append((int(at["S"]), ratio))
     if not lines:
         raise ValueError("nothing to draw: no sparse attention beside a dense one")
     modes = [mode for mode in _MODES if any(line.mode == mode for line in lines)]
@@ -105,24 +104,25 @@ def plot_stages(path: Path, rows: Sequence[Row]) -> None:
     Raises:
         ValueError: The rows hold no stages.
     """
-    bars: dict[str, list[tuple[_Bar, list[float]]]] = {}
-    for shape, times in by_shape(rows).items():
+    bars: dict[str, dict[_Bar, list[float]]] = {}
+    for shape, runs in by_run(rows).items():
         at = dict(zip(SHAPE, shape, strict=True))
-        for op, engine in times:
-            if op == "attend" and at["mode"] in _MODES:
-                stages = [
-                    times.get((stage, "" if stage == "select_blocks" else engine), 0.0)
-                    for stage in _STAGES
-                ]
-                bar = _Bar(int(at["Hq"]), int(at["Hkv"]), at["inputs"], engine, int(at["S"]))
-                bars.setdefault(at["mode"], []).append((bar, stages))
+        for times in runs:
+            for op, engine in times:
+                if op == "attend" and at["mode"] in _MODES:
+                    stages = [
+                        times.get((stage, "" if stage == "select_blocks" else engine), 0.0)
+                        for stage in _STAGES
+                    ]
+                    bar = _Bar(int(at["Hq"]), int(at["Hkv"]), at["inputs"], engine, int(at["S"]))
+                    bars.setdefault(at["mode"], {}).setdefault(bar, stages)  # the newest
     if not bars:
         raise ValueError("nothing to draw: no stages")
     modes = [mode for mode in _MODES if mode in bars]
     most = max(len(shown) for shown in bars.values())
     figure, panels = _figure(max(1.0, most / 22), len(modes))
     for mode, axes in zip(modes, panels, strict=True):
-        shown = sorted(bars[mode])
+        shown = sorted(bars[mode].items())
         places = range(len(shown))
         left = [0.0] * len(shown)
         for index, name in enumerate(_STAGES.values()):

@@ -27,6 +27,44 @@ def by_shape(rows: Iterable[Row]) -> dict[tuple[str, ...], dict[tuple[str, str],
     return {shape: times for shape, times in shapes.items() if any(_engines(times))}
 
 
+def by_run(
+    rows: Iterable[Row],
+) -> dict[tuple[str, ...], list[dict[tuple[str, str], float]]]:
+    """Medians as of ``by_shape``, of each run apart, the newest run first.
+
+    Only times of one run compare: another card, or another hour, has other times.
+    """
+    runs: dict[tuple[str, ...], dict[str, list[Row]]] = {}
+    for row in rows:
+        shape = tuple(row[name] for name in SHAPE)
+        runs.setdefault(shape, {}).setdefault(row["date"], []).append(row)
+    measured = {
+        shape: [times for of_run in dates.values() for times in by_shape(of_run).values()][::-1]
+        for shape, dates in runs.items()
+    }
+    return {shape: times for shape, times in measured.items() if times}
+
+
+def speed_ups(rows: Iterable[Row]) -> dict[tuple[str, ...], dict[str, float]]:
+    """Say how many times as fast as the fastest dense attention each engine was, by shape.
+
+    Of each engine the newest run counts that measured that dense attention, too.
+
+    Returns:
+        ``{values of SHAPE: {engine: ratio}}``.
+    """
+    ratios: dict[tuple[str, ...], dict[str, float]] = {}
+    for shape, runs in by_run(rows).items():
+        newest = {key: ms for times in reversed(runs) for key, ms in times.items()}
+        dense = fastest_dense(newest)
+        for times in runs:
+            for (op, engine), ms in times.items():
+                if op == "infllm_attention" and dense and ("dense", dense[0]) in times:
+                    of_shape = ratios.setdefault(shape, {})
+                    of_shape.setdefault(engine, times["dense", dense[0]] / ms)
+    return ratios
+
+
 def fastest_dense(times: Mapping[tuple[str, str], float]) -> tuple[str, float] | None:
     """Name and milliseconds of the fastest dense attention at a shape."""
     dense = [(ms, variant) for (op, variant), ms in times.items() if op == "dense"]
