@@ -29,6 +29,7 @@ def best_blocks(score, block, own, K, INIT_BLOCKS: tl.constexpr, LOCAL_BLOCKS: t
         INIT_BLOCKS: First blocks, forced.
         LOCAL_BLOCKS: Blocks before the own one that are forced, as it is.
     """
+    N: tl.constexpr = score.shape[0]
     # Non-negative floats order as their bits do: unscored 0, scores from 1 up, forced above all.
     key = tl.maximum(score.to(tl.int32, bitcast=True), -1) + 1
     key = tl.where((block < INIT_BLOCKS) | (block >= own - LOCAL_BLOCKS), 0x7FFFFFFF, key)
@@ -36,8 +37,11 @@ def best_blocks(score, block, own, K, INIT_BLOCKS: tl.constexpr, LOCAL_BLOCKS: t
 
     # The largest threshold that at least K keys reach, or any that exactly K reach: at least K
     # reach `low`, fewer reach `high`, and the gap closes where the counts suggest.
-    low = tl.min(tl.where(key >= 0, key, 0x7FFFFFFF), 0)
-    high = tl.max(tl.where(key < 0x7FFFFFFF, key, -1), 0) + 1
+    # Comparisons and selections take twice as many of the scarcest instructions as these sums and
+    # signs: as unsigned numbers -1 is the largest, and after the forced ones come negative ones.
+    bits = key.to(tl.uint32, bitcast=True)
+    low = tl.min(bits, 0).to(tl.int32, bitcast=True)
+    high = tl.max((bits + 1).to(tl.int32, bitcast=True), 0)
     num_low = own + 1
     num_high = tl.minimum(INIT_BLOCKS + LOCAL_BLOCKS + 1, num_low)  # the forced ones
     if num_high >= K:
@@ -51,14 +55,15 @@ def best_blocks(score, block, own, K, INIT_BLOCKS: tl.constexpr, LOCAL_BLOCKS: t
     while (num_low > K) & (high - low > 1):
         is_close = num_low - num_high <= 3
         if is_close:  # ties end here: the threshold is one of three keys
-            trial = tl.max(tl.where(key < high, key, -1), 0)
+            below = (key - high).to(tl.uint32, bitcast=True)  # the negative ones are the largest
+            trial = high + tl.max(below, 0).to(tl.int32, bitcast=True)
         else:
             share = 0.5  # halves now and then, whatever the distribution
             if step % 3 != 2:  # else as if the logarithm of the count fell evenly
                 share = (log_low - log_k) / (log_low - log_high)
             trial = low + ((high - low).to(tl.float32) * share).to(tl.int32)
             trial = tl.minimum(tl.maximum(trial, low + 1), high - 1)
-        count = tl.sum((key >= trial).to(tl.int32), 0)
+        count = N + tl.sum((key - trial) >> 31, 0)
         log_count = _log_of_count(count)
         reached = count >= K
         low = tl.where(reached, trial, low)
@@ -139,9 +144,11 @@ def pick_kernel(
         return
 
     block = tl.arange(0, N)
-    scored = block < own - LOCAL_BLOCKS
+    # Rows begin at multiples of 16 and have room for one: no load asks for a single block.
+    num_scored = own - LOCAL_BLOCKS
     at = (head * rows + row) * columns + block
-    score = tl.load(scores_ptr + at, mask=scored, other=-1.0)
+    score = tl.load(scores_ptr + at, mask=block < (num_scored + 15) // 16 * 16, other=-1.0)
+    score = tl.where(block < num_scored, score, -1.0)
     chosen = best_blocks(score, block, own, budget, INIT_BLOCKS, LOCAL_BLOCKS)
     write_blocks(out_ptr, chosen, first_block, N)
     if PART > 0:
