@@ -14,7 +14,7 @@ ROWS = gl.constexpr(64)  # what one of its matrix instructions takes
 
 
 @gluon.jit
-def _soften(
+def _weigh(
     logits,
     top,
     total,
@@ -110,10 +110,10 @@ def attend_rows(
         logits = warpgroup_mma_wait(0, deps=[logits])
         member = ((word >> token) & 1) != 0
         first = gl.minimum(gl.maximum(gl.load(idx_ptr + i), 0), last) * BLOCK_SIZE
-        weights, top, total, shrink = _soften(
+        weights, top, total, shrink = _weigh(
             logits, top, total, member, first, position, Skv, factor, n, EDGE=True
         )
-        # From here on the values of the block before are summed while the next is softened.
+        # From here on the values of the block before are summed while the next is weighed.
         weights = gl.convert_layout(weights.to(dtype), WEIGHTS)
         before = slot
         taken = i
@@ -138,7 +138,7 @@ def attend_rows(
                     first = 0
                     if EDGE:
                         first = gl.minimum(gl.maximum(gl.load(idx_ptr + i), 0), last) * BLOCK_SIZE
-                    weights, top, total, shrink = _soften(
+                    weights, top, total, shrink = _weigh(
                         logits, top, total, member, first, position, Skv, factor, n, EDGE
                     )
                     weights = gl.convert_layout(weights.to(dtype), WEIGHTS)
