@@ -108,6 +108,15 @@ def _attend(dtype: torch.dtype, D: int, G: int, tile_tokens: int, block_size: in
     attend_blocks_backward.launch(grad_out, q, k, v, out, lse, *lists, *rest)
 
 
+def _attend_forward(dtype: torch.dtype, D: int, G: int, tile_tokens: int) -> None:
+    from custom_ops.kernels import attend_blocks
+
+    q, (k, v) = _meta(1, 2 * G, 8192, D, dtype=dtype), (_meta(1, 2, 8192, D, dtype=dtype),) * 2
+    num, idx = (_meta(1, 2, 8192 // tile_tokens, *w, dtype=torch.int32) for w in ((), (128,)))
+    words = _meta(*idx.shape, dtype=word_dtype(tile_tokens))
+    attend_blocks.launch(q, k, v, num, idx, words, 64, tile_tokens, D**-0.5)
+
+
 def _cached(
     dtype: torch.dtype, D: int, G: int, n: int = 1, block_size: int = 64, S: int = 32768
 ) -> None:
@@ -192,3 +201,29 @@ def test_compiles_without_spills(
         allowed = _MEASURED_SPILLS.get((launch.kernel.__name__, capability), allowed)
         assert used.stack <= allowed, f"{launch} spills"
         assert used.shared <= SHARED_LIMIT[capability]
+
+
+@pytest.mark.parametrize(
+    "args", [(HALF, 80, 7, 18), (BRAIN, 128, 2, 64), (BRAIN, 64, 3, 42), (BRAIN, 128, 128, 1)]
+)
+def test_tiles_of_two_warpgroups_compile_without_spills(
+    args: tuple[Any, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    launches = record_launches(monkeypatch, lambda: _attend_forward(*args), 90)
+    assert launches[0].kernel.__name__ == "attend_specialized_kernel"
+    used = compile_for(launches[0], 90)
+    sys.stdout.write(f"sm_90 {launches[0]}: {used}\n")
+    assert used.stack == 0
+    assert used.shared <= SHARED_LIMIT[90]
+
+
+@pytest.mark.parametrize(("dtype", "D", "G"), [(BRAIN, 128, 4), (HALF, 64, 8)])
+def test_scores_in_strided_boxes_compile_without_spills(
+    dtype: torch.dtype, D: int, G: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    launches = record_launches(monkeypatch, lambda: _select(dtype, D, G), 90)
+    (launch,) = (x for x in launches if x.kernel.__name__ == "score_boxed_kernel")
+    used = compile_for(launch, 90)
+    sys.stdout.write(f"sm_90 {launch}: {used}\n")
+    assert used.stack == 0
+    assert 3 * (used.shared + 1024) <= SHARED_LIMIT[90] + 1024  # three programs side by side

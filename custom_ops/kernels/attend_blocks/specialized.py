@@ -94,9 +94,8 @@ def attend_specialized_kernel(
         out_ptr + b64 * stride_ob + q_head * stride_oh,
         lse_ptr + head.to(gl.int64) * G * Sq,
     )
-    q_strides = (stride_qh, stride_qs, stride_qd)
-    out_strides = (stride_oh, stride_os, stride_od)
-    start = tile * TILE_TOKENS
+    strides = (stride_qh, stride_qs, stride_qd, stride_oh, stride_os, stride_od)
+    lengths = (tile * TILE_TOKENS, num, num_past, last, Sq, Skv, factor)
     BYTES: gl.constexpr = BLOCK_SIZE * BLOCK_D * dtype.primitive_bitwidth // 4
     gl.warp_specialize(
         [
@@ -106,15 +105,8 @@ def attend_specialized_kernel(
                     0,
                     ring,
                     pointers,
-                    q_strides,
-                    out_strides,
-                    start,
-                    num,
-                    num_past,
-                    last,
-                    Sq,
-                    Skv,
-                    factor,
+                    strides,
+                    lengths,
                     G,
                     D,
                     BLOCK_SIZE,
@@ -129,15 +121,8 @@ def attend_specialized_kernel(
                     1,
                     ring,
                     pointers,
-                    q_strides,
-                    out_strides,
-                    start,
-                    num,
-                    num_past,
-                    last,
-                    Sq,
-                    Skv,
-                    factor,
+                    strides,
+                    lengths,
                     G,
                     D,
                     BLOCK_SIZE,

@@ -43,15 +43,8 @@ def attend_rows(
     GROUP: gl.constexpr,
     ring,
     pointers,
-    q_strides,
-    out_strides,
-    start,
-    num,
-    num_past,
-    last,
-    Sq,
-    Skv,
-    factor,
+    strides,
+    lengths,
     G: gl.constexpr,
     D: gl.constexpr,
     BLOCK_SIZE: gl.constexpr,
@@ -66,8 +59,8 @@ def attend_rows(
     LOADED: gl.constexpr = gl.BlockedLayout([1, 8], [256 // BLOCK_D, BLOCK_D // 8], [4, 1], [1, 0])
     keys, values, full, empty = ring
     q_ptr, idx_ptr, words_ptr, out_ptr, lse_ptr = pointers
-    stride_qh, stride_qs, stride_qd = q_strides
-    stride_oh, stride_os, stride_od = out_strides
+    stride_qh, stride_qs, stride_qd, stride_oh, stride_os, stride_od = strides
+    start, num, num_past, last, Sq, Skv, factor = lengths
     dtype: gl.constexpr = q_ptr.dtype.element_ty
 
     row = GROUP * ROWS + gl.arange(0, ROWS, gl.SliceLayout(1, LOADED))
