@@ -4,7 +4,6 @@ import functools
 import warnings
 
 import torch
-import triton
 from torch import Tensor
 
 _GLUON_VERSIONS = ((3, 6), (3, 7))
@@ -39,6 +38,8 @@ def knows_gluon() -> bool:
     If it is not, the kernels written in Triton itself do the same, in more time, and a warning
     says so once.
     """
+    import triton
+
     version = tuple(int(part) for part in triton.__version__.split(".")[:2])
     if version in _GLUON_VERSIONS:
         return True

@@ -216,7 +216,7 @@ def test_a_triton_whose_gluon_is_not_known_is_named_once(monkeypatch):
     capability.knows_gluon.cache_clear()
     try:
         assert attend_blocks.can_specialize(q, 128, BLOCK_SIZE)
-        monkeypatch.setattr(capability.triton, "__version__", "3.99.0")
+        monkeypatch.setattr("triton.__version__", "3.99.0")
         capability.knows_gluon.cache_clear()
         with pytest.warns(UserWarning, match=r"Triton 3\.6 and 3\.7 than with 3\.99\.0"):
             assert not attend_blocks.can_specialize(q, 128, BLOCK_SIZE)
