@@ -180,8 +180,9 @@ def score_boxed_kernel(
     real = (column // TOKENS < G)[None, :]
     lse_ptr += (head.to(gl.int64) * lse_tiles + lse_tile + tile) * COLUMNS
     # Where it waits for its turn without taking registers.
-    lse = gl.allocate_shared_memory(
-        gl.float32, [COLUMNS], gl.SwizzledSharedLayout(1, 1, 1, [0]), gl.load(lse_ptr + column)
+    shift = -factor * gl.load(lse_ptr + column)
+    shift = gl.allocate_shared_memory(
+        gl.float32, [COLUMNS], gl.SwizzledSharedLayout(1, 1, 1, [0]), shift
     )
 
     no_logits = gl.zeros([STEP, COLUMNS], gl.float32, LOGITS)
@@ -206,8 +207,9 @@ def score_boxed_kernel(
             _fetch(
                 i + RING, begin, end, run, boxes, b, h, part_block, ring, full, SLOTS, TAIL, RING
             )
-            row_lse = lse.load(gl.SliceLayout(0, LOGITS))[None, :]
-            weights = gl.exp2((logits - row_lse) * factor)
+            weights = gl.exp2(
+                gl.fma(logits, factor, shift.load(gl.SliceLayout(0, LOGITS))[None, :])
+            )
             if HEADS > G:
                 weights = gl.where(real, weights, 0.0)
             weight = gl.sum(weights.reshape([STEP, HEADS, TOKENS]), 1)

@@ -32,8 +32,7 @@ def _row_lse(
 ):
     """Take the log-sum-exp of each query row over its first ``seen`` keys, before scaling.
 
-    It is a dot product ``x`` for which ``2 ** (x * factor)`` is the sum: subtracted from another
-    before both are scaled, it leaves equal products equal and small differences exact.
+    It is a dot product ``x`` for which ``2 ** (x * factor)`` is the sum.
     """
     top, total = sum_run(
         q,

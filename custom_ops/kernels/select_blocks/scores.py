@@ -105,7 +105,7 @@ def score_kernel(
     if not IN_PARTS:
         q = tl.load(q_ptr + d[:, None] * stride_qd, mask=q_mask & (d < D)[:, None], other=0.0)
     lse_ptr += (head.to(tl.int64) * lse_tiles + lse_tile + tile) * (HEADS * TOKENS)
-    lse = tl.load(lse_ptr + column)
+    shift = -factor * tl.load(lse_ptr + column)[None, :]
 
     keys_ptr += b * stride_kb + h * stride_kh
     token = first + tl.arange(0, TOKENS)
@@ -146,7 +146,8 @@ def score_kernel(
                 mask = valid[:, None] & (d < D)[None, :]
                 keys = tl.load(key_ptr + d[None, :] * stride_kd, mask=mask, other=0.0)
                 logits = tl.dot(keys, q)
-            weights = tl.exp2((logits - lse[None, :]) * factor)
+            # One rounding, in every kernel that scores alike: equal products stay equal.
+            weights = tl.exp2(tl.fma(logits, factor, shift))
             if HEADS > G:
                 weights = tl.where((group < G)[None, :], weights, 0.0)
             weight = tl.sum(tl.reshape(weights, [BLOCK_N, HEADS, TOKENS]), 1)

@@ -79,6 +79,7 @@ def cached_score_kernel(
     at = (head.to(tl.int64) * tl.num_programs(2) + tile) * runs
     count = count_windows(last, COARSE_SIZE, COARSE_STRIDE, C2)
     lse = merge_runs(parts_ptr, at, count, run_keys, factor, HEADS, TOKENS, RUNS)
+    shift = -factor * lse[None, :]
 
     keys_ptr += b * stride_kb + h * stride_kh
     token = tile * TOKENS + tl.arange(0, TOKENS)
@@ -96,7 +97,7 @@ def cached_score_kernel(
         else:
             mask = valid[:, None] & (d < D)[None, :]
             logits = tl.dot(tl.load(key_ptr + d[None, :] * stride_kd, mask=mask, other=0.0), q)
-        weights = tl.exp2((logits - lse[None, :]) * factor)
+        weights = tl.exp2(tl.fma(logits, factor, shift))
         if HEADS > G:
             weights = tl.where((group < G)[None, :], weights, 0.0)
         weight = tl.sum(tl.reshape(weights, [BLOCK_N, HEADS, TOKENS]), 1)
