@@ -94,7 +94,7 @@ def _(
 ) -> tuple[Tensor, Tensor]:
     from custom_ops.kernels.attend_blocks import choose_tile_tokens, launch
 
-    tile_tokens = union_lists.fit_unit(tile_tokens or choose_tile_tokens(q, k), unit)
+    tile_tokens = union_lists.fit_unit(tile_tokens or choose_tile_tokens(q, k, block_size), unit)
     lists = union_lists.list_blocks(selected, k.shape[2], block_size, tile_tokens)
     return launch(q, k, v, *lists, block_size, tile_tokens, scale)
 

@@ -99,7 +99,7 @@ def test_nan_and_inf_are_seen_by_the_same(poison, monkeypatch):
 
 @pytest.mark.gpu
 @on_hopper
-def test_wrong_numbers_in_lists_lead_nowhere(monkeypatch):
+def test_wrong_numbers_in_lists_lead_nowhere():
     from custom_ops.kernels import attend_blocks
 
     qkv = [x.cuda() for x in make_qkv(600, Hq=16, Hkv=1, D=128, dtype=BRAIN)]
@@ -206,6 +206,26 @@ def test_scores_of_packed_documents_have_the_same_bits(monkeypatch):
 @pytest.mark.parametrize("poison", [torch.nan, torch.inf, -torch.inf])
 def test_scores_of_nan_and_inf_have_the_same_bits(poison, monkeypatch):
     _score_both_ways((1, 8, 2, 700, 3000, 128), monkeypatch, poison=poison)
+
+
+@pytest.mark.parametrize(
+    ("groups", "kv_len", "block_size", "rows"),
+    [
+        (4, 1 << 17, 64, 128),  # two warpgroups divide them
+        (4, 1 << 17, 32, 64),  # the other kernel's rule
+        (4, 1 << 15, 32, 128),
+        (2, 1 << 15, 32, 64),
+        (16, 1 << 17, 32, 128),
+    ],
+)
+def test_a_tile_has_the_rows_that_suit_its_kernel(groups, kv_len, block_size, rows, monkeypatch):
+    from custom_ops.kernels import attend_blocks
+
+    monkeypatch.setattr(attend_blocks, "compute_capability", lambda _: 90)
+    monkeypatch.setattr(attend_blocks, "knows_gluon", lambda: True)
+    q = torch.empty(1, groups, 8, 128, dtype=BRAIN)
+    k = torch.empty(1, 1, kv_len, 128, dtype=BRAIN, device="meta")
+    assert attend_blocks.choose_tile_tokens(q, k, block_size) * groups == rows
 
 
 def test_a_triton_whose_gluon_is_not_known_is_named_once(monkeypatch):
