@@ -34,15 +34,14 @@ def by_run(
 
     Only times of one run compare: another card, or another hour, has other times.
     """
-    runs: dict[tuple[str, ...], dict[str, list[Row]]] = {}
+    runs: dict[str, list[Row]] = {}
     for row in rows:
-        shape = tuple(row[name] for name in SHAPE)
-        runs.setdefault(shape, {}).setdefault(row["date"], []).append(row)
-    measured = {
-        shape: [times for of_run in dates.values() for times in by_shape(of_run).values()][::-1]
-        for shape, dates in runs.items()
-    }
-    return {shape: times for shape, times in measured.items() if times}
+        runs.setdefault(row["date"], []).append(row)
+    measured: dict[tuple[str, ...], list[dict[tuple[str, str], float]]] = {}
+    for of_run in runs.values():
+        for shape, times in by_shape(of_run).items():
+            measured.setdefault(shape, []).insert(0, times)
+    return measured
 
 
 def speed_ups(rows: Iterable[Row]) -> dict[tuple[str, ...], dict[str, float]]:
@@ -58,10 +57,10 @@ def speed_ups(rows: Iterable[Row]) -> dict[tuple[str, ...], dict[str, float]]:
         newest = {key: ms for times in reversed(runs) for key, ms in times.items()}
         dense = fastest_dense(newest)
         for times in runs:
-            for (op, engine), ms in times.items():
-                if op == "infllm_attention" and dense and ("dense", dense[0]) in times:
-                    of_shape = ratios.setdefault(shape, {})
-                    of_shape.setdefault(engine, times["dense", dense[0]] / ms)
+            if dense and ("dense", dense[0]) in times:
+                for engine in _engines(times):
+                    ratio = times["dense", dense[0]] / times["infllm_attention", engine]
+                    ratios.setdefault(shape, {}).setdefault(engine, ratio)
     return ratios
 
 

@@ -11,7 +11,13 @@ import pytest
 import torch
 
 from custom_ops.tile_blocks import word_dtype
-from tests.custom_ops.ahead_of_time import SHARED_LIMIT, compile_for, record_launches
+from tests.custom_ops.ahead_of_time import (
+    SHARED_LIMIT,
+    Launch,
+    Resources,
+    compile_for,
+    record_launches,
+)
 from tests.custom_ops.harness import INTERPRETED
 
 pytest.importorskip("triton")
@@ -135,6 +141,13 @@ def _cached(
     attend_cached_blocks.launch(q, k, v, selected, *ends, block_size, D**-0.5)
 
 
+def _compile(launch: Launch, capability: int) -> Resources:
+    """Compile a launch, and show what it takes."""
+    used = compile_for(launch, capability)
+    sys.stdout.write(f"sm_{capability} {launch}: {used}\n")
+    return used
+
+
 @pytest.mark.parametrize("capability", SHARED_LIMIT)
 @pytest.mark.parametrize(
     ("call", "args"),
@@ -191,8 +204,7 @@ def test_compiles_without_spills(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     for launch in record_launches(monkeypatch, lambda: call(*args), capability):
-        used = compile_for(launch, capability)
-        sys.stdout.write(f"sm_{capability} {launch}: {used}\n")
+        used = _compile(launch, capability)
         allowed = _ADA_SPILLS if capability == 89 else 0
         G = launch.arguments.get("G", 1)
         walks = launch.kernel.__name__ in ("attend_kernel", "dq_kernel")
@@ -211,8 +223,7 @@ def test_tiles_of_two_warpgroups_compile_without_spills(
 ) -> None:
     launches = record_launches(monkeypatch, lambda: _attend_forward(*args), 90)
     assert launches[0].kernel.__name__ == "attend_specialized_kernel"
-    used = compile_for(launches[0], 90)
-    sys.stdout.write(f"sm_90 {launches[0]}: {used}\n")
+    used = _compile(launches[0], 90)
     assert used.stack == 0
     assert used.shared <= SHARED_LIMIT[90]
 
@@ -223,7 +234,6 @@ def test_scores_in_strided_boxes_compile_without_spills(
 ) -> None:
     launches = record_launches(monkeypatch, lambda: _select(dtype, D, G), 90)
     (launch,) = (x for x in launches if x.kernel.__name__ == "score_boxed_kernel")
-    used = compile_for(launch, 90)
-    sys.stdout.write(f"sm_90 {launch}: {used}\n")
+    used = _compile(launch, 90)
     assert used.stack == 0
     assert 3 * (used.shared + 1024) <= SHARED_LIMIT[90] + 1024  # three programs side by side

@@ -20,6 +20,12 @@ def advance(slot, phase, SLOTS: gl.constexpr):
 
 
 @gluon.jit
+def first_key(block, last, BLOCK_SIZE: gl.constexpr):
+    """Say where a listed block begins: no number, however wrong, leads out of the tensors."""
+    return gl.minimum(gl.maximum(block, 0), last) * BLOCK_SIZE
+
+
+@gluon.jit
 def fetch(
     ring,
     k_boxes,
@@ -30,17 +36,16 @@ def fetch(
     h,
     last,
     BLOCK_SIZE: gl.constexpr,
-    BYTES: gl.constexpr,
     SLOTS: gl.constexpr,
 ):
     """Bring the listed blocks into the ring, each as soon as both groups have left its slot."""
     keys, values, full, empty = ring
+    BYTES: gl.constexpr = 2 * BLOCK_SIZE * keys.shape[4] * keys.dtype.primitive_bitwidth // 8
     slot = 0
     phase = 1  # empty at first
     block = gl.load(idx_ptr, mask=num > 0, other=0)
     for i in range(num):
-        # No index, however wrong, leads out of the tensors.
-        first = gl.minimum(gl.maximum(block, 0), last) * BLOCK_SIZE
+        first = first_key(block, last, BLOCK_SIZE)
         block = gl.load(idx_ptr + gl.minimum(i + 1, num - 1))
         mbarrier.wait(empty.index(slot), phase)
         mbarrier.expect(full.index(slot), BYTES)

@@ -96,45 +96,12 @@ def attend_specialized_kernel(
     )
     strides = (stride_qh, stride_qs, stride_qd, stride_oh, stride_os, stride_od)
     lengths = (tile * TILE_TOKENS, num, num_past, last, Sq, Skv, factor)
-    BYTES: gl.constexpr = BLOCK_SIZE * BLOCK_D * dtype.primitive_bitwidth // 4
+    inputs = (ring, pointers, strides, lengths)
     gl.warp_specialize(
         [
-            (
-                attend_rows,
-                (
-                    0,
-                    ring,
-                    pointers,
-                    strides,
-                    lengths,
-                    G,
-                    D,
-                    BLOCK_SIZE,
-                    TILE_TOKENS,
-                    BLOCK_D,
-                    SLOTS,
-                ),
-            ),
-            (
-                attend_rows,
-                (
-                    1,
-                    ring,
-                    pointers,
-                    strides,
-                    lengths,
-                    G,
-                    D,
-                    BLOCK_SIZE,
-                    TILE_TOKENS,
-                    BLOCK_D,
-                    SLOTS,
-                ),
-            ),
-            (
-                fetch,
-                (ring, k_boxes, v_boxes, pointers[1], num, b, h, last, BLOCK_SIZE, BYTES, SLOTS),
-            ),
+            (attend_rows, (0, inputs, G, D, BLOCK_SIZE, TILE_TOKENS, BLOCK_D, SLOTS)),
+            (attend_rows, (1, inputs, G, D, BLOCK_SIZE, TILE_TOKENS, BLOCK_D, SLOTS)),
+            (fetch, (ring, k_boxes, v_boxes, pointers[1], num, b, h, last, BLOCK_SIZE, SLOTS)),
         ],
         [4, 1],
         [GROUP_REGISTERS, FETCH_REGISTERS],

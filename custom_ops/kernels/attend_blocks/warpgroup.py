@@ -8,7 +8,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
-from custom_ops.kernels.attend_blocks.ring import advance
+from custom_ops.kernels.attend_blocks.ring import advance, first_key
 
 ROWS = gl.constexpr(64)  # what one of its matrix instructions takes
 
@@ -41,10 +41,7 @@ def _weigh(
 @gluon.jit
 def attend_rows(
     GROUP: gl.constexpr,
-    ring,
-    pointers,
-    strides,
-    lengths,
+    inputs,
     G: gl.constexpr,
     D: gl.constexpr,
     BLOCK_SIZE: gl.constexpr,
@@ -57,6 +54,7 @@ def attend_rows(
     SUMS: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK_D, 16])
     WEIGHTS: gl.constexpr = gl.DotOperandLayout(0, SUMS, 2)
     LOADED: gl.constexpr = gl.BlockedLayout([1, 8], [256 // BLOCK_D, BLOCK_D // 8], [4, 1], [1, 0])
+    ring, pointers, strides, lengths = inputs
     keys, values, full, empty = ring
     q_ptr, idx_ptr, words_ptr, out_ptr, lse_ptr = pointers
     stride_qh, stride_qs, stride_qd, stride_oh, stride_os, stride_od = strides
@@ -102,7 +100,7 @@ def attend_rows(
         logits = warpgroup_mma(q, k, no_logits, use_acc=False, is_async=True)
         logits = warpgroup_mma_wait(0, deps=[logits])
         member = ((word >> token) & 1) != 0
-        first = gl.minimum(gl.maximum(gl.load(idx_ptr + i), 0), last) * BLOCK_SIZE
+        first = first_key(gl.load(idx_ptr + i), last, BLOCK_SIZE)
         weights, top, total, shrink = _weigh(
             logits, top, total, member, first, position, Skv, factor, n, EDGE=True
         )
@@ -130,7 +128,7 @@ def attend_rows(
                     member = ((word >> token) & 1) != 0
                     first = 0
                     if EDGE:
-                        first = gl.minimum(gl.maximum(gl.load(idx_ptr + i), 0), last) * BLOCK_SIZE
+                        first = first_key(gl.load(idx_ptr + i), last, BLOCK_SIZE)
                     weights, top, total, shrink = _weigh(
                         logits, top, total, member, first, position, Skv, factor, n, EDGE
                     )
