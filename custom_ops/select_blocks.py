@@ -69,9 +69,13 @@ def select_blocks(
         unused slots last as -1. Ties go to the lower block; a NaN score counts as zero.
         No gradient flows.
 
+    Raises:
+        ValueError: if ``documents`` does not tell of equal parts, or the queries start within one.
+
     Source: arXiv 2509.24663, section 3; stage 1 of OpenBMB/infllmv2_cuda_impl.
     """
     B, Hq, Sq, _ = q.shape
+    _check_parts(documents, kv_len, Sq)
     Hkv = compressed.shape[1]
     K = min(num_selected, -(-kv_len // block_size))
     selected = torch.empty(B, Hkv, Sq, K, dtype=torch.int32, device=q.device)
@@ -141,6 +145,7 @@ def _(
 ) -> Tensor:
     from custom_ops.kernels.select_blocks import launch
 
+    _check_parts(documents, kv_len, q.shape[2])
     return launch(
         q,
         compressed,
@@ -157,6 +162,17 @@ def _(
         scale,
         documents,
     )
+
+
+def _check_parts(documents: Tensor | None, kv_len: int, num_queries: int) -> None:
+    if documents is None or kv_len == 0:
+        return
+    count, offset = documents.shape[1], kv_len - num_queries
+    if count == 0 or kv_len % count or offset % (kv_len // count):
+        raise ValueError(
+            f"documents must tell of equal parts of kv_len = {kv_len}, and the queries must start "
+            f"with one; got {count} parts and queries from position {offset} on"
+        )
 
 
 class _Sequence(NamedTuple):

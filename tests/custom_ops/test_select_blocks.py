@@ -167,6 +167,14 @@ def test_is_registered_right_with_documents():
     torch.library.opcheck(torch.ops.infllm_flex.select_blocks.default, args)
 
 
+@pytest.mark.parametrize(("num_parts", "num_queries"), [(3, 80), (5, 70), (0, 80)])
+def test_refuses_parts_that_do_not_fit(num_parts, num_queries):
+    q, *rest = arguments(80)
+    documents = torch.zeros(1, num_parts, 3, dtype=torch.int32)
+    with pytest.raises(ValueError, match=f"got {num_parts} parts and queries from position"):
+        select_blocks(q[:, :, :num_queries], *rest, documents)
+
+
 def test_gradients_stop():
     q, k, _ = (x.requires_grad_() for x in make_qkv(100))
     assert not select_for(q, k, small_config()).requires_grad

@@ -149,3 +149,19 @@ def test_touches_nothing_outside(monkeypatch: pytest.MonkeyPatch) -> None:
     with fenced_allocations(monkeypatch):
         actual = kernels.launch(*guarded)
     assert torch.equal(actual, expected)
+
+
+@pytest.mark.skipif(not INTERPRETED, reason="guard pages surround CPU memory only")
+@pytest.mark.parametrize("wrong", [2**31 - 1, 5000, -1, -(2**31)])
+@pytest.mark.parametrize("column", [0, 1, 2])
+def test_a_wrong_table_reads_and_writes_nothing_outside(
+    column: int, wrong: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    args = _case(PADDED, 1, 64, dtype=torch.float16)
+    args[-1] = args[-1].clone()
+    args[-1][1, :, column] = wrong
+    guarded = [fenced(x) if torch.is_tensor(x) else x for x in args]
+    with fenced_allocations(monkeypatch):
+        actual = kernels.launch(*guarded)
+    expected = select_blocks(*_case(PADDED, 1, 64, dtype=torch.float16))
+    assert torch.equal(actual[[0, 2]], expected[[0, 2]])

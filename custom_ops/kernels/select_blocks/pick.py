@@ -133,6 +133,7 @@ def pick_kernel(
             documents_ptr + b * num_parts * 3, out_row, first_part, offset, PART, PART_ROWS
         )
         own = tl.where(out_row < end_row, (offset + out_row - begin) // BLOCK_SIZE, -1)
+        budget = tl.minimum(budget, K)
         first_block = begin // BLOCK_SIZE
         is_none = (first_row + row) % PART_ROWS >= PART  # it only fills a part's last tile
         room = tl.where(is_none, 0, K)
