@@ -20,6 +20,8 @@ def pytest_configure(config: pytest.Config) -> None:
         config.addinivalue_line("filterwarnings", "ignore:TensorFloat32 tensor cores:UserWarning")
         # PyTorch opens the memory pool of its CUDA graphs with a graph of nothing.
         config.addinivalue_line("filterwarnings", "ignore:The CUDA Graph is empty:UserWarning")
+        # Some of the Triton code that PyTorch 2.11 generates.
+        config.addinivalue_line("filterwarnings", "ignore:tl.where with a non-bool:UserWarning")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
