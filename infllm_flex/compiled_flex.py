@@ -67,21 +67,25 @@ def flex(
 
 
 def flex_in_levels(
-    folded: list[Tensor],
+    query: Tensor,
     k: Tensor,
     v: Tensor,
     masks: list[BlockMask],
     scale: float,
     options: list[FlexKernelOptions],
-    num_groups: int,
     rows: list[int],
 ) -> Tensor | None:
-    """The same under the masks of several levels, whose rows per token may differ."""
+    """The same for ``query [B, Hq, S, D]`` under masks of levels of so many rows per token."""
     if not torch.compiler.is_dynamo_compiling():
         _warn_uncompiled()
         return None
+    num_groups = query.shape[1] // k.shape[1]
+    folds: dict[int, Tensor] = {}
     outs, lses = [], []
-    for q, mask, option, n in zip(folded, masks, options, rows, strict=True):
+    for mask, option, n in zip(masks, options, rows, strict=True):
+        if n not in folds:  # levels of as many rows share the copy
+            folds[n] = fold_queries(query, k.shape[1], n)
+        q = folds[n]
         out, aux = flex_attention(
             q,
             k,

@@ -138,9 +138,7 @@ def _attend_on_gpu(
         else:
             options = [inference_options(mask, head_dim, dtype, capability) for mask in masks]
         rows = [level.rows for level in levels]
-        folds = {n: fold_queries(query, Hkv, n) for n in rows}
-        folded = [folds[n] for n in rows]
-        out = run_compiled(flex_in_levels, None, folded, key, value, masks, scale, options, G, rows)
+        out = run_compiled(flex_in_levels, None, query, key, value, masks, scale, options, rows)
     else:
         mask = build_block_mask(selected, config, kv_len=key.shape[2], num_groups=G, first=first)
         flat = fold_queries(query, Hkv, G)
