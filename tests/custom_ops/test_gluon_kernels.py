@@ -176,6 +176,8 @@ def _score_both_ways(
         ((1, 7, 1, 3000, 3000, 80), {}),
         ((1, 16, 2, 500, 6001, 64), {"local_blocks": 32, "num_selected": 40}),
         ((1, 2, 2, 1000, 5000, 128), {}),
+        ((1, 32, 2, 600, 5000, 128), {}),
+        ((1, 12, 1, 100, 4000, 80), {}),  # a group padded to 16
         ((1, 4, 2, 40, 5000, 40), {"local_blocks": 1}),
         ((1, 4, 1, 9, 300000, 128), {}),  # cut into many runs of blocks
         ((1, 4, 1, 300, 7000, 128), {"kernel_size": 16}),  # no window reaches into the next block
@@ -197,7 +199,7 @@ def test_scores_of_packed_documents_have_the_same_bits(monkeypatch):
         parts += [[first, first + length, 6]] * count
         first += count * BLOCK_SIZE
     documents = torch.tensor([parts], dtype=torch.int32, device="cuda")
-    for Sq in (first, 700):
+    for Sq in (first, 704):  # whole parts
         _score_both_ways((1, 8, 2, Sq, first, 128), monkeypatch, documents=documents)
 
 
