@@ -154,9 +154,10 @@ def _save(figure: Any, path: Path, rows: Sequence[Row]) -> None:
     from matplotlib.backends.backend_agg import FigureCanvasAgg
 
     newest = rows[-1]
+    earlier = " and earlier" if any(row["commit"] != newest["commit"] for row in rows) else ""
     figure.suptitle(
         f"{newest['device']}, {newest['dtype']}, D {newest['D']}, torch {newest['torch']}, "
-        f"{newest['commit']}, {newest['date'][:10]}",
+        f"{newest['commit']}, {newest['date'][:10]}{earlier}",
         fontsize=8,
     )
     FigureCanvasAgg(figure).print_png(str(path))
