@@ -87,9 +87,9 @@ def launch(
             parts.first,
             **picking,
             N=N,
-            # On one H100, 8 KV heads, half as many warps as before: 1.0 instead of 1.1 ms at 64K
-            # tokens, 3.9 instead of 4.4 at 128K, 16 instead of 20 at 256K; there is less to pass
-            # on. At 512K 71 instead of 78, but Triton 3.7 spills then.
+            # On one H100, 8 KV heads, twice as many warps, which pass more on to each other, take
+            # 1.1 instead of 1.0 ms at 64K tokens, 4.4 instead of 3.9 at 128K, 20 instead of 16 at
+            # 256K. Half as many take 71 instead of 74 at 512K, but with Triton 3.7 they spill.
             num_warps=max(1, N // 1024),
             maxnreg=104 if N <= 1024 else 128,  # for more rows side by side
         )
