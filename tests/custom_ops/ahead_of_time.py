@@ -31,7 +31,7 @@ class Launch(NamedTuple):
     options: dict[str, int]
 
     def __str__(self) -> str:
-        names = ("N", "BLOCK_N", "ROWS", "TOKENS", "HEADS", "D", "TILE_TOKENS")
+        names = ("N", "TAKEN", "SEGMENT", "BLOCK_N", "ROWS", "TOKENS", "HEADS", "D", "TILE_TOKENS")
         shape = " ".join(f"{n}={self.arguments[n]}" for n in names if n in self.arguments)
         return f"{self.kernel.__name__} {shape} {self.options}"
 

@@ -164,7 +164,8 @@ def _compile(launch: Launch, capability: int) -> Resources:
         (_select, (BRAIN, 128, 16, 8192, 96, 32)),
         pytest.param(_select, (FLOAT, 128, 16), marks=pytest.mark.slow),
         (_select, (FLOAT, 256, 3)),
-        pytest.param(_select, (BRAIN, 128, 16, 1 << 19), marks=pytest.mark.slow),
+        (_select, (BRAIN, 128, 4, 1 << 18)),  # picks from a few segments
+        pytest.param(_select, (BRAIN, 128, 16, 1 << 20), marks=pytest.mark.slow),
         (_select_documents, (BRAIN, 128, 16)),
         (_select_documents, (HALF, 80, 7)),
         (_tile, (1,)),
@@ -232,11 +233,13 @@ def test_tiles_of_two_warpgroups_compile_without_spills(
     ("dtype", "D", "G", "programs"),
     [(BRAIN, 128, 4, 3), (HALF, 64, 8, 3), (BRAIN, 128, 16, 4), (HALF, 80, 12, 4)],
 )
+@pytest.mark.parametrize("S", [8192, 1 << 18])
 def test_scores_in_strided_boxes_compile_without_spills(
-    dtype: torch.dtype, D: int, G: int, programs: int, monkeypatch: pytest.MonkeyPatch
+    dtype: torch.dtype, D: int, G: int, programs: int, S: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    launches = record_launches(monkeypatch, lambda: _select(dtype, D, G), 90)
-    (launch,) = (x for x in launches if x.kernel.__name__ == "score_boxed_kernel")
+    launches = record_launches(monkeypatch, lambda: _select(dtype, D, G, S), 90)
+    launch = [x for x in launches if x.kernel.__name__ == "score_boxed_kernel"][-1]
+    assert (launch.arguments["SEGMENT"] > 0) == (S > 8192)  # long rows are picked from a few
     used = _compile(launch, 90)
     assert used.stack == 0
     assert programs * (used.shared + 1024) <= SHARED_LIMIT[90] + 1024  # side by side

@@ -156,7 +156,10 @@ def _score_both_ways(
         with monkeypatch.context() as patch:
             patch.setattr(select_blocks, "_workspace", workspace)
             out = select_blocks.launch(q, keys, coarse, S, *rule.values(), documents)
-        return out, spaces[0]
+        scores, bests = spaces[:2]
+        # Nothing depends on the best of a segment of which some blocks are not scored.
+        scored = (scores.view(-1, 16) != -7.0).all(1)
+        return out, scores, torch.where(scored, bests, -7.0)
 
     strided = run()
     with monkeypatch.context() as patch:

@@ -13,20 +13,26 @@ require_kernels()
 import triton  # noqa: E402
 import triton.language as tl  # noqa: E402
 
-from custom_ops.kernels.select_blocks.pick import best_blocks  # noqa: E402
+from custom_ops.kernels.select_blocks import _taken_segments  # noqa: E402
+from custom_ops.kernels.select_blocks.pick import (  # noqa: E402
+    SEGMENT,
+    best_blocks,
+    pick_kernel,
+)
 
 LARGEST, SMALLEST = torch.finfo(torch.float32).max, 2.0**-149
 N = 128
 
 
 @triton.jit
-def _pick(score_ptr, out_ptr, own, K, INIT: tl.constexpr, LOCAL: tl.constexpr, N: tl.constexpr):
+def _pick(score_ptr, out_ptr, last, K, INIT: tl.constexpr, LAST: tl.constexpr, N: tl.constexpr):
     block = tl.arange(0, N)
     score = tl.load(score_ptr + block)
-    tl.store(out_ptr + block, best_blocks(score, block, own, K, INIT, LOCAL).to(tl.int32))
+    chosen = best_blocks(score, block, last, last + 1, K, INIT, LAST)
+    tl.store(out_ptr + block, chosen.to(tl.int32))
 
 
-def _draw(kind: str, generator: torch.Generator) -> Tensor:
+def _draw(kind: str, generator: torch.Generator, N: int = N) -> Tensor:
     """Scores of ``N`` blocks: at least 0, or below where there is none."""
     normal = torch.randn(N, generator=generator)
     uniform = torch.rand(N, generator=generator)
@@ -52,20 +58,20 @@ KINDS += ["two values", "few values", "every exponent", "one outlier", "with gap
 @settings(max_examples=60, deadline=None)
 @given(st.sampled_from(KINDS), st.data())
 def test_they_are_the_first_of_a_stable_sort(kind: str, data: st.DataObject) -> None:
-    init, local = data.draw(st.integers(0, 3)), data.draw(st.integers(-1, 6))
-    K = data.draw(st.integers(init + local + 1 + (init + local < 0), 60))
-    own = data.draw(st.integers(max(K, init + local), N - 1))
+    init, forced_last = data.draw(st.integers(0, 3)), data.draw(st.booleans())
+    K = data.draw(st.integers(0, 60))
+    last = data.draw(st.integers(max(K, init + 1) - 1, N - 1))
     seed = data.draw(st.integers(0, 999))
     score = _draw(kind, torch.Generator().manual_seed(seed))
 
     block = torch.arange(N)
     rank = score.clamp(min=-1.0)
-    rank[(block < init) | (block >= own - local)] = torch.inf
+    rank[(block < init) | (forced_last & (block == last))] = torch.inf
     expected = torch.zeros(N, dtype=torch.bool)
-    expected[rank[: own + 1].sort(descending=True, stable=True).indices[:K]] = True
+    expected[rank[: last + 1].sort(descending=True, stable=True).indices[:K]] = True
 
     out = torch.zeros(N, dtype=torch.int32, device=DEVICE)
-    _pick[(1,)](score.to(DEVICE), out, own, K, init, local, N)
+    _pick[(1,)](score.to(DEVICE), out, last, K, init, forced_last, N)
     assert torch.equal(out.cpu() != 0, expected)
 
 
@@ -74,6 +80,42 @@ def test_they_are_the_first_of_a_stable_sort(kind: str, data: st.DataObject) -> 
 def test_few_and_nearly_all(kind: str, K: int) -> None:
     score = _draw(kind, torch.Generator().manual_seed(K))
     out = torch.zeros(N, dtype=torch.int32, device=DEVICE)
-    _pick[(1,)](score.to(DEVICE), out, N - 1, K, 0, -1, N)
+    _pick[(1,)](score.to(DEVICE), out, N - 1, K, 0, False, N)
     expected = score.clamp(min=-1.0).sort(descending=True, stable=True).indices[:K].sort().values
     assert torch.equal(out.cpu().nonzero().flatten(), expected)
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.sampled_from(KINDS), st.data())
+def test_picked_from_a_few_segments_they_are_the_same(kind: str, data: st.DataObject) -> None:
+    N, K = 256, 24
+    init, local = data.draw(st.sampled_from([0, 1, 18])), data.draw(st.sampled_from([0, 3]))
+    budget = data.draw(st.integers(1, K))
+    own = data.draw(st.integers(K, N - 1))
+    generator = torch.Generator().manual_seed(data.draw(st.integers(0, 999)))
+    score = _draw(kind, generator, N)
+    bests = score.view(-1, SEGMENT.value).max(1).values
+    bests[(own - local) // SEGMENT.value :] = torch.rand((), generator=generator)  # anything
+    garbage = torch.where(torch.arange(N) < own - local, score, torch.nan)
+
+    block = torch.arange(own + 1)
+    rank = score[: own + 1].clamp(min=-1.0)
+    rank[(block < init) | (block >= own - local)] = torch.inf
+    expected = rank.sort(descending=True, stable=True).indices[:budget].sort().values
+
+    out = torch.full((3, budget), 99, dtype=torch.int32, device=DEVICE)
+    taken = _taken_segments(K - local - 1, init, SEGMENT.value)
+    places = [0, 0, 1, own, N, 1, budget, 1, 0, 0]  # one row, its position that of its block
+    shape = {"BLOCK_SIZE": 1, "PART": 0, "PART_ROWS": 0, "BLOCK_K": 32, "TAKEN": taken, "N": N}
+    pick_kernel[(1,)](
+        garbage.to(DEVICE),
+        bests.to(DEVICE),
+        out[1:2],
+        out,
+        *places,
+        INIT_BLOCKS=init,
+        LOCAL_BLOCKS=local,
+        **shape,
+    )
+    assert out[1].tolist() == expected.tolist()
+    assert (out[::2] == 99).all()

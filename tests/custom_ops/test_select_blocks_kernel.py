@@ -106,11 +106,15 @@ def test_equals_the_definition_in_half_precision(group: int, dtype: torch.dtype)
     _judge(_case((1, group, 1, 20, 1000, 40), dtype))
 
 
-@pytest.mark.parametrize("num_blocks", [1030, 4100, 16384])
-def test_long_rows(num_blocks: int) -> None:
+@pytest.mark.parametrize(
+    ("num_blocks", "dtype"),
+    [(1030, torch.float16), (4100, torch.float16), (16384, torch.float16), (2050, torch.float32)],
+)
+def test_long_rows(num_blocks: int, dtype: torch.dtype) -> None:
+    """In half precision they are picked from a few segments."""
     shape = (1, 2, 1, 2, num_blocks * 16 - 5, 16)
     rule = {"block_size": 16, "num_selected": 96, "local_blocks": 32}
-    _judge(_case(shape, torch.float16, **rule))
+    _judge(_case(shape, dtype, **rule))
 
 
 def test_refuses_rows_beyond_the_registers() -> None:
@@ -125,6 +129,10 @@ def test_ties_go_to_the_lower_block() -> None:
     assert _judge(args)[0, 0, -1].tolist() == [0, 1, 13, 14, 15]
     args = _case((1, 2, 1, 40, 1000, 16))
     args[1][:, :, 1:] = args[1][:, :, :1]
+    _judge(args)
+    rule = {"block_size": 16, "num_selected": 5, "local_blocks": 0}
+    args = _case((1, 2, 1, 20, 2100, 16), torch.float16, **rule)  # from a few segments
+    args[1][:, :, ::5] = args[1][:, :, :1] + 1
     _judge(args)
 
 

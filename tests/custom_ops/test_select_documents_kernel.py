@@ -31,8 +31,9 @@ RULE = {
     "block_size": 16,
     "init_blocks": 1,
     "local_blocks": 0,
+    "num_selected": 7,
 }
-SLOTS, SCALE = 7, 0.25
+SCALE = 0.25
 
 
 def _table(rows: list[list[tuple[int, int]]], part: int = 16) -> Tensor:
@@ -71,7 +72,7 @@ def _case(
             (1, (kv_len - rule["coarse_size"]) // rule["coarse_stride"] + 1),
         )
     )
-    return [q, compressed, coarse, kv_len, *rule.values(), SLOTS, SCALE, table]
+    return [q, compressed, coarse, kv_len, *rule.values(), SCALE, table]
 
 
 PACKED = _table([[(20, 7), (70, 3), (1, 7), (52, 3)]])
@@ -106,6 +107,11 @@ def test_equals_the_definition_in_half_precision(group: int) -> None:
     _judge(_case(PACKED, group, dtype=torch.float16))
 
 
+def test_long_documents_are_picked_from_a_few_segments() -> None:
+    table = _table([[(20, 3), (1600, 3), (40, 2)]])
+    _judge(_case(table, 16, 80, torch.float16, num_selected=3))
+
+
 def test_nan_of_another_document_or_of_padding_changes_nothing() -> None:
     args = _case(PACKED, 2)
     expected = select_blocks(*args)
@@ -129,7 +135,7 @@ def test_a_document_is_the_same_alone(monkeypatch: pytest.MonkeyPatch) -> None:
             x[:, :, first // stride :][:, :, : max(0, (length - size) // stride + 1)]
             for x, size, stride in ((args[1], 8, 4), (args[2], 32, 16))
         ]
-        rule = [*RULE.values(), budget, SCALE]
+        rule = [*(RULE | {"num_selected": budget}).values(), SCALE]
         alone = run_on_device(kernels.launch, args[0][:, :, first:end], *keys, length, *rule)
         ours = together[:, :, first:end]
         ours = torch.where(ours < 0, -1, ours - first // 16)

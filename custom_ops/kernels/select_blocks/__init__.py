@@ -10,7 +10,7 @@ from torch import Tensor
 from custom_ops.kernels.capability import knows_gluon
 from custom_ops.kernels.descriptors import describe, describe_strided, has_boxes
 from custom_ops.kernels.select_blocks.lse import lse_kernel
-from custom_ops.kernels.select_blocks.pick import pick_kernel
+from custom_ops.kernels.select_blocks.pick import SEGMENT, pick_kernel
 from custom_ops.kernels.select_blocks.scores import score_kernel
 
 _SCORE_BYTES = 176 << 20
@@ -67,12 +67,31 @@ def launch(
         "BLOCK_K": triton.next_power_of_2(num_selected),
     }
 
-    def pick(scores: Tensor, heads: range, rows: range, columns: int) -> None:
+    # Of the last block, which is never scored if it is local, the boxes may lack some windows.
+    strided = before == 0 and local_blocks > 0 and compressed.shape[2] >= per_block
+    strided = strided and _can_stride(q, compressed, tile)
+    step_blocks = 64 if strided else tile["BLOCK_N"] // slots
+    taken = _taken_segments(num_selected - local_blocks - 1, init_blocks, step_blocks)
+
+    def listed(rows: range) -> int:
+        """Count the blocks that some of the rows see, up to a power of two."""
         visible = (offset + rows.stop - 1) // block_size + 1 if documents is None else num_blocks
-        N = max(128, triton.next_power_of_2(visible))
-        N = N if columns else 16  # nothing scored, nothing to choose
+        return max(128, triton.next_power_of_2(visible))
+
+    def segments(rows: range) -> int:
+        """How many segments the rows' blocks are picked from: of long rows a few; 0, all."""
+        return taken if 2 * taken * SEGMENT.value <= listed(rows) else 0
+
+    def pick(scores: Tensor, bests: Tensor, heads: range, rows: range, columns: int) -> None:
+        N = listed(rows) if columns else 16  # nothing scored, nothing to choose
+        picked = segments(rows) if columns else 0
+        width = max(N // SEGMENT.value, picked * SEGMENT.value) if picked else N
+        # For more rows side by side. On one H100 with 8 KV heads 104 registers take 1.09 instead of
+        # 0.98 ms at 64K tokens, where no segments are picked, and 24.6 instead of 22.4 at 512K.
+        registers = (88 if picked else 72) if width <= 1024 else 128
         pick_kernel[(len(heads) * len(rows),)](
             scores,
+            bests,
             out,
             table,
             heads.start,
@@ -86,12 +105,10 @@ def launch(
             parts.count,
             parts.first,
             **picking,
+            TAKEN=picked,
             N=N,
-            # On one H100, 8 KV heads, twice as many warps, which pass more on to each other, take
-            # 1.1 instead of 1.0 ms at 64K tokens, 4.4 instead of 3.9 at 128K, 20 instead of 16 at
-            # 256K. Half as many take 71 instead of 74 at 512K, but with Triton 3.7 they spill.
-            num_warps=max(1, N // 1024),
-            maxnreg=104 if N <= 1024 else 128,  # for more rows side by side
+            num_warps=max(1, width // 1024),
+            maxnreg=registers,
         )
 
     all_heads = range(B * Hkv)
@@ -99,22 +116,22 @@ def launch(
     if documents is None:  # else only the device knows which rows take every block
         num_rows, first_scored = Sq, min(max(num_selected * block_size - offset, 0), Sq)
     if first_scored:
-        pick(out, all_heads, range(first_scored), 0)
+        pick(out, out, all_heads, range(first_scored), 0)
     if first_scored == num_rows:
         return out
 
     columns = (kv_len - 1) // block_size - local_blocks
-    columns = max(16, triton.cdiv(columns, 16) * 16)  # rows start aligned, for wide loads
+    columns = max(64, triton.cdiv(columns, 64) * 64)  # rows start aligned, for wide loads
     num_tiles = triton.cdiv(num_rows - first_scored, tokens)
-    step_heads, step_tiles = _chunk(_SCORE_BYTES, 4 * columns * tokens, B * Hkv, num_tiles)
+    step_heads, step_tiles = _chunk(
+        _SCORE_BYTES, 4 * (columns + columns // SEGMENT.value) * tokens, B * Hkv, num_tiles
+    )
     lse_chunks = max(1, _LSE_BYTES // (4 * tile_rows * step_heads * step_tiles))
     span_tiles = min(step_tiles * lse_chunks, num_tiles)
     scores = _workspace(q, step_heads * step_tiles * tokens * columns)
+    bests = _workspace(q, scores.numel() // SEGMENT.value)
     lse = _workspace(q, step_heads * span_tiles * tile_rows)
     factor = scale * math.log2(math.e)
-    # Of the last block, which is never scored if it is local, the boxes may lack some windows.
-    strided = before == 0 and local_blocks > 0 and compressed.shape[2] >= per_block
-    strided = strided and _can_stride(q, compressed, tile)
     # A box holds windows without gaps between those of one block and the next.
     boxed = not strided and slots == per_block and has_boxes(compressed)
     boxes = describe(compressed, tile["BLOCK_N"]) if boxed else None
@@ -182,6 +199,7 @@ def launch(
                 boxes,
                 lse,
                 scores,
+                bests,
                 table,
                 *q.stride(),
                 *compressed.stride(),
@@ -202,10 +220,22 @@ def launch(
                 parts.first,
                 LOCAL_BLOCKS=local_blocks,
                 TAIL=tail,
+                SEGMENT=SEGMENT.value if segments(rows) else 0,
                 **scoring,
             )
-            pick(scores, heads, rows, columns)
+            pick(scores, bests, heads, rows, columns)
     return out
+
+
+def _taken_segments(room: int, init_blocks: int, step_blocks: int) -> int:
+    """How many segments of a long row hold the ``room`` best blocks, up to a power of two.
+
+    0 where the scores come in steps that are no whole segments.
+    """
+    if step_blocks % SEGMENT.value:
+        return 0
+    forced = triton.cdiv(init_blocks, SEGMENT.value)
+    return triton.next_power_of_2(max(room - init_blocks, 0) + forced + 1)
 
 
 def _can_stride(q: Tensor, compressed: Tensor, tile: dict[str, int]) -> bool:

@@ -70,6 +70,7 @@ def score_boxed_kernel(
     boxes,
     lse_ptr,
     scores_ptr,
+    bests_ptr,
     documents_ptr,
     stride_qb,
     stride_qh,
@@ -109,6 +110,7 @@ def score_boxed_kernel(
     HEADS: gl.constexpr,
     TOKENS: gl.constexpr,
     RING: gl.constexpr,
+    SEGMENT: gl.constexpr,
 ):
     """Fill ``scores [num_heads, rows, columns]`` as ``score_kernel`` does, from its arguments.
 
@@ -194,6 +196,15 @@ def score_boxed_kernel(
     out = ((token - first) * columns)[None, :] + n[:, None]
     row_before = ((n + STEP - 1) % STEP)[:, None] + gl.zeros([STEP, TOKENS], gl.int32, SCORES)
     unscored = gl.full([STEP, TOKENS], -1.0, gl.float32, SCORES)
+    if SEGMENT > 0:  # of a warp's rows, a segment, each thread collects its tokens' own
+        ACROSS: gl.constexpr = 32 // gl.constexpr(min(32, TOKENS))
+        COLLECTED: gl.constexpr = gl.BlockedLayout(
+            [1, 1, 1], [1, ACROSS, 32 // ACROSS], [4, 1, 1], [2, 1, 0]
+        )
+        BESTS: gl.constexpr = gl.SliceLayout(1, COLLECTED)
+        segment = gl.arange(0, STEP // SEGMENT, gl.SliceLayout(1, BESTS))
+        best_token = gl.arange(0, TOKENS, gl.SliceLayout(0, BESTS))
+        best_out = (best_token * (columns // SEGMENT))[None, :] + segment[:, None]
     score = unscored
     previous = unscored  # row 0: of the block before the step's
     for EDGE in gl.static_range(2):
@@ -230,4 +241,15 @@ def score_boxed_kernel(
                 listed = ((block >= first_block) & (block < num_scored))[:, None] & written
                 score = gl.minimum(score, 3.4028234663852886e38)
                 gl.store(scores_ptr + (out_row * columns + start) + out, score, mask=listed)
+                if SEGMENT > 0:
+                    best = gl.max(score.reshape([STEP // SEGMENT, 2, SEGMENT // 2, TOKENS]), 1)
+                    best = gl.max(gl.convert_layout(best, COLLECTED), 1)
+                    block = start + segment * SEGMENT
+                    listed = ((block >= first_block) & (block < num_scored))[:, None]
+                    listed = listed & (first + best_token < end_row)[None, :]
+                    gl.store(
+                        bests_ptr + (out_row * columns + start) // SEGMENT + best_out,
+                        best,
+                        mask=listed,
+                    )
                 score = unscored

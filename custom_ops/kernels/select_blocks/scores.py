@@ -22,6 +22,7 @@ def score_kernel(
     boxes,
     lse_ptr,
     scores_ptr,
+    bests_ptr,
     documents_ptr,
     stride_qb,
     stride_qh,
@@ -65,11 +66,13 @@ def score_kernel(
     BLOCK_N: tl.constexpr,
     IN_PARTS: tl.constexpr,
     BOXES: tl.constexpr,
+    SEGMENT: tl.constexpr,
 ):
     """Fill ``scores [num_heads, rows, columns]``: a tile, a run of blocks each.
 
     A score is the best of the windows that begin in the block, and of the last ``TAIL`` of those
-    that begin in the block before.
+    that begin in the block before. The best of every ``SEGMENT`` blocks goes to
+    ``bests [num_heads, rows, columns // SEGMENT]``; 0: nowhere.
     """
     tiles = tl.cdiv(end_row - first_row, TOKENS)
     head = tl.program_id(0) % num_heads
@@ -168,3 +171,10 @@ def score_kernel(
             out = out_row[None, :] + block[:, None]
             listed = (block >= first_block) & (block < num_scored)
             tl.store(scores_ptr + out, score, mask=listed[:, None] & (token < end_row)[None, :])
+            if SEGMENT > 0:
+                SEGMENTS: tl.constexpr = STEP // SEGMENT
+                best = tl.max(tl.reshape(score, [SEGMENTS, SEGMENT, TOKENS]), 1)
+                block = start + tl.arange(0, SEGMENTS) * SEGMENT
+                listed = (block >= first_block) & (block < num_scored)
+                out = (out_row[None, :] + block[:, None]) // SEGMENT
+                tl.store(bests_ptr + out, best, mask=listed[:, None] & (token < end_row)[None, :])

@@ -47,5 +47,5 @@ def cached_pick_kernel(
     block = tl.arange(0, N)
     scored = (block <= last) & (block < columns)
     score = tl.load(scores_ptr + row * columns + block, mask=scored, other=-1.0)
-    chosen = best_blocks(score, block, last, room, INIT_BLOCKS, -1)  # none is forced at the end
-    write_blocks(out_ptr, chosen, 0, N)
+    chosen = best_blocks(score, block, last, last + 1, room, INIT_BLOCKS, False)
+    write_blocks(out_ptr, chosen, tl.arange(0, N // 4) * 4)
