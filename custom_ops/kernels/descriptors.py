@@ -77,6 +77,13 @@ def describe_groups(x: Tensor, num_groups: int, tokens: int) -> Any:
     return TensorDescriptor(x, [B, num_groups, G, S, D], [batch, G * head, head, token, 1], box)
 
 
+def describe_lines(x: Tensor, width: int) -> Any:
+    """Describe a contiguous tensor as boxes of ``width`` elements, one after the other."""
+    from triton.tools.tensor_descriptor import TensorDescriptor
+
+    return TensorDescriptor.from_tensor(x.view(-1, width), [1, width])
+
+
 def _describe_for_gluon(x: Tensor, shape: list[int], strides: list[int], box: list[int]) -> Any:
     from triton.experimental.gluon import language as gl
     from triton.experimental.gluon.nvidia.hopper import TensorDescriptor

@@ -10,6 +10,8 @@ import triton.language as tl
 
 from custom_ops.kernels.dot_in_parts import dot_in_parts
 
+_VARYING = ["Sq", "Skv", "num_tiles", "num_blocks", "num_shares", "stretch", "heads_together"]
+
 
 @triton.jit
 def _walk(
@@ -23,8 +25,9 @@ def _walk(
     do_boxes,
     b,
     h,
-    lse_ptr,
-    delta_ptr,
+    row_lse,
+    row_delta,
+    first_tile,
     k_ptr,
     v_ptr,
     stride_oh,
@@ -71,9 +74,7 @@ def _walk(
         else:
             group = (i % PARTS * ROWS + lane) % G
             token = (i % PARTS * ROWS + lane) // G
-        s = tile * TILE_TOKENS + token
-        real = (token < TILE_TOKENS) & (s < Sq) & (group < G)
-        member = real & (((word >> token) & 1) != 0)
+        member = ((word >> token) & 1) != 0
         # Offsets within a tile stay the same from tile to tile, and in registers.
         q_tile = q_ptr + tile.to(tl.int64) * TILE_TOKENS * stride_qs
         do_tile = do_ptr + tile.to(tl.int64) * TILE_TOKENS * stride_os
@@ -84,12 +85,20 @@ def _walk(
             q = q_boxes.load([b, h, 0, first, 0]).reshape(ROWS, BLOCK_D)
             do = do_boxes.load([b, h, 0, first, 0]).reshape(ROWS, BLOCK_D)
         else:
+            s = tile * TILE_TOKENS + token
+            real = (token < TILE_TOKENS) & (s < Sq)
             row_mask = real[:, None] & (d < D)[None, :]
             q = tl.load(q_row[:, None] + d[None, :] * stride_qd, mask=row_mask, other=0.0)
             do = tl.load(do_row[:, None] + d[None, :] * stride_od, mask=row_mask, other=0.0)
-        flat = group.to(tl.int64) * Sq + s
-        lse = tl.load(lse_ptr + flat, mask=member, other=float("inf")) * 1.4426950408889634
-        delta = tl.load(delta_ptr + flat, mask=real, other=0.0)
+        # Infinite is the log-sum-exp where there is no row.
+        if BOXES:
+            at = (first_tile + tile) * PARTS + i % PARTS
+            lse = row_lse.load([at, 0]).reshape(ROWS)
+            delta = row_delta.load([at, 0]).reshape(ROWS)
+        else:
+            row = tile.to(tl.int64) * (PARTS * ROWS) + i % PARTS * ROWS + lane
+            lse = tl.load(row_lse + row)
+            delta = tl.load(row_delta + row)
         if IN_PARTS:
             logits = dot_in_parts(
                 k_ptr,
@@ -103,7 +112,7 @@ def _walk(
             )
         else:
             logits = tl.dot(k, tl.trans(q))
-        weights = tl.exp2(logits * factor - lse[None, :])
+        weights = tl.exp2(logits * factor - tl.where(member, lse, float("inf"))[None, :])
         if EDGE:
             ahead = key - (Skv - Sq) - tile * TILE_TOKENS
             weights = tl.where(ahead[:, None] <= token[None, :], weights, 0.0)
@@ -126,7 +135,7 @@ def _walk(
     return dk, dv
 
 
-@triton.jit(do_not_specialize=["Sq", "Skv", "num_tiles", "num_blocks", "num_shares", "stretch"])
+@triton.jit(do_not_specialize=_VARYING)
 def dkv_kernel(
     do_ptr,
     q_ptr,
@@ -134,8 +143,8 @@ def dkv_kernel(
     v_ptr,
     do_boxes,
     q_boxes,
-    lse_ptr,
-    delta_ptr,
+    row_lse,
+    row_delta,
     begin_ptr,
     count_ptr,
     tile_of_ptr,
@@ -171,6 +180,7 @@ def dkv_kernel(
     scale,
     Hkv,
     heads,
+    heads_together,
     G: tl.constexpr,
     D: tl.constexpr,
     BLOCK_SIZE: tl.constexpr,
@@ -185,12 +195,17 @@ def dkv_kernel(
 ):
     """Fill ``dk`` and ``dv`` for some keys of one block, or a slot of ``part`` for a share of it.
 
-    Shared blocks come first, as they take longest.
+    A few heads at a time, so that the rows of their queries, which blocks walk at about the same
+    time, are found in L2; of these heads shared blocks come first, as they take longest.
     """
     CHUNKS: tl.constexpr = (BLOCK_SIZE + BLOCK_N - 1) // BLOCK_N
-    head = (tl.program_id(0) % heads).to(tl.int64)
-    chunk = tl.program_id(0) // heads % CHUNKS
-    task = tl.program_id(0) // heads // CHUNKS
+    per_head = (num_shares + num_blocks) * CHUNKS
+    first_head = tl.program_id(0) // (heads_together * per_head) * heads_together
+    of_these = tl.program_id(0) - first_head * per_head
+    num_heads = tl.minimum(heads_together, heads - first_head)
+    head = (first_head + of_these % num_heads).to(tl.int64)
+    chunk = of_these // num_heads % CHUNKS
+    task = of_these // num_heads // CHUNKS
     b, h = head // Hkv, head % Hkv
     is_share = task < num_shares
     share = head * num_shares + tl.minimum(task, num_shares - 1)
@@ -218,6 +233,9 @@ def dkv_kernel(
             if not IN_PARTS:
                 k = tl.load(k_row + d[None, :] * stride_kd, mask=key_mask, other=0.0)
                 v = tl.load(v_row + d[None, :] * stride_vd, mask=key_mask, other=0.0)
+            if not BOXES:
+                row_lse += head * num_tiles * (PARTS * ROWS)
+                row_delta += head * num_tiles * (PARTS * ROWS)
             dk = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
             dv = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
             # So many tiles hold the block's tokens at most; all other tiles are later.
@@ -235,8 +253,9 @@ def dkv_kernel(
                     do_boxes,
                     b.to(tl.int32),
                     h.to(tl.int32),
-                    lse_ptr + head * G * Sq,
-                    delta_ptr + head * G * Sq,
+                    row_lse,
+                    row_delta,
+                    head.to(tl.int32) * num_tiles,
                     k_row,
                     v_row,
                     stride_oh,

@@ -110,7 +110,8 @@ def dq_kernel(
     num_ptr,
     idx_ptr,
     words_ptr,
-    delta_ptr,
+    row_lse_ptr,
+    row_delta_ptr,
     dq_ptr,
     stride_gb,
     stride_gh,
@@ -148,10 +149,16 @@ def dq_kernel(
     BLOCK_D: tl.constexpr,
     IN_PARTS: tl.constexpr,
     BOXES: tl.constexpr,
+    TILE_ROWS: tl.constexpr,
+    BOX_TOKENS: tl.constexpr,
+    BOX_ROWS: tl.constexpr,
 ):
-    """Fill ``dq``, and ``delta``, the dot product of the output and its gradient, for some rows.
+    """Fill ``dq`` for some rows, and what their gradients of keys and values are computed from.
 
-    ``g`` in strides is the gradient of the output, ``o`` the output and the gradient of ``q``.
+    ``row_lse`` is their log-sum-exp, of base 2, ``row_delta`` the dot product of the output and its
+    gradient; both ``[B * Hkv, num_tiles, TILE_ROWS]``, in boxes of ``BOX_ROWS`` rows, head after
+    head, of ``BOX_TOKENS`` tokens each; 0: in the tile's order. ``g`` in strides is the gradient of
+    the output, ``o`` the output and the gradient of ``q``.
     """
     part = tl.program_id(0) % PARTS
     tile = tl.program_id(0) // PARTS % num_tiles
@@ -174,8 +181,13 @@ def dq_kernel(
     do = tl.load(do_ptr + d[None, :] * stride_gd, mask=mask, other=0.0)
     out = tl.load(out_ptr + out_row + d[None, :] * stride_od, mask=mask, other=0.0)
     delta = tl.sum(do.to(tl.float32) * out.to(tl.float32), 1)
-    tl.store(delta_ptr + flat, delta, mask=real)
     lse = tl.load(lse_ptr + flat, mask=real, other=0.0) * 1.4426950408889634
+    place = row
+    if BOX_TOKENS > 0:
+        place = token // BOX_TOKENS * BOX_ROWS + row % G * BOX_TOKENS + token % BOX_TOKENS
+    place += (head * num_tiles + tile) * TILE_ROWS
+    tl.store(row_lse_ptr + place, lse, mask=real)
+    tl.store(row_delta_ptr + place, delta, mask=real)
     q = do  # unused in parts
     if not IN_PARTS:
         q = tl.load(q_ptr + d[None, :] * stride_qd, mask=mask, other=0.0)
