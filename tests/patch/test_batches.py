@@ -5,6 +5,8 @@ import torch
 from transformers import DataCollatorWithFlattening
 
 import infllm_flex as ifx
+from infllm_flex.patch.huggingface import sequences
+from infllm_flex.patch.huggingface.memo import Memo
 from tests.patch.models import (
     CONFIGS,
     FULL_ATTENTION,
@@ -63,6 +65,36 @@ def test_below_dense_len_documents_are_isolated_too(kwargs, implementation):
     model = ifx.patch_model(build(attn_implementation=implementation), SETTINGS, dense_len=1000)
     with torch.no_grad():
         assert_close(model(IDS, **positions_from(kwargs)).logits, alone(model))
+
+
+@pytest.mark.parametrize("grad", [False, True])
+def test_while_it_waits_for_positions_it_attends_to_one_sequence(grad, monkeypatch):
+    """On a GPU; here the wait is made up. Without gradients, and not after a wrong guess."""
+    monkeypatch.setattr(sequences, "_memo", Memo())
+    monkeypatch.setattr(sequences, "_wait_for", lambda flag, do: (do and do(), bool(flag))[1])
+    calls, attend = [], torch.nn.functional.scaled_dot_product_attention
+    monkeypatch.setattr(
+        torch.nn.functional,
+        "scaled_dot_product_attention",
+        lambda *args, **kwargs: calls.append(1) or attend(*args, **kwargs),
+    )
+    model = ifx.patch_model(build(attn_implementation="sdpa"), SETTINGS, dense_len=1000)
+    num_layers = model.config.num_hidden_layers
+
+    def run(**kwargs):
+        calls.clear()
+        with torch.set_grad_enabled(grad):
+            return model(IDS, **kwargs).logits.detach(), len(calls)
+
+    one, num_calls = run()
+    assert num_calls == num_layers
+    with torch.no_grad():
+        assert torch.equal(one, build(attn_implementation="sdpa")(IDS).logits)
+        expected = alone(model)
+    for in_vain in (not grad, 0):
+        packed, num_calls = run(position_ids=POSITIONS.clone())
+        assert num_calls == num_layers + in_vain
+        assert_close(packed, expected)
 
 
 def test_layers_left_as_they_were_isolate_documents():

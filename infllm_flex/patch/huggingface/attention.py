@@ -71,28 +71,30 @@ def attention_forward(
             "first call of a model that only names it as its attn_implementation: call "
             "infllm_flex.patch_model(model) first"
         )
+
+    def attend_densely(sequences: Sequences | None) -> tuple[Tensor, Tensor | None]:
+        mask = _dense_mask(attention_mask, sequences)
+        if previous_implementation(module) == "eager":
+            mask = _additive_mask(module, query, key, mask)
+        return layer.dense_attention(
+            module, query, key, value, mask, dropout=dropout, scaling=scaling, **kwargs
+        )
+
+    # Mostly there is one sequence per row: what follows from that keeps the device busy until it is
+    # known. Not in training, where autograd would record what is in vain.
+    guesses: list[tuple[Tensor, Tensor | None]] = []
+    may_guess = is_dense and dropout == 0.0 and not torch.is_grad_enabled()
     if getattr(module, "is_causal", True):
         positions = None
         if is_dense and torch.compiler.is_compiling():
             positions = lone_positions(query, key, attention_mask, kwargs)
         if positions is None:
-            sequences = find_sequences(query, key, attention_mask, kwargs)
+            meanwhile = (lambda: guesses.append(attend_densely(None))) if may_guess else None
+            sequences = find_sequences(query, key, attention_mask, kwargs, meanwhile)
         elif layer.reads_positions:  # one layer checks for all: they get the same
             query = refuse_leak(query, positions)
     if is_dense:
-        mask = _dense_mask(attention_mask, sequences)
-        if previous_implementation(module) == "eager":
-            mask = _additive_mask(module, query, key, mask)
-        return layer.dense_attention(
-            module,
-            query,
-            key,
-            value,
-            mask,
-            dropout=dropout,
-            scaling=scaling,
-            **kwargs,
-        )
+        return guesses[0] if guesses and sequences is None else attend_densely(sequences)
     decoding = cached is not None and query.shape[2] < length
     if length < key.shape[2]:  # a preallocated cache, and how far it is filled
         key, value = key[:, :, :length], value[:, :, :length]

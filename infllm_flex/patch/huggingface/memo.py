@@ -18,6 +18,11 @@ class Memo(Generic[_Answer]):
         # Question and answer in one, so that threads never mix theirs.
         self._last: tuple[_Question, _Answer] | None = None
 
+    @property
+    def last_answer(self) -> _Answer | None:
+        """The last answer, whatever was asked."""
+        return None if self._last is None else self._last[1]
+
     def recall(
         self,
         shape: tuple[int, ...],
