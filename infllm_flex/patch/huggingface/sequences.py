@@ -66,7 +66,7 @@ class Sequences:
         if self.limit is not None:  # every start moves up by at most unit - 1
             room = (self.limit + (self._gaps is not None)) * (unit - 1)
         else:
-            room = torch.sym_max(S // 4, 8 * unit)
+            room = max(S // 4, 8 * unit)
         kv_len = (S + room + unit - 1) // unit * unit
         layout = lay_out(opens, self.is_real, unit, kv_len, S)
         if self.limit is None:
