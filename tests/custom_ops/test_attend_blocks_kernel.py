@@ -247,6 +247,21 @@ def test_shared_blocks_have_the_gradients_of_whole_ones(
         torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.parametrize("programs", [1, 100], ids=["one at a time", "two of three"])
+def test_heads_in_turn_have_the_bits_of_all_at_once(
+    programs: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    case = _case({"S": 60, "Hq": 6, "Hkv": 3, "D": 16}, 16, 4)
+    qkv, lists, rest = case.qkv, case.lists, case.rest
+    out, lse = run_on_device(forward.launch, *qkv, *lists, *rest)
+    state = (torch.ones_like(out), *qkv, out, lse, *lists, *rest)
+    at_once = run_on_device(backward.launch, *state)
+    monkeypatch.setattr(backward, "_MIN_PROGRAMS", programs)  # of 68 a head
+    in_turn = run_on_device(backward.launch, *state)
+    for a, b in zip(in_turn, at_once, strict=True):
+        assert torch.equal(a, b)
+
+
 def test_large_logits_do_not_overflow() -> None:
     case = _case({"S": 96, "Hq": 2, "Hkv": 1, "D": 16, "Sq": 20}, 16, 4)
     (q, k, v), lists, rest = case.qkv, case.lists, case.rest
