@@ -8,6 +8,7 @@ from torch import Tensor
 from custom_ops import union_lists
 from custom_ops.attend_blocks_backward import attend_blocks_backward
 from custom_ops.tile_chunks import TileLists, heads
+from custom_ops.transforms import register_gradients, register_vmap
 from custom_ops.without_autocast import without_autocast
 
 
@@ -109,7 +110,8 @@ def _save_for_backward(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, 
 
 def _backward(ctx: Any, grad_out: Tensor, grad_lse: Tensor) -> tuple[Tensor | None, ...]:
     grads = attend_blocks_backward(grad_out, *ctx.saved_tensors, *ctx.settings)
-    return *grads, *(None,) * 5
+    return *grads, *(None,) * (1 + len(ctx.settings))
 
 
-attend_blocks.register_autograd(_backward, setup_context=_save_for_backward)
+register_gradients(attend_blocks, _save_for_backward, _backward)
+register_vmap(attend_blocks)

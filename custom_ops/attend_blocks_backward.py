@@ -5,6 +5,7 @@ from torch import Tensor
 
 from custom_ops import union_lists
 from custom_ops.tile_chunks import TileLists, heads
+from custom_ops.transforms import refuse_gradients, register_vmap
 from custom_ops.without_autocast import without_autocast
 
 
@@ -95,3 +96,11 @@ def _(
     tile_tokens = union_lists.fit_unit(tile_tokens or choose_tile_tokens(q, k), unit)
     lists = union_lists.list_blocks(selected, k.shape[2], block_size, tile_tokens)
     return launch(grad_out, q, k, v, out, lse, *lists, block_size, tile_tokens, scale)
+
+
+refuse_gradients(
+    attend_blocks_backward,
+    "attend_blocks has no second derivative: its gradients cannot be differentiated again "
+    "(torch.func.hessian, backward through create_graph=True)",
+)
+register_vmap(attend_blocks_backward)

@@ -6,6 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from custom_ops.transforms import refuse_gradients
 from custom_ops.without_autocast import without_autocast
 
 
@@ -77,6 +78,12 @@ def _(
     from custom_ops.kernels.attend_cached_blocks import launch
 
     return launch(q, k, v, selected, start, end, block_size, scale)
+
+
+refuse_gradients(
+    attend_cached_blocks,
+    "attend_cached_blocks is not differentiable: to train, attend without a cache",
+)
 
 
 class VisibleList(NamedTuple):

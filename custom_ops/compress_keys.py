@@ -3,6 +3,8 @@
 import torch
 from torch import Tensor
 
+from custom_ops.transforms import register_vmap
+
 
 def num_windows(length: int, kernel_size: int, kernel_stride: int) -> int:
     """Count the whole pooling windows in ``length`` tokens.
@@ -53,6 +55,9 @@ def average_windows(k: Tensor, C: int, kernel_size: int, kernel_stride: int) -> 
     for offset in range(1, strides_per_window):
         window_sums += stride_sums[:, :, offset : offset + C]
     return (window_sums / kernel_size).to(k.dtype)
+
+
+register_vmap(compress_keys)
 
 
 @compress_keys.register_fake

@@ -8,12 +8,15 @@ from torch import Tensor
 
 
 def is_plain_on_cpu(x: Tensor) -> bool:
-    """Whether the dispatcher would add nothing but its own time: no graph, no gradients, no GPU.
+    """Whether the dispatcher would add nothing but its own time.
 
+    It has work to do for a graph, gradients, a transform of ``torch.func`` or a GPU.
     A decode step is so short on the CPU that dispatching its operators would take a fifth of it.
     """
     plain = type(x) is Tensor and x.is_cpu and not torch.is_grad_enabled()
-    return plain and not torch.compiler.is_compiling()
+    if not plain or torch.compiler.is_compiling():
+        return False
+    return not torch._C._are_functorch_transforms_active()
 
 
 def past_dispatcher(op: Callable[..., Any], x: Tensor) -> Callable[..., Any]:

@@ -14,6 +14,7 @@ from custom_ops.block_scores import (
     pool_to_blocks,
     weigh_windows,
 )
+from custom_ops.transforms import register_vmap
 from custom_ops.without_autocast import without_autocast
 
 _TILE_ROWS = 512  # query rows (tokens x group) scored at a time: memory is rows x C
@@ -103,6 +104,9 @@ def select_blocks(
                     selected[b, h],
                 )
     return selected
+
+
+register_vmap(select_blocks)
 
 
 @select_blocks.register_fake

@@ -6,6 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from custom_ops.transforms import is_transformed
 from infllm_flex.batches import lay_out_batch
 from infllm_flex.config import InfLLMConfig
 from infllm_flex.engines import (
@@ -201,17 +202,22 @@ def _use_flex(query: Tensor, key: Tensor, value: Tensor, config: InfLLMConfig) -
     Training goes through ``attend_blocks`` on the CPU, where FlexAttention has no backward, and so
     does float64 everywhere. FlexAttention's CPU code fails on a query that the same graph has just
     folded; it loses a nan among scores, and lets one among values reach rows that do not see it.
+    Under ``torch.func`` and forward-mode AD, `attend_blocks` serves what it can and refuses others.
     """
     if config.engine == "fused" or query.dtype == torch.float64:
         return False
     if query.device.type == "cuda":
         if config.engine != "flex":
             return False
+        if not torch.compiler.is_compiling() and is_transformed(query, key, value):
+            return False
         serves = not needs_gradients(query, key, value) or can_train_with_flex(query, key, config)
         if not serves and not torch.compiler.is_compiling():  # a graph takes up no warnings
             warn_backward_refused()
         return serves
     if needs_gradients(query, key, value) or torch.compiler.is_compiling():
+        return False
+    if is_transformed(query, key, value):
         return False
     # Sums are finite only where all terms are, and cost one pass without a temporary.
     return all(bool(x.sum(dtype=torch.float32).isfinite()) for x in (query, key, value))
