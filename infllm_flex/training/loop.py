@@ -72,7 +72,7 @@ def train(
             for bit that of a run that was never stopped.
         corpus: The text, where the caller has read it before.
         title: Stands before the progress bar.
-        show: Whether to draw the progress bar.
+        show: Whether to draw the progress bar, and to say that a signal has come.
 
     Raises:
         ConfigError: The folder holds something else; nothing was done.
@@ -86,7 +86,7 @@ def train(
         if settings.run.threads:
             torch.set_num_threads(settings.run.threads)
         # The first process holds the lock for all of them.
-        on_first(lambda: stack.enter_context(claim_folder(settings)))
+        on_first(lambda: stack.enter_context(claim_folder(settings, resume)))
         settings = find_model(settings)
         # Before signals are caught: there is nothing to save, and reading may take long.
         folder = settings.run.folder
@@ -95,7 +95,7 @@ def train(
         )
         for name, stage in settings.stages.items():
             text.sampler(name, stage, settings.run.seed)  # or says why there can be none
-        with Interruption() as interruption:
+        with Interruption(show and world.is_first) as interruption:
             return _Trainer(settings, world, text).run(interruption, title, show)
 
 

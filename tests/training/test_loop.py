@@ -7,16 +7,19 @@ import os
 import signal
 import subprocess
 import sys
+import threading
+import time
 import warnings
 from dataclasses import replace
 
 import pytest
 import torch
 
-from infllm_flex.strict_yaml import ConfigError
-from infllm_flex.training import loss
+from infllm_flex.strict_yaml import ConfigError, build_dataclass, load_yaml
+from infllm_flex.training import loop, loss
 from infllm_flex.training.checkpoints import newest
 from infllm_flex.training.data import PackedSampler, WindowSampler
+from infllm_flex.training.interruption import Interruption
 from infllm_flex.training.loop import TrainingDivergedError, train
 from infllm_flex.training.model import load_model
 from infllm_flex.training.settings import (
@@ -25,6 +28,7 @@ from infllm_flex.training.settings import (
     ModelSettings,
     OptimSettings,
     RunSettings,
+    TrainingSettings,
 )
 from tests.training.runs import ATTENTION, LONG, TINY, settings, stage, weights_hash, write_lines
 
@@ -133,6 +137,55 @@ def test_a_second_signal_ends_the_process_at_once():
     assert ended.returncode == -signal.SIGTERM
 
 
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_is_answered_while_no_python_runs(number):
+    """A hash in C stands for a backward pass: no Python runs in the main thread meanwhile."""
+    code = (
+        "import hashlib\n"
+        "from infllm_flex.training.interruption import Interruption\n"
+        "with Interruption():\n"
+        "    print('ready', flush=True)\n"
+        "    hashlib.pbkdf2_hmac('sha256', b'x', b'y', 10 ** 8)\n"
+    )
+    process = subprocess.Popen(
+        [sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+    assert process.stdout.readline() == "ready\n"
+    time.sleep(0.2)  # now it is in the hash, which takes half a minute
+    began = time.monotonic()
+    process.send_signal(number)
+    assert process.stderr.readline() == "\n"
+    assert "stopping after this step, then saving" in process.stderr.readline()
+    process.send_signal(number)
+    assert process.wait(timeout=30) == -number
+    assert time.monotonic() - began < 5
+    process.stdout.close()
+    process.stderr.close()
+
+
+def test_a_run_that_shows_nothing_is_silent_about_signals_too(tmp_path, texts, stop_at, capfd):
+    for show in (True, False):
+        stop_at(1)
+        train(settings(tmp_path / str(show), texts), show=show)
+        assert ("Ctrl-C: stopping after this step" in capfd.readouterr().err) == show
+
+
+def test_the_handlers_and_the_wakeup_descriptor_are_those_of_before():
+    before = (
+        signal.set_wakeup_fd(-1),
+        [signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM)],
+    )
+    threads = threading.active_count()
+    with Interruption(show=False) as interruption:
+        os.kill(os.getpid(), signal.SIGTERM)
+        assert interruption.signal == signal.SIGTERM
+    assert (
+        signal.set_wakeup_fd(-1),
+        [signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM)],
+    ) == before
+    assert threading.active_count() == threads
+
+
 def test_the_loss_falls_and_the_checkpoint_is_a_model_folder(tmp_path, texts):
     run = settings(
         tmp_path / "run", texts, stages={"only": stage(steps=40, batch_size=4, warmup_steps=3)}
@@ -197,6 +250,64 @@ def test_the_folder_of_another_run_or_program_is_refused_before_any_work(tmp_pat
     with pytest.raises(ConfigError, match="is a file, expected a folder"):
         train(settings(tmp_path / "file", texts), show=False)
     assert os.listdir(tmp_path / "thesis") == ["thesis.tex"]
+
+
+def fails_before_its_first_step(run, patch):
+    """A corrected file cures it: here the learning rate is what was wrong."""
+
+    def batch(self, indices):
+        raise ValueError("no memory")
+
+    patch.setattr(WindowSampler, "batch", batch)
+    with pytest.raises(ValueError, match="no memory"):
+        train(run, show=False)
+
+
+def is_stopped_before_its_first_step(run, patch):
+    real = loop._Trainer.run
+
+    def run_after_signal(self, *args):
+        os.kill(os.getpid(), signal.SIGTERM)
+        return real(self, *args)
+
+    patch.setattr(loop._Trainer, "run", run_after_signal)
+    assert train(run, show=False).step == 0
+
+
+@pytest.mark.parametrize("resume", [False, True])
+@pytest.mark.parametrize("end", [fails_before_its_first_step, is_stopped_before_its_first_step])
+def test_a_folder_without_a_step_takes_a_corrected_run(tmp_path, texts, end, resume):
+    wrong = settings(tmp_path / "run", texts, model=ModelSettings(tiny=replace(TINY, num_layers=1)))
+    right = settings(tmp_path / "run", texts)
+    expected = train(settings(tmp_path / "fresh", texts), show=False)
+    with pytest.MonkeyPatch.context() as patch:
+        end(wrong, patch)
+    (tmp_path / "run" / "run.yaml.tmp").write_text("written half when the power failed")
+    outcome = train(right, resume=resume, show=False)
+    assert weights_hash(outcome.model) == weights_hash(expected.model)
+    kept = build_dataclass(TrainingSettings, load_yaml(tmp_path / "run" / "run.yaml"))
+    assert kept == right
+
+
+def test_a_step_without_a_checkpoint_keeps_its_folder(tmp_path, texts, monkeypatch):
+    run = settings(tmp_path / "run", texts)
+    real, calls = WindowSampler.batch, iter(range(1, 100))
+
+    def batch(self, indices):
+        if next(calls) == 3:
+            raise ValueError("no memory")
+        return real(self, indices)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(WindowSampler, "batch", batch)
+        with pytest.raises(ValueError, match="no memory"):
+            train(run, show=False)
+    assert not list((tmp_path / "run").glob("checkpoints/*"))
+    with pytest.raises(ConfigError, match="holds a run already"):
+        train(run, show=False)
+    with pytest.raises(ConfigError, match=r"another optim: .*; for a new run, choose another"):
+        train(replace(run, optim=OptimSettings(weight_decay=0.0)), resume=True, show=False)
+    assert [line["step"] for line in metrics(run)] == [1, 2]
 
 
 def test_two_runs_cannot_share_a_folder_at_once(tmp_path, texts, monkeypatch):

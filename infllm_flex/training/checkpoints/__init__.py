@@ -7,16 +7,25 @@
 from infllm_flex.training.checkpoints.contents import Checkpoint, SavedState, load, read_state
 from infllm_flex.training.checkpoints.errors import CheckpointError
 from infllm_flex.training.checkpoints.exporting import export, export_newest, is_export_of
-from infllm_flex.training.checkpoints.keeping import clear, newest, path_of, save
+from infllm_flex.training.checkpoints.keeping import (
+    clear,
+    discard_start,
+    last_step,
+    newest,
+    path_of,
+    save,
+)
 
 __all__ = [
     "Checkpoint",
     "CheckpointError",
     "SavedState",
     "clear",
+    "discard_start",
     "export",
     "export_newest",
     "is_export_of",
+    "last_step",
     "load",
     "newest",
     "path_of",

@@ -49,6 +49,18 @@ def clear(folder: Path) -> None:
         on_first(lambda: clear_leftovers(folder, _NAME.pattern))
 
 
+def last_step(folder: Path) -> int:
+    """The step of the newest checkpoint, damaged or not; -1 where there is none."""
+    return max(_steps(folder), default=-1)
+
+
+def discard_start(folder: Path) -> None:
+    """Remove the checkpoint of step 0, which a run leaves that is stopped before its first step."""
+    start = path_of(folder, 0)
+    if _is_ours(start):
+        discard(start)
+
+
 def path_of(folder: Path, step: int) -> Path:
     """Where the checkpoint of ``step`` is, or would be."""
     return folder / f"step-{step:08d}"
