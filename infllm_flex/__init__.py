@@ -4,6 +4,7 @@ from infllm_flex.attention import infllm_attention
 from infllm_flex.block_mask import build_block_mask
 from infllm_flex.config import InfLLMConfig
 from infllm_flex.decoding import CompressedKeys, decode_attention
+from infllm_flex.minicpm import register_when_imported as register_minicpm_when_imported
 from infllm_flex.patch import UnsupportedModelError, dense, describe, patch_model, unpatch_model
 from infllm_flex.patch.huggingface import register_when_imported
 from infllm_flex.selection import select_blocks
@@ -23,5 +24,6 @@ __all__ = [
     "unpatch_model",
 ]
 
-# So that `attn_implementation="infllm_flex"` is a known name in transformers.
+# So that `attn_implementation="infllm_flex"` and MiniCPM's folders are known in transformers.
 register_when_imported()
+register_minicpm_when_imported()

@@ -14,6 +14,7 @@ import torch
 from torch import nn
 
 from infllm_flex.config import InfLLMConfig
+from infllm_flex.patch import describe, unpatch_model
 from infllm_flex.training.data import BYTE_VALUES
 from infllm_flex.training.model_config import read_config
 from infllm_flex.training.settings import ModelSettings, TinyModelSettings
@@ -83,9 +84,12 @@ def decoder_layers(model: Any) -> list[nn.Module]:
 
 
 def load_model(folder: Path, dtype: torch.dtype = torch.float32) -> Any:
-    """Read a causal LM from a local folder: safetensors only, no download, none of its code run."""
+    """Read a causal LM from a local folder: safetensors only, no download, none of its code run.
+
+    Dense, also where its ``sparse_config`` asks for more: stages and scripts decide.
+    """
     with _quiet_transformers() as transformers:
-        return transformers.AutoModelForCausalLM.from_pretrained(
+        model = transformers.AutoModelForCausalLM.from_pretrained(
             folder,
             config=read_config(transformers, Path(folder)),
             dtype=dtype,
@@ -93,6 +97,8 @@ def load_model(folder: Path, dtype: torch.dtype = torch.float32) -> Any:
             use_safetensors=True,
             trust_remote_code=False,
         )
+    patched = any(row.patched_through for row in describe(model))
+    return unpatch_model(model) if patched else model
 
 
 def _tiny_llama(transformers: Any, tiny: TinyModelSettings, length: int) -> Any:

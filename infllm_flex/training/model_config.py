@@ -1,10 +1,9 @@
-"""The configuration of a local model folder, also of MiniCPM 4, and folders of the hub's cache."""
+"""The configuration of a local model folder, and folders of the hub's cache."""
 
 from __future__ import annotations
 
 import dataclasses
 import json
-import math
 from pathlib import Path
 from typing import Any
 
@@ -49,55 +48,12 @@ def read_config(transformers: Any, folder: Path) -> Any:
         folder: Holds ``config.json``.
 
     Raises:
-        ValueError: transformers does not know the model.
+        ValueError: Neither transformers nor this package knows the model.
     """
     try:
-        raw = json.loads((folder / "config.json").read_text())
+        json.loads((folder / "config.json").read_text())
     except (OSError, ValueError) as error:
         raise ValueError(f"model.path: {folder / 'config.json'} cannot be read: {error}") from error
-    if raw.get("model_type") == "minicpm":
-        return _from_minicpm(transformers, raw)
     return transformers.AutoConfig.from_pretrained(
         folder, local_files_only=True, trust_remote_code=False
-    )
-
-
-def _from_minicpm(transformers: Any, raw: dict[str, Any]) -> Any:
-    """MiniCPM 1 and 4 as the Granite they are: a Llama whose parts are scaled, names and all.
-
-    MiniCPM comes with code of its own instead of a place in transformers. It scales embeddings by
-    ``scale_emb``, what each half of a layer adds by ``scale_depth / sqrt(layers)``, and the input
-    of the head by ``dim_model_base / hidden_size``; Granite has a setting for each.
-    """
-    if raw.get("num_experts", 0):
-        raise ValueError("model.path: MiniCPM with experts is not known to transformers")
-    layers, hidden = raw["num_hidden_layers"], raw["hidden_size"]
-    head_dim = hidden // raw["num_attention_heads"]
-    rope = {"rope_type": "default", **(raw.get("rope_scaling") or {})}
-    same = (
-        "vocab_size",
-        "hidden_size",
-        "intermediate_size",
-        "num_hidden_layers",
-        "num_attention_heads",
-        "num_key_value_heads",
-        "hidden_act",
-        "max_position_embeddings",
-        "initializer_range",
-        "rms_norm_eps",
-        "bos_token_id",
-        "eos_token_id",
-        "pad_token_id",
-        "attention_bias",
-        "attention_dropout",
-        "sparse_config",
-    )
-    return transformers.GraniteConfig(
-        **{name: raw[name] for name in same if name in raw},
-        rope_parameters={"rope_theta": raw.get("rope_theta", 10_000.0), **rope},
-        tie_word_embeddings=raw.get("tie_word_embeddings", True),
-        embedding_multiplier=raw.get("scale_emb", 1),
-        residual_multiplier=raw.get("scale_depth", 1) / math.sqrt(layers),
-        logits_scaling=hidden / raw.get("dim_model_base", 1),
-        attention_multiplier=head_dim**-0.5,
     )

@@ -76,10 +76,11 @@ def test_minicpm_computes_what_its_own_code_would(minicpm):
     }
 
 
-def test_minicpm_brings_its_sparse_attention_and_is_fine_tuned_into_a_model_of_transformers(
+def test_minicpm_brings_its_sparse_attention_and_stays_a_minicpm_when_fine_tuned(
     minicpm, tmp_path, texts
 ):
     folder, _ = minicpm
+    assert not any(row.patched_through for row in ifx.describe(load_model(folder)))
     layer = ifx.patch_model(load_model(folder)).model.layers[0].self_attn.infllm_layer
     assert (layer.config.block_size, layer.config.topk) == (8, 64)
     run = settings(
@@ -89,15 +90,19 @@ def test_minicpm_brings_its_sparse_attention_and_is_fine_tuned_into_a_model_of_t
         stages={"only": stage(attention="sparse", max_length=96, steps=2)},
     )
     outcome = train(run, show=False)
-    config = load_model(outcome.model).config
-    assert (config.model_type, config.embedding_multiplier) == ("granite", 12)
-    assert config.sparse_config["topk"] == ATTENTION.topk
+    written = json.loads((outcome.model / "config.json").read_text())
+    assert written["sparse_config"]["topk"] == ATTENTION.topk
+    for name in ("model_type", "architectures", "auto_map", "scale_emb", "dim_model_base"):
+        assert written[name] == MINICPM[name]
+    assert (outcome.model / "modeling_minicpm.py").is_file()  # for programs that run it
+    assert load_model(outcome.model).config.embedding_multiplier == 12
 
 
-def test_longrope_is_taken_over(minicpm):
+@pytest.mark.parametrize("key", ["rope_type", "type"])
+def test_longrope_is_taken_over(minicpm, key):
     folder, _ = minicpm
     factors = {"short_factor": [1.0] * 4, "long_factor": [2.0] * 4}
-    rope = {"rope_type": "longrope", "original_max_position_embeddings": 128, **factors}
+    rope = {key: "longrope", "original_max_position_embeddings": 128, **factors}
     (folder / "config.json").write_text(json.dumps({**MINICPM, "rope_scaling": rope}))
     config = load_model(folder).config
     assert config.rope_parameters["rope_type"] == "longrope"
@@ -108,7 +113,7 @@ def test_longrope_is_taken_over(minicpm):
     ("content", "message"),
     [
         ("{", r"config\.json cannot be read"),
-        (json.dumps({**MINICPM, "num_experts": 8}), "with experts is not known"),
+        (json.dumps({**MINICPM, "num_experts": 8}), "with experts is not supported"),
         ('{"model_type": "unheard"}', "unheard"),
     ],
 )

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import torch
 
+from infllm_flex.minicpm.code_files import copy_code
 from infllm_flex.training.checkpoints.contents import CONFIG, MODEL, read_state
 from infllm_flex.training.checkpoints.errors import CheckpointError
 from infllm_flex.training.checkpoints.keeping import newest
@@ -44,7 +45,8 @@ def export(checkpoint: Path, target: Path, origin: Path | None = None) -> Path:
     Args:
         checkpoint: One that `newest` found.
         target: The model folder. One that was made here before is replaced, any other is not.
-        origin: The model folder that training began with; its tokenizer is copied along.
+        origin: The model folder that training began with; its tokenizer is copied along, and the
+            code that the model's ``auto_map`` names.
 
     Returns:
         ``target``.
@@ -112,13 +114,13 @@ def _write(aside: Path, checkpoint: Path, origin: Path | None) -> None:
         (aside / _INDEX).write_text(json.dumps(index, indent=2) + "\n")
     shutil.copyfile(checkpoint / CONFIG, aside / CONFIG)
     (aside / _SOURCE).write_text(_source(checkpoint))
-    for path in _companions(origin):
-        shutil.copyfile(path, aside / path.name)
+    if origin is not None:
+        for path in _companions(origin):
+            shutil.copyfile(path, aside / path.name)
+        copy_code(origin, aside, json.loads((aside / CONFIG).read_text()).get("auto_map") or {})
 
 
-def _companions(origin: Path | None) -> list[Path]:
-    if origin is None:
-        return []
+def _companions(origin: Path) -> list[Path]:
     return [path for pattern in _COMPANIONS for path in origin.glob(pattern) if path.is_file()]
 
 

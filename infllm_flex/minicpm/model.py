@@ -1,0 +1,77 @@
+"""MiniCPM's causal LM: Granite's code of transformers under MiniCPM's names."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from transformers.models.auto.modeling_auto import AutoModelForCausalLM
+from transformers.models.granite.modeling_granite import GraniteForCausalLM
+
+from infllm_flex.minicpm.code_files import copy_code
+from infllm_flex.minicpm.config import MiniCPMConfig
+from infllm_flex.patch import patch_model
+
+
+class MiniCPMForCausalLM(GraniteForCausalLM):
+    """A MiniCPM; `from_pretrained` makes it sparse where its folder has a ``sparse_config``."""
+
+    config_class = MiniCPMConfig
+    # Folders of older versions keep what is computed here.
+    _keys_to_ignore_on_load_unexpected = [r"rotary_emb\."]  # noqa: RUF012
+
+    @classmethod
+    def from_pretrained(cls, *args: Any, output_loading_info: bool = False, **kwargs: Any) -> Any:
+        """Read a folder, and `patch_model` the model where its ``sparse_config`` asks for it.
+
+        Args:
+            args: As transformers takes them.
+            output_loading_info: Whether to return what was found, too.
+            kwargs: As transformers takes them; ``sparse_config=None`` leaves the model dense.
+
+        Raises:
+            ValueError: The tensors of the folder are not those of the model.
+            UnsupportedModelError: ``sparse_config`` with an ``attn_implementation`` that cannot be
+                made sparse.
+        """
+        loaded: Any = super().from_pretrained(*args, output_loading_info=True, **kwargs)
+        model, info = loaded
+        _check_tensors(info)
+        if model.config.sparse_config is not None:
+            patch_model(model)
+        return (model, info) if output_loading_info else model
+
+    def save_pretrained(
+        self, save_directory: Any, is_main_process: bool = True, *args: Any, **kwargs: Any
+    ) -> None:
+        """Write the model as MiniCPM has it, with the code that its ``auto_map`` names.
+
+        The code is copied for programs that run it, where the model was read from a folder that
+        has it.
+
+        Args:
+            save_directory: The folder.
+            is_main_process: Whether this process writes what all have.
+            args: As transformers takes them.
+            kwargs: As transformers takes them.
+        """
+        super().save_pretrained(save_directory, is_main_process, *args, **kwargs)
+        source, auto_map = self.config.name_or_path, getattr(self.config, "auto_map", None)
+        if is_main_process and source and auto_map:
+            copy_code(Path(source), Path(save_directory), auto_map)
+
+
+def _check_tensors(info: dict[str, Any]) -> None:
+    problems = [
+        f"{what} {', '.join(sorted(info[kind])[:3])}{' ...' if len(info[kind]) > 3 else ''}"
+        for kind, what in (("missing_keys", "has no"), ("unexpected_keys", "has the unknown"))
+        if info[kind]
+    ]
+    if problems:
+        raise ValueError(
+            f"the folder {' and '.join(problems)}: it is of another architecture, quantised, or "
+            "incomplete; MiniCPM is read from unquantised weights"
+        )
+
+
+AutoModelForCausalLM.register(MiniCPMConfig, MiniCPMForCausalLM, exist_ok=True)

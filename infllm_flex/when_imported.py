@@ -1,0 +1,61 @@
+"""Act once another package's module has been imported, without importing it."""
+
+from __future__ import annotations
+
+import importlib.machinery
+import logging
+import sys
+from collections.abc import Callable, Sequence
+from importlib.abc import MetaPathFinder
+from importlib.machinery import ModuleSpec
+from types import ModuleType
+
+_log = logging.getLogger(__name__)
+
+
+def when_imported(module: str, action: Callable[[], None], what: str) -> None:
+    """Call ``action`` now if a module is there, else at the end of its import.
+
+    transformers has no entry point for plug-ins, and importing it early would make ``import
+    infllm_flex`` take seconds for those who never need it.
+
+    Args:
+        module: Full name.
+        action: Takes no argument. Its ImportError becomes a warning: another package's import is
+            not ours to break.
+        what: What is not available then, in a few words.
+    """
+    if module in sys.modules:
+        action()
+    else:
+        sys.meta_path.insert(0, _ActAfterImport(module, action, what))
+
+
+class _ActAfterImport(MetaPathFinder):
+    """Finds one module as Python would, lets its loader call the action, then is gone."""
+
+    def __init__(self, module: str, action: Callable[[], None], what: str) -> None:
+        self._module, self._action, self._what = module, action, what
+
+    def find_spec(
+        self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None
+    ) -> ModuleSpec | None:
+        """Claim the module; None for every other."""
+        if fullname != self._module:
+            return None
+        spec = importlib.machinery.PathFinder.find_spec(fullname, path, target)
+        if spec is None or spec.loader is None:
+            return None
+        execute = spec.loader.exec_module
+
+        def exec_module(module: ModuleType) -> None:
+            execute(module)
+            sys.meta_path.remove(self)
+            try:
+                self._action()
+            except ImportError as error:
+                _log.warning("%s is not available: %s", self._what, error)
+
+        # On the loader itself: whatever else it can do, like handing out source, it still does.
+        spec.loader.exec_module = exec_module  # type: ignore[method-assign]
+        return spec
