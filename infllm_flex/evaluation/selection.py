@@ -57,17 +57,19 @@ def recorded_inputs(model: Any) -> Iterator[dict[str, LayerInputs]]:
     layers = {n: layer for n, layer in patched_layers(model).items() if layer.left is None}
     originals = {name: layer.dense_attention for name, layer in layers.items()}
 
-    def recorder(name: str) -> Any:
+    def recorder(name: str, original: Any) -> Any:
         def attend(module: Any, query: Tensor, key: Tensor, *args: Any, **kwargs: Any) -> Any:
             scale = kwargs.get("scaling") or default_scale(query)
             inputs[name] = LayerInputs(query.detach(), key.detach(), scale)
-            return originals[name](module, query, key, *args, **kwargs)
+            return original(module, query, key, *args, **kwargs)
 
         return attend
 
     try:
         for name, layer in layers.items():
-            layer.dense_attention = recorder(name)
+            layer.dense_attention = {
+                how: recorder(name, original) for how, original in originals[name].items()
+            }
         with dense(model):
             yield inputs
     finally:

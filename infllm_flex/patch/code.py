@@ -31,9 +31,9 @@ def calls_sdpa(module: nn.Module) -> bool:
 def other_attention(module: nn.Module) -> str | None:
     """The name of another way to attend that the module's own code uses, if any."""
     for function in _members(original_class(module)):
-        names = _names(function.__code__)
+        found = names(function.__code__)
         for name in _OTHERS:
-            if name in names:
+            if name in found:
                 return name
     return None
 
@@ -50,7 +50,7 @@ def never_causal(module: nn.Module) -> bool:
 def mentions(module: nn.Module, word: str) -> bool:
     """Whether a name in the functions that call SDPA contains ``word``."""
     functions = _sdpa_functions(original_class(module))
-    return any(word in name.lower() for f in functions for name in _names(f.__code__))
+    return any(word in name.lower() for f in functions for name in names(f.__code__))
 
 
 @functools.cache
@@ -66,7 +66,7 @@ def _sdpa_functions(cls: type) -> tuple[FunctionType, ...]:
         seen.add(function)
         if _sdpa_names(function):
             found.append(function)
-        helpers = [function.__globals__.get(name) for name in _names(function.__code__)]
+        helpers = [function.__globals__.get(name) for name in names(function.__code__)]
         plain = (inspect.unwrap(f) for f in helpers if isinstance(f, FunctionType))
         queue.extend(f for f in plain if isinstance(f, FunctionType) and _is_users(f.__module__))
     return tuple(found)
@@ -94,17 +94,17 @@ def _is_users(module: str | None) -> bool:
     return (module or "").partition(".")[0] not in ("torch", "builtins", "infllm_flex")
 
 
-def _names(code: CodeType) -> set[str]:
+def names(code: CodeType) -> set[str]:
     """All names that code reads or writes, with those of the functions inside it."""
-    names = {*code.co_names, *code.co_varnames, *code.co_freevars}
-    return names.union(*(_names(c) for c in code.co_consts if isinstance(c, CodeType)))
+    own = {*code.co_names, *code.co_varnames, *code.co_freevars}
+    return own.union(*(names(c) for c in code.co_consts if isinstance(c, CodeType)))
 
 
 def _sdpa_names(function: FunctionType) -> set[str]:
     """The names by which a function may call SDPA, its own or those it was imported under."""
-    names = _names(function.__code__)
+    found = names(function.__code__)
     scope = function.__globals__
-    return {n for n in names if n == _SDPA or scope.get(n) is F.scaled_dot_product_attention}
+    return {n for n in found if n == _SDPA or scope.get(n) is F.scaled_dot_product_attention}
 
 
 @functools.cache

@@ -19,7 +19,13 @@ from infllm_flex.config import InfLLMConfig
 from infllm_flex.patch import generic, huggingface, seams
 from infllm_flex.patch.class_swap import Members, restore_class, swap_class, swapped_way
 from infllm_flex.patch.heads import count_heads
-from infllm_flex.patch.layer import PatchedLayer, get_layer, remove_layer, set_layer
+from infllm_flex.patch.layer import (
+    NOT_PATCHED,
+    PatchedLayer,
+    get_layer,
+    remove_layer,
+    set_layer,
+)
 
 TRANSFORMERS = "transformers"
 
@@ -116,7 +122,7 @@ def attach(
             restore_class(module)
             remove_layer(module)
     by_registry = {name: f for name, f in layers.items() if f.members is None}
-    huggingface.attach({f.module: f.left for f in by_registry.values()}, config)
+    huggingface.attach(model, {f.module: f.left for f in by_registry.values()}, config)
     for found in layers.values():
         if found.members is None:
             continue
@@ -156,7 +162,9 @@ def detach(model: nn.Module) -> bool:
     undone = [restore_class(module) for module in sorted(swapped, key=_is_covered, reverse=True)]
     undone.append(huggingface.detach(model))
     for module in model.modules():
-        remove_layer(module)
+        layer = get_layer(module)
+        if layer is not None and layer.left != NOT_PATCHED:
+            remove_layer(module)
     return any(undone)
 
 

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
 from torch import Tensor, nn
@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from infllm_flex.config import InfLLMConfig
 
 _ATTRIBUTE = "infllm_layer"
+NOT_PATCHED = "not patched"  # why a layer is left that nobody asked to be sparse
 # Query, key, value and scale to the output, as `infllm_attention` takes and returns them.
 Attend = Callable[[Tensor, Tensor, Tensor, float | None], Tensor]
 
@@ -26,8 +27,8 @@ class PatchedLayer:
 
     Attributes:
         config: Settings of the sparse attention.
-        dense_attention: The attention function a transformers layer had before; None for layers
-            whose own call is intercepted.
+        dense_attention: The attention functions a transformers layer may have had before, by the
+            name of their implementation; none for layers whose own call is intercepted.
         left: Why the layer stays as it was; None for a layer that turns sparse.
         reads_positions: Whether this layer checks ``position_ids`` on behalf of all others.
         dense_depth: Number of ``dense`` blocks the layer is inside.
@@ -39,7 +40,7 @@ class PatchedLayer:
     """
 
     config: InfLLMConfig
-    dense_attention: Any = None
+    dense_attention: Mapping[str, Callable[..., Any]] = field(default_factory=dict)
     left: str | None = None
     reads_positions: bool = True
     dense_depth: int = 0

@@ -122,7 +122,8 @@ def test_only_the_language_model_of_a_vision_model_is_patched():
     configs = (config, config.text_config, config.vision_config)
     before = [c._attn_implementation for c in configs]
     ifx.patch_model(model, SETTINGS)
-    assert [c._attn_implementation for c in configs] == ["sdpa", "infllm_flex", "sdpa"]
+    assert [c._attn_implementation for c in configs] == before
+    assert model.model.language_model.config._attn_implementation == "infllm_flex"
     assert ifx.describe(model)[0].status == "not causal: left as it was"
     ifx.unpatch_model(model)
     assert [c._attn_implementation for c in configs] == before

@@ -1,31 +1,35 @@
 """The way into transformers models: one attention function, registered under one name.
 
 The registry is global to the process, so it holds only the function; what the layers of one model
-are set to is an attribute of their modules (`infllm_flex.patch.layer`).
+are set to is an attribute of their modules (`infllm_flex.patch.layer`). The name under which they
+look it up is in a config of their own (`infllm_flex.patch.huggingface.config_view`).
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
 
 from torch import nn
 
 from infllm_flex.config import InfLLMConfig
-from infllm_flex.patch.errors import UnsupportedModelError
 from infllm_flex.patch.huggingface.cache import deliver_cache_to, stop_delivering_cache_to
+from infllm_flex.patch.huggingface.config_view import PREVIOUS, is_view
 from infllm_flex.patch.huggingface.layers import (
-    NAMES,
-    PREVIOUS,
     attention_layers,
     implementation,
     layer_for,
     layer_of,
-    previous_implementation,
     why_left,
 )
 from infllm_flex.patch.huggingface.registry import register, register_when_imported
-from infllm_flex.patch.layer import PatchedLayer, get_layer, remove_layer, set_layer
+from infllm_flex.patch.huggingface.switch import switch_off, switch_on
+from infllm_flex.patch.layer import (
+    NOT_PATCHED,
+    PatchedLayer,
+    get_layer,
+    remove_layer,
+    set_layer,
+)
 
 __all__ = [
     "attach",
@@ -37,42 +41,39 @@ __all__ = [
 ]
 
 
-def attach(layers: Mapping[nn.Module, str | None], config: InfLLMConfig) -> None:
+def attach(model: nn.Module, layers: Mapping[nn.Module, str | None], config: InfLLMConfig) -> None:
     """Make the layers that can be sparse so, and note at the others why they are left.
 
     Args:
-        layers: The layers of one model, each with why it is left, or None.
+        model: The model around them.
+        layers: Its layers, each with why it is left, or None.
         config: Settings for all of them.
     """
     sparse = [module for module, left in layers.items() if left is None]
     if not sparse:
         return
     register()
+    switch_on(model, sparse)
     for module, left in layers.items():
         layer = layer_for(module, config, left, reads_positions=module is sparse[0])
         set_layer(module, layer)
     for module in sparse:
         deliver_cache_to(module)
-        _rename(module.config, NAMES[previous_implementation(module)])
-
-
-def _rename(hf_config: Any, name: str) -> None:
-    # The internal name: the public setter would overwrite the sub-configs of, say, a vision tower.
-    hf_config._attn_implementation_internal = name
-    if hf_config._attn_implementation != name:
-        raise UnsupportedModelError(
-            f"{type(hf_config).__name__} keeps attn_implementation="
-            f"{hf_config._attn_implementation!r} whatever is set; it cannot be patched"
-        )
 
 
 def patched_layers(model: nn.Module) -> dict[str, PatchedLayer]:
     """The records of all layers that go through our attention function, by module name."""
-    return {
+    layers = {
         name: layer_of(module)
         for name, module in attention_layers(model).items()
-        if implementation(module) in PREVIOUS
+        if implementation(module) in PREVIOUS and not _is_bystander(module)
     }
+    return {name: layer for name, layer in layers.items() if layer.left != NOT_PATCHED}
+
+
+def _is_bystander(module: nn.Module) -> bool:
+    """Whether a layer holds the config view of a patched model without being patched itself."""
+    return is_view(module.config) and get_layer(module) is None
 
 
 def detach(model: nn.Module) -> bool:
@@ -81,12 +82,12 @@ def detach(model: nn.Module) -> bool:
     Returns:
         Whether there was anything to undo.
     """
-    undone = False
+    undone, staying = switch_off(model)
     for module in attention_layers(model).values():
-        if implementation(module) in PREVIOUS:
-            _rename(module.config, previous_implementation(module))
-            undone = True
         undone = undone or get_layer(module) is not None
         stop_delivering_cache_to(module)
-        remove_layer(module)
+        if module not in staying:
+            remove_layer(module)
+    for module in staying:
+        layer_of(module).left = NOT_PATCHED
     return undone

@@ -74,9 +74,10 @@ def attention_forward(
 
     def attend_densely(sequences: Sequences | None) -> tuple[Tensor, Tensor | None]:
         mask = _dense_mask(attention_mask, sequences)
-        if previous_implementation(module) == "eager":
+        previous = previous_implementation(module)
+        if previous == "eager":
             mask = _additive_mask(module, query, key, mask)
-        return layer.dense_attention(
+        return layer.dense_attention[previous](
             module, query, key, value, mask, dropout=dropout, scaling=scaling, **kwargs
         )
 

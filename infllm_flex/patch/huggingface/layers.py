@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 import inspect
+import re
 from collections.abc import Callable
 from typing import Any
 
@@ -10,13 +12,12 @@ import torch
 from torch import nn
 
 from infllm_flex.config import InfLLMConfig
+from infllm_flex.patch.code import names
 from infllm_flex.patch.huggingface.cache import deliver_cache_to
-from infllm_flex.patch.layer import PatchedLayer, get_layer, set_layer
+from infllm_flex.patch.huggingface.config_view import NAMES, PREVIOUS, is_view
+from infllm_flex.patch.layer import NOT_PATCHED, PatchedLayer, get_layer, set_layer
 
-# The attention implementation a model had before -> the name it has while patched. The previous one
-# stays readable from the name, so that undoing needs no memory of it.
-NAMES = {"sdpa": "infllm_flex", "eager": "infllm_flex_eager"}
-PREVIOUS = {name: previous for previous, name in NAMES.items()}
+_MAKES_MASKS = re.compile(r"create_\w*mask")
 
 
 def attention_layers(model: nn.Module) -> dict[str, nn.Module]:
@@ -33,6 +34,18 @@ def _reads_registry(module: nn.Module) -> bool:
     """
     code = getattr(_undecorated_forward(module), "__code__", None)
     return code is not None and "ALL_ATTENTION_FUNCTIONS" in code.co_names
+
+
+def makes_masks(module: nn.Module) -> bool:
+    """Whether a module's forward asks transformers for masks, itself or by its base's forward."""
+    return _class_makes_masks(type(module))  # type: ignore[arg-type]
+
+
+@functools.cache
+def _class_makes_masks(cls: type) -> bool:
+    forwards = [vars(base)["forward"] for base in cls.__mro__ if "forward" in vars(base)]
+    codes = [getattr(inspect.unwrap(forward), "__code__", None) for forward in forwards]
+    return any(_MAKES_MASKS.search(name) for code in codes if code for name in names(code))
 
 
 def _undecorated_forward(module: nn.Module) -> Callable[..., Any]:
@@ -90,23 +103,24 @@ def previous_implementation(module: nn.Module) -> str:
 def layer_for(
     module: nn.Module, config: InfLLMConfig, left: str | None, **fields: Any
 ) -> PatchedLayer:
-    """A new record for an attention layer, with the attention function that it had before."""
+    """A new record for an attention layer, with the attention functions that it had before."""
     return PatchedLayer(config, _dense_attention(module), left, **fields)
 
 
-def _dense_attention(module: nn.Module) -> Callable[..., Any]:
+def _dense_attention(module: nn.Module) -> dict[str, Callable[..., Any]]:
     # As the modelling file does it: its own function for "eager", which the registry lacks.
     from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
     eager = _undecorated_forward(module).__globals__.get("eager_attention_forward")
-    return ALL_ATTENTION_FUNCTIONS.get(previous_implementation(module), eager)
+    return {name: ALL_ATTENTION_FUNCTIONS.get(name, eager) for name in NAMES}
 
 
 def layer_of(module: nn.Module) -> PatchedLayer:
     """The record of an attention layer; made on first sight.
 
     A model built with ``attn_implementation="infllm_flex"`` never passed through ``patch_model``:
-    its layers take the settings of their own ``sparse_config``, or the defaults.
+    its layers take the settings of their own ``sparse_config``, or the defaults. A layer made of
+    the config view of a patched model never asked for anything, and stays dense.
     """
     layer = get_layer(module)
     if layer is None:
@@ -116,7 +130,8 @@ def layer_of(module: nn.Module) -> PatchedLayer:
                 "for a single graph, call infllm_flex.patch_model(model) before torch.compile"
             )
         config = InfLLMConfig.from_model_config(module.config)
-        layer = layer_for(module, config, why_left(module))
+        left = NOT_PATCHED if is_view(module.config) else why_left(module)
+        layer = layer_for(module, config, left)
         set_layer(module, layer)
         if layer.left is None:
             deliver_cache_to(module)  # from the next call on; the cache's first needs no state

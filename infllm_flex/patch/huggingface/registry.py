@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from infllm_flex.patch.huggingface.attention import attention_forward
-from infllm_flex.patch.huggingface.layers import NAMES
+from infllm_flex.patch.huggingface.config_view import NAMES
 from infllm_flex.patch.huggingface.masks import causal_mask
 from infllm_flex.when_imported import when_imported
 
