@@ -1,0 +1,204 @@
+#!/usr/bin/env python3
+"""Hold every causal LM type of transformers against itself unpatched, tiny and random.
+
+    scripts/families.py                     all types that the CSV lacks for these versions
+    scripts/families.py --types llama,doge  these, also where the CSV has them
+    scripts/families.py --table             only write the table again
+
+Each type runs in a process of its own. Its row is in docs/results/families.csv as soon as it is
+done, so that a run that was stopped goes on where it was. At the end docs/models.md is written.
+
+Exit status: 0 no fault, 1 some type is at fault, 2 a mistake in the command.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import datetime
+import multiprocessing
+import multiprocessing.connection
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from multiprocessing.connection import Connection
+from multiprocessing.process import BaseProcess
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+CSV = ROOT / "docs/results/families.csv"
+TABLE = ROOT / "docs/models.md"
+COLUMNS = (
+    *("type", "class", "result", "why", "sparse", "layers", "left", "faults", "not_asked"),
+    *("seconds", "transformers", "torch", "commit", "date"),
+)
+VERSIONS = ("transformers", "torch", "commit")
+Row = dict[str, str]
+
+
+def main() -> int:
+    """Run the command; returns its exit status."""
+    args = parse_arguments()
+    sys.path.insert(0, str(ROOT))
+    os.environ.setdefault("OMP_NUM_THREADS", "1")  # the models are too small to share
+    from tests.patch.families.table import format_table
+    from tests.patch.families.tiny import TYPES
+
+    named = args.types.split(",") if args.types else []
+    if unknown := [t for t in named if t not in TYPES]:
+        print(f"error: no causal LM types of transformers: {', '.join(unknown)}", file=sys.stderr)
+        return 2
+    rows, versions = read_rows(), read_versions()
+    if not args.table:
+        left = [t for t in TYPES if not is_done(rows.get(t), versions)]
+        for row in run(named or left, args, versions):
+            rows[row["type"]] = row
+            write_rows([rows[t] for t in TYPES if t in rows])
+    rows = {t: rows[t] for t in TYPES if t in rows}
+    TABLE.write_text(format_table(list(rows.values())))
+    return int(any(row["result"] == "fault" for row in rows.values()))
+
+
+def parse_arguments() -> argparse.Namespace:
+    """Read the command line."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--types", help="model types, with commas between them")
+    parser.add_argument("--jobs", type=int, default=1, help="types at a time")
+    parser.add_argument("--seconds", type=float, default=300, help="limit of each type")
+    parser.add_argument("--gigabytes", type=float, default=6, help="memory limit of each type")
+    parser.add_argument("--table", action="store_true", help="run nothing, write the table")
+    return parser.parse_args()
+
+
+def read_rows() -> dict[str, Row]:
+    """The CSV's rows by type."""
+    if not CSV.exists():
+        return {}
+    with CSV.open(newline="") as file:
+        return {row["type"]: row for row in csv.DictReader(file)}
+
+
+def write_rows(rows: list[Row]) -> None:
+    """Replace the CSV at once, so that a stopped run leaves a whole file."""
+    beside = CSV.with_suffix(".csv.tmp")
+    with beside.open("w", newline="") as file:
+        writer = csv.DictWriter(file, COLUMNS, lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(rows)
+    beside.replace(CSV)
+
+
+def read_versions() -> Row:
+    """What a result depends on."""
+    import torch
+    import transformers
+
+    def git(*command: str) -> str:
+        done = subprocess.run(["git", "-C", ROOT, *command], capture_output=True, text=True)
+        return done.stdout.strip()
+
+    code = ("infllm_flex", "custom_ops", "tests/patch/families")
+    changed = "+changes" if git("status", "--porcelain", "--", *code) else ""
+    commit = git("log", "-1", "--format=%h", "--", *code) + changed
+    return {"transformers": transformers.__version__, "torch": torch.__version__, "commit": commit}
+
+
+def is_done(row: Row | None, versions: Row) -> bool:
+    """Whether a row is of the versions at hand."""
+    return row is not None and all(row[name] == versions[name] for name in VERSIONS)
+
+
+def run(types: list[str], args: argparse.Namespace, versions: Row) -> Iterator[Row]:
+    """A row for each type, in the order in which they end."""
+    from tqdm import tqdm
+
+    import tests.patch.families.examine  # noqa: F401 - once, before the processes fork
+
+    waiting, running = list(types), {}
+    with tqdm(total=len(types), unit="type", dynamic_ncols=True, file=sys.stderr) as bar:
+        while waiting or running:
+            while waiting and len(running) < args.jobs:
+                job = Job(waiting.pop(0), args.gigabytes)
+                running[job.connection] = job
+            bar.set_postfix_str(" ".join(job.type for job in running.values()))
+            multiprocessing.connection.wait(list(running), timeout=1)
+            for connection, job in list(running.items()):
+                if (row := job.poll(args.seconds)) is not None:
+                    del running[connection]
+                    bar.update()
+                    if row["result"] == "fault":
+                        bar.write(f"{job.type}: {row['faults']}", file=sys.stderr)
+                    yield {**dict.fromkeys(COLUMNS, ""), **versions, **row}
+
+
+class Job:
+    """One type in a process."""
+
+    def __init__(self, model_type: str, gigabytes: float) -> None:
+        context = multiprocessing.get_context("fork")
+        receiving, sending = context.Pipe(duplex=False)
+        self.type = model_type
+        self.connection: Connection = receiving
+        self._started = time.monotonic()
+        self._process: BaseProcess = context.Process(
+            target=_examine, args=(model_type, gigabytes, sending), daemon=True
+        )
+        self._process.start()
+        sending.close()
+
+    def poll(self, seconds: float) -> Row | None:
+        """The row, once there is one."""
+        lasted = time.monotonic() - self._started
+        if self.connection.poll():
+            try:
+                row = self.connection.recv()
+            except EOFError:
+                self._process.join()
+                row = _fault(f"its process ended with status {self._process.exitcode}")
+        elif lasted > seconds:
+            self._process.kill()
+            row = _fault(f"not done after {seconds:g} s")
+        else:
+            return None
+        self._process.join()
+        self.connection.close()
+        now = datetime.datetime.now().strftime("%Y-%m-%d %H:%M")
+        return {**row, "type": self.type, "seconds": f"{lasted:.1f}", "date": now}
+
+
+def _fault(words: str) -> Row:
+    return {"result": "fault", "faults": words}
+
+
+def _examine(model_type: str, gigabytes: float, connection: Connection) -> None:
+    import resource
+    import warnings
+
+    import torch
+    import transformers
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
+    from tests.patch.families.examine import examine
+
+    limit = int(gigabytes * 2**30)
+    resource.setrlimit(resource.RLIMIT_DATA, (limit, limit))
+    warnings.simplefilter("ignore")
+    transformers.logging.set_verbosity_error()
+    torch.set_num_threads(1)
+    try:
+        verdict = examine(model_type)
+        row = {
+            name: "; ".join(value) if isinstance(value, tuple) else str(value)
+            for name, value in verdict._asdict().items()
+        }
+    except BaseException as error:
+        row = _fault(f"{type(error).__name__}: {' '.join(str(error).split())[:300]}")
+    connection.send({**row, "class": MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[model_type]})
+
+
+if __name__ == "__main__":
+    sys.exit(main())

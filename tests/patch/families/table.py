@@ -1,0 +1,56 @@
+"""The verdicts as a page of the docs."""
+
+from __future__ import annotations
+
+from collections import Counter
+
+from tests.patch.families.overrides import AS_RELEASED
+
+Row = dict[str, str]
+
+_HEAD = """# Models
+
+Written by `scripts/families.py`; do not edit. Every type in the causal LM mapping of
+transformers {versions}: {counts}.
+
+A type is built tiny with random weights, patched, and held against itself unpatched: below
+`dense_len` bit for bit (forward, gradients, padding on either side, greedy generation); with every
+block selected within rounding (the same, beyond `dense_len`, and step by step and in chunks over
+a cache that grows past `dense_len`); documents packed by `cu_seq_lens` or `position_ids` against
+each alone; sparse steps, padded rows and packed documents against one sparse forward; and undone,
+bit for bit. What a type does not do unpatched is not asked of it; `docs/results/families.csv` has
+it by type.
+"""
+_SECTIONS = (
+    ("fault", "At fault", "faults"),
+    ("sound", "Sound", "left"),
+    ("refused", "Refused when patching", "why"),
+    ("not built", "Not built", "why"),
+)
+
+
+def format_table(rows: list[Row]) -> str:
+    """Markdown of all rows, by verdict."""
+    counts = Counter(row["result"] for row in rows)
+    versions = sorted({row["transformers"] for row in rows})
+    told = ", ".join(f"{counts[result]} {result}" for result, _, _ in _SECTIONS if counts[result])
+    parts = [_HEAD.format(versions=" and ".join(versions), counts=told)]
+    for result, title, column in _SECTIONS:
+        if counts[result]:
+            chosen = [row for row in rows if row["result"] == result]
+            parts.append(f"## {title}\n\n{_format(chosen, result == 'sound', column)}")
+    return "\n".join(parts)
+
+
+def _format(rows: list[Row], with_layers: bool, column: str) -> str:
+    head = ["type", "class", *(["sparse layers"] if with_layers else []), "why"]
+    if with_layers:
+        head[-1] = "the other layers"
+    lines = [head, ["---"] * len(head)]
+    for row in rows:
+        layers = [f"{row['sparse']} of {row['layers']}"] if with_layers else []
+        words = row[column].replace(": left as it was", "").replace("|", "\\|")
+        built = ", ".join(f"`{k}={v!r}`" for k, v in AS_RELEASED.get(row["type"], {}).items())
+        words = "; ".join(filter(None, (words, built and f"built with {built}")))
+        lines.append([f"`{row['type']}`", f"`{row['class']}`", *layers, words])
+    return "".join(f"| {' | '.join(line)} |\n" for line in lines)

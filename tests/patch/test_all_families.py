@@ -1,0 +1,47 @@
+"""Every causal LM type of transformers against itself unpatched: some always, all if slow.
+
+`scripts/families.py` asks the same of all of them and writes docs/models.md.
+"""
+
+import pytest
+
+from tests.patch.families.examine import NOT_BUILT, REFUSED, SOUND, examine
+from tests.patch.families.tiny import TYPES
+
+# One of each way to attend, to cache and to be told of positions.
+SOUND_TYPES = ("cohere2", "opt", "qwen3_5_text")
+REFUSED_TYPES = {
+    "deepseek_v32": "it is sparse already",
+    "gemma2": "set the cap to None",
+    "git": "only causal",
+    "gpt_oss": "has no sinks",
+    "mamba": "nothing to make sparse",
+    "moshi": "sliding_window=None",
+    "mpt": "call infllm_flex.infllm_attention",
+}
+
+# What other people's models warn of is not judged here.
+pytestmark = pytest.mark.filterwarnings("ignore")
+
+
+@pytest.mark.parametrize("model_type", SOUND_TYPES)
+def test_a_type_is_sound(model_type):
+    verdict = examine(model_type)
+    assert verdict.result == SOUND, (verdict.why, *verdict.faults)
+    assert verdict.sparse > 0
+
+
+@pytest.mark.parametrize(("model_type", "words"), REFUSED_TYPES.items())
+def test_a_type_is_refused_with_what_to_do(model_type, words):
+    verdict = examine(model_type)
+    assert verdict.result == REFUSED
+    assert words in verdict.why
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("model_type", sorted({*TYPES} - {*SOUND_TYPES, *REFUSED_TYPES}))
+def test_every_type_is_sound_or_refused(model_type):
+    verdict = examine(model_type)
+    if verdict.result == NOT_BUILT:
+        pytest.skip(verdict.why)
+    assert verdict.result in (SOUND, REFUSED), verdict.faults
