@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterable, Mapping
 
 import torch
 from torch import nn
@@ -18,6 +18,28 @@ _TRIED = (
     "x-transformers, and calls of F.scaled_dot_product_attention; name the layers by "
     "attention_modules=, or, for causal full attention written by hand, call "
     "infllm_flex.infllm_attention in the model's own forward"
+)
+
+# What to do about a reason, by how it begins.
+_ADVICE = (
+    (
+        "sliding window",
+        "a window over the keys stays dense; where the model may attend to all of them, build it "
+        "with sliding_window=None, or with 'full_attention' among its layer_types",
+    ),
+    ("not causal", "only causal self-attention can be sparse"),
+    (
+        "logits soft-capped",
+        "sparse attention caps no logits; where the model may do without, set the cap to None "
+        "in its config",
+    ),
+    ("learned attention sinks", "sparse attention has no sinks: such a model stays dense"),
+    ("indexed attention", "the model selects its keys itself: it is sparse already"),
+    ("the model's own sparse indexer", "the model selects its keys itself: it is sparse already"),
+    (
+        "attn_implementation=",
+        "call model.set_attn_implementation('sdpa') before patching",
+    ),
 )
 
 
@@ -53,13 +75,24 @@ def reject_unsupported(
     if named is not None:
         for name, found in layers.items():
             if found.module in named and found.left is not None:
-                raise UnsupportedModelError(f"{name} cannot be sparse: {found.left}")
+                reason = "; ".join([found.left, *_advise([found.left])])
+                raise UnsupportedModelError(f"{name} cannot be sparse: {reason}")
     if any(found.left is None for found in layers.values()):
         return
     found_text = _describe(layers) if layers else _describe_others(model)
+    advice = _advise([str(found.left) for found in layers.values()])
+    if any(found.members is not None for found in layers.values()):  # told by their code alone
+        advice.append("name the layers by attention_modules= where this is not so")
+    what_to_do = "; ".join(advice or [_TRIED])
     raise UnsupportedModelError(
-        f"{type(model).__name__} cannot be patched: found {found_text}; {_TRIED}"
+        f"{type(model).__name__} cannot be patched: found {found_text}; {what_to_do}"
     )
+
+
+def _advise(reasons: Iterable[str]) -> list[str]:
+    """What to do about reasons, each piece of advice once."""
+    found = (words for reason in reasons for start, words in _ADVICE if reason.startswith(start))
+    return list(dict.fromkeys(found))
 
 
 def _describe(layers: Mapping[str, Found]) -> str:
@@ -75,4 +108,4 @@ def _describe_others(model: nn.Module) -> str:
             return "no attention layer but torch.nn.MultiheadAttention, whose kernel is its own"
         if (name := code.other_attention(module)) is not None:
             return f"no attention layer but {original_class(module).__name__}, which calls {name}"
-    return "no attention layer"
+    return "no attention layer (a model without attention has nothing to make sparse)"

@@ -52,7 +52,7 @@ def test_unpatching_what_was_never_patched():
 def test_a_model_without_attention():
     with pytest.raises(
         ifx.UnsupportedModelError,
-        match=r"Linear cannot be patched: found no attention layer; tried",
+        match=r"Linear cannot be patched: found no attention layer .*; tried",
     ):
         ifx.patch_model(nn.Linear(2, 2))
 

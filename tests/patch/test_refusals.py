@@ -89,7 +89,7 @@ NEVER = {
     "a diffusion model": (Diffusion, "1 x not causal"),
     "ALiBi": (lambda: outsider(Alibi), "2 x ALiBi"),
     "its own indexer": (lambda: outsider(Indexed), "2 x the model's own sparse indexer"),
-    "a convolution": (lambda: nn.Conv2d(1, 1, 3), "found no attention layer; tried"),
+    "a convolution": (lambda: nn.Conv2d(1, 1, 3), "found no attention layer .*; tried"),
     "PyTorch's encoder": (
         lambda: nn.TransformerEncoderLayer(16, 2),
         r"no attention layer but torch\.nn\.MultiheadAttention",
