@@ -10,7 +10,7 @@ from infllm_flex.batches import lay_out_batch
 from infllm_flex.config import InfLLMConfig
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
-_MAX_HEAD_DIM = 256
+MAX_HEAD_DIM = 256
 
 
 @torch.no_grad()
@@ -137,8 +137,8 @@ def check_query_and_key(query: Tensor, key: Tensor) -> None:
         raise ValueError(
             f"query and key must have one head dim, got {query.shape[3]} and {key.shape[3]}"
         )
-    if query.shape[3] > _MAX_HEAD_DIM:
-        raise ValueError(f"head dim must be at most {_MAX_HEAD_DIM}, got {query.shape[3]}")
+    if query.shape[3] > MAX_HEAD_DIM:
+        raise ValueError(f"head dim must be at most {MAX_HEAD_DIM}, got {query.shape[3]}")
     if query.dtype not in _DTYPES:
         raise ValueError(f"query must be floating point, got {query.dtype}")
     if query.dtype != key.dtype:

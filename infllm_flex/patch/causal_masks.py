@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
+from torch.nn.attention.bias import CausalBias, CausalVariant
 
 import custom_ops
 from infllm_flex.patch.errors import UnsupportedModelError
@@ -31,6 +32,8 @@ def keys_so_far(query: Tensor, key: Tensor, mask: Tensor | None, is_causal: bool
     q_len, kv_len = query.shape[-2], key.shape[-2]
     if mask is None:
         return q_len if is_causal else kv_len
+    if isinstance(mask, CausalBias):  # no tensor of numbers: its kind and shape say all
+        return q_len if mask.variant == CausalVariant.UPPER_LEFT else kv_len
     if torch.compiler.is_compiling():
         if q_len != kv_len:
             raise UnsupportedModelError(
@@ -52,7 +55,7 @@ def require_causal(query: Tensor, mask: Tensor | None) -> Tensor:
     Returns:
         ``query``, whose values depend on the check, so that no pass takes it out.
     """
-    if mask is None or not torch.compiler.is_compiling():
+    if mask is None or isinstance(mask, CausalBias) or not torch.compiler.is_compiling():
         return query
     visible = _visible(mask)
     plain = _is_causal_prefix(visible, visible.shape[-1], visible.shape[-2])
@@ -61,7 +64,8 @@ def require_causal(query: Tensor, mask: Tensor | None) -> Tensor:
 
 def is_biased(mask: Tensor) -> bool:
     """Whether a mask does more than show and hide; reads its values. Of none, it says no."""
-    return mask.dtype != torch.bool and not mask.is_meta and bool(_biased(mask))
+    numbers = mask.dtype != torch.bool and not isinstance(mask, CausalBias)
+    return numbers and not mask.is_meta and bool(_biased(mask))
 
 
 def _biased(mask: Tensor) -> Tensor:

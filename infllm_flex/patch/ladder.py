@@ -18,6 +18,7 @@ from torch import nn
 from infllm_flex.config import InfLLMConfig
 from infllm_flex.patch import generic, huggingface, seams
 from infllm_flex.patch.class_swap import Members, restore_class, swap_class, swapped_way
+from infllm_flex.patch.head_dims import why_heads_left
 from infllm_flex.patch.heads import count_heads
 from infllm_flex.patch.layer import (
     NOT_PATCHED,
@@ -69,11 +70,11 @@ def find_layers(
             left = "not among attention_modules" if unnamed else huggingface.why_left(module)
             found[name] = Found(module, TRANSFORMERS, left)
         elif (seam := seams.find_seam(name, module)) is not None:
-            found[name] = Found(module, seam.name, seam.why_left(module), seam.members)
+            left = seam.why_left(module) or why_heads_left(module)
+            found[name] = Found(module, seam.name, left, seam.members)
         elif named is not None or _attends(module, seen):
-            found[name] = Found(
-                module, generic.NAME, _why_left(module, named, seen), generic.members
-            )
+            left = _why_left(module, named, seen) or why_heads_left(module)
+            found[name] = Found(module, generic.NAME, left, generic.members)
     return found if named is not None else _innermost(found)
 
 

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from infllm_flex.patch.causal_masks import is_biased
+from infllm_flex.patch.head_dims import unserved_head_dims
 from infllm_flex.patch.sdpa import SdpaCall
 
 Example = Tensor | Sequence[Any] | Mapping[str, Any]
@@ -86,4 +87,4 @@ def _why_left(call: SdpaCall) -> str | None:
         return "not causal"
     if call.attn_mask is not None and is_biased(call.attn_mask):
         return "a bias on its logits (ALiBi or the like)"
-    return None
+    return unserved_head_dims(call.key.shape[-1], call.value.shape[-1])

@@ -9,6 +9,7 @@ from torch import Tensor
 from infllm_flex.attention import infllm_attention
 from infllm_flex.patch.causal_masks import keys_so_far, require_causal
 from infllm_flex.patch.errors import UnsupportedModelError
+from infllm_flex.patch.head_dims import unserved_head_dims
 from infllm_flex.patch.heads import regroup
 from infllm_flex.patch.layer import PatchedLayer
 
@@ -59,6 +60,12 @@ def attend(layer: PatchedLayer, call: SdpaCall, kv_heads: int | None = None) -> 
         raise UnsupportedModelError(
             "sparse attention needs [B, H, S, D] queries, keys and values, got shape "
             f"{tuple(call.query.shape)}: call infllm_flex.infllm_attention in the model's own code"
+        )
+    heads_left = unserved_head_dims(call.key.shape[-1], call.value.shape[-1])
+    if heads_left is not None:
+        raise UnsupportedModelError(
+            f"sparse attention cannot serve {heads_left}: run it inside infllm_flex.dense(model), "
+            "or leave the layer out by attention_modules="
         )
     length = keys_so_far(call.query, call.key, call.attn_mask, call.is_causal)
     if layer.attends_densely(length):

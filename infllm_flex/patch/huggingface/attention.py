@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from infllm_flex.attention import attend_in_layout, infllm_attention
+from infllm_flex.patch.head_dims import unserved_head_dims
 from infllm_flex.patch.huggingface.cache import KEYWORD, cache_layer, is_static
 from infllm_flex.patch.huggingface.decode import attend_cached, cut_mask, follow_static
 from infllm_flex.patch.huggingface.layers import layer_of, previous_implementation
@@ -101,7 +102,10 @@ def attention_forward(
         key, value = key[:, :, :length], value[:, :, :length]
         attention_mask = cut_mask(spell_out(attention_mask), query, length)
         sequences = find_sequences(query, key, attention_mask, kwargs)
-    obstacle = find_obstacle(query, key, attention_mask, sequences, dropout, kwargs, decoding)
+    obstacle = unserved_head_dims(key.shape[3], value.shape[3])
+    obstacle = obstacle or find_obstacle(
+        query, key, attention_mask, sequences, dropout, kwargs, decoding
+    )
     if obstacle is not None:
         raise NotImplementedError(
             f"sparse attention cannot serve {obstacle} yet: got {key.shape[2]} keys; stay below "

@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import inspect
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -13,10 +13,12 @@ from torch import nn
 
 from infllm_flex.config import InfLLMConfig
 from infllm_flex.patch.code import names
+from infllm_flex.patch.head_dims import why_heads_left
 from infllm_flex.patch.huggingface.cache import deliver_cache_to
 from infllm_flex.patch.huggingface.config_view import NAMES, PREVIOUS, is_view
 from infllm_flex.patch.layer import NOT_PATCHED, PatchedLayer, get_layer, set_layer
 
+_FULL = ("full_attention", "hybrid")  # hybrid: beside a state space model in the same layer
 _MAKES_MASKS = re.compile(r"create_\w*mask")
 
 
@@ -61,7 +63,7 @@ def why_left(module: nn.Module) -> str | None:
         return "cross-attention"
     if (window := _sliding_window(module)) is not None:
         return f"sliding window {window}"
-    if (layer_type := _layer_type(module)) not in (None, "full_attention"):
+    if (layer_type := _layer_type(module)) not in (None, *_FULL):
         return str(layer_type).replace("_", " ")
     if (cap := getattr(config, "attn_logit_softcapping", None)) is not None:
         return f"logits soft-capped at {cap:g}"
@@ -69,24 +71,53 @@ def why_left(module: nn.Module) -> str | None:
         return "learned attention sinks"
     if getattr(module, "indexer", None) is not None:
         return "the model's own sparse indexer"
+    if _passes(module, "position_bias"):
+        return "a position bias on its logits"
+    if (heads := why_heads_left(module)) is not None:
+        return heads
     if (previous := previous_implementation(module)) not in NAMES:
         return f"attn_implementation={previous!r}, not 'sdpa' or 'eager'"
     return None
 
 
 def _layer_type(module: nn.Module) -> str | None:
+    """What the config calls the layer; None where it has no place of its own."""
     layer_types = getattr(module.config, "layer_types", None)
     index = getattr(module, "layer_idx", None)
-    return None if layer_types is None or index is None else layer_types[index]
+    return None if layer_types is None or index is None or index < 0 else layer_types[index]
 
 
 def _sliding_window(module: nn.Module) -> int | None:
-    """The window of this layer: its own, else that of a config whose every layer has it."""
+    """The window of this layer, its own or its config's, if any sequence can be longer than it."""
+    window: Any = None
     if hasattr(module, "sliding_window"):
-        return module.sliding_window  # type: ignore[return-value]
-    if _layer_type(module) == "full_attention":
+        window = module.sliding_window
+    elif _layer_type(module) in _FULL:
         return None
-    return getattr(module.config, "sliding_window", None)
+    else:
+        window = getattr(module.config, "sliding_window", None)
+    longest = _longest_sequence(module.config)
+    never = longest is not None and window is not None and longest <= window
+    return None if never else window
+
+
+def _longest_sequence(config: Any) -> float | None:
+    """How many positions a model has, with those that rope scaling gives it; None if not told."""
+    longest = getattr(config, "max_position_embeddings", None)
+    rope = getattr(config, "rope_parameters", None)
+    if not isinstance(longest, int) or not isinstance(rope, Mapping):
+        return longest
+    scaled = [part for part in (rope, *rope.values()) if isinstance(part, Mapping)]
+    original = (part.get("original_max_position_embeddings") or longest for part in scaled)
+    factor = (part.get("factor") or 1 for part in scaled)
+    return max(longest, *(a * b for a, b in zip(original, factor, strict=True)))
+
+
+def _passes(module: nn.Module, keyword: str) -> bool:
+    """Whether a layer's forward gives its attention function an argument of this name."""
+    code = _undecorated_forward(module).__code__
+    named = [const for const in code.co_consts if isinstance(const, tuple)]
+    return any(keyword in given and "scaling" in given for given in named)
 
 
 def implementation(module: nn.Module) -> str:

@@ -115,6 +115,7 @@ def causal_mask(**arguments: Any) -> LazyMask | Tensor | None:
     """
     from transformers.masking_utils import causal_mask_function, sdpa_mask
 
+    arguments = _without_long_window(arguments)
     length, padding = arguments.get("q_length"), arguments.get("attention_mask")
     lazily = (
         length is not None
@@ -136,3 +137,17 @@ def causal_mask(**arguments: Any) -> LazyMask | Tensor | None:
 
 def _is_zero(offset: int | Tensor) -> bool:
     return not isinstance(offset, Tensor) and offset == 0
+
+
+def _without_long_window(arguments: dict[str, Any]) -> dict[str, Any]:
+    """The arguments of a mask function, less a window that is longer than all keys."""
+    from transformers.masking_utils import causal_mask_function
+
+    window, kv_length = arguments.get("local_size"), arguments.get("kv_length")
+    if not isinstance(window, int) or not isinstance(kv_length, int) or window <= kv_length:
+        return arguments
+    arguments = {**arguments, "local_size": None}
+    if arguments.get("allow_is_causal_skip") is True:
+        # transformers allows it if there is nothing beyond causal, the window and padding.
+        arguments["mask_function"] = causal_mask_function
+    return arguments

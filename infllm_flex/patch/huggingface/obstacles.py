@@ -17,7 +17,6 @@ from infllm_flex.patch.huggingface.sequences import Sequences
 
 # Keywords by which models hand over attention that is more than softmax(scale * q k) v.
 _SPECIAL_KEYWORDS = {
-    "sliding_window": "a sliding window",
     "softcap": "soft-capped logits",
     "s_aux": "learned attention sinks",
     "sinks": "learned attention sinks",
@@ -49,6 +48,9 @@ def find_obstacle(
         kwargs: The other keywords of the call.
         decoding: Whether a cache holds keys from before this call; `attend_cached` judges the mask.
     """
+    window = kwargs.get("sliding_window")
+    if window is not None and window < key.shape[2]:
+        return "a sliding window"
     for keyword, meaning in _SPECIAL_KEYWORDS.items():
         if kwargs.get(keyword) is not None:
             return meaning

@@ -1,0 +1,53 @@
+"""Sizes of heads that sparse attention cannot serve, read from a layer before it runs."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import nn
+
+from infllm_flex.selection import MAX_HEAD_DIM
+
+_KEY_NAMES = ("qk_head_dim", "head_dim", "head_size", "attention_head_size", "key_value_proj_dim")
+_VALUE_NAMES = ("v_head_dim", "value_head_dim", "head_v_dim")
+
+
+def unserved_head_dims(key_dim: int, value_dim: int) -> str | None:
+    """What is wrong with the size of a head, in a few words; None if nothing is.
+
+    Args:
+        key_dim: Of queries and keys.
+        value_dim: Of values.
+    """
+    if key_dim > MAX_HEAD_DIM:
+        return f"heads of {key_dim}, more than {MAX_HEAD_DIM}"
+    if key_dim != value_dim:
+        return f"values of {value_dim} per head, keys of {key_dim}"
+    return None
+
+
+def why_heads_left(module: nn.Module) -> str | None:
+    """The same of an attention layer, by its attributes and projections; None where none tells."""
+    key_dim = _first(module, _KEY_NAMES)
+    if key_dim is None:
+        return None
+    value_dim = _first(module, _VALUE_NAMES)
+    if value_dim is None:
+        value_dim = _project_ratio(module, key_dim)
+    return unserved_head_dims(key_dim, value_dim)
+
+
+def _first(module: nn.Module, names: tuple[str, ...]) -> int | None:
+    found = (getattr(module, name, None) for name in names)
+    return next((size for size in found if isinstance(size, int) and size > 0), None)
+
+
+def _project_ratio(module: nn.Module, key_dim: int) -> int:
+    """The size of a value: keys and values have as many heads, so as their projections' widths."""
+    keys, values = (_width(getattr(module, name, None)) for name in ("k_proj", "v_proj"))
+    return key_dim if keys is None or values is None else key_dim * values // keys
+
+
+def _width(projection: Any) -> int | None:
+    width = getattr(projection, "out_features", None)
+    return width if isinstance(width, int) and width > 0 else None
