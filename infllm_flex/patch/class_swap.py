@@ -10,6 +10,7 @@ from __future__ import annotations
 import copyreg
 import functools
 from collections.abc import Callable
+from types import MethodType
 from typing import Any
 
 from torch import nn
@@ -28,7 +29,7 @@ def swap_class(module: nn.Module, way: str, members: Members) -> None:
         return
     restore_class(module)
     cls: Any = type(module)
-    module.__class__ = _subclass(cls, way, members)
+    _set_class(module, _subclass(cls, way, members))
 
 
 def restore_class(module: nn.Module) -> bool:
@@ -48,7 +49,7 @@ def restore_class(module: nn.Module) -> bool:
             "(by fully_shard?); unpatch before sharding, or attend densely inside "
             "infllm_flex.dense(model)"
         )
-    module.__class__ = original_class(module)
+    _set_class(module, original_class(module))
     return True
 
 
@@ -60,6 +61,28 @@ def swapped_way(module: nn.Module) -> str | None:
 def original_class(module: nn.Module) -> type:
     """The class of the module before it was swapped."""
     return getattr(type(module), "_infllm_original", type(module))
+
+
+def runs_own_forward(module: nn.Module) -> bool:
+    """Whether calling the module comes to the forward of its class.
+
+    So it does through accelerate's hooks. They put a forward of theirs on the instance, and that of
+    the class beside it; when they go, they leave that of the class on the instance.
+    """
+    return "forward" not in vars(module) or bool(_bound_forwards(module))
+
+
+def _bound_forwards(module: nn.Module) -> list[str]:
+    """Attributes of the instance that hold the forward of its class."""
+    own = MethodType(type(module).forward, module)
+    return [name for name in ("forward", "_old_forward") if vars(module).get(name) == own]
+
+
+def _set_class(module: nn.Module, cls: Any) -> None:
+    names = _bound_forwards(module)
+    module.__class__ = cls
+    for name in names:
+        vars(module)[name] = MethodType(cls.forward, module)
 
 
 @functools.cache

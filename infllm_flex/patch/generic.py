@@ -7,6 +7,7 @@ from typing import Any
 from torch import nn
 
 from infllm_flex.patch import code
+from infllm_flex.patch.class_swap import runs_own_forward
 from infllm_flex.patch.intercept import run_intercepted
 from infllm_flex.patch.layer import PatchedLayer, get_layer
 
@@ -35,8 +36,8 @@ def why_left(module: nn.Module) -> str | None:
 
 def why_not_swapped(module: nn.Module) -> str | None:
     """Why giving the module another class would have no effect; None when it has."""
-    if "forward" in vars(module):
-        return "a forward set on the instance, say by accelerate's hooks: patch before that"
+    if not runs_own_forward(module):
+        return "a forward set on the instance: patch before that"
     return None
 
 

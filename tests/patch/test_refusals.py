@@ -227,7 +227,7 @@ class TestAttentionModules:
 
     def test_a_named_module_that_cannot_be(self):
         model = outsider()
-        model.h[1].attn.forward = model.h[1].attn.forward
+        model.h[1].attn.forward = model.h[0].attn.forward
         with pytest.raises(
             ifx.UnsupportedModelError, match=r"h\.1\.attn cannot be sparse: a forward"
         ):
