@@ -8,21 +8,22 @@ from contextlib import contextmanager
 from torch import nn
 
 from infllm_flex.patch import huggingface
-from infllm_flex.patch.layer import Attend
+from infllm_flex.patch.layer import LayerAttend
 from infllm_flex.patch.refusals import require_module
 
 
 @contextmanager
-def attend_through(model: nn.Module, attend: Attend) -> Iterator[None]:
-    """Hand the attention of every layer to ``attend`` inside the block, dense or sparse.
+def attend_through(model: nn.Module, attend: LayerAttend) -> Iterator[None]:
+    """Hand the attention of every layer to another function inside the block, dense or sparse.
 
-    For callers who hold sequences in another way than whole, as context parallelism does. What the
-    model makes of masks and positions is not looked at.
+    For callers who hold sequences in another way than whole, as context parallelism does, or who
+    choose blocks in another way. What the model makes of masks and positions is not looked at.
 
     Args:
         model: A patched transformers model.
-        attend: Takes queries, keys and values after the rotary embedding and the factor on their
-            products, None for the usual one, and returns the output, as `infllm_attention` does.
+        attend: The function of each layer, by the layer's number from 0. It takes queries, keys
+            and values after the rotary embedding and the factor on their products, None for the
+            usual one, and returns the output, as `infllm_attention` does.
 
     Raises:
         ValueError: ``model`` is not patched, or a layer was left as it was.
@@ -37,8 +38,8 @@ def attend_through(model: nn.Module, attend: Attend) -> Iterator[None]:
     for name, module in huggingface.attention_layers(model).items():
         if (left := huggingface.why_left(module)) is not None:
             raise ValueError(f"{name} cannot attend otherwise than as it was made: {left}")
-    for layer in layers.values():
-        layer.attend = attend
+    for number, layer in enumerate(layers.values()):
+        layer.attend = attend(number)
     try:
         yield
     finally:

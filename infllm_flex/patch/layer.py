@@ -15,6 +15,8 @@ _ATTRIBUTE = "infllm_layer"
 NOT_PATCHED = "not patched"  # why a layer is left that nobody asked to be sparse
 # Query, key, value and scale to the output, as `infllm_attention` takes and returns them.
 Attend = Callable[[Tensor, Tensor, Tensor, float | None], Tensor]
+# The number of a layer, from 0, to what attends in it.
+LayerAttend = Callable[[int], Attend]
 
 
 @dataclass

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import torch
 
+from infllm_flex.patch import LayerAttend
 from infllm_flex.training.data import Batch, Corpus, Text, batches, open_text
 from infllm_flex.training.folder import (
     BOARD,
@@ -61,6 +62,8 @@ def train(
     *,
     resume: bool = False,
     corpus: Corpus | None = None,
+    text: Text | None = None,
+    attend: LayerAttend | None = None,
     title: str = "training",
     show: bool = True,
 ) -> Outcome:
@@ -71,6 +74,9 @@ def train(
         resume: Go on from the newest checkpoint of the folder, if it holds one. The result is bit
             for bit that of a run that was never stopped.
         corpus: The text, where the caller has read it before.
+        text: Samples that the caller makes; the ``data`` section then only says how many
+            ``workers`` call for them.
+        attend: What attends in sparse stages instead; see `stage_attention`.
         title: Stands before the progress bar.
         show: Whether to draw the progress bar, and to say that a signal has come.
 
@@ -90,13 +96,13 @@ def train(
         settings = find_model(settings)
         # Before signals are caught: there is nothing to save, and reading may take long.
         folder = settings.run.folder
-        text = everywhere(
+        text = text or everywhere(
             lambda: open_text(settings.data, folder / DATA, settings.model.path, corpus)
         )
         for name, stage in settings.stages.items():
             text.sampler(name, stage, settings.run.seed)  # or says why there can be none
         with Interruption(show and world.is_first) as interruption:
-            return _Trainer(settings, world, text).run(interruption, title, show)
+            return _Trainer(settings, world, text, attend).run(interruption, title, show)
 
 
 def _prepare(settings: TrainingSettings, resume: bool, world: World) -> None:
@@ -105,8 +111,11 @@ def _prepare(settings: TrainingSettings, resume: bool, world: World) -> None:
 
 
 class _Trainer:
-    def __init__(self, settings: TrainingSettings, world: World, text: Text) -> None:
+    def __init__(
+        self, settings: TrainingSettings, world: World, text: Text, attend: LayerAttend | None
+    ) -> None:
         self._settings, self._world, self._text = settings, world, text
+        self._attend = attend
         self._folder = settings.run.folder
         self._state = TrainingState(settings, self._folder / CHECKPOINTS, text, world)
 
@@ -147,7 +156,9 @@ class _Trainer:
         settings, state, world, stage = self._settings, self._state, self._world, start.stage
         meter = Meter(state.model, stage, settings, world)
         with (
-            stage_attention(state.model, stage, settings.attention, world) as attention,
+            stage_attention(
+                state.model, stage, settings.attention, world, self._attend
+            ) as attention,
             run_layers(state.layers, settings, world.device),
         ):
             for batch in self._batches(start):

@@ -36,13 +36,14 @@ class LanguageLoss(nn.Module):
         super().__init__()
         self.model = model
         # No submodule: its parts are those of the model.
-        object.__setattr__(self, "_head", _head_of(model))
+        object.__setattr__(self, "_head", head_of(model))
 
-    def forward(self, labels: Tensor, **inputs: Any) -> Tensor:
+    def forward(self, labels: Tensor, weights: Tensor | None = None, **inputs: Any) -> Tensor:
         """Add up the cost of all labels, long sequences in parts that the backward makes again.
 
         Args:
             labels: int64 ``[B, S]``, the token that follows each; `NO_LABEL` where none counts.
+            weights: ``[B, S]``, factors on the cost of each label; None: 1.
             inputs: What the model is given: ``input_ids`` and what goes with them.
 
         Returns:
@@ -53,18 +54,26 @@ class LanguageLoss(nn.Module):
         others = {name: value for name, value in outputs.items() if name != "last_hidden_state"}
         kind: Callable[..., Any] = type(outputs)
         make = functools.partial(kind, **others)
+        factors = None if weights is None else weights.flatten()
         rows = max(1, _LOGITS_AT_ONCE // self.model.config.vocab_size)
         if len(hidden) <= rows:
-            return self._cost(hidden, goals, make)
+            return self._cost(hidden, goals, factors, make)
         total = hidden.new_zeros((), dtype=torch.float32)
-        for some, some_goals in zip(hidden.split(rows), goals.split(rows), strict=True):
-            total = total + checkpoint(self._cost, some, some_goals, make, use_reentrant=False)
+        for first in range(0, len(hidden), rows):
+            some = slice(first, first + rows)
+            part = (hidden[some], goals[some], None if factors is None else factors[some])
+            total = total + checkpoint(self._cost, *part, make, use_reentrant=False)
         return total
 
-    def _cost(self, hidden: Tensor, labels: Tensor, make: Callable[..., Any]) -> Tensor:
+    def _cost(
+        self, hidden: Tensor, labels: Tensor, weights: Tensor | None, make: Callable[..., Any]
+    ) -> Tensor:
         outputs = make(last_hidden_state=hidden[None])
         logits = self._head(inputs_embeds=outputs, use_cache=False).logits[0].float()
-        return F.cross_entropy(logits, labels, reduction="sum", ignore_index=NO_LABEL)
+        if weights is None:
+            return F.cross_entropy(logits, labels, reduction="sum", ignore_index=NO_LABEL)
+        costs = F.cross_entropy(logits, labels, reduction="none", ignore_index=NO_LABEL)
+        return (costs * weights).sum()
 
 
 class _AsGiven(nn.Module):
@@ -74,8 +83,15 @@ class _AsGiven(nn.Module):
         return inputs_embeds
 
 
-def _head_of(model: Any) -> Any:
-    """A model's own way from the decoder's outputs to the logits, with all scaling on it."""
+def head_of(model: Any) -> Any:
+    """A model's own way from the decoder's outputs to the logits, with all scaling on it.
+
+    Returns:
+        A module that takes the decoder's outputs as ``inputs_embeds``.
+
+    Raises:
+        ValueError: The model is not a decoder and a head.
+    """
     decoder = model.get_decoder()
     names = [name for name, child in model.named_children() if child is decoder]
     if not names:

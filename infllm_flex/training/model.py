@@ -33,7 +33,7 @@ def build_model(settings: ModelSettings, length: int) -> Any:
     dtype = getattr(torch, settings.dtype)
     if settings.path is None:
         assert settings.tiny is not None  # settings hold exactly one of the two
-        with _quiet_transformers() as transformers:
+        with quiet_transformers() as transformers:
             config = _tiny_llama(transformers, settings.tiny, length)
             model = transformers.LlamaForCausalLM(config).to(dtype)
     else:
@@ -43,7 +43,7 @@ def build_model(settings: ModelSettings, length: int) -> Any:
 
 def build_outline(settings: ModelSettings, length: int) -> Any:
     """The same model without memory for its weights, on the meta device."""
-    with _quiet_transformers() as transformers, torch.device("meta"):
+    with quiet_transformers() as transformers, torch.device("meta"):
         if settings.path is None:
             assert settings.tiny is not None  # `find_model` has made a path of a hub
             config = _tiny_llama(transformers, settings.tiny, length)
@@ -88,7 +88,7 @@ def load_model(folder: Path, dtype: torch.dtype = torch.float32) -> Any:
 
     Dense, also where its ``sparse_config`` asks for more: stages and scripts decide.
     """
-    with _quiet_transformers() as transformers:
+    with quiet_transformers() as transformers:
         model = transformers.AutoModelForCausalLM.from_pretrained(
             folder,
             config=read_config(transformers, Path(folder)),
@@ -119,7 +119,7 @@ def _tiny_llama(transformers: Any, tiny: TinyModelSettings, length: int) -> Any:
 
 
 @contextlib.contextmanager
-def _quiet_transformers() -> Iterator[Any]:
+def quiet_transformers() -> Iterator[Any]:
     """Transformers without what is no news here.
 
     A bar for loading weights, and torchao, which it imports on first use and which warns of every

@@ -19,25 +19,41 @@ def find_model(settings: TrainingSettings) -> TrainingSettings:
     model = settings.model
     if model.hub is None:
         return settings
+    folder = find_on_hub(model.hub, model.revision, model.download, "model")
+    found = dataclasses.replace(model, path=folder, hub=None, revision="main", download=False)
+    return dataclasses.replace(settings, model=found)
+
+
+def find_on_hub(name: str, revision: str, download: bool, section: str) -> Path:
+    """The folder of a model of the hub in the cache of this machine.
+
+    Args:
+        name: As ``Qwen/Qwen3-8B``.
+        revision: A commit, tag or branch.
+        download: Whether to fetch what the cache lacks.
+        section: Of the settings, for messages.
+
+    Raises:
+        ValueError: The model is not on this machine, or cannot be fetched.
+    """
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 
     try:
         folder = snapshot_download(
-            model.hub,
-            revision=model.revision,
-            local_files_only=not model.download,
+            name,
+            revision=revision,
+            local_files_only=not download,
             allow_patterns=["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja"],
         )
     except LocalEntryNotFoundError as error:
         raise ValueError(
-            f"model.hub: {model.hub} is not in the cache of this machine: set model.download to "
-            "true to fetch it once, or give its folder as model.path"
+            f"{section}.hub: {name} is not in the cache of this machine: set {section}.download to "
+            f"true to fetch it once, or give its folder"
         ) from error
     except (HfHubHTTPError, OSError) as error:
-        raise ValueError(f"model.hub: {model.hub} cannot be fetched: {error}") from error
-    found = dataclasses.replace(model, path=Path(folder), hub=None, revision="main", download=False)
-    return dataclasses.replace(settings, model=found)
+        raise ValueError(f"{section}.hub: {name} cannot be fetched: {error}") from error
+    return Path(folder)
 
 
 def read_config(transformers: Any, folder: Path) -> Any:

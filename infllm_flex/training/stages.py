@@ -12,7 +12,7 @@ from typing import Any
 from torch import nn
 
 from infllm_flex.config import InfLLMConfig
-from infllm_flex.patch import attend_through, describe, patch_model, unpatch_model
+from infllm_flex.patch import LayerAttend, attend_through, describe, patch_model, unpatch_model
 from infllm_flex.training.parallel import World
 from infllm_flex.training.parallel.context import ALWAYS_DENSE, ContextAttention
 from infllm_flex.training.settings import StageSettings
@@ -66,7 +66,11 @@ class StageAttention:
 
 @contextlib.contextmanager
 def stage_attention(
-    model: nn.Module, stage: StageSettings, attention: InfLLMConfig, world: World | None = None
+    model: nn.Module,
+    stage: StageSettings,
+    attention: InfLLMConfig,
+    world: World | None = None,
+    attend: LayerAttend | None = None,
 ) -> Iterator[StageAttention]:
     """Give the model the attention of a stage for the block.
 
@@ -75,15 +79,23 @@ def stage_attention(
         stage: Says whether attention is sparse.
         attention: Settings of the sparse attention.
         world: The processes, where some of them may share a sequence.
+        attend: What attends in a sparse stage instead, say to another choice of blocks: for the
+            number of a layer, a function as `infllm_flex.patch.attend_through` takes it.
 
     Yields:
         What it is.
 
     Raises:
         UnsupportedModelError: No layer of the model can be sparse.
-        ValueError: Sequences are shared, and a layer cannot attend so.
+        ValueError: Sequences are shared or ``attend`` is given, and a layer cannot attend so, or
+            both are.
     """
     group = world if world is not None and world.context > 1 else None
+    if attend is not None and group is not None:
+        raise ValueError(
+            "attention of one's own needs whole sequences: set parallel.context to 1, got "
+            f"{group.context}"
+        )
     if stage.attention == "dense":
         if group is None:
             yield StageAttention(0.0)
@@ -94,11 +106,15 @@ def stage_attention(
         rows = describe(model)
         share = sum(row.sparse for row in rows) / len(rows)
         share = 0.0 if attention.is_dense(stage.max_length) else share
+        if attend is not None:
+            with attend_through(model, attend):
+                yield StageAttention(share)
+            return
         if group is None:
             yield StageAttention(share)
             return
         together = ContextAttention(attention, group)
-        with attend_through(model, together):
+        with attend_through(model, lambda layer: together):
             yield StageAttention(share, together)
     finally:
         unpatch_model(model)

@@ -37,8 +37,8 @@ def take_step(
         share: What attends where several processes share a sequence.
 
     Returns:
-        The mean cost of the batch of all processes, in nats per token, and the norm of its
-        gradient.
+        The mean cost of the batch of all processes, in nats per token, weighted where the batch
+        has weights, and the norm of its gradient.
 
     Raises:
         NotFiniteError: One of the two is not finite.
@@ -52,8 +52,11 @@ def take_step(
         if share is not None:
             share.begin(some.input_ids.shape[1], some.position_ids)
         labels = part_of(some.labels, world).to(world.device)
+        weights = some.weights
+        if weights is not None:
+            weights = part_of(weights, world).to(world.device)
         with gradients_later(state.loss, number + 1 < len(passes)):
-            loss = state.loss(labels, **_inputs(some, world))
+            loss = state.loss(labels, weights, **_inputs(some, world))
             # The processes' gradients are averaged, and shall be added.
             (loss * (world.size / count)).backward()
         total += loss.detach()
@@ -69,9 +72,7 @@ def take_step(
 def _passes(batch: Batch, at_once: int) -> Iterator[Batch]:
     rows = len(batch.input_ids)
     for first in range(0, rows, at_once or rows):
-        some = slice(first, first + (at_once or rows))
-        positions = None if batch.position_ids is None else batch.position_ids[some]
-        yield Batch(batch.input_ids[some], batch.labels[some], positions)
+        yield batch.rows(slice(first, first + (at_once or rows)))
 
 
 def _inputs(batch: Batch, world: World) -> dict[str, Any]:

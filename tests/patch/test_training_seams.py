@@ -47,30 +47,33 @@ def test_attention_can_be_handed_over_for_a_block():
     model = ifx.patch_model(build(), SETTINGS)
     calls = []
 
-    def attend(query, key, value, scale):
-        calls.append(query.shape)
-        return F.scaled_dot_product_attention(
-            query, key, value, is_causal=True, scale=scale, enable_gqa=True
-        )
+    def attend_in(layer):
+        def attend(query, key, value, scale):
+            calls.append(layer)
+            return F.scaled_dot_product_attention(
+                query, key, value, is_causal=True, scale=scale, enable_gqa=True
+            )
+
+        return attend
 
     with ifx.dense(model):
         dense = logits(model, LONG)
     sparse = logits(model, LONG)
-    with attend_through(model, attend):
+    with attend_through(model, attend_in):
         assert torch.equal(logits(model, LONG), dense)
-    assert len(calls) == 2
+    assert calls == [0, 1]
     assert torch.equal(logits(model, LONG), sparse)
 
 
 def test_a_model_that_cannot_hand_over_every_layer_says_so():
     with (
         pytest.raises(ValueError, match="is not patched"),
-        attend_through(build(), lambda *_: None),
+        attend_through(build(), lambda layer: lambda *_: None),
     ):
         pass
     model = ifx.patch_model(build(gemma2(), attn_implementation="eager"), SETTINGS)
     with (
         pytest.raises(ValueError, match=r"layers\.0.* otherwise than as it was made: sliding"),
-        attend_through(model, lambda *_: None),
+        attend_through(model, lambda layer: lambda *_: None),
     ):
         pass

@@ -68,3 +68,24 @@ def test_the_cost_in_parts_is_that_of_the_models_own_logits(name, monkeypatch):
     exact.backward()
     assert_within_rounding(ours.detach(), exact.detach(), expected.detach())
     assert_within_rounding(our_gradients, gradients(model), expected_gradients, factor=3.0)
+
+
+def test_weights_are_factors_on_the_cost_of_each_label(monkeypatch):
+    torch.manual_seed(0)
+    model = Model.from_config(CONFIGS["granite"], attn_implementation="eager")
+    tokens, weights = torch.randint(500, (3, 11)), torch.rand(3, 11) + 0.5
+    labels = tokens.roll(-1, 1)
+    labels[:, -1] = NO_LABEL
+
+    def whole(model, weights):
+        logits = model(tokens, use_cache=False).logits.flatten(0, 1)
+        costs = F.cross_entropy(logits, labels.flatten(), reduction="none")
+        return (costs * weights.flatten()).sum()
+
+    expected = whole(model, weights).detach()
+    for at_once in (500 * 4, 500 * 1000):  # in parts, and as one
+        monkeypatch.setattr(loss, "_LOGITS_AT_ONCE", at_once)
+        ours = LanguageLoss(model)(labels, weights, input_ids=tokens, use_cache=False)
+        exact = whole(model.double(), weights.double()).detach()
+        assert_within_rounding(ours.detach(), exact, expected)
+        model.float()

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -24,11 +25,14 @@ class Batch:
             end of a document and in padding. Already shifted.
         position_ids: int64 ``[B, S]``, 0 where a document begins, so that none sees another.
             Padding is a document of its own. None where every row is one document.
+        weights: float32 ``[B, S]``, how much the cost of each label counts; None: all 1. The loss
+            is their weighted sum over the number of labels.
     """
 
     input_ids: Tensor
     labels: Tensor
     position_ids: Tensor | None = None
+    weights: Tensor | None = None
 
     @property
     def num_labels(self) -> int:
@@ -37,18 +41,20 @@ class Batch:
 
     def to(self, device: torch.device) -> Batch:
         """The batch on another device."""
-        positions = None if self.position_ids is None else self.position_ids.to(device)
-        return replace(
-            self,
-            input_ids=self.input_ids.to(device),
-            labels=self.labels.to(device),
-            position_ids=positions,
-        )
+        return self.map(lambda tensor: tensor.to(device))
 
     def pin_memory(self) -> Batch:
         """The batch in page-locked memory; DataLoader calls this."""
-        positions = None if self.position_ids is None else self.position_ids.pin_memory()
-        return Batch(self.input_ids.pin_memory(), self.labels.pin_memory(), positions)
+        return self.map(Tensor.pin_memory)
+
+    def rows(self, some: slice) -> Batch:
+        """Some of the rows."""
+        return self.map(lambda tensor: tensor[some])
+
+    def map(self, change: Callable[[Tensor], Tensor]) -> Batch:
+        """The batch with every tensor of it changed."""
+        parts = (self.input_ids, self.labels, self.position_ids, self.weights)
+        return Batch(*(None if part is None else change(part) for part in parts))  # type: ignore[arg-type]
 
     def model_inputs(self) -> dict[str, Any]:
         """Keywords for a transformers model.

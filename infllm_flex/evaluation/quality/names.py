@@ -1,0 +1,10 @@
+"""The names of the tasks, in the order of tables."""
+
+from __future__ import annotations
+
+RETRIEVAL = (
+    *("single", "keys12", "keys200", "values3"),
+    *("key1", "key2", "key4", "chain1", "chain2", "chain3"),
+)
+STEPS = "steps"
+TASKS = (*RETRIEVAL, STEPS)

@@ -1,0 +1,49 @@
+"""Retrieval: how many questions a model answers right, row by row."""
+
+from __future__ import annotations
+
+import time
+from random import Random
+from typing import Any
+
+from torch import Tensor
+
+from infllm_flex.evaluation.quality.rows import Row
+from infllm_flex.evaluation.quality.scoring import Scorer
+from infllm_flex.evaluation.quality.settings import QualitySettings
+from infllm_flex.evaluation.quality.tasks import Maker
+from infllm_flex.evaluation.quality.words import Vocabulary
+
+
+def judge_retrieval(
+    settings: QualitySettings, scorer: Scorer, vocabulary: Vocabulary, text: Tensor, seed: int
+) -> dict[str, Any]:
+    """Ask about held-out facts in held-out text; the same rows whatever the model is.
+
+    Args:
+        settings: The whole comparison.
+        scorer: The model.
+        vocabulary: What facts are made of.
+        text: Held-out tokens ``[N]``.
+        seed: Of the rows.
+
+    Returns:
+        By task: ``hits``, a list of 0 and 1 for every row, and ``depths``, the tenths of the
+        sequence that the values lay in, alike. ``seconds``: of a sequence.
+    """
+    judge = settings.judge
+    maker = Maker(vocabulary, text, settings.length + 1, True, settings.tuning.questions)
+    tasks: dict[str, Any] = {}
+    started, rows_done = time.perf_counter(), 0
+    for task in judge.tasks:
+        rows: list[Row] = []
+        while sum(len(row.questions) for row in rows) < judge.items:
+            rows.append(maker.row(task, Random(f"judge/{seed}/{task}/{len(rows)}")))
+        hits: list[list[int]] = []
+        for first in range(0, len(rows), judge.batch_size):
+            answers = scorer.answers(rows[first : first + judge.batch_size])
+            hits += [[int(hit) for hit in row] for row in answers]
+        depths = [[row.depth(question) for question in row.questions] for row in rows]
+        tasks[task] = {"hits": hits, "depths": depths}
+        rows_done += len(rows)
+    return {"tasks": tasks, "seconds": (time.perf_counter() - started) / max(rows_done, 1)}

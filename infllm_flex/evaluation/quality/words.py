@@ -1,0 +1,100 @@
+"""Names and values: words of one token, and digits, parted into those trained on and held out."""
+
+from __future__ import annotations
+
+import re
+import zlib
+from random import Random
+from typing import Any
+
+_WORD = re.compile(r" [a-z]{4,9}")
+_MOST = 4096
+_FEWEST = 48
+_HELD_OUT = 5  # one in so many
+_DIGITS = 6
+_POOLS = {2: 32, 4: 12}
+
+
+class Encoder:
+    """Text to token numbers, without special tokens.
+
+    Args:
+        tokenizer: A fast tokenizer of transformers.
+    """
+
+    def __init__(self, tokenizer: Any) -> None:
+        # One text at a time: the tokenizer's own threads do not outlive the start of a worker.
+        self._backend = tokenizer.backend_tokenizer
+        self._known: dict[str, list[int]] = {}
+
+    def __call__(self, text: str) -> list[int]:
+        """The tokens of a text."""
+        return list(self._backend.encode(text, add_special_tokens=False).ids)
+
+    def fixed(self, text: str) -> list[int]:
+        """The tokens of a text that comes again and again."""
+        if text not in self._known:
+            self._known[text] = self(text)
+        return self._known[text]
+
+
+class Vocabulary:
+    """What facts are made of.
+
+    Every word begins with a space and is one token. A fifth of words and values is held out, by a
+    hash, so that no evaluation asks for a name or a value of the training.
+
+    Args:
+        tokenizer: A fast tokenizer of transformers.
+
+    Raises:
+        ValueError: It has too few words of one token.
+    """
+
+    def __init__(self, tokenizer: Any) -> None:
+        encode = Encoder(tokenizer)
+        words = []
+        for number in range(len(tokenizer)):
+            text = tokenizer.decode([number])
+            if _WORD.fullmatch(text) and encode(text) == [number]:
+                words.append(text)
+        words = words[len(words) // 8 :][:_MOST]  # not the most frequent: they are no names
+        self.encode = encode
+        self._backend = tokenizer.backend_tokenizer
+        self._words = {
+            part: [word for word in words if _is_held_out(word) == part] for part in (False, True)
+        }
+        fewest = min(len(part) for part in self._words.values())
+        if fewest < _FEWEST:
+            raise ValueError(
+                f"base: its tokenizer has too few words of one token to make names of: expected "
+                f"{_FEWEST} to train on and as many held out, got {fewest}"
+            )
+
+    def decode(self, tokens: list[int]) -> str:
+        """The text of tokens."""
+        return str(self._backend.decode(tokens, skip_special_tokens=False))
+
+    def names(self, random: Random, held_out: bool, count: int, size: int) -> list[str]:
+        """Different names of ``size`` words; longer ones share their words with one another."""
+        words = self._words[held_out]
+        if size == 1:
+            return random.sample(words, count)
+        pool = min(_POOLS[size], len(words) // size)
+        chosen = random.sample(words, size * pool)
+        parts = [chosen[first : first + pool] for first in range(0, size * pool, pool)]
+        names: dict[str, None] = {}
+        while len(names) < count:
+            names["".join(random.choice(part) for part in parts)] = None
+        return list(names)
+
+    def value(self, random: Random, held_out: bool, digits: int = _DIGITS) -> str:
+        """Digits, those of the evaluation others than those of the training."""
+        while True:
+            value = "".join(random.choice("0123456789") for _ in range(digits))
+            if _is_held_out(value) == held_out:
+                return value
+
+
+def _is_held_out(text: str) -> bool:
+    return zlib.crc32(text.encode()) % _HELD_OUT == 0

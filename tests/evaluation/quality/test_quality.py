@@ -1,0 +1,201 @@
+"""The command from a base to a table; interrupted, shared, and with settings that cannot be."""
+
+from __future__ import annotations
+
+import csv
+import importlib.util
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+import warnings
+from pathlib import Path
+
+import pytest
+
+from infllm_flex.evaluation.quality.arms import ways
+from infllm_flex.evaluation.quality.parts import Folder
+from infllm_flex.evaluation.quality.plan import plan
+from infllm_flex.evaluation.quality.settings import QualitySettings
+from infllm_flex.strict_yaml import build_dataclass, load_yaml
+from tests.evaluation.quality.tiny import make_base, make_texts, settings_of, write_settings
+
+ROOT = Path(__file__).parents[3]
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory):
+    return make_base(tmp_path_factory.mktemp("base"))
+
+
+@pytest.fixture(scope="module")
+def texts(tmp_path_factory):
+    return make_texts(tmp_path_factory.mktemp("texts"))
+
+
+@pytest.fixture
+def config(tmp_path, base, texts):
+    """A comparison in one seed, with two retrieval tasks."""
+    settings = settings_of(tmp_path / "run", base, texts)
+    settings["run"]["seeds"] = [0]
+    settings["judge"] |= {"tasks": ["keys12", "steps"], "groups": ["retrieval", "nats"]}
+    settings["variants"]["fine"]["back_to_dense"] = False
+    return write_settings(tmp_path / "quality.yaml", settings)
+
+
+def start(config, *arguments, **options):
+    command = [sys.executable, str(ROOT / "scripts/quality.py"), "--config", str(config)]
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    return subprocess.Popen(
+        [*command, *arguments],
+        env=environment,
+        text=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        **options,
+    )
+
+
+def run(config, *arguments):
+    process = start(config, *arguments)
+    out, err = process.communicate(timeout=300)
+    return process.returncode, out, err
+
+
+def parts_of(config):
+    settings = build_dataclass(QualitySettings, load_yaml(config))
+    folder, parts = Folder(settings.run.folder), plan(settings)
+    return {part.name: folder.result(part) for part in parts}
+
+
+@pytest.mark.slow
+def test_everything_from_a_base_to_a_table(tmp_path, base, texts):
+    settings = settings_of(tmp_path / "run", base, texts)
+    config = write_settings(tmp_path / "quality.yaml", settings)
+    status, out, err = run(config)
+    assert status == 0, err
+    assert all(result is not None for result in parts_of(config).values())
+    with (tmp_path / "run" / "table.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    assert {row["variant"] for row in rows} == {
+        *("dense", "fine", "window", "random"),
+        *("dense->fine", "dense->window", "dense->random", "fine->dense"),
+    }
+    assert {row["seed"] for row in rows} == {"0", "1"}
+    assert {row["visible"] for row in rows if row["run"] == "dense"} == {"512"}
+    assert {row["visible"] for row in rows if row["run"] != "dense"} == {"64"}
+    for row in rows:
+        if row["hits_by_depth"]:
+            pairs = [tuple(map(int, pair.split("/"))) for pair in row["hits_by_depth"].split()]
+            assert sum(right for right, _ in pairs) == int(row["hits"])
+            assert sum(asked for _, asked in pairs) == int(row["items"])
+    assert (tmp_path / "run" / "plot.png").stat().st_size > 10_000
+    assert "steps_generated" in out
+    assert "gap window-dense closed" in out
+
+
+def test_an_interrupted_run_goes_on_where_it_was(config):
+    process = start(config)
+    deadline = time.monotonic() + 120
+    while parts_of(config)["train:dense:0"] is None:
+        assert process.poll() is None, process.communicate()
+        assert time.monotonic() < deadline
+        time.sleep(0.2)
+    process.send_signal(signal.SIGTERM)
+    _, err = process.communicate(timeout=60)
+    assert process.returncode == 128 + signal.SIGTERM, err
+    assert err.strip().endswith("the same command goes on from the last finished part")
+    done = {name for name, result in parts_of(config).items() if result is not None}
+    assert {"base", "text", "train:dense:0"} <= done < set(parts_of(config))
+    status, out, err = run(config, "--parts", "judge:dense:*,judge:fine:0:nats")
+    assert status == 0, err
+    # Nothing is done twice, and only what was asked for, with what it needs.
+    begun = [line.split()[0] for line in err.splitlines() if line.endswith(" ...")]
+    assert not done & set(begun)
+    assert {"judge:dense:0:retrieval", "judge:dense:0:nats"} <= done | set(begun)
+    assert "train:fine:0" in begun
+    assert not any("window" in name for name in begun)
+    assert "parts are not done" in out
+
+
+def test_processes_that_share_a_folder_do_each_part_once(config):
+    pair = [start(config, "--parts", "train:dense:0,judge:dense:*") for _ in range(2)]
+    errors = []
+    for process in pair:
+        _, err = process.communicate(timeout=300)
+        assert process.returncode == 0, err
+        errors.append(err)
+    begun = [line for err in errors for line in err.splitlines() if line.endswith(" ...")]
+    assert len(begun) == len(set(begun)) == 5
+
+
+@pytest.fixture
+def refused(config, monkeypatch, capsys):
+    """What the command says to overrides that it refuses; in this process, to be quick."""
+    spec = importlib.util.spec_from_file_location("quality", ROOT / "scripts/quality.py")
+    script = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(script)
+    monkeypatch.setattr(warnings, "showwarning", warnings.showwarning)  # put back afterwards
+
+    def refuse(*overrides):
+        monkeypatch.setattr(sys, "argv", ["quality.py", "--config", str(config), *overrides])
+        assert script.main() == 2
+        said = capsys.readouterr()
+        assert said.out == ""
+        (line,) = said.err.strip().splitlines()
+        return line
+
+    return refuse
+
+
+def test_what_cannot_be_used_is_said_in_one_line_before_any_work(tmp_path, refused, base):
+    empty = tmp_path / "empty"
+    empty.mkdir()
+    assert "folder: must be a local folder" in refused("base.folder=/nowhere")
+    assert "is not installed" in refused("base.folder=null", "base.package=no_such_thing")
+    assert "positions for 512 tokens, 1024 are asked" in refused("tuning.length=1024")
+    assert "positions for 512 tokens, 700 are asked" in refused("judge.length=700")
+    assert "no file *.txt" in refused(f"text.source={empty}")
+    assert "none is called nothing" in refused("--parts", "nothing")
+    assert not (tmp_path / "run").exists()
+    other = tmp_path / "other"
+    other.mkdir()
+    description = json.loads((base / "config.json").read_text())
+    (other / "config.json").write_text(json.dumps(description | {"model_type": "no_such_model"}))
+    assert "no_such_model" in refused(f"base.folder={other}")
+    (other / "config.json").write_text(json.dumps({"model_type": "bert"}))
+    assert "base: " in refused(f"base.folder={other}")
+
+
+def test_a_folder_of_other_settings_is_refused(config, refused, tmp_path):
+    assert run(config, "--parts", "base")[0] == 0
+    assert "holds base with another base" in refused("base.rope_theta=50000")
+    (tmp_path / "strange").mkdir()
+    (tmp_path / "strange" / "file").write_text("")
+    assert "holds something else" in refused(f"run.folder={tmp_path / 'strange'}")
+
+
+def test_the_config_gives_all_variants_and_controls_as_many_tokens():
+    path = ROOT / "configs" / "quality_smollm2_16k.yaml"
+    settings = build_dataclass(QualitySettings, load_yaml(path))
+    visible = {way.visible(settings.length) for way in ways(settings).values()}
+    assert visible == {2048, 16384}
+    window = ways(settings)["window"].attention
+    forced = window.init_blocks + window.local_blocks + 1
+    assert window.num_selected == forced == settings.control_attention.num_selected
+
+
+def test_new_variants_leave_what_is_done_alone(config):
+    settings = build_dataclass(QualitySettings, load_yaml(config))
+    import yaml
+
+    described = yaml.safe_load(config.read_text())
+    other = dict(described["variants"]["fine"]["attention"]) | {"topk": 12}
+    described["variants"]["wide"] = {"attention": other}
+    write_settings(config, described)
+    more = build_dataclass(QualitySettings, load_yaml(config))
+    after = {part.name: part.settings for part in plan(more)}
+    for part in plan(settings):
+        assert after[part.name] == part.settings
