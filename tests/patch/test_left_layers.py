@@ -74,7 +74,7 @@ class TestHeads:
     def test_values_of_another_size(self, config):
         with pytest.raises(
             ifx.UnsupportedModelError,
-            match=rf"2 x values of {config.v_head_dim} per head, keys of 24; tried",
+            match=rf"2 x values of {config.v_head_dim} per head, keys of 24; sparse attention",
         ):
             ifx.patch_model(build(config), SETTINGS)
 

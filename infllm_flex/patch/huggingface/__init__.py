@@ -14,6 +14,7 @@ from torch import nn
 from infllm_flex.config import InfLLMConfig
 from infllm_flex.patch.huggingface.cache import deliver_cache_to, stop_delivering_cache_to
 from infllm_flex.patch.huggingface.config_view import PREVIOUS, is_view
+from infllm_flex.patch.huggingface.instance_forward import stop_expecting_calls
 from infllm_flex.patch.huggingface.layers import (
     attention_layers,
     implementation,
@@ -86,6 +87,7 @@ def detach(model: nn.Module) -> bool:
     for module in attention_layers(model).values():
         undone = undone or get_layer(module) is not None
         stop_delivering_cache_to(module)
+        stop_expecting_calls(module)
         if module not in staying:
             remove_layer(module)
     for module in staying:

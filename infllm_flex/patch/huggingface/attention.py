@@ -11,6 +11,7 @@ from infllm_flex.attention import attend_in_layout, infllm_attention
 from infllm_flex.patch.head_dims import unserved_head_dims
 from infllm_flex.patch.huggingface.cache import KEYWORD, cache_layer, is_static
 from infllm_flex.patch.huggingface.decode import attend_cached, cut_mask, follow_static
+from infllm_flex.patch.huggingface.instance_forward import note_call
 from infllm_flex.patch.huggingface.layers import layer_of, previous_implementation
 from infllm_flex.patch.huggingface.masks import LazyMask, spell_out
 from infllm_flex.patch.huggingface.obstacles import find_obstacle, guard_compiled
@@ -58,6 +59,8 @@ def attention_forward(
     """
     is_new = get_layer(module) is None
     layer = layer_of(module)
+    if not torch.compiler.is_compiling() and "forward" in vars(module):
+        note_call(module)
     if layer.attend is not None:
         return _attend(layer.attend, query, key, value, scaling)
     cached = cache_layer(kwargs.pop(KEYWORD, None), module)

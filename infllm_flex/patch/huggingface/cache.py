@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from infllm_flex.config import InfLLMConfig
 from infllm_flex.decoding import CompressedKeys
+from infllm_flex.patch.huggingface.instance_forward import expect_call
 
 KEYWORD = "infllm_cache"
 # What attention layers call their cache, by version and family.
@@ -40,6 +41,8 @@ def stop_delivering_cache_to(module: nn.Module) -> None:
 def _deliver_cache(
     module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
+    if not torch.compiler.is_compiling() and "forward" in vars(module):
+        expect_call(module)
     for name in _CACHE_NAMES:
         cache = kwargs.get(name)
         if cache is not None:

@@ -16,6 +16,7 @@ from infllm_flex.patch.code import names
 from infllm_flex.patch.head_dims import why_heads_left
 from infllm_flex.patch.huggingface.cache import deliver_cache_to
 from infllm_flex.patch.huggingface.config_view import NAMES, PREVIOUS, is_view
+from infllm_flex.patch.huggingface.instance_forward import why_unreached
 from infllm_flex.patch.layer import NOT_PATCHED, PatchedLayer, get_layer, set_layer
 
 _FULL = ("full_attention", "hybrid")  # hybrid: beside a state space model in the same layer
@@ -75,6 +76,8 @@ def why_left(module: nn.Module) -> str | None:
         return "a position bias on its logits"
     if (heads := why_heads_left(module)) is not None:
         return heads
+    if (unreached := why_unreached(module)) is not None:
+        return unreached
     if (previous := previous_implementation(module)) not in NAMES:
         return f"attn_implementation={previous!r}, not 'sdpa' or 'eager'"
     return None
