@@ -192,7 +192,7 @@ def _examine(model_type: str, gigabytes: float, connection: Connection) -> None:
     try:
         verdict = examine(model_type)
         row = {
-            name: "; ".join(value) if isinstance(value, tuple) else str(value)
+            name: " | ".join(value) if isinstance(value, tuple) else str(value)
             for name, value in verdict._asdict().items()
         }
     except BaseException as error:

@@ -52,7 +52,7 @@ class _Failed(NamedTuple):
 
     @classmethod
     def of(cls, error: Exception) -> _Failed:
-        words = f"{type(error).__name__}: {' '.join(str(error).split())[:240]}"
+        words = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
         return cls(words, type(error))
 
 

@@ -65,8 +65,8 @@ def padding(length: int, shorter: int, left: bool) -> Tensor:
 
 def padded_below(left: bool) -> Observation:
     """Logits of a padded batch, padding included."""
-    real = padding(SHORT, 60, left)
-    return lambda model: [logits(model, tokens(model, SHORT), attention_mask=real.long())]
+    options = {"attention_mask": padding(SHORT, 60, left).long(), "use_cache": False}
+    return lambda model: [logits(model, tokens(model, SHORT), **options)]
 
 
 def padded_across(left: bool) -> Observation:

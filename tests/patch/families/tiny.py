@@ -23,8 +23,7 @@ FIRST_SPECIAL = 104  # special tokens of large ids come here; below 4 are those 
 # of two, the head dim is 16.
 _SIZES: tuple[tuple[str, int], ...] = (
     (r"vocab_size(_per_layer_input|_base)?", VOCABULARY),
-    (r"(max_position_embeddings|n_positions|n_ctx|max_seq_len|context_length)", 512),
-    (r"(max_source_positions|max_target_positions|rel_extent|position_embedding_size)", 512),
+    (r"(max_source_positions|rel_extent|position_embedding_size)", 512),
     (r"(sliding_window(_size)?|local_attention(_window_len)?|attention_window_size)", 32),
     (r"(attention_chunk_size|window_size)", 32),
     (r"(chunk_size|attn_chunk_length)", 16),
@@ -48,7 +47,9 @@ _SIZES: tuple[tuple[str, int], ...] = (
     (r"(intermediate_size(_mlp)?|ffn_dim|dim_ff|dff|d_inner|feed_forward_size)", 64),
     (r"(ffn_hidden_size|router_hidden_size|word_embed_proj_dim|out_hidden_size)", 64),
 )
+_LENGTHS = "max_position_embeddings|max_target_positions|n_positions|n_ctx|max_seq_len"
 _EXACT: dict[str, Any] = {
+    **dict.fromkeys(_LENGTHS.split("|"), 512),
     "initializer_range": 0.3,
     "init_std": 0.3,
     "is_decoder": True,
