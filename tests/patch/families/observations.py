@@ -206,9 +206,11 @@ def as_unpatched(observe: Observation) -> Observation:
     """The same of a model whose recurrent or convolving layers know no documents unpatched."""
 
     def observe_hybrid(model: PreTrainedModel) -> Tensors:
-        kinds = getattr(model.config.get_text_config(), "layer_types", None) or ()
-        if not {"linear_attention", "conv", "hybrid"} & set(kinds):
-            raise NotImplementedError("all layers attend")
+        config = model.config.get_text_config()
+        kinds = set(getattr(config, "layer_types", None) or ())
+        hashes = hasattr(config, "encoder_hash_byte_group_size")  # BLT: embeddings of n-grams
+        if not hashes and not {"linear_attention", "conv", "hybrid"} & kinds:
+            raise NotImplementedError("only attention mixes tokens")
         return observe(model)
 
     return observe_hybrid
