@@ -89,8 +89,9 @@ class LazyMask:
 
         def sees(query: Tensor, key: Tensor) -> Tensor:
             inside = (key >= 0) & (key < S)
-            visible = self._arguments["mask_function"](row, 0, query, key.clamp(0, S - 1))
-            return visible & inside
+            key = key.clamp(0, S - 1)
+            visible = self._arguments["mask_function"](row, 0, query, key)
+            return visible & inside & is_real.gather(-1, key)  # which the function leaves out
 
         right = (
             (sees(token, token - 1) == ~opens)
