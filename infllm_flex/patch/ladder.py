@@ -61,13 +61,17 @@ def find_layers(
             the place of what their code says.
     """
     by_registry = huggingface.attention_layers(model)
+    windows = huggingface.windows_from_above(model)
     found: dict[str, Found] = {}
     for name, module in model.named_modules():
         if named is not None and module not in named and name not in by_registry:
             continue
         if name in by_registry:
-            unnamed = named is not None and module not in named
-            left = "not among attention_modules" if unnamed else huggingface.why_left(module)
+            left = huggingface.why_left(module)
+            if named is not None and module not in named:
+                left = "not among attention_modules"
+            elif left is None and module in windows:
+                left = f"sliding window {windows[module]}"
             found[name] = Found(module, TRANSFORMERS, left)
         elif (seam := seams.find_seam(name, module)) is not None:
             left = seam.why_left(module) or why_heads_left(module)

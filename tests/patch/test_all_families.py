@@ -11,8 +11,10 @@ from tests.patch.families.tiny import TYPES
 # One of each way to attend, to cache and to be told of positions.
 SOUND_TYPES = ("exaone4", "gemma4_unified", "opt", "qwen3_5_text")
 REFUSED_TYPES = {
+    "deepseek_v2": "as wide as keys",
     "deepseek_v32": "it is sparse already",
     "gemma2": "set the cap to None",
+    "gemma4_assistant": "patch the model that it drafts for",
     "git": "only causal",
     "gpt_oss": "has no sinks",
     "mamba": "nothing to make sparse",

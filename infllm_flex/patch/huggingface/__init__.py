@@ -21,6 +21,7 @@ from infllm_flex.patch.huggingface.layers import (
     layer_for,
     layer_of,
     why_left,
+    windows_from_above,
 )
 from infllm_flex.patch.huggingface.registry import register, register_when_imported
 from infllm_flex.patch.huggingface.switch import switch_off, switch_on
@@ -39,6 +40,7 @@ __all__ = [
     "patched_layers",
     "register_when_imported",
     "why_left",
+    "windows_from_above",
 ]
 
 

@@ -64,6 +64,8 @@ def why_left(module: nn.Module) -> str | None:
         return "cross-attention"
     if (window := _sliding_window(module)) is not None:
         return f"sliding window {window}"
+    if _has_no_keys(config):
+        return "keys of another model"
     if (layer_type := _layer_type(module)) not in (None, *_FULL):
         return str(layer_type).replace("_", " ")
     if (cap := getattr(config, "attn_logit_softcapping", None)) is not None:
@@ -92,16 +94,37 @@ def _layer_type(module: nn.Module) -> str | None:
 
 def _sliding_window(module: nn.Module) -> int | None:
     """The window of this layer, its own or its config's, if any sequence can be longer than it."""
+    layer_type = _layer_type(module)
+    if layer_type == "full_attention":  # some classes note the window of the others here, too
+        return None
     window: Any = None
     if hasattr(module, "sliding_window"):
         window = module.sliding_window
-    elif _layer_type(module) in _FULL:
-        return None
-    else:
+    elif layer_type not in _FULL:
         window = getattr(module.config, "sliding_window", None)
     longest = _longest_sequence(module.config)
     never = longest is not None and window is not None and longest <= window
     return None if never else window
+
+
+def windows_from_above(model: nn.Module) -> dict[nn.Module, int]:
+    """Windows in the masks that a model makes for layers which are not told of them.
+
+    BLT's config has one window for both its local parts, whose own configs lack it.
+    """
+    windows: dict[nn.Module, int] = {}
+    for part in model.modules():
+        window = getattr(getattr(part, "config", None), "local_attention_window_len", None)
+        for name, module in part.named_modules() if window is not None else ():
+            if any(piece.startswith("local_") for piece in name.split(".")):
+                windows[module] = window
+    return windows
+
+
+def _has_no_keys(config: Any) -> bool:
+    """Whether all layers take their keys from outside, as those of Gemma 4's drafters do."""
+    shared = getattr(config, "num_kv_shared_layers", None) or 0
+    return shared > 0 and shared >= config.num_hidden_layers
 
 
 def _longest_sequence(config: Any) -> float | None:
