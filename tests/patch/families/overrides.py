@@ -41,7 +41,7 @@ _DOTS3 = {
 }
 OVERRIDES: dict[str, dict[str, Any]] = {
     "bamba": {**_MAMBA, "attn_layer_indices": [1]},
-    "blt": {"encoder_hash_byte_group_vocab": 64, "patching_threshold": 0.0},  # a patch a byte
+    "blt": {"encoder_hash_byte_group_vocab": 64, "patching_threshold": 4.3},  # most bytes a patch
     "cohere_compass_text": {
         "rope_parameters": {
             "full_attention": {
