@@ -115,7 +115,9 @@ def windows_from_above(model: nn.Module) -> dict[nn.Module, int]:
     windows: dict[nn.Module, int] = {}
     for part in model.modules():
         window = getattr(getattr(part, "config", None), "local_attention_window_len", None)
-        for name, module in part.named_modules() if window is not None else ():
+        if window is None:
+            continue
+        for name, module in part.named_modules():
             if any(piece.startswith("local_") for piece in name.split(".")):
                 windows[module] = window
     return windows

@@ -179,7 +179,7 @@ def in_whole(*sizes: int) -> Observation:
 
 def padded_rows(left: bool) -> Observation:
     """Real tokens' logits of each row of a padded batch."""
-    real = padding(LONG, 110, left)
+    real = padding(LONG, 120, left)
 
     def observe(model: PreTrainedModel) -> Tensors:
         out = logits(model, tokens(model, LONG), use_cache=False, attention_mask=real.long())
@@ -190,7 +190,7 @@ def padded_rows(left: bool) -> Observation:
 
 def rows_alone(left: bool, at_their_slots: bool) -> Observation:
     """The same of each row in a call of its own, its positions those of its slots or from 0 on."""
-    real = padding(LONG, 110, left)
+    real = padding(LONG, 120, left)
 
     def observe(model: PreTrainedModel) -> Tensors:
         outs = []
