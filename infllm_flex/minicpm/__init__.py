@@ -3,6 +3,10 @@
 ``import infllm_flex`` is enough: from then on ``AutoConfig`` and ``AutoModelForCausalLM`` read
 folders of ``model_type`` ``minicpm``, also MiniCPM 1 and 2. Their architecture is Granite's, a
 Llama whose parts are scaled, so Granite's code of transformers runs it.
+
+A tokenizer loads where transformers has its class, as it has those of the released models; one that
+comes with its folder still needs ``trust_remote_code=True`` for ``AutoTokenizer``, or
+``PreTrainedTokenizerFast`` where there is a ``tokenizer.json``.
 """
 
 from __future__ import annotations

@@ -54,7 +54,7 @@ class MiniCPMConfig(PreTrainedConfig):
     """
 
     model_type = "minicpm"
-    has_no_defaults_at_init = True  # transformers before 5.20 would make one without settings
+    has_no_defaults_at_init = True  # else older versions make one without settings
     base_model_tp_plan: ClassVar = {  # how transformers splits the layers of a model over devices
         **{f"layers.*.self_attn.{name}_proj": "colwise" for name in ("q", "k", "v")},
         **{f"layers.*.mlp.{name}_proj": "colwise" for name in ("gate", "up")},

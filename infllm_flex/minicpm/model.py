@@ -10,6 +10,7 @@ from transformers.models.granite.modeling_granite import GraniteForCausalLM
 
 from infllm_flex.minicpm.code_files import copy_code
 from infllm_flex.minicpm.config import MiniCPMConfig
+from infllm_flex.minicpm.rotary import LongRotaryEmbedding
 from infllm_flex.patch import patch_model
 
 
@@ -19,6 +20,11 @@ class MiniCPMForCausalLM(GraniteForCausalLM):
     config_class = MiniCPMConfig
     # Folders of older versions keep what is computed here.
     _keys_to_ignore_on_load_unexpected = [r"rotary_emb\."]  # noqa: RUF012
+
+    def __init__(self, config: MiniCPMConfig) -> None:
+        super().__init__(config)  # type: ignore[arg-type]  # has what Granite's code reads
+        if config.rope_parameters["rope_type"] == "longrope":
+            self.model.rotary_emb = LongRotaryEmbedding(config)
 
     @classmethod
     def from_pretrained(cls, *args: Any, output_loading_info: bool = False, **kwargs: Any) -> Any:

@@ -9,7 +9,13 @@ from pathlib import Path
 import pytest
 import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PreTrainedTokenizerFast,
+)
+from transformers.models.granite.modeling_granite import GraniteRotaryEmbedding
 
 import infllm_flex as ifx
 from infllm_flex.minicpm.config import MiniCPMConfig
@@ -172,24 +178,36 @@ def test_a_configuration_travels_to_a_process_that_has_seen_none(tmp_path):
     assert b"MiniCPMForCausalLM" in done.stdout
 
 
+def write_tokenizer(folder, **settings):
+    tokenizer = Tokenizer(models.WordLevel({"<unk>": 0, "a": 1, "b": 2}, "<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    tokenizer.save(str(folder / "tokenizer.json"))
+    (folder / "tokenizer_config.json").write_text(json.dumps({"unk_token": "<unk>", **settings}))
+    (folder / "tokenization_own.py").write_text("raise SystemExit('must not run')\n")
+
+
 def test_generation_settings_and_tokenizer_of_the_folder(tmp_path):
     folder = tmp_path / "m"
     write(folder, config())
     (folder / "generation_config.json").write_text(
         json.dumps({"do_sample": True, "temperature": 0.8, "eos_token_id": [2, 40]})
     )
-    tokenizer = Tokenizer(models.WordLevel({"<unk>": 0, "a": 1, "b": 2}, "<unk>"))
-    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
-    tokenizer.save(str(folder / "tokenizer.json"))
-    (folder / "tokenizer_config.json").write_text(
-        json.dumps({"tokenizer_class": "PreTrainedTokenizerFast", "unk_token": "<unk>"})
-    )
-    model = AutoModelForCausalLM.from_pretrained(folder)
-    assert (model.generation_config.temperature, model.generation_config.eos_token_id) == (
-        0.8,
-        [2, 40],
-    )
+    own = {"AutoTokenizer": ["tokenization_own.Tokenizer", None]}
+    write_tokenizer(folder, tokenizer_class="PreTrainedTokenizerFast", auto_map=own)
+    generation = AutoModelForCausalLM.from_pretrained(folder).generation_config
+    assert (generation.temperature, generation.eos_token_id) == (0.8, [2, 40])
     assert AutoTokenizer.from_pretrained(folder)("a b a").input_ids == [1, 2, 1]
+
+
+def test_a_tokenizer_of_its_own_class_needs_its_code_or_another_class(tmp_path):
+    folder = tmp_path / "m"
+    write(folder, config())
+    own = {"AutoTokenizer": ["tokenization_own.Tokenizer", None]}
+    write_tokenizer(folder, tokenizer_class="Tokenizer", auto_map=own)
+    with pytest.raises(ValueError, match="custom code"):
+        AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+    assert PreTrainedTokenizerFast.from_pretrained(folder)("a b a").input_ids == [1, 2, 1]
+    assert any(row.sparse for row in ifx.describe(AutoModelForCausalLM.from_pretrained(folder)))
 
 
 def test_longer_positions_are_asked_for_when_loading(tmp_path):
@@ -206,11 +224,26 @@ def test_longer_positions_are_asked_for_when_loading(tmp_path):
     )
 
 
-def test_a_whole_graph(tmp_path):
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_its_rotary_embedding_has_the_bits_of_that_of_transformers(tmp_path, dtype):
+    write(tmp_path / "m", config())
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "m")
+    theirs = GraniteRotaryEmbedding(config=model.config)
+    x = torch.empty(0, dtype=dtype)
+    for length in (32, 33, 7):
+        positions = torch.arange(length)[None]
+        for ours, expected in zip(
+            model.model.rotary_emb(x, positions), theirs(x, positions), strict=True
+        ):
+            assert ours.dtype is dtype
+            assert torch.equal(ours, expected)
+
+
+def test_one_graph_on_both_sides_of_both_switches(tmp_path):
     write(tmp_path / "m", config())
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "m")
     compiled = torch.compile(model, fullgraph=True, backend="eager")
     with torch.no_grad():
-        for length in (40, 60):
+        for length in (20, 40, 60):
             expected, found = model(tokens(length)).logits, compiled(tokens(length)).logits
             assert torch.allclose(found, expected, atol=1e-4)
