@@ -8,7 +8,7 @@
 Each type runs in a process of its own. Its row is in docs/results/families.csv as soon as it is
 done, so that a run that was stopped goes on where it was. At the end docs/models.md is written.
 
-Exit status: 0 no fault, 1 some type is at fault, 2 a mistake in the command.
+Exit status: 0 no fault, 1 some type is at fault, 2 a mistake in the command, 130 stopped.
 """
 
 from __future__ import annotations
@@ -51,14 +51,19 @@ def main() -> int:
         print(f"error: no causal LM types of transformers: {', '.join(unknown)}", file=sys.stderr)
         return 2
     rows, versions = read_rows(), read_versions()
-    if not args.table:
-        left = [t for t in TYPES if not is_done(rows.get(t), versions)]
-        for row in run(named or left, args, versions):
-            rows[row["type"]] = row
-            write_rows([rows[t] for t in TYPES if t in rows])
+    stopped = False
+    try:
+        if not args.table:
+            left = [t for t in TYPES if not is_done(rows.get(t), versions)]
+            for row in run(named or left, args, versions):
+                rows[row["type"]] = row
+                write_rows([rows[t] for t in TYPES if t in rows])
+    except KeyboardInterrupt:
+        print("stopped: the same command goes on with the types that are left", file=sys.stderr)
+        stopped = True
     rows = {t: rows[t] for t in TYPES if t in rows}
     TABLE.write_text(format_table(list(rows.values())))
-    return int(any(row["result"] == "fault" for row in rows.values()))
+    return 130 if stopped else int(any(row["result"] == "fault" for row in rows.values()))
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -119,7 +124,9 @@ def run(types: list[str], args: argparse.Namespace, versions: Row) -> Iterator[R
     import tests.patch.families.examine  # noqa: F401 - once, before the processes fork
 
     waiting, running = list(types), {}
-    with tqdm(total=len(types), unit="type", dynamic_ncols=True, file=sys.stderr) as bar:
+    with tqdm(
+        total=len(types), unit="type", dynamic_ncols=True, file=sys.stderr, disable=None
+    ) as bar:
         while waiting or running:
             while waiting and len(running) < args.jobs:
                 job = Job(waiting.pop(0), args.gigabytes)
@@ -130,8 +137,8 @@ def run(types: list[str], args: argparse.Namespace, versions: Row) -> Iterator[R
                 if (row := job.poll(args.seconds)) is not None:
                     del running[connection]
                     bar.update()
-                    if row["result"] == "fault":
-                        bar.write(f"{job.type}: {row['faults']}", file=sys.stderr)
+                    words = row["result"] + (f": {row['faults']}" if row.get("faults") else "")
+                    bar.write(f"{job.type}: {words}", file=sys.stderr)
                     yield {**dict.fromkeys(COLUMNS, ""), **versions, **row}
 
 
@@ -176,6 +183,7 @@ def _fault(words: str) -> Row:
 
 def _examine(model_type: str, gigabytes: float, connection: Connection) -> None:
     import resource
+    import signal
     import warnings
 
     import torch
@@ -184,6 +192,7 @@ def _examine(model_type: str, gigabytes: float, connection: Connection) -> None:
 
     from tests.patch.families.examine import examine
 
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the one that started it ends it
     limit = int(gigabytes * 2**30)
     resource.setrlimit(resource.RLIMIT_DATA, (limit, limit))
     warnings.simplefilter("ignore")
