@@ -12,7 +12,6 @@ from infllm_flex.training.model import decoder_layers
 from infllm_flex.training.settings import StageSettings, TrainingSettings
 
 _GIB = 2**30
-_LOGITS = 2**26  # of a part of a sequence, in float32
 
 
 @dataclass(frozen=True)
@@ -109,7 +108,7 @@ def _activation_bytes(
     stream = tokens * hidden * size
     kept = layers * stream + layer if settings.memory.activation_checkpointing else layers * layer
     # Logits and their gradient, each also in the precision of the products.
-    logits = 4 * min(_LOGITS, 4 * tokens * config.vocab_size)
+    logits = 4 * min(settings.memory.logits_mib * 2**20, 4 * tokens * config.vocab_size)
     return kept + 4 * stream + logits
 
 

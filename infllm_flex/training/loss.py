@@ -14,7 +14,7 @@ from torch.utils.checkpoint import checkpoint
 
 from infllm_flex.training.data import NO_LABEL
 
-_LOGITS_AT_ONCE = 2**24  # 64 MiB of float32
+_PER_MIB = 2**18  # logits in float32
 
 
 class LanguageLoss(nn.Module):
@@ -24,6 +24,7 @@ class LanguageLoss(nn.Module):
 
     Args:
         model: A transformers model.
+        logits_mib: Logits that are in memory at once, in MiB of float32.
 
     Raises:
         ValueError: The model is not a decoder and a head.
@@ -32,9 +33,10 @@ class LanguageLoss(nn.Module):
     model: Any
     _head: Any
 
-    def __init__(self, model: Any) -> None:
+    def __init__(self, model: Any, logits_mib: int = 64) -> None:
         super().__init__()
         self.model = model
+        self._rows = max(1, logits_mib * _PER_MIB // model.config.vocab_size)
         # No submodule: its parts are those of the model.
         object.__setattr__(self, "_head", head_of(model))
 
@@ -55,7 +57,7 @@ class LanguageLoss(nn.Module):
         kind: Callable[..., Any] = type(outputs)
         make = functools.partial(kind, **others)
         factors = None if weights is None else weights.flatten()
-        rows = max(1, _LOGITS_AT_ONCE // self.model.config.vocab_size)
+        rows = self._rows
         if len(hidden) <= rows:
             return self._cost(hidden, goals, factors, make)
         total = hidden.new_zeros((), dtype=torch.float32)

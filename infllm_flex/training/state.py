@@ -52,7 +52,9 @@ class TrainingState:
         if settings.model.float8:
             use_float8(self.model, world.device)
         self.layers = decoder_layers(self.model)
-        self.loss = wrap(LanguageLoss(self.model), self.layers, settings, world)
+        self.loss = wrap(
+            LanguageLoss(self.model, settings.memory.logits_mib), self.layers, settings, world
+        )
         self.optimizers = Optimizers(self.model, settings.optim)
         self.done, self.saved = 0, -1
 

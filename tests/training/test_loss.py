@@ -57,9 +57,9 @@ def test_the_cost_in_parts_is_that_of_the_models_own_logits(name, monkeypatch):
     expected.backward()
     expected_gradients = gradients(model)
     model.zero_grad()
-    monkeypatch.setattr(loss, "_LOGITS_AT_ONCE", 500 * 7)
+    monkeypatch.setattr(loss, "_PER_MIB", 500 * 7)
     with WatchTensors() as watch:
-        ours = LanguageLoss(model)(labels, input_ids=tokens, use_cache=False)
+        ours = LanguageLoss(model, logits_mib=1)(labels, input_ids=tokens, use_cache=False)
         ours.backward()
     assert watch.largest_bytes <= max(500 * 7 * 4, *(4 * p.numel() for p in model.parameters()))
     our_gradients = gradients(model)
@@ -83,9 +83,9 @@ def test_weights_are_factors_on_the_cost_of_each_label(monkeypatch):
         return (costs * weights.flatten()).sum()
 
     expected = whole(model, weights).detach()
-    for at_once in (500 * 4, 500 * 1000):  # in parts, and as one
-        monkeypatch.setattr(loss, "_LOGITS_AT_ONCE", at_once)
-        ours = LanguageLoss(model)(labels, weights, input_ids=tokens, use_cache=False)
+    monkeypatch.setattr(loss, "_PER_MIB", 500 * 4)
+    for size in (1, 100):  # in parts, and as one
+        ours = LanguageLoss(model, size)(labels, weights, input_ids=tokens, use_cache=False)
         exact = whole(model.double(), weights.double()).detach()
         assert_within_rounding(ours.detach(), exact, expected)
         model.float()

@@ -24,6 +24,8 @@ from infllm_flex.training.settings import (
     TrainingSettings,
 )
 
+_LOGITS_MIB = 512  # of a small model on a large GPU: few parts, little time between them
+
 
 def training_settings(
     settings: QualitySettings, way: Way, seed: int, base: Path, folder: Path, device: torch.device
@@ -62,7 +64,9 @@ def training_settings(
         optim=OptimSettings(
             beta2=tuning.beta2, weight_decay=tuning.weight_decay, clip_norm=tuning.clip_norm
         ),
-        memory=MemorySettings(activation_checkpointing=tuning.checkpointing),
+        memory=MemorySettings(
+            activation_checkpointing=tuning.checkpointing, logits_mib=_LOGITS_MIB
+        ),
         checkpoint=CheckpointSettings(every=max(1, tuning.steps)),
         log=LogSettings(every=10, tensorboard=False),
     )

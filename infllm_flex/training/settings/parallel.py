@@ -38,7 +38,13 @@ class MemorySettings:
             compute the rest again.
         cpu_offload: Keep weights, gradients and optimizer state in the memory of the CPU, and
             update the weights there. With ``parallel.kind: fsdp``, under torchrun.
+        logits_mib: Logits of a sequence that are in memory at once, in MiB of float32. Several
+            times as much is needed to train; less takes longer.
     """
 
     activation_checkpointing: bool = False
     cpu_offload: bool = False
+    logits_mib: int = 64
+
+    def __post_init__(self) -> None:
+        check_range(self, "logits_mib", 1, 65536)
