@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
 
 import custom_ops
 from infllm_flex.config import InfLLMConfig
@@ -82,13 +83,25 @@ def lay_out_packed(cu_seqlens: Tensor, config: InfLLMConfig, length: int) -> Lay
     return lay_out(opens, torch.ones_like(opens), unit, kv_len, length)
 
 
+def has_values(x: Tensor) -> bool:
+    """Whether there is anything to read: neither on the meta device nor in a fake tensor."""
+    return not x.is_meta and not isinstance(x, FakeTensor)
+
+
+def is_recorded(x: Tensor) -> bool:
+    """Whether what is done to ``x`` goes into a graph, so that no value may be waited for."""
+    if torch.compiler.is_compiling():
+        return True
+    return x.is_cuda and torch.cuda.is_current_stream_capturing()
+
+
 def require(right: Tensor, message: str, dependent: Tensor) -> Tensor:
     """Raise unless all of ``right [B]`` holds, or assert it on the device where reading waits.
 
     Returns:
         ``dependent``, bool; in a graph or on a device its values depend on the check.
     """
-    if right.device.type == "cpu" and not torch.compiler.is_compiling():
+    if right.device.type == "cpu" and not is_recorded(right) and has_values(right):
         if not right.all():
             raise ValueError(f"{message}: not so in row {int(right.long().argmin())}")
         return dependent

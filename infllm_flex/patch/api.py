@@ -43,7 +43,7 @@ def patch_model(
     patched model changes its settings. Other models in the process are not touched.
 
     Rows padded by ``attention_mask`` are dense or sparse each by its own length. Documents packed
-    by ``cu_seq_lens_q``, or by ``position_ids`` that restart, never see each other at any length,
+    by ``cu_seq_lens_q``, or by ``position_ids`` that go back, never see each other at any length,
     also where transformers lets them.
 
     Args:

@@ -7,14 +7,17 @@ from torch import Tensor
 from torch.nn.attention.bias import CausalBias, CausalVariant
 
 import custom_ops
+from infllm_flex.batches import has_values, is_recorded
 from infllm_flex.patch.errors import UnsupportedModelError
 
 _HIDDEN = -1e4  # additive masks hide by -inf, by the least number, or by some large one
+_ENTRIES_AT_ONCE = 2**24  # entries of a mask, looked at together
 _NOT_CAUSAL = (
     "an attention mask beyond plain causal (padding, packed documents, a window, ALiBi or another "
     "bias): sparse attention serves plain causal sequences here; run it inside "
     "infllm_flex.dense(model), or call infllm_flex.infllm_attention in the model's own code"
 )
+_REFUSAL = f"the model passes {_NOT_CAUSAL}"
 
 
 def keys_so_far(query: Tensor, key: Tensor, mask: Tensor | None, is_causal: bool) -> int:
@@ -45,7 +48,7 @@ def keys_so_far(query: Tensor, key: Tensor, mask: Tensor | None, is_causal: bool
     visible = _visible(mask)
     last = int(visible[..., -1, :].sum(-1).max())
     if last < q_len or not bool(_is_causal_prefix(visible, last, q_len)):
-        raise UnsupportedModelError(f"the model passes {_NOT_CAUSAL}")
+        raise UnsupportedModelError(_REFUSAL)
     return last
 
 
@@ -59,7 +62,46 @@ def require_causal(query: Tensor, mask: Tensor | None) -> Tensor:
         return query
     visible = _visible(mask)
     plain = _is_causal_prefix(visible, visible.shape[-1], visible.shape[-2])
-    return query + custom_ops.zero_if(plain, f"the model passes {_NOT_CAUSAL}").to(query.dtype)
+    return query + custom_ops.zero_if(plain, _REFUSAL).to(query.dtype)
+
+
+def require_equal(query: Tensor, mask: Tensor, expected: Tensor) -> Tensor:
+    """Raise unless a mask shows what is expected; in a graph, put the check into it.
+
+    Args:
+        query: ``[B, Hq, S, D]``.
+        mask: ``[..., S, S]`` as SDPA takes it.
+        expected: bool ``[B, 1, S, S]``.
+
+    Returns:
+        ``query``; in a graph its values depend on the check.
+
+    Raises:
+        UnsupportedModelError: The mask shows anything else.
+    """
+    equal = (_visible(mask) == expected).all()
+    if is_recorded(query):
+        return query + custom_ops.zero_if(equal, _REFUSAL).to(query.dtype)
+    if has_values(query) and not equal:
+        raise UnsupportedModelError(_REFUSAL)
+    return query
+
+
+def is_plain_causal(mask: Tensor) -> Tensor:
+    """Whether a mask ``[..., S, S]`` shows every query all up to itself, and no more: bool ``[]``.
+
+    Every entry is looked at. Where that is not fused into one pass, it goes by rows, so that what
+    is stored on the way stays small.
+    """
+    S = mask.shape[-1]
+    step = S
+    if not torch.compiler.is_compiling():
+        step = max(1, _ENTRIES_AT_ONCE * S // max(mask.numel(), 1))
+    right = [
+        _is_causal_prefix(_visible(mask[..., i : i + step, :]), min(i + step, S), min(step, S - i))
+        for i in range(0, S, step)
+    ]
+    return torch.stack(right).all()
 
 
 def is_biased(mask: Tensor) -> bool:

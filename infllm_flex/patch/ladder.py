@@ -18,6 +18,7 @@ from torch import nn
 from infllm_flex.config import InfLLMConfig
 from infllm_flex.patch import generic, huggingface, seams
 from infllm_flex.patch.class_swap import Members, restore_class, swap_class, swapped_way
+from infllm_flex.patch.forward import note_forwards_of, stop_noting_forwards_of
 from infllm_flex.patch.head_dims import why_heads_left
 from infllm_flex.patch.heads import count_heads
 from infllm_flex.patch.layer import (
@@ -140,6 +141,7 @@ def attach(
             swap_class(found.module, found.way, found.members)
         else:
             restore_class(found.module)
+    note_forwards_of(model)
 
 
 def patched_layers(model: nn.Module) -> dict[str, PatchedLayer]:
@@ -166,6 +168,7 @@ def detach(model: nn.Module) -> bool:
     swapped = [module for module in model.modules() if swapped_way(module) is not None]
     undone = [restore_class(module) for module in sorted(swapped, key=_is_covered, reverse=True)]
     undone.append(huggingface.detach(model))
+    stop_noting_forwards_of(model)
     for module in model.modules():
         layer = get_layer(module)
         if layer is not None and layer.left != NOT_PATCHED:

@@ -33,6 +33,8 @@ class PatchedLayer:
             name of their implementation; none for layers whose own call is intercepted.
         left: Why the layer stays as it was; None for a layer that turns sparse.
         reads_positions: Whether this layer checks ``position_ids`` on behalf of all others.
+        was_packed_by_model: Whether it was ever trained on documents that only the model around it
+            was told of.
         dense_depth: Number of ``dense`` blocks the layer is inside.
         way: How the layer is reached.
         query_heads: Query heads of the whole layer, where the model says; None elsewhere.
@@ -45,6 +47,7 @@ class PatchedLayer:
     dense_attention: Mapping[str, Callable[..., Any]] = field(default_factory=dict)
     left: str | None = None
     reads_positions: bool = True
+    was_packed_by_model: bool = False
     dense_depth: int = 0
     way: str = "transformers"
     query_heads: int | None = None

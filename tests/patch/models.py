@@ -42,12 +42,12 @@ CACHE = (
 )
 
 
-def enable_checkpointing(model: PreTrainedModel) -> None:
+def enable_checkpointing(model: PreTrainedModel, use_reentrant: bool = False) -> None:
     """Recompute activations in the backward pass."""
     if hasattr(model, "activation_checkpointing_enable"):
-        model.activation_checkpointing_enable()
+        model.activation_checkpointing_enable({"use_reentrant": use_reentrant})
     else:
-        model.gradient_checkpointing_enable({"use_reentrant": False})
+        model.gradient_checkpointing_enable({"use_reentrant": use_reentrant})
 
 
 _SIZE = {

@@ -6,7 +6,6 @@ from transformers import DataCollatorWithFlattening
 
 import infllm_flex as ifx
 from infllm_flex.patch.huggingface import sequences
-from infllm_flex.patch.huggingface.memo import Memo
 from tests.patch.models import (
     CONFIGS,
     FULL_ATTENTION,
@@ -70,7 +69,7 @@ def test_below_dense_len_documents_are_isolated_too(kwargs, implementation):
 @pytest.mark.parametrize("grad", [False, True])
 def test_while_it_waits_for_positions_it_attends_to_one_sequence(grad, monkeypatch):
     """On a GPU; here the wait is made up. Without gradients, and not after a wrong guess."""
-    monkeypatch.setattr(sequences, "_memo", Memo())
+    monkeypatch.setattr(sequences, "_was_packed", False)
     monkeypatch.setattr(sequences, "_wait_for", lambda flag, do: (do and do(), bool(flag))[1])
     calls, attend = [], torch.nn.functional.scaled_dot_product_attention
     monkeypatch.setattr(

@@ -60,19 +60,21 @@ def test_below_dense_len_the_graph_is_that_of_the_unpatched_model(make):
     assert graph_of(ifx.patch_model(model, SETTINGS)) == graph_of(ifx.unpatch_model(model))
 
 
-def test_below_dense_len_one_layer_of_transformers_checks_the_positions():
+@pytest.mark.parametrize("given", [True, False])
+def test_below_dense_len_one_layer_of_transformers_checks_the_positions_it_is_given(given):
+    kwargs = {"position_ids": torch.arange(SHORT)[None]} if given else {}
     model = ifx.patch_model(build(), SETTINGS)
-    patched = [target for target, *_ in graph_of(model)]
-    plain = [target for target, *_ in graph_of(ifx.unpatch_model(model))]
+    patched = [target for target, *_ in graph_of(model, **kwargs)]
+    plain = [target for target, *_ in graph_of(ifx.unpatch_model(model), **kwargs)]
     products = ("aten.mm", "aten.bmm", "aten.addmm", "aten._scaled", "aten.mul")
     assert [x for x in patched if x.startswith(products)] == [
         x for x in plain if x.startswith(products)
     ]
     assert len(patched) - len(plain) < 30  # over tokens, not over pairs or heads
-    assert sum("zero_if" in x for x in patched) == 1
+    assert sum("zero_if" in x for x in patched) == given
 
 
-def graph_of(model):
+def graph_of(model, **kwargs):
     """The operations that reach a compiler, in order."""
     found = []
 
@@ -84,7 +86,7 @@ def graph_of(model):
     torch.compiler.reset()
     with torch.no_grad():
         backend = aot_autograd(fw_compiler=keep)
-        torch.compile(model, fullgraph=True, backend=backend)(tokens(SHORT))
+        torch.compile(model, fullgraph=True, backend=backend)(tokens(SHORT), **kwargs)
     assert found
     return found
 

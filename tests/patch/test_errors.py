@@ -97,7 +97,7 @@ def padded(length):
 MASK = "an attention mask beyond causal, padded and packed (a 4-D mask, prefixes, blocks)"
 UNSERVED = {
     "a mask of one's own": (
-        {"attention_mask": torch.ones(2, 1, LONG, LONG).tril().bool()},
+        {"attention_mask": torch.ones(2, 1, LONG, LONG).tril().triu(-100).bool()},
         MASK,
     ),
     "sinks": ({"s_aux": torch.zeros(4)}, "learned attention sinks"),

@@ -8,18 +8,20 @@ import torch
 from torch import Tensor, nn
 
 from infllm_flex.attention import attend_in_layout, infllm_attention
+from infllm_flex.batches import is_recorded
 from infllm_flex.patch.head_dims import unserved_head_dims
 from infllm_flex.patch.huggingface.cache import KEYWORD, cache_layer, is_static
 from infllm_flex.patch.huggingface.decode import attend_cached, cut_mask, follow_static
 from infllm_flex.patch.huggingface.instance_forward import note_call
 from infllm_flex.patch.huggingface.layers import layer_of, previous_implementation
 from infllm_flex.patch.huggingface.masks import LazyMask, spell_out
-from infllm_flex.patch.huggingface.obstacles import find_obstacle, guard_compiled
-from infllm_flex.patch.huggingface.sequences import (
-    Sequences,
-    find_sequences,
-    lone_positions,
+from infllm_flex.patch.huggingface.obstacles import Call, find_obstacle, guard_recorded
+from infllm_flex.patch.huggingface.sequences import Sequences, find_sequences
+from infllm_flex.patch.huggingface.told import (
+    NOTHING,
     refuse_leak,
+    require_told_again,
+    what_is_told,
 )
 from infllm_flex.patch.layer import Attend, get_layer
 
@@ -89,26 +91,28 @@ def attention_forward(
     # known. Not in training, where autograd would record what is in vain.
     guesses: list[tuple[Tensor, Tensor | None]] = []
     may_guess = is_dense and dropout == 0.0 and not torch.is_grad_enabled()
-    if getattr(module, "is_causal", True):
-        positions = None
-        if is_dense and torch.compiler.is_compiling():
-            positions = lone_positions(query, key, attention_mask, kwargs)
-        if positions is None:
+    told = NOTHING
+    if query.shape[2] > 1 and getattr(module, "is_causal", True):
+        told = what_is_told(query, key, attention_mask, kwargs)
+        lone = told.only_positions if _is_plain(attention_mask) else None
+        if is_dense and lone is not None and is_recorded(query):
+            if layer.reads_positions:  # one layer checks for all: they get the same
+                query = refuse_leak(query, lone)
+        else:
             meanwhile = (lambda: guesses.append(attend_densely(None))) if may_guess else None
-            sequences = find_sequences(query, key, attention_mask, kwargs, meanwhile)
-        elif layer.reads_positions:  # one layer checks for all: they get the same
-            query = refuse_leak(query, positions)
+            sequences = find_sequences(query, told, meanwhile)
+            require_told_again(layer, told, sequences)
     if is_dense:
         return guesses[0] if guesses and sequences is None else attend_densely(sequences)
     decoding = cached is not None and query.shape[2] < length
     if length < key.shape[2]:  # a preallocated cache, and how far it is filled
         key, value = key[:, :, :length], value[:, :, :length]
         attention_mask = cut_mask(spell_out(attention_mask), query, length)
-        sequences = find_sequences(query, key, attention_mask, kwargs)
+        told = what_is_told(query, key, attention_mask, kwargs)
+        sequences = find_sequences(query, told)
+    call = Call(query, key, attention_mask, sequences, told.positions)
     obstacle = unserved_head_dims(key.shape[3], value.shape[3])
-    obstacle = obstacle or find_obstacle(
-        query, key, attention_mask, sequences, dropout, kwargs, decoding
-    )
+    obstacle = obstacle or find_obstacle(call, dropout, kwargs, decoding)
     if obstacle is not None:
         raise NotImplementedError(
             f"sparse attention cannot serve {obstacle} yet: got {key.shape[2]} keys; stay below "
@@ -118,8 +122,7 @@ def attention_forward(
         mask = spell_out(attention_mask)
         out = attend_cached(layer, cached, query, key, value, mask, scaling)
         return out.transpose(1, 2).contiguous(), None
-    if torch.compiler.is_compiling():
-        query = guard_compiled(query, attention_mask, sequences)
+    query = guard_recorded(call)
 
     def sparse(q: Tensor, k: Tensor, v: Tensor, scale: float | None) -> Tensor:
         if sequences is None:
@@ -139,13 +142,18 @@ def _attend(
     cast: scores stay float32.
     """
     device = query.device.type
-    if torch.is_autocast_enabled(device):
+    if not query.is_meta and torch.is_autocast_enabled(device):
         dtype = torch.get_autocast_dtype(device)
         with torch.autocast(device, enabled=False):
             out = attend(query.to(dtype), key.to(dtype), value.to(dtype), scale)
     else:
         out = attend(query, key, value, scale)
     return out.transpose(1, 2).contiguous(), None
+
+
+def _is_plain(mask: LazyMask | Tensor | None) -> bool:
+    """Whether a mask tells nothing but causal, before any value is read."""
+    return mask is None or (isinstance(mask, LazyMask) and mask.is_plain and mask.padding is None)
 
 
 def _dense_mask(mask: LazyMask | Tensor | None, sequences: Sequences | None) -> Tensor | None:

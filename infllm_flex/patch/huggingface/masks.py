@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 import copy
-from typing import Any
+from collections.abc import Callable
+from typing import Any, cast
 
 import torch
 from torch import Tensor
 
+from infllm_flex.batches import has_values, is_recorded
+from infllm_flex.patch.forward import current_forward
+from infllm_flex.patch.huggingface.stand_in import StandIn
 
-class LazyMask:
+
+class LazyMask(StandIn):
     """What ``sdpa_mask`` would make of its arguments, for a call without earlier keys.
 
     A long padded or packed batch attends sparsely and needs no table of all pairs; whether it will,
@@ -27,6 +32,18 @@ class LazyMask:
         self._device = torch.device(arguments.get("device", "cpu"))
         self._tensor: Tensor | None = None
         self._verdict: bool | None = None
+        self._is_handed_out = False
+        self.dtype = torch.bool
+
+    @property
+    def device(self) -> torch.device:
+        """Where it would be."""
+        return self._device
+
+    @property
+    def ndim(self) -> int:
+        """Of the mask spelled out."""
+        return 4
 
     @property
     def shape(self) -> tuple[int, int, int, int]:
@@ -35,34 +52,50 @@ class LazyMask:
         return (self._arguments["batch_size"], 1, length, length)
 
     def to(self, *args: Any, **kwargs: Any) -> LazyMask:
-        """Move to a device, as what spreads a model over several does with every argument."""
-        device, *_ = torch._C._nn._parse_to(*args, **kwargs)
+        """Move to a device, as what spreads a model over several does with every argument.
+
+        Another dtype is that of the tensor for who asks for one; in attention it stays a mask.
+        """
+        device, dtype, *_ = torch._C._nn._parse_to(*args, **kwargs)
         moved = copy.copy(self)
+        moved.dtype = self.dtype if dtype is None else dtype
         if device is not None:
             moved._device, moved._tensor = device, None
             moved.padding = None if self.padding is None else self.padding.to(device)
         return moved
 
-    def __getitem__(self, index: Any) -> Tensor:
-        """Part of the mask spelled out, for models that cut theirs themselves."""
+    def hand_out(self) -> Tensor:
+        """The mask spelled out, for code that is not ours and may change it."""
         tensor = self.spell_out()
         if tensor is None:
-            raise TypeError("a plain causal mask has no parts: there is no tensor to cut")
-        return tensor[index]
+            raise TypeError("a plain causal mask is None to transformers: there is no tensor")
+        self._is_handed_out = True
+        return tensor.to(self.dtype)
+
+    def is_edited(self) -> bool:
+        """Whether the mask was changed in place since it was spelled out. Reads it if it may be."""
+        if not self._is_handed_out or torch.compiler.is_compiling():
+            return False
+        again = copy.copy(self)
+        again._tensor = None
+        return not torch.equal(cast(Tensor, self.spell_out()), cast(Tensor, again.spell_out()))
 
     def spell_out(self) -> Tensor | None:
         """What ``sdpa_mask`` returns: None for plain causal, else bool ``[B, 1, S, S]``."""
         from transformers.masking_utils import sdpa_mask
 
         if self._tensor is None:
-            tensor = sdpa_mask(**self._arguments)
+            arguments = self._arguments
+            if self.padding is not None and not has_values(self.padding):
+                arguments = {**arguments, "allow_is_causal_skip": False}  # it would be read
+            tensor = sdpa_mask(**arguments)
             self._tensor = None if tensor is None else tensor.to(self._device)
         return self._tensor
 
-    def is_known_to_separate(self, opens: Tensor, is_real: Tensor) -> bool:
-        """What `separates` says, read once for all layers of a forward."""
+    def is_known(self, verdict: Callable[[], Tensor]) -> bool:
+        """What the layers of a forward ask about this mask, read once for all of them."""
         if self._verdict is None:
-            self._verdict = bool(self.separates(opens, is_real))
+            self._verdict = bool(verdict())
         return self._verdict
 
     def separates(self, opens: Tensor, is_real: Tensor) -> Tensor:
@@ -130,10 +163,21 @@ def causal_mask(**arguments: Any) -> LazyMask | Tensor | None:
     if not lazily:
         return sdpa_mask(**arguments)
     is_plain = arguments["mask_function"] is causal_mask_function
-    compiling = torch.compiler.is_compiling()
-    if is_plain and not compiling and (padding is None or bool(padding.all())):
-        return sdpa_mask(**arguments)  # as a rule None
-    return LazyMask({"attention_mask": None, **arguments}, is_plain)
+    if is_plain and padding is None:
+        mask = sdpa_mask(**arguments)  # as a rule None
+        if mask is None or not torch.compiler.is_compiling():
+            return mask
+    elif is_plain and _is_all(padding):
+        return sdpa_mask(**arguments)
+    lazy = LazyMask({"attention_mask": None, **arguments}, is_plain)
+    if not torch.compiler.is_compiling() and (forward := current_forward()) is not None:
+        forward.mark(lazy)
+    return lazy
+
+
+def _is_all(mask: Tensor | None) -> bool:
+    """Whether a mask is known to hold ones alone."""
+    return mask is not None and not is_recorded(mask) and has_values(mask) and bool(mask.all())
 
 
 def _is_zero(offset: int | Tensor) -> bool:

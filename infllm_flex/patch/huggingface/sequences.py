@@ -3,19 +3,17 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Mapping
-from typing import Any, cast
+from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 import custom_ops
-from infllm_flex.batches import require
+from infllm_flex.batches import has_values, is_recorded, require
 from infllm_flex.config import InfLLMConfig
 from infllm_flex.layout import Layout, lay_out, layout_unit
-from infllm_flex.patch.huggingface.masks import LazyMask
-from infllm_flex.patch.huggingface.memo import Memo
+from infllm_flex.patch.huggingface.told import Told, never_goes_back
 
 _GAP = (
     "attention_mask must hold one run of ones per row, or position_ids that restart at 0 where "
@@ -27,11 +25,8 @@ _NO_ROOM = (
     "position_ids restart more often than a compiled graph has room for: pass the bounds of the "
     "documents as cu_seq_lens_q"
 )
-_LEAK = (
-    "transformers would let documents told by position_ids alone see each other in this compiled "
-    "call: pass use_cache=False or cu_seq_lens_q"
-)
-_memo: Memo[Sequences | None] = Memo()
+# Whether the last batch read held several sequences. It only says what to do while waiting.
+_was_packed = False
 
 
 class Sequences:
@@ -92,80 +87,51 @@ class Sequences:
         return mask.masked_fill(~same, torch.finfo(mask.dtype).min)
 
 
-def lone_positions(
-    query: Tensor, key: Tensor, mask: LazyMask | Tensor | None, kwargs: Mapping[str, Any]
-) -> Tensor | None:
-    """The positions of a call where nothing else would tell of documents; else None."""
-    positions = kwargs.get("position_ids")
-    S = query.shape[2]
-    if isinstance(mask, LazyMask):
-        mask = None if mask.is_plain and mask.padding is None else mask
-    if mask is not None or kwargs.get("cu_seq_lens_q") is not None or key.shape[2] != S:
-        return None
-    if positions is None or positions.dim() != 2 or positions.shape[-1] != S or S == 1:
-        return None
-    return cast(Tensor, positions)
-
-
-def refuse_leak(query: Tensor, positions: Tensor) -> Tensor:
-    """The query, and in the graph the check that no row of positions restarts.
-
-    Taking the mask down for a graph's every call would cost all those that are not packed.
-    """
-    return query + custom_ops.zero_if((positions.diff(dim=-1) == 1).all(), _LEAK)
-
-
 def find_sequences(
-    query: Tensor,
-    key: Tensor,
-    mask: LazyMask | Tensor | None,
-    kwargs: Mapping[str, Any],
-    meanwhile: Callable[[], None] | None = None,
+    query: Tensor, told: Told, meanwhile: Callable[[], None] | None = None
 ) -> Sequences | None:
-    """Read the sequences of a call; None for one whole sequence per row, or with earlier keys.
+    """Read the sequences of a call; None for one whole sequence per row.
 
-    Eager, it waits for the device once per forward, as transformers itself does; compiled, never.
+    Eager, it waits for the device once per forward, as transformers itself does; in a graph, never.
 
     Args:
-        query: ``[B, Hq, Sq, D]``.
-        key: ``[B, Hkv, Skv, D]``.
-        mask: As handed to the attention function.
-        kwargs: The other keywords of the call.
+        query: ``[B, Hq, S, D]``.
+        told: About the call.
         meanwhile: Gives the device work for as long as it is waited for, in vain if there are
             several sequences; not called where there were several the last time.
     """
+    padding, positions, bounds, same_bounds, _, forward = told
+    if padding is None and positions is None and bounds is None:
+        return None
     B, S = query.shape[0], query.shape[2]
-    if key.shape[2] != S:
-        return None
-    padding = mask.padding if isinstance(mask, LazyMask) else None
-    bounds, same_bounds = kwargs.get("cu_seq_lens_q"), kwargs.get("cu_seq_lens_k")
-    positions = kwargs.get("position_ids")
-    if positions is not None and (positions.dim() != 2 or positions.shape[-1] != S):
-        positions = None  # rotary embeddings over images have more axes
-    if padding is None and bounds is None and (positions is None or S == 1):
-        return None
-    given = (padding, positions, bounds, same_bounds)
-    if torch.compiler.is_compiling():
-        return _read(B, S, *given)
-    if _memo.last_answer is not None:
-        meanwhile = None
-    return _memo.recall((B, S), given, lambda: _read(B, S, *given, meanwhile))
+    if is_recorded(query):
+        return _read(B, S, told)
+
+    def read() -> Sequences | None:
+        global _was_packed
+        sequences = _read(B, S, told, None if _was_packed else meanwhile)
+        _was_packed = sequences is not None
+        return sequences
+
+    if forward is None:
+        return read()
+    tensors = (padding, positions, bounds, same_bounds)
+    return forward.recall(("sequences", B), tensors, read)
 
 
 def _read(
-    B: int,
-    S: int,
-    padding: Tensor | None,
-    positions: Tensor | None,
-    bounds: Tensor | None,
-    same_bounds: Tensor | None,
-    meanwhile: Callable[[], None] | None = None,
+    B: int, S: int, told: Told, meanwhile: Callable[[], None] | None = None
 ) -> Sequences | None:
-    if padding is None and bounds is None and not torch.compiler.is_compiling():
-        assert positions is not None  # or there was nothing to read
-        if _wait_for((positions.diff(dim=-1) == 1).all(), meanwhile):
-            return None  # as it mostly is, and quickly told
-    device = next(x.device for x in (padding, positions, bounds) if x is not None)
+    padding, positions, bounds, same_bounds, *_ = told
+    first = next(x for x in (padding, positions, bounds) if x is not None)
+    device, recorded = first.device, is_recorded(first)
+    if positions is not None and not recorded and not has_values(positions):
+        positions = None
+        if padding is None and bounds is None:
+            return None
+    lone = None if recorded else told.only_positions
+    if lone is not None and _wait_for(never_goes_back(lone), meanwhile):
+        return None  # as it mostly is, and quickly told
     everything = torch.ones(B, S, dtype=torch.bool, device=device)
     is_real = everything if padding is None else padding != 0
     follows = is_real & F.pad(is_real[:, :-1], (1, 0))  # a real token after another
@@ -173,8 +139,7 @@ def _read(
     after_padding = is_real & ~follows & ~opens
     restarts = torch.zeros_like(opens)
     if positions is not None:
-        restarts = follows & (F.pad(positions.diff(dim=-1), (1, 0), value=1) != 1)
-        restarts |= after_padding & (positions == 0)
+        restarts = _restarts(positions.expand(B, S), is_real, after_padding)
     limit: int | None = 1
     if bounds is not None:
         opens = opens | (_open_at(bounds, same_bounds, B, S) & is_real)
@@ -182,10 +147,31 @@ def _read(
         limit = bounds.shape[0] - 1 + (padding is not None)
     elif positions is not None:
         opens = opens | restarts
-        limit = None if torch.compiler.is_compiling() else max(1, int(opens.sum(-1).max()))
+        limit = None if recorded else max(1, int(opens.sum(-1).max()))
     if padding is None and limit == 1:
         return None
     return Sequences(opens, is_real, None if padding is None else after_padding & ~opens, limit)
+
+
+def _restarts(positions: Tensor, is_real: Tensor, after_padding: Tensor) -> Tensor:
+    """Mark the real tokens that positions say a document begins with: bool ``[B, S]``.
+
+    Those whose position lies before that of the last real token. In a row that has any, 0 after 0
+    is one more, behind a document of one token; and 0 after padding is one in any row.
+
+    Args:
+        positions: ``[B, S]``.
+        is_real: bool ``[B, S]``.
+        after_padding: bool ``[B, S]``, real tokens behind padding behind real ones.
+    """
+    token = torch.arange(positions.shape[1], device=positions.device)
+    last_real = torch.where(is_real, token, -1).cummax(-1).values
+    before = F.pad(last_real[:, :-1], (1, 0), value=-1)
+    step = positions - positions.gather(-1, before.clamp(min=0))
+    follows = is_real & (before >= 0)
+    back = follows & (step < 0)
+    at_zero = follows & (positions == 0)
+    return back | (at_zero & (step == 0) & back.any(-1, keepdim=True)) | (at_zero & after_padding)
 
 
 def _wait_for(flag: Tensor, meanwhile: Callable[[], None] | None) -> bool:

@@ -1,0 +1,50 @@
+"""An object that stands for a tensor until somebody asks for one."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from torch import Tensor
+from torch.utils._pytree import tree_map
+
+
+class StandIn:
+    """Becomes its tensor in any attribute, operator or torch function that it does not know."""
+
+    def hand_out(self) -> Tensor:
+        """The tensor, for code that is not ours and may change it."""
+        raise NotImplementedError
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("__"):
+            raise AttributeError(name)
+        return getattr(self.hand_out(), name)
+
+    @classmethod
+    def __torch_function__(
+        cls, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        """Call a torch function with the mask spelled out."""
+        args, kwargs = tree_map(_as_tensor, (args, kwargs or {}))
+        return func(*args, **kwargs)
+
+
+def _operator(name: str) -> Callable[..., Any]:
+    def apply(self: StandIn, *args: Any) -> Any:
+        return getattr(self.hand_out(), name)(*map(_as_tensor, args))
+
+    return apply
+
+
+def _as_tensor(x: Any) -> Any:
+    return x.hand_out() if isinstance(x, StandIn) else x
+
+
+# Python looks operators up on the class.
+_BINARY = ("add", "sub", "mul", "truediv", "and", "or", "xor")
+_OPERATORS = ("getitem", "setitem", "len", "iter", "bool", "invert", "neg", "abs", "matmul")
+_COMPARISONS = ("eq", "ne", "lt", "le", "gt", "ge")
+for _name in (*_BINARY, *(f"r{name}" for name in _BINARY), *_OPERATORS, *_COMPARISONS):
+    setattr(StandIn, f"__{_name}__", _operator(f"__{_name}__"))
+StandIn.__hash__ = object.__hash__  # type: ignore[method-assign]

@@ -1,0 +1,121 @@
+"""What a call tells about the sequences of its batch, itself or by the model around its layer."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+import custom_ops
+from infllm_flex.patch.forward import Forward, current_forward, forward_of, is_backward
+from infllm_flex.patch.huggingface.masks import LazyMask
+from infllm_flex.patch.layer import PatchedLayer
+
+if TYPE_CHECKING:
+    from infllm_flex.patch.huggingface.sequences import Sequences
+
+_LEAK = (
+    "transformers would let documents told by position_ids alone see each other in this compiled "
+    "call: pass use_cache=False or cu_seq_lens_q"
+)
+_NOT_TOLD_AGAIN = (
+    "a checkpointed layer of this model is not told of documents again when it is recomputed: pass "
+    "use_cache=False without an attention_mask, or cu_seq_lens_q, or train without gradient "
+    "checkpointing"
+)
+
+
+class Told(NamedTuple):
+    """What a call tells about its sequences.
+
+    Attributes:
+        padding: bool ``[B, S]``, true for real tokens.
+        positions: ``[1 or B, S]``, of the text where there are several axes.
+        bounds: ``[N + 1]``, where documents start and the last one ends.
+        same_bounds: The same for the keys.
+        by_layer: Whether the layer itself was told, not only the model around it.
+        forward: That of the model around it.
+    """
+
+    padding: Tensor | None = None
+    positions: Tensor | None = None
+    bounds: Tensor | None = None
+    same_bounds: Tensor | None = None
+    by_layer: bool = True
+    forward: Forward | None = None
+
+    @property
+    def only_positions(self) -> Tensor | None:
+        """The positions, where nothing else would tell of documents."""
+        return self.positions if self.padding is None and self.bounds is None else None
+
+
+NOTHING = Told()
+
+
+def what_is_told(
+    query: Tensor, key: Tensor, mask: LazyMask | Tensor | None, kwargs: Mapping[str, Any]
+) -> Told:
+    """What a call, or the forward of the model around it, tells about its sequences.
+
+    Args:
+        query: ``[B, Hq, Sq, D]``.
+        key: ``[B, Hkv, Skv, D]``.
+        mask: As handed to the attention function.
+        kwargs: The other keywords of the call.
+    """
+    S = query.shape[2]
+    if key.shape[2] != S or S == 1:
+        return NOTHING
+    padding = mask.padding if isinstance(mask, LazyMask) else None
+    bounds, same_bounds = kwargs.get("cu_seq_lens_q"), kwargs.get("cu_seq_lens_k")
+    given = kwargs.get("position_ids")
+    positions = given if _is_of_text(given, S) else None
+    by_layer = positions is not None or bounds is not None
+    forward = forward_of((given, bounds, padding, mask))
+    if forward is not None:
+        if positions is None:
+            positions = forward.positions if _is_of_text(forward.positions, S) else None
+        elif forward.counts_up:
+            if not torch.compiler.is_compiling():
+                forward.mark(positions)
+            positions = None
+        bounds = forward.bounds if bounds is None else bounds
+    return Told(padding, positions, bounds, same_bounds, by_layer, forward)
+
+
+def _is_of_text(positions: Tensor | None, length: int) -> bool:
+    """Whether positions are ``[1 or B, S]``. What a layer gets over images may have more axes."""
+    return positions is not None and positions.dim() == 2 and positions.shape[-1] == length
+
+
+def refuse_leak(query: Tensor, positions: Tensor) -> Tensor:
+    """The query, and in the graph the check that no row of positions restarts.
+
+    Taking the mask down for a graph's every call would cost all those that are not packed.
+    """
+    return query + custom_ops.zero_if(never_goes_back(positions), _LEAK)
+
+
+def never_goes_back(positions: Tensor) -> Tensor:
+    """Whether positions ascend or stay in every row, so that each is one sequence: bool ``[]``."""
+    return (positions.diff(dim=-1) >= 0).all()
+
+
+def require_told_again(layer: PatchedLayer, told: Told, sequences: Sequences | None) -> None:
+    """Refuse to recompute a layer that has been given documents, and is not told of them again.
+
+    Args:
+        layer: The record of the layer.
+        told: About the call.
+        sequences: What was found in it.
+    """
+    if told.by_layer or torch.compiler.is_compiling():
+        return
+    forward = current_forward()
+    if sequences is not None and forward is not None:
+        layer.was_packed_by_model |= forward.owner.training or torch.is_grad_enabled()
+    elif layer.was_packed_by_model and sequences is None and forward is None and is_backward():
+        raise NotImplementedError(_NOT_TOLD_AGAIN)

@@ -1,0 +1,193 @@
+"""Masks in the hands of code that is not ours, and masks that are given whole."""
+
+import pytest
+import torch
+from transformers import DogeConfig
+
+import infllm_flex as ifx
+from tests.patch.models import CONFIGS, SETTINGS, build, tokens
+
+S = 140
+IDS = tokens(S, 3)
+PADDED = torch.ones(3, S, dtype=torch.long)
+PADDED[0, :33] = 0
+PADDED[2, 101:] = 0
+KEEP = PADDED.bool()
+SEEN = []
+LOOKS = {
+    "clones": lambda mask: mask.clone(),
+    "adds": lambda mask: mask + 0 > 0,
+    "inverts": lambda mask: ~(~mask),
+    "cuts": lambda mask: mask[:, :, :, :S],
+    "combines": lambda mask: torch.logical_and(mask, torch.ones_like(mask)),
+    "sums": lambda mask: SEEN.append((mask.sum(), mask.dtype, mask.ndim, len(mask))),
+    "casts": lambda mask: 1 - mask.to(torch.float32) < 0.5,
+    "moves": lambda mask: mask.to(torch.device("cpu")),
+    "writes": lambda mask: mask.masked_fill(~mask, False),
+}
+
+
+def look_at_masks_of(model, look):
+    """Let a hook on every layer look at the mask, and hand on what it makes of it."""
+
+    def hook(module, args, kwargs):
+        mask = kwargs["attention_mask"]
+        made = look(mask)
+        return args, {**kwargs, "attention_mask": mask if made is None else made}
+
+    for layer in model.model.layers:
+        layer.self_attn.register_forward_pre_hook(hook, with_kwargs=True)
+
+
+@pytest.mark.parametrize("look", LOOKS)
+def test_below_dense_len_hooks_that_use_the_mask_get_the_bits_of_the_unpatched_model(look):
+    model = build()
+    look_at_masks_of(model, LOOKS[look])
+    with torch.no_grad():
+        plain = model(IDS, attention_mask=PADDED).logits
+        ifx.patch_model(model, SETTINGS, dense_len=S + 1)
+        assert torch.equal(model(IDS, attention_mask=PADDED).logits, plain)
+
+
+@pytest.mark.parametrize("dense_len", [S + 1, SETTINGS["dense_len"]])
+def test_a_mask_that_a_hook_writes_to_is_never_taken_for_what_it_was(dense_len):
+    """Of the third row, the last queries no longer see the first key."""
+
+    def write(mask):
+        mask[2, :, 90:, 0] = False
+
+    model = build()
+    look_at_masks_of(model, write)
+    with torch.inference_mode():
+        plain = model(IDS, attention_mask=PADDED).logits
+        ifx.patch_model(model, SETTINGS, dense_len=dense_len)
+        if dense_len > S:
+            assert torch.equal(model(IDS, attention_mask=PADDED).logits, plain)
+        else:
+            with pytest.raises(NotImplementedError, match="an attention mask beyond causal"):
+                model(IDS, attention_mask=PADDED)
+
+
+def test_what_a_mask_would_be_costs_no_table(monkeypatch):
+    model = ifx.patch_model(build(), SETTINGS)
+    told = []
+    look_at_masks_of(model, lambda m: told.append((m.dtype, m.device, m.shape, m.ndim)))
+    monkeypatch.setattr("transformers.masking_utils.sdpa_mask", None)
+    model(IDS, attention_mask=PADDED)
+    assert told[0] == (torch.bool, torch.device("cpu"), (3, 1, S, S), 4)
+
+
+def test_at_sparse_length_hooks_may_look_at_the_mask():
+    model = ifx.patch_model(build(), SETTINGS)
+    with torch.no_grad():
+        expected = model(IDS, attention_mask=PADDED).logits
+        look_at_masks_of(model, LOOKS["sums"])
+        assert torch.equal(model(IDS, attention_mask=PADDED).logits[KEEP], expected[KEEP])
+
+
+@pytest.mark.parametrize("implementation", ["sdpa", "eager"])
+def test_a_model_that_adds_to_its_mask_keeps_its_bits(implementation):
+    config = DogeConfig(**{**CONFIGS["llama"]().to_dict(), "model_type": "doge"})
+    model = build(config, attn_implementation=implementation)
+    with torch.no_grad():
+        plain = model(IDS, attention_mask=PADDED).logits
+        ifx.patch_model(model, SETTINGS, dense_len=S + 1)
+        assert torch.equal(model(IDS, attention_mask=PADDED).logits, plain)
+
+
+def test_a_hook_that_uses_the_mask_compiles():
+    torch.compiler.reset()
+    config = CONFIGS["llama"]()
+    config.num_hidden_layers = 1
+    model = build(config)
+    look_at_masks_of(model, LOOKS["combines"])
+    with torch.no_grad():
+        plain = model(IDS, attention_mask=PADDED).logits
+        ifx.patch_model(model, SETTINGS, dense_len=S + 1)
+        compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+        assert_close(compiled(IDS, attention_mask=PADDED).logits, plain)
+    torch.compiler.reset()
+
+
+CAUSAL = torch.ones(S, S).tril().bool()[None, None]
+CAUSAL_MASKS = {
+    "bool": CAUSAL.expand(3, -1, -1, -1),
+    "one for all rows": CAUSAL,
+    "by the least number": torch.zeros(1, 1, S, S).masked_fill(~CAUSAL, torch.finfo().min),
+    "by infinity": torch.zeros(3, 1, S, S).masked_fill(~CAUSAL, float("-inf")),
+}
+_BEYOND = CAUSAL.clone()
+_BEYOND[..., 77, 31] = False  # one key of one query
+_BIASED = torch.zeros(1, 1, S, S).masked_fill(~CAUSAL, float("-inf"))
+_BIASED[..., 77, 31] = -0.5
+_WEAK = torch.zeros(1, 1, S, S).masked_fill(~CAUSAL, float("-inf"))
+_WEAK[..., 31, 77] = -3.0
+OTHER_MASKS = {"a hole": _BEYOND, "a bias": _BIASED, "a look ahead": _WEAK}
+
+
+@pytest.fixture(scope="module")
+def both_ways():
+    """A model of one layer, and the same compiled."""
+    torch.compiler.reset()
+    config = CONFIGS["llama"]()
+    config.num_hidden_layers = 1
+    model = ifx.patch_model(build(config), SETTINGS)
+    yield model, torch.compile(model, fullgraph=True, backend="aot_eager")
+    torch.compiler.reset()
+
+
+@pytest.mark.parametrize("mask", CAUSAL_MASKS)
+def test_a_causal_mask_given_whole_is_served_compiled_or_not(mask, both_ways):
+    with torch.no_grad():
+        expected = both_ways[0](IDS).logits
+        for call in both_ways:
+            assert_close(call(IDS, attention_mask=CAUSAL_MASKS[mask]).logits, expected)
+
+
+@pytest.mark.parametrize("mask", OTHER_MASKS)
+def test_any_other_mask_given_whole_is_refused_compiled_or_not(mask, both_ways):
+    for call in both_ways:
+        with (
+            pytest.raises(
+                (NotImplementedError, RuntimeError), match="attention mask beyond causal"
+            ),
+            torch.no_grad(),
+        ):
+            call(IDS, attention_mask=OTHER_MASKS[mask])
+
+
+def test_a_mask_given_whole_is_looked_at_once_for_all_layers(monkeypatch):
+    from infllm_flex.patch.huggingface import obstacles
+
+    look, calls = obstacles.is_plain_causal, []
+    monkeypatch.setattr(obstacles, "is_plain_causal", lambda mask: calls.append(1) or look(mask))
+    model = ifx.patch_model(build(), SETTINGS)
+    mask = CAUSAL.clone()
+    model(IDS, attention_mask=mask)
+    assert len(calls) == 1
+    mask.numpy()[..., 50, 3] = False  # which no counter of changes shows
+    with pytest.raises(NotImplementedError, match="an attention mask beyond causal"):
+        model(IDS, attention_mask=mask)
+
+
+def test_a_causal_mask_is_looked_at_in_parts(monkeypatch):
+    from infllm_flex.patch import causal_masks
+
+    monkeypatch.setattr(causal_masks, "_ENTRIES_AT_ONCE", 9 * S)
+    for mask in CAUSAL_MASKS.values():
+        assert causal_masks.is_plain_causal(mask)
+    for mask in OTHER_MASKS.values():
+        assert not causal_masks.is_plain_causal(mask)
+
+
+def assert_close(ours, theirs):
+    torch.testing.assert_close(ours, theirs, rtol=1e-3, atol=5e-5)
+
+
+def test_a_causal_mask_given_whole_keeps_documents_apart():
+    model, lengths = ifx.patch_model(build(), SETTINGS), [110, 30]
+    positions = torch.cat([torch.arange(n) for n in lengths])[None]
+    with torch.no_grad():
+        ours = model(IDS, position_ids=positions, attention_mask=CAUSAL).logits
+        theirs = torch.cat([model(part).logits for part in IDS.split(lengths, 1)], 1)
+        assert_close(ours, theirs)

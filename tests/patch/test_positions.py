@@ -1,0 +1,327 @@
+"""Documents told by positions: only a restart opens one, in every model, read anew each forward."""
+
+import threading
+
+import pytest
+import torch
+from transformers import CTRLConfig, FalconConfig, GPTBigCodeConfig, PersimmonConfig
+from transformers.models.qwen2_vl.modeling_qwen2_vl import Qwen2VLTextConfig, Qwen2VLTextModel
+
+import infllm_flex as ifx
+from infllm_flex.patch.huggingface import sequences
+from tests.patch.models import CONFIGS, SETTINGS, build, enable_checkpointing, equal, tokens
+
+S = 150
+ALL_BLOCKS = {**SETTINGS, "topk": 16}
+SPANS = torch.cat([torch.arange(70), torch.arange(400, 430), torch.arange(190, 240) + 300])
+NOT_PACKED = {
+    "jumps": SPANS,
+    "repeats": torch.arange(S) // 2,
+    "an image that shares a position": torch.arange(S).clamp(max=60)
+    + (torch.arange(S) - 110).clamp(min=0),
+    "steps of three": torch.arange(0, 3 * S, 3),
+    "a late start": torch.arange(S) + 17,
+}
+WAYS = {
+    "cache": {},
+    "mask of ones": {"attention_mask": torch.ones(2, S, dtype=torch.long)},
+    "no cache": {"use_cache": False},
+}
+LENGTHS = (35, 104, 1, 99, 22)
+DOCUMENTS = torch.cat([torch.arange(n) for n in LENGTHS])[None]
+IDS = tokens(sum(LENGTHS), 1)
+
+
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("name", NOT_PACKED)
+def test_below_dense_len_what_is_not_packed_gives_the_bits_of_the_unpatched_model(name, way):
+    positions, model, ids = NOT_PACKED[name][None], build(), tokens(S)
+    with torch.no_grad():
+        plain = model(ids, position_ids=positions, **WAYS[way]).logits
+        ifx.patch_model(model, SETTINGS, dense_len=S + 1)
+        assert torch.equal(model(ids, position_ids=positions, **WAYS[way]).logits, plain)
+
+
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("name", NOT_PACKED)
+def test_at_sparse_length_what_is_not_packed_is_one_sequence(name, way):
+    positions, model, ids = NOT_PACKED[name][None], build(), tokens(S)
+    with torch.no_grad():
+        plain = model(ids, position_ids=positions).logits  # with a cache: not taken for packed
+        ifx.patch_model(model, ALL_BLOCKS)
+        assert_close(model(ids, position_ids=positions, **WAYS[way]).logits, plain)
+
+
+@pytest.mark.parametrize("dense_len", [SETTINGS["dense_len"], S + 1])
+def test_a_document_may_begin_at_any_position_that_goes_back(dense_len):
+    model = ifx.patch_model(build(), SETTINGS, dense_len=dense_len)
+    first, second = torch.arange(20, 60), torch.cat([torch.arange(7, 57), torch.arange(80, 140)])
+    positions, ids = torch.cat([first, second])[None], tokens(S, 1)
+    with torch.no_grad():
+        ours = model(ids, position_ids=positions).logits
+        assert_close(ours[:, :40], model(ids[:, :40], position_ids=first[None]).logits)
+        assert_close(ours[:, 40:], model(ids[:, 40:], position_ids=second[None]).logits)
+
+
+def test_jumps_compile_as_one_sequence():
+    config = CONFIGS["llama"]()
+    config.num_hidden_layers = 1
+    model, ids = build(config), tokens(S)
+    torch.compiler.reset()
+    with torch.no_grad():
+        positions = NOT_PACKED["jumps"][None]
+        plain = model(ids, position_ids=positions).logits
+        ifx.patch_model(model, ALL_BLOCKS)
+        for dense_len in (S + 1, SETTINGS["dense_len"]):
+            ifx.patch_model(model, ALL_BLOCKS, dense_len=dense_len)
+            compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+            assert_close(compiled(ids, position_ids=positions).logits, plain)
+    torch.compiler.reset()
+
+
+def change_by_numpy(positions, new):
+    positions.numpy()[...] = new.numpy()
+
+
+def change_data(positions, new):
+    positions.data.copy_(new)
+
+
+@pytest.mark.parametrize("change", [change_by_numpy, change_data])
+@pytest.mark.parametrize("keyword", ["position_ids", "cu_seq_lens_q"])
+def test_what_a_batch_says_is_read_anew_in_every_forward(change, keyword):
+    models = [ifx.patch_model(build(), SETTINGS, dense_len=n) for n in (96, 1000)]
+    if keyword == "position_ids":
+        given, new = DOCUMENTS.clone(), torch.arange(IDS.shape[1])[None]
+    else:
+        given = torch.tensor([0, 100, IDS.shape[1]], dtype=torch.int32)
+        new = torch.tensor([0, 30, IDS.shape[1]], dtype=torch.int32)
+    with torch.no_grad():
+        for model in models:
+            model(IDS, **{keyword: given})
+        version = given._version
+        change(given, new)
+        assert given._version == version, "this change must be one that no counter shows"
+        for model in models:
+            expected = model(IDS, **{keyword: new.clone()}).logits
+            assert torch.equal(model(IDS, **{keyword: given}).logits, expected)
+
+
+@pytest.mark.parametrize("use_reentrant", [False, True])
+def test_a_checkpointed_layer_recomputes_the_batch_of_its_own_forward(use_reentrant, monkeypatch):
+    read, calls = sequences._read, []
+    monkeypatch.setattr(sequences, "_read", lambda *args: calls.append(1) or read(*args))
+    model = ifx.patch_model(build(), SETTINGS).train()
+    positions = DOCUMENTS.clone()
+
+    def gradients():
+        model.zero_grad()
+        packed = model(IDS, position_ids=positions, use_cache=False).logits
+        positions.numpy()[...] = torch.arange(IDS.shape[1]).numpy()
+        whole = model(IDS, position_ids=positions, use_cache=False).logits
+        (packed.square().sum() + whole.square().sum()).backward()
+        positions.copy_(DOCUMENTS)
+        return [p.grad.clone() for p in model.parameters()]
+
+    expected = gradients()
+    assert len(calls) == 2, "once for each forward"
+    enable_checkpointing(model, use_reentrant)
+    for ours, theirs in zip(gradients(), expected, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-4)
+    assert len(calls) == 4, "recomputing reads nothing"
+
+
+def test_a_model_that_makes_its_own_positions_reads_nothing(monkeypatch):
+    monkeypatch.setattr(sequences, "_wait_for", None)
+    model = ifx.patch_model(build(), SETTINGS)
+    enable_checkpointing(model.train())
+    model(IDS, use_cache=False).logits.sum().backward()
+    model(IDS[:, :50], use_cache=False).logits.sum().backward()
+
+
+def test_positions_that_another_hook_brings_are_read():
+    model = ifx.patch_model(build(), SETTINGS)
+    with torch.no_grad():
+        expected = model(IDS, position_ids=DOCUMENTS).logits
+        model.model.register_forward_pre_hook(
+            lambda module, args, kwargs: (args, {**kwargs, "position_ids": DOCUMENTS}),
+            with_kwargs=True,
+        )
+        assert torch.equal(model(IDS).logits, expected)
+
+
+def test_a_layer_called_by_itself_reads_its_own_call():
+    model = ifx.patch_model(build(), SETTINGS, dense_len=1000)
+    layer, positions = model.model.layers[0].self_attn, DOCUMENTS.clone()
+    hidden = torch.randn(1, IDS.shape[1], 64)
+
+    def attend(positions):
+        turns = model.model.rotary_emb(hidden, torch.arange(IDS.shape[1])[None])
+        return layer(hidden, turns, None, position_ids=positions)[0]
+
+    with torch.no_grad():
+        model(IDS, position_ids=positions)
+        packed = attend(positions)
+        positions.numpy()[...] = torch.arange(IDS.shape[1]).numpy()
+        assert torch.equal(attend(positions), attend(positions.clone()))
+        assert not torch.allclose(attend(positions), packed, atol=1e-3)
+
+
+def test_threads_read_their_own_batches():
+    model = ifx.patch_model(build(), SETTINGS)
+    batches = [DOCUMENTS, torch.arange(IDS.shape[1])[None]]
+    with torch.no_grad():
+        expected = [model(IDS, position_ids=x).logits for x in batches]
+    wrong = []
+
+    def run(positions, logits):
+        with torch.no_grad():
+            for _ in range(5):
+                if not torch.equal(model(IDS, position_ids=positions).logits, logits):
+                    wrong.append(positions)
+
+    threads = [
+        threading.Thread(target=run, args=pair) for pair in zip(batches, expected, strict=True)
+    ]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not wrong
+
+
+def test_an_error_ends_its_forward():
+    from infllm_flex.patch.forward import current_forward
+
+    model = ifx.patch_model(build(), SETTINGS)
+    with pytest.raises(ValueError, match="ascend from 0 to the length"):
+        model(IDS, cu_seq_lens_q=torch.tensor([0, 5, 9]))
+    assert current_forward() is None
+
+
+def test_unpatching_leaves_no_hook():
+    model = build()
+    ifx.unpatch_model(ifx.patch_model(ifx.patch_model(model, SETTINGS), SETTINGS))
+    assert not any(m._forward_hooks or m._forward_pre_hooks for m in model.modules())
+
+
+_GPT = {"n_embd": 64, "n_layer": 2, "n_head": 4, "n_positions": 512}
+_SIZE = {"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
+_COMMON = {"vocab_size": 64, "initializer_range": 0.3, "bos_token_id": 1, "eos_token_id": 2}
+UNTOLD = {
+    "persimmon": lambda: PersimmonConfig(**_COMMON, **_SIZE, intermediate_size=64),
+    "gpt_bigcode": lambda: GPTBigCodeConfig(**_COMMON, **_GPT, **_no_dropout("attn", "embd")),
+    "ctrl": lambda: CTRLConfig(**_COMMON, **_GPT, dff=64, **_no_dropout("embd")),
+    "falcon": lambda: FalconConfig(
+        **_COMMON, **_SIZE, num_kv_heads=2, new_decoder_architecture=True
+    ),
+    "falcon with one key head": lambda: FalconConfig(**_COMMON, **_SIZE),
+}
+
+
+def _no_dropout(*names):
+    return {f"{name}_pdrop": 0.0 for name in (*names, "resid")}
+
+
+def alone(model):
+    return torch.cat([model(part).logits for part in IDS.split(list(LENGTHS), 1)], 1)
+
+
+@pytest.mark.parametrize("dense_len", [SETTINGS["dense_len"], 1000])
+@pytest.mark.parametrize("family", UNTOLD)
+def test_layers_that_are_not_told_of_positions_isolate_documents(family, dense_len):
+    model = ifx.patch_model(build(UNTOLD[family]()), SETTINGS, dense_len=dense_len)
+    ones = torch.ones_like(IDS)
+    with torch.no_grad():
+        expected = alone(model)
+        for kwargs in ({}, {"attention_mask": ones}, {"use_cache": False}):
+            assert_close(model(IDS, position_ids=DOCUMENTS, **kwargs).logits, expected)
+
+
+@pytest.mark.parametrize("family", ["persimmon", "falcon"])
+def test_layers_that_are_not_told_of_positions_train(family):
+    model = ifx.patch_model(build(UNTOLD[family]()), SETTINGS).train()
+
+    def gradients(forward):
+        model.zero_grad()
+        forward().square().sum().backward()
+        return [p.grad.clone() for p in model.parameters()]
+
+    expected = gradients(lambda: alone(model))
+    enable_checkpointing(model)
+    ours = gradients(lambda: model(IDS, position_ids=DOCUMENTS, use_cache=False).logits)
+    for our, their in zip(ours, expected, strict=True):
+        torch.testing.assert_close(our, their, rtol=2e-3, atol=2e-3 * float(their.abs().max()))
+
+
+def test_a_recomputed_layer_that_nothing_tells_of_documents_is_refused():
+    model = ifx.patch_model(build(UNTOLD["gpt_bigcode"]()), SETTINGS).train()
+    enable_checkpointing(model)
+    ones = torch.ones_like(IDS)
+    loss = model(IDS, position_ids=DOCUMENTS, attention_mask=ones, use_cache=False).logits.sum()
+    with pytest.raises(NotImplementedError, match="pass use_cache=False without an attention_mask"):
+        loss.backward()
+
+
+@pytest.mark.parametrize("family", ["gpt_bigcode", "falcon"])
+def test_layers_that_are_not_told_of_positions_compile(family):
+    model = ifx.patch_model(build(UNTOLD[family]()), SETTINGS)
+    torch.compiler.reset()
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+    with torch.no_grad():
+        expected = alone(model)
+        assert_close(compiled(IDS, position_ids=DOCUMENTS, use_cache=False).logits, expected)
+        ifx.patch_model(model, SETTINGS, dense_len=1000)
+        if family == "falcon":  # which makes a mask for every call
+            assert_close(compiled(IDS, position_ids=DOCUMENTS).logits, alone(model))
+        else:
+            with pytest.raises(RuntimeError, match="pass use_cache=False or cu_seq_lens_q"):
+                compiled(IDS, position_ids=DOCUMENTS)
+    torch.compiler.reset()
+
+
+@pytest.mark.parametrize("num_axes", [3, 4])
+@pytest.mark.parametrize("dense_len", [SETTINGS["dense_len"], 1000])
+def test_positions_of_several_axes_isolate_documents(dense_len, num_axes, monkeypatch):
+    """One document holds an image of 4 by 5 tokens: height and width go back, the text does not."""
+    read, calls = sequences._read, []
+    monkeypatch.setattr(sequences, "_read", lambda *args: calls.append(1) or read(*args))
+    sections = {"rope_type": "default", "mrope_section": [2, 3, 3], "rope_theta": 1e4}
+    config = CONFIGS["llama"]().to_dict()
+    kept = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers")
+    kept += ("num_attention_heads", "num_key_value_heads", "initializer_range")
+    torch.manual_seed(0)
+    model = Qwen2VLTextModel(
+        Qwen2VLTextConfig(**{name: config[name] for name in kept}, rope_parameters=sections)
+    ).eval()
+    spatial = DOCUMENTS[None].repeat(3, 1, 1)
+    image = slice(50, 70)  # of the second document
+    spatial[0, 0, image] = spatial[0, 0, 50]
+    spatial[1, 0, image] = spatial[0, 0, 50] + torch.arange(20) // 5
+    spatial[2, 0, image] = spatial[0, 0, 50] + torch.arange(20) % 5
+    positions = spatial if num_axes == 3 else torch.cat([DOCUMENTS[None], spatial])
+    ifx.patch_model(model, SETTINGS, dense_len=dense_len)
+    with torch.no_grad():
+        ours = model(IDS, position_ids=positions).last_hidden_state
+        assert len(calls) == 1
+        parts = zip(IDS.split(list(LENGTHS), 1), positions.split(list(LENGTHS), 2), strict=True)
+        theirs = [model(ids, position_ids=own).last_hidden_state for ids, own in parts]
+        assert_close(ours, torch.cat(theirs, 1))
+
+
+def assert_close(ours, theirs):
+    torch.testing.assert_close(ours, theirs, rtol=1e-3, atol=5e-5)
+
+
+def test_gradients_below_dense_len_are_those_of_the_unpatched_model():
+    model, ids = build().train(), tokens(S)
+    positions = NOT_PACKED["repeats"][None]
+
+    def gradients():
+        model.zero_grad()
+        model(ids, position_ids=positions).logits.square().sum().backward()
+        return [p.grad.clone() for p in model.parameters()]
+
+    plain = gradients()
+    ifx.patch_model(model, SETTINGS, dense_len=S + 1)
+    assert equal(gradients(), plain)
