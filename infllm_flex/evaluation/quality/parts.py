@@ -14,6 +14,10 @@ from typing import Any
 from infllm_flex.strict_yaml import ConfigError, Mistake
 
 
+class SkippedError(Exception):
+    """A part cannot be done here; the message says why."""
+
+
 @dataclass(frozen=True)
 class Part:
     """One unit of work: all of it is done, or nothing.

@@ -11,7 +11,7 @@ from infllm_flex.evaluation.quality.parts import Part
 from infllm_flex.evaluation.quality.settings import RESERVED, QualitySettings
 
 BASE, TEXT = "base", "text"
-# What changes no result: how work is split, and where the base is found.
+# What changes no result: how work is split.
 _FREE_TUNING = ("workers", "compile", "checkpointing", "sequences_at_once")
 _OF_GROUP = {
     "retrieval": ("tasks", "items"),
@@ -24,7 +24,7 @@ _OF_GROUP = {
 
 def plan(settings: QualitySettings) -> list[Part]:
     """The parts; every one stands behind those it needs."""
-    base = _section(settings.base, "download", "package", "folder", "hub", "gguf_file")
+    base = _section(settings.base, "download")
     text = _section(settings.text)
     parts = [Part(BASE, (), {"base": base}), Part(TEXT, (BASE,), {"base": base, "text": text})]
     common = {"base": base, "text": text, "tuning": _section(settings.tuning, *_FREE_TUNING)}

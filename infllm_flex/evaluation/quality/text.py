@@ -9,6 +9,7 @@ import sysconfig
 from array import array
 from collections.abc import Iterable, Iterator
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -26,18 +27,30 @@ class TextError(ValueError):
     """The text is not there, or there is not enough of it."""
 
 
-def find_folders(settings: TextSettings) -> list[tuple[Path, list[Path]]]:
+class SourceFolder(NamedTuple):
+    """A folder of text: its path relative to where the search began, and its files."""
+
+    name: str
+    files: list[Path]
+
+
+def find_folders(settings: TextSettings) -> list[SourceFolder]:
     """Folders with the files of theirs that are text, in the order of a hash of their names.
 
     Raises:
         TextError: There are none.
     """
-    found: dict[str, tuple[Path, list[Path]]] = {}
+    found: dict[str, SourceFolder] = {}
+    seen: set[Path] = set()
     for root in _roots(settings):
         for path in sorted(root.rglob(settings.pattern)):
-            if path.is_file() and _SHORTEST <= path.stat().st_size <= 4 * _LONGEST:
+            real = path.resolve()  # one root may lie within another
+            if real in seen or not real.is_file():
+                continue
+            seen.add(real)
+            if _SHORTEST <= real.stat().st_size <= 4 * _LONGEST:
                 name = path.parent.relative_to(root).as_posix()
-                found.setdefault(name, (path.parent, []))[1].append(path)
+                found.setdefault(name, SourceFolder(name, [])).files.append(path)
     if not found:
         raise TextError(
             f"text.source: no file {settings.pattern} of {_SHORTEST} characters or more in "
@@ -66,12 +79,12 @@ def open_text(folder: Path) -> TokenStore:
 
 
 def windows(documents: Documents, length: int, count: int) -> Tensor:
-    """Stretches to predict, one of each document that is long enough, the longest first.
+    """Stretches to predict, one of each document that is long enough, in turns.
 
     Args:
         documents: Each is the text of a folder.
         length: Tokens the model sees; one more is cut, to be predicted.
-        count: How many to cut at most; where documents are fewer, they give several.
+        count: How many to cut at most.
 
     Returns:
         int64 ``[N, length + 1]``.
@@ -116,9 +129,11 @@ def _roots(settings: TextSettings) -> list[Path]:
 def _write(folder: Path, settings: TextSettings, encoding: ModelTokenizer) -> None:
     parts = {"train": _Part(), "held_out": _Part()}
     read = 0
-    for path, files in find_folders(settings):
-        name = "held_out" if _hash(path.name) % 100 < settings.held_out_percent else "train"
-        texts = list(_texts(files))
+    known: set[bytes] = set()
+    for source in find_folders(settings):
+        held_out = _hash(source.name) % 100 < settings.held_out_percent
+        name = "held_out" if held_out else "train"
+        texts = list(_texts(source.files, known))
         parts[name].add(texts, encoding)
         read += sum(map(len, texts))
         if read >= settings.characters:
@@ -153,13 +168,16 @@ class _Part:
             self.starts.append(self.starts[-1] + size)
 
 
-def _texts(files: Iterable[Path]) -> Iterator[str]:
+def _texts(files: Iterable[Path], known: set[bytes]) -> Iterator[str]:
+    """The text of each file that is not a copy of a ``known`` one: packages hold many of others."""
     for path in files:
         try:
             text = path.read_text(encoding="utf-8")
         except (OSError, UnicodeDecodeError):
             continue  # sources in old encodings: a few among thousands
-        if _SHORTEST <= len(text) <= _LONGEST:
+        digest = hashlib.sha256(text.encode()).digest()
+        if _SHORTEST <= len(text) <= _LONGEST and digest not in known:
+            known.add(digest)
             yield f"# {path.parent.name}/{path.name}\n{text}\n"
 
 

@@ -19,7 +19,7 @@ from infllm_flex.evaluation.quality.arms import Arm, arms, ways
 from infllm_flex.evaluation.quality.generation import judge_generation
 from infllm_flex.evaluation.quality.mixture import Mixture
 from infllm_flex.evaluation.quality.nats import judge_nats
-from infllm_flex.evaluation.quality.parts import Folder, Part
+from infllm_flex.evaluation.quality.parts import Folder, Part, SkippedError
 from infllm_flex.evaluation.quality.plan import judge_name
 from infllm_flex.evaluation.quality.retrieval import judge_retrieval
 from infllm_flex.evaluation.quality.scoring import Scorer
@@ -38,10 +38,6 @@ class StoppedError(Exception):
     def __init__(self, signal: int) -> None:
         super().__init__("stopped; the same command goes on from the last finished part")
         self.status = 128 + signal
-
-
-class SkippedError(Exception):
-    """A part cannot be done here; the message says why."""
 
 
 @dataclass

@@ -1,0 +1,59 @@
+"""The share of a needle that a choice holds, where it is known."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import pytest
+import torch
+
+import infllm_flex as ifx
+from infllm_flex.evaluation.quality.rows import Question, Span
+from infllm_flex.evaluation.quality.shares import needle_shares
+from infllm_flex.evaluation.selection import LayerInputs
+
+CONFIG = ifx.InfLLMConfig(
+    kernel_size=4, kernel_stride=4, block_size=8, init_blocks=1, window_size=8, topk=4, dense_len=-1
+)
+S, NEEDLE, ASKS = 400, Span(100, 108), 380
+
+
+def inputs(looking: list[int], strength: float = 40.0) -> LayerInputs:
+    """Four heads in groups of two; those named look from ``ASKS`` at the needle, others nowhere."""
+    query, key = torch.zeros(1, 4, S, 16), torch.zeros(1, 2, S, 16)
+    key[:, :, NEEDLE.start : NEEDLE.end, 0] = 1.0
+    query[:, looking, ASKS, 0] = strength
+    return LayerInputs(query, key, 0.25)
+
+
+def question() -> Question:
+    return Question(Span(ASKS + 1, ASKS + 5), (NEEDLE,))
+
+
+def test_heads_that_look_are_counted_and_a_choice_that_finds_holds_all():
+    for looking in ([0], [1, 2], [0, 1, 2, 3]):
+        held, best = needle_shares(inputs(looking), CONFIG, [question()])
+        assert len(held) == len(best) == len(looking)
+        # Half of the needle lies in block 12, half in block 13; two blocks are free to choose.
+        assert held == pytest.approx(torch.ones(len(looking)))
+        assert best == pytest.approx(torch.ones(len(looking)))
+
+
+def test_a_choice_without_room_holds_none_and_the_best_as_many_does():
+    # The first block, the one before and its own: nothing is left to choose.
+    window = dataclasses.replace(CONFIG, topk=2)
+    held, best = needle_shares(inputs([0]), window, [question()])
+    assert held == pytest.approx(torch.zeros(1))
+    assert best == pytest.approx(torch.ones(1))
+
+
+def test_half_a_needle_is_half():
+    one_free = dataclasses.replace(CONFIG, topk=3)
+    held, best = needle_shares(inputs([0]), one_free, [question()])
+    assert held == pytest.approx(torch.full((1,), 0.5))
+    assert best == pytest.approx(torch.ones(1))  # the best are four, none of them forced
+
+
+def test_no_head_looks_no_case():
+    held, best = needle_shares(inputs([]), CONFIG, [question()])
+    assert len(held) == len(best) == 0

@@ -1,0 +1,122 @@
+"""What a comparison says of results that are known."""
+
+from __future__ import annotations
+
+import csv
+
+import pytest
+
+from infllm_flex.evaluation.quality.arms import Arm
+from infllm_flex.evaluation.quality.plot import plot_quality
+from infllm_flex.evaluation.quality.report import report
+from infllm_flex.evaluation.quality.results import Results, write_table
+from infllm_flex.evaluation.quality.settings import QualitySettings
+from infllm_flex.evaluation.quality.verdicts import closed, kept
+from infllm_flex.strict_yaml import build_dataclass, load_yaml
+from tests.evaluation.quality.tiny import make_base, make_texts, settings_of, write_settings
+
+DENSE, FINE, FREE = Arm("dense", "dense"), Arm("fine", "fine"), Arm("dense", "fine")
+WINDOW, RANDOM = Arm("window", "window"), Arm("random", "random")
+ENVIRONMENT = {"commit": "abc", "device": "card", "torch": "2", "transformers": "5"}
+
+
+@pytest.fixture(scope="module")
+def settings(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("verdicts")
+    made = settings_of(folder / "run", make_base(folder / "base"), make_texts(folder / "texts"))
+    made["judge"]["tasks"] = ["keys12", "keys200", "single"]
+    path = write_settings(folder / "quality.yaml", made)
+    return build_dataclass(QualitySettings, load_yaml(path))
+
+
+def rows(right: int, of: int = 10, sequences: int = 20) -> dict:
+    hits = [[1] * right + [0] * (of - right)] * sequences
+    return {"hits": hits, "depths": [[place % 10 for place in range(of)]] * sequences}
+
+
+def results_of(settings, answers: dict[Arm, dict[str, int]], nats: dict[Arm, float]) -> Results:
+    found = {}
+    for seed in settings.run.seeds:
+        for arm, by_task in answers.items():
+            tasks = {task: rows(right) for task, right in by_task.items()}
+            found[arm, seed, "retrieval"] = {
+                "tasks": tasks,
+                "seconds": 0.5,
+                "environment": ENVIRONMENT,
+            }
+        for arm, cost in nats.items():
+            spread = [cost + 0.1 * document for document in range(3)]
+            names = ("1-64", "65-128", "129-256", "257-512")
+            found[arm, seed, "nats"] = {
+                "buckets": dict.fromkeys(names, spread),
+                "environment": ENVIRONMENT,
+            }
+    return Results(settings, found)
+
+
+def test_a_share_stands_only_where_controls_fail_and_dense_does_not(settings):
+    answers = {
+        DENSE: {"keys12": 10, "keys200": 10, "single": 4},
+        FINE: {"keys12": 9, "keys200": 9, "single": 4},
+        WINDOW: {"keys12": 1, "keys200": 9, "single": 1},
+        RANDOM: {"keys12": 2, "keys200": 1, "single": 1},
+    }
+    results = results_of(settings, answers, {})
+    found = kept(results, FINE, "keys12")
+    assert found.share.value == found.share.low == pytest.approx(0.9)
+    assert found.remark == ""
+    assert kept(results, FINE, "keys200").remark == "says nothing: window keeps 0.90"
+    assert kept(results, FINE, "single").remark == "dense answers 0.40"
+    assert kept(results, DENSE, "keys12") is None
+    assert kept(results, FREE, "keys12") is None  # not judged
+
+
+def test_what_is_no_better_than_a_control_is_said_to_be(settings):
+    answers = {DENSE: {"keys12": 10}, FREE: {"keys12": 2}}
+    answers |= {Arm("dense", "window"): {"keys12": 1}, Arm("dense", "random"): {"keys12": 2}}
+    results = results_of(settings, answers, {})
+    assert kept(results, FREE, "keys12").remark == "no better than random, 0.20"
+    del answers[Arm("dense", "random")]
+    assert kept(results_of(settings, answers, {}), FREE, "keys12").remark == (
+        "random is not judged"
+    )
+
+
+def test_the_gap_is_that_of_models_trained_alike(settings):
+    nats = {DENSE: 1.0, WINDOW: 1.2, FINE: 1.05, FREE: 1.1, Arm("dense", "window"): 1.4}
+    results = results_of(settings, {}, nats)
+    assert closed(results, FINE).value == pytest.approx(0.75)
+    assert closed(results, FREE).value == pytest.approx(0.75)
+    assert closed(results, DENSE) is None
+
+
+def test_tables_and_plot_hold_what_is_done_and_no_more(settings, tmp_path):
+    answers = {
+        DENSE: {"keys12": 10, "keys200": 4, "single": 10},
+        FINE: {"keys12": 9, "keys200": 1, "single": 9},
+        WINDOW: {"keys12": 1, "keys200": 1, "single": 9},
+        RANDOM: {"keys12": 1, "keys200": 1, "single": 1},
+    }
+    results = results_of(settings, answers, {DENSE: 1.0, WINDOW: 1.2, FINE: 1.05})
+    text = report(results)
+    (line,) = [line for line in text.splitlines() if "(1)" in line and line.startswith("fine")]
+    assert line.split() == [*("fine", "12.5%", "0.900", "[0.900", "0.900]"), *line.split()[5:]]
+    assert line.endswith("0.900 [0.900 0.900] (1)")
+    assert "(1) says nothing: window keeps 0.90" in text
+    assert "Left out, as dense answers less than half: keys200" in text
+    assert "0.750 [0.750 0.750]" in text  # of the gap
+    write_table(results, tmp_path / "table.csv")
+    with (tmp_path / "table.csv").open() as file:
+        table = list(csv.DictReader(file))
+    assert len(table) == 2 * (4 * 3 + 3 * 4)
+    (row,) = [
+        row
+        for row in table
+        if (row["variant"], row["task"], row["seed"]) == ("fine", "keys12", "1")
+    ]
+    assert (row["items"], row["hits"], row["value"]) == ("200", "180", "0.9000")
+    assert row["hits_by_depth"].split() == ["20/20"] * 9 + ["0/20"]
+    assert (row["commit"], row["device"], row["visible"]) == ("abc", "card", "64")
+    plot_quality(results, tmp_path / "plot.png")
+    assert (tmp_path / "plot.png").stat().st_size > 10_000
+    assert report(Results(settings, {})) == "nothing is judged yet"
