@@ -75,8 +75,8 @@ def _check_tensors(info: dict[str, Any]) -> None:
     ]
     if problems:
         raise ValueError(
-            f"the folder {' and '.join(problems)}: it is of another architecture, quantised, or "
-            "incomplete; MiniCPM is read from unquantised weights"
+            f"the folder {' and '.join(problems)}: it is of another architecture, incomplete, or "
+            "quantised in a way that its config.json does not tell; use the folder as released"
         )
 
 

@@ -5,7 +5,7 @@ import json
 import pytest
 import torch
 from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, TorchAoConfig
 
 import infllm_flex as ifx
 from tests.minicpm.folders import LONGROPE, config, write
@@ -100,3 +100,44 @@ def test_settings_that_were_changed_are_saved(tmp_path):
     assert (written["rope_theta"], written["max_position_embeddings"]) == (5e5, 256)
     again = AutoModelForCausalLM.from_pretrained(tmp_path / "saved")
     assert "5 blocks of 8" in str(ifx.describe(again))
+
+
+def same_logits(model, other):
+    ids = torch.randint(64, (1, 60))
+    with torch.no_grad():
+        return torch.equal(model(ids).logits, other(ids).logits)
+
+
+def test_quantised_on_loading_it_is_saved_and_read_as_such(tmp_path):
+    quantization = pytest.importorskip("torchao.quantization")
+    write(tmp_path / "m", config())
+    how = TorchAoConfig(quantization.Int8WeightOnlyConfig())
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "m", quantization_config=how)
+    model.save_pretrained(tmp_path / "saved")
+    again = AutoModelForCausalLM.from_pretrained(tmp_path / "saved")
+    assert type(again.model.layers[0].mlp.up_proj.weight) is not torch.nn.Parameter
+    assert any(row.sparse for row in ifx.describe(again))
+    assert same_logits(model, again)
+
+
+@pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing. is deprecated:FutureWarning")
+def test_an_adapter_brings_its_model_along(tmp_path):
+    peft = pytest.importorskip("peft")
+    write(tmp_path / "m", config())
+    targets = {"target_modules": ["q_proj", "v_proj"], "init_lora_weights": False}
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "m")
+    adapted = peft.get_peft_model(model, peft.LoraConfig(task_type="CAUSAL_LM", **targets)).eval()
+    adapted.save_pretrained(tmp_path / "adapter")
+    again = AutoModelForCausalLM.from_pretrained(tmp_path / "adapter")
+    assert any(row.sparse for row in ifx.describe(again))
+    assert same_logits(adapted, again)
+
+
+def test_a_larger_vocabulary_is_saved(tmp_path):
+    write(tmp_path / "m", config(tie_word_embeddings=True))
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "m")
+    model.resize_token_embeddings(70, mean_resizing=False)
+    model.save_pretrained(tmp_path / "saved")
+    again = AutoModelForCausalLM.from_pretrained(tmp_path / "saved")
+    assert again.config.vocab_size == 70
+    assert same_logits(model, again)
