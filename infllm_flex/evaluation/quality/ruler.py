@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import importlib.util
 import io
 import logging
+import random
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -57,27 +59,38 @@ def judge_ruler(
 def _evaluate(
     settings: QualitySettings, network: Any, model: Path, length: int, seed: int
 ) -> dict[str, list[dict[str, Any]]]:
-    from lm_eval import simple_evaluate
+    from lm_eval.evaluator import evaluate
     from lm_eval.models.huggingface import HFLM
 
     logging.getLogger("lm_eval").setLevel(logging.ERROR)
     judge = settings.judge
+    base = settings.run.folder / "base"  # whose tokenizer all models have
     with contextlib.redirect_stdout(io.StringIO()):
-        found = simple_evaluate(
-            model=HFLM(
+        found = evaluate(
+            lm=HFLM(
                 pretrained=network,
                 tokenizer=load_tokenizer(model),
                 max_length=network.config.max_position_embeddings,
                 batch_size=1,
             ),
-            tasks=list(judge.ruler_tasks),
+            task_dict=_prompts(judge.ruler_tasks, length, str(base), seed),
             limit=judge.ruler_items,
             bootstrap_iters=0,
-            random_seed=seed,
-            metadata={"max_seq_lengths": [length], "tokenizer": str(model)},
         )
     samples: dict[str, list[dict[str, Any]]] = found["samples"]
     return {task: sorted(some, key=lambda s: s["doc_id"]) for task, some in samples.items()}
+
+
+@functools.cache
+def _prompts(tasks: tuple[str, ...], length: int, tokenizer: str, seed: int) -> Any:
+    """The tasks with their prompts, made once for all models: it takes longer than to answer."""
+    import numpy
+    from lm_eval.tasks import TaskManager
+
+    random.seed(seed)
+    numpy.random.seed(seed)
+    manager = TaskManager(metadata={"max_seq_lengths": [length], "tokenizer": tokenizer})
+    return manager.load(list(tasks))
 
 
 @contextlib.contextmanager

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import importlib.metadata
 import os
 import shutil
@@ -116,6 +117,10 @@ class Workshop:
                 self.say(f"{part.name} skipped: {reason}")
                 skipped.add(part.name)
                 return True
+            finally:
+                gc.collect()  # a model that was trained is in a cycle with its own forward
+                if self.device.type == "cuda":
+                    torch.cuda.empty_cache()
             self.folder.finish(part, {**result, "environment": self._environment()})
             self.say(f"{part.name} done in {time.perf_counter() - started:.0f} s")
             return True
