@@ -1,0 +1,154 @@
+#!/usr/bin/env python3
+"""Measure what sparse settings keep of dense attention's quality on a pretrained model.
+
+    scripts/quality.py --config configs/quality_smollm2_16k.yaml [section.key=value ...]
+
+The base is tuned densely, with every sparse setting, and with two controls that see as many tokens
+without a choice, all on the same samples; then each model answers the same questions. A table, a
+CSV and a plot show what is kept. Every finished part is kept: the same command goes on after an
+interruption. Processes may share the folder, each with a GPU of its own (CUDA_VISIBLE_DEVICES):
+each takes parts that no other has; --parts limits one to some. Exit status: 0 done, 1 failed, 2
+settings that cannot be used, 128 + signal stopped.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import signal
+import sys
+import threading
+import warnings
+from types import FrameType
+
+from infllm_flex.evaluation.quality import base, text
+from infllm_flex.evaluation.quality.parts import Folder, Part
+from infllm_flex.evaluation.quality.plan import BASE, TEXT, chosen, plan
+from infllm_flex.evaluation.quality.plot import plot_quality
+from infllm_flex.evaluation.quality.report import report
+from infllm_flex.evaluation.quality.results import gather, write_table
+from infllm_flex.evaluation.quality.settings import QualitySettings
+from infllm_flex.evaluation.quality.work import StoppedError, Workshop, longest
+from infllm_flex.strict_yaml import ConfigError, build_dataclass, load_yaml
+from infllm_flex.training.loop import TrainingDivergedError
+from infllm_flex.training.parallel import pick_device
+
+
+def main() -> int:
+    """Run the command; returns its exit status."""
+    warnings.showwarning = lambda message, *_, **__: say(f"warning: {message}")
+    options = parse_arguments()
+    try:
+        settings = build_dataclass(QualitySettings, load_yaml(options.config, options.overrides))
+        parts = plan(settings)
+        wanted = chosen(parts, options.parts.split(",")) if options.parts else parts
+        folder = Folder(settings.run.folder)
+        folder.check(parts)
+        if options.list:
+            print("\n".join(f"{state(folder, part):8}{part.name}" for part in parts))
+            return 0
+        source = check_inputs(settings, folder, {part.name: part for part in parts})
+        device = pick_device(settings.run.device)
+    except ValueError as error:
+        print(error if isinstance(error, ConfigError) else f"error: {error}", file=sys.stderr)
+        return 2
+    stop_on_signals(options.max_seconds)
+    skipped: list[Part] = []
+    try:
+        skipped = Workshop(settings, device, source, say).do(wanted, parts)
+    except StoppedError as stopped:
+        print(stopped, file=sys.stderr)
+        return stopped.status
+    except (ValueError, OSError, RuntimeError, TrainingDivergedError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    show(settings, folder, parts, skipped)
+    return 0
+
+
+def parse_arguments() -> argparse.Namespace:
+    """The command line."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--config", required=True, metavar="FILE")
+    parser.add_argument("overrides", nargs="*", metavar="section.key=value")
+    parser.add_argument(
+        "--parts",
+        metavar="NAMES",
+        help="do these and what they need only: names with commas between them, * for any text, "
+        "as train:dense:0,judge:dense:0:*",
+    )
+    parser.add_argument("--list", action="store_true", help="show all parts and stop")
+    parser.add_argument(
+        "--max-seconds", type=float, metavar="N", help="stop after so long, as Ctrl-C does"
+    )
+    return parser.parse_args()
+
+
+def state(folder: Folder, part: Part) -> str:
+    """Whether a part is done."""
+    return "done" if folder.result(part) is not None else "to do"
+
+
+def check_inputs(
+    settings: QualitySettings, folder: Folder, parts: dict[str, Part]
+) -> base.Source | None:
+    """Refuse a base or a text that cannot be used, before any work.
+
+    Returns:
+        Where the base lies; None where it is in the folder already.
+    """
+    if folder.result(parts[TEXT]) is None:
+        text.find_folders(settings.text)
+    if folder.result(parts[BASE]) is not None:
+        source = base.Source(settings.run.folder / "base", None)
+        base.check(settings.base, source, longest(settings))
+        return None
+    source = base.find(settings.base)
+    base.check(settings.base, source, longest(settings))
+    return source
+
+
+def stop_on_signals(max_seconds: float | None) -> None:
+    """Make Ctrl-C and SIGTERM end the part that is worked on, also when the time is up."""
+
+    def stop(number: int, frame: FrameType | None) -> None:
+        raise StoppedError(number)
+
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, stop)
+    if max_seconds is not None:
+        timer = threading.Timer(max_seconds, os.kill, (os.getpid(), signal.SIGTERM))
+        timer.daemon = True
+        timer.start()
+
+
+def show(settings: QualitySettings, folder: Folder, parts: list[Part], skipped: list[Part]) -> None:
+    """Print the tables, and write the CSV and the plot, of all that is done."""
+    results = gather(settings, folder, parts)
+    print(report(results), flush=True)
+    left = [part.name for part in parts if folder.result(part) is None]
+    if left:
+        print(f"\n{len(left)} of {len(parts)} parts are not done, {left[0]} the first of them")
+    for part in skipped:
+        print(f"skipped: {part.name}")
+    if not results.found:
+        return
+    write_table(results, settings.run.table)
+    print(f"\nCSV: {settings.run.table}")
+    try:
+        plot_quality(results, settings.run.plot)
+    except ImportError:
+        print("no plot: pip install 'infllm-flex[plot]'")
+    else:
+        print(f"Plot: {settings.run.plot}")
+
+
+def say(line: str) -> None:
+    """Tell the user how it goes."""
+    print(line, file=sys.stderr, flush=True)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
