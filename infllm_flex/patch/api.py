@@ -4,16 +4,17 @@ from __future__ import annotations
 
 import logging
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, TypeVar
 
 from torch import nn
 
 from infllm_flex.patch import ladder
+from infllm_flex.patch.dense_blocks import inside_block
 from infllm_flex.patch.heads import check_kv_heads
 from infllm_flex.patch.ladder import Found
-from infllm_flex.patch.layer import PatchedLayer, get_layer
+from infllm_flex.patch.layer import get_layer
 from infllm_flex.patch.modules import Names, resolve_modules
 from infllm_flex.patch.probe import Example, watch_example
 from infllm_flex.patch.refusals import (
@@ -93,7 +94,7 @@ def patch_model(
 
 
 def _watch_densely(model: nn.Module, example: Example) -> dict[nn.Module, str | None]:
-    with _densely(ladder.patched_layers(model).values()):
+    with inside_block(ladder.patched_layers(model).values()):
         return watch_example(model, example)
 
 
@@ -123,6 +124,10 @@ def unpatch_model(model: _Model) -> _Model:
 def dense(model: nn.Module) -> Iterator[None]:
     """Attend as before patching inside the block, whatever the length. Blocks may be nested.
 
+    It holds for the thread that opened it. What activation checkpointing recomputes in a backward
+    pass, in whatever thread or block, attends as it did in the forward. Where a checkpoint is
+    around compiled layers, keep the backward pass in the same block as the forward.
+
     Args:
         model: A patched model.
 
@@ -134,20 +139,8 @@ def dense(model: nn.Module) -> Iterator[None]:
     layers = list(ladder.patched_layers(model).values())
     if not layers:
         raise ValueError(f"{type(model).__name__} is not patched: it is dense already")
-    with _densely(layers):
+    with inside_block(layers):
         yield
-
-
-@contextmanager
-def _densely(layers: Iterable[PatchedLayer]) -> Iterator[None]:
-    layers = list(layers)
-    for layer in layers:
-        layer.dense_depth += 1
-    try:
-        yield
-    finally:
-        for layer in layers:
-            layer.dense_depth -= 1
 
 
 def _log_decisions(model: nn.Module, layers: Mapping[str, Found]) -> None:

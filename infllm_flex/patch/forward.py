@@ -21,7 +21,15 @@ from torch import Tensor, nn
 _Answer = TypeVar("_Answer")
 _GIVEN = ("attention_mask", "position_ids", "cu_seq_lens_q", "cu_seq_lens_k")
 _ATTRIBUTE = "infllm_forward"
-_running = threading.local()
+
+
+class _Running(threading.local):
+    def __init__(self) -> None:
+        # There in every thread from the start: a graph of one thread serves all others.
+        self.forward: Forward | None = None
+
+
+_running = _Running()
 
 
 class Forward:
@@ -92,7 +100,7 @@ def _nothing() -> None:
 
 def current_forward() -> Forward | None:
     """The innermost forward that runs in this thread."""
-    return getattr(_running, "forward", None)
+    return _running.forward
 
 
 def is_backward() -> bool:

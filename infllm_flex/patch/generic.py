@@ -54,7 +54,7 @@ def members(original: Any) -> dict[str, Any]:
 
     def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
         layer = layer_of(self)
-        if layer.dense_depth > 0:
+        if layer.is_inside_block():
             return original.forward(self, *args, **kwargs)
         return run_intercepted(layer, original.__name__, original.forward, self, *args, **kwargs)
 

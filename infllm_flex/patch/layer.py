@@ -10,6 +10,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from infllm_flex.config import InfLLMConfig
+from infllm_flex.patch.dense_blocks import DenseBlocks, Switchable
 
 _ATTRIBUTE = "infllm_layer"
 NOT_PATCHED = "not patched"  # why a layer is left that nobody asked to be sparse
@@ -20,7 +21,7 @@ LayerAttend = Callable[[int], Attend]
 
 
 @dataclass
-class PatchedLayer:
+class PatchedLayer(Switchable):
     """The settings of one attention layer.
 
     It holds no tensor and no back reference, and lives in the module's ``__dict__``: checkpoints
@@ -35,7 +36,8 @@ class PatchedLayer:
         reads_positions: Whether this layer checks ``position_ids`` on behalf of all others.
         was_packed_by_model: Whether it was ever trained on documents that only the model around it
             was told of.
-        dense_depth: Number of ``dense`` blocks the layer is inside.
+        blocks: The ``dense`` blocks that the layer is inside, in each thread.
+        num_blocks: Their number in all threads.
         way: How the layer is reached.
         query_heads: Query heads of the whole layer, where the model says; None elsewhere.
         kv_heads: Key/value heads before the model expands them to the query heads, alike.
@@ -48,7 +50,8 @@ class PatchedLayer:
     left: str | None = None
     reads_positions: bool = True
     was_packed_by_model: bool = False
-    dense_depth: int = 0
+    blocks: DenseBlocks = field(default_factory=DenseBlocks, compare=False)
+    num_blocks: int = 0
     way: str = "transformers"
     query_heads: int | None = None
     kv_heads: int | None = None
@@ -56,8 +59,13 @@ class PatchedLayer:
     attend: Attend | None = None
 
     def __deepcopy__(self, memo: dict[int, Any]) -> PatchedLayer:
-        # A copy made inside a block has no block that would ever end it.
-        return dataclasses.replace(self, dense_depth=0, attend=None)
+        return dataclasses.replace(self, **_outside_blocks())
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**vars(self), **_outside_blocks(), "blocks": None}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        vars(self).update(state, blocks=DenseBlocks())
 
     def ever_attends_sparsely(self, capacity: int) -> bool:
         """Whether a sequence of at most ``capacity`` keys may be sparse here."""
@@ -65,7 +73,12 @@ class PatchedLayer:
 
     def attends_densely(self, length: int) -> bool:
         """Whether the layer does what it did before patching, at ``length`` keys."""
-        return self.left is not None or self.dense_depth > 0 or self.config.is_dense(length)
+        return self.left is not None or self.config.is_dense(length) or self.is_inside_block()
+
+
+def _outside_blocks() -> dict[str, Any]:
+    """What a copy is made with: no block would ever end for it."""
+    return {"blocks": DenseBlocks(), "num_blocks": 0, "attend": None}
 
 
 def get_layer(module: nn.Module) -> PatchedLayer | None:
@@ -80,7 +93,8 @@ def set_layer(module: nn.Module, layer: PatchedLayer) -> None:
         setattr(module, _ATTRIBUTE, layer)
     else:
         # The same object: a block around this call holds on to it, to end it.
-        vars(existing).update(vars(layer), dense_depth=existing.dense_depth, attend=existing.attend)
+        kept = {name: getattr(existing, name) for name in _outside_blocks()}
+        vars(existing).update({**vars(layer), **kept})
 
 
 def remove_layer(module: nn.Module) -> None:

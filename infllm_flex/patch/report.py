@@ -82,7 +82,7 @@ def _row(name: str, layer: PatchedLayer | None, left: str | None) -> LayerRow:
         return LayerRow(name, way, False, f"{left}: left as it was")
     if layer is None:
         return LayerRow(name, "", False, "dense: not patched")
-    if layer.dense_depth > 0:
+    if layer.is_inside_block():
         return LayerRow(name, way, False, "dense: inside infllm_flex.dense()")
     config = layer.config
     status = (

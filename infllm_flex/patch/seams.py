@@ -126,7 +126,7 @@ def _torchtitan_members(original: Any) -> dict[str, Any]:
     def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
         # Its tensors are [B, H, S, D] or [B, S, H, D], by version: the call inside knows.
         layer = layer_of(self)
-        if layer.dense_depth > 0:
+        if layer.is_inside_block():
             return inner(self, *args, **kwargs)
         return run_intercepted(layer, original.__name__, inner, self, *args, **kwargs)
 
