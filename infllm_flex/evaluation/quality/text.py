@@ -7,7 +7,7 @@ import json
 import sys
 import sysconfig
 from array import array
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -128,16 +128,21 @@ def _roots(settings: TextSettings) -> list[Path]:
 
 def _write(folder: Path, settings: TextSettings, encoding: ModelTokenizer) -> None:
     parts = {"train": _Part(), "held_out": _Part()}
-    read = 0
     known: set[bytes] = set()
+    waiting: list[tuple[_Part, list[str]]] = []
+    read, size = 0, 0
     for source in find_folders(settings):
         held_out = _hash(source.name) % 100 < settings.held_out_percent
-        name = "held_out" if held_out else "train"
         texts = list(_texts(source.files, known))
-        parts[name].add(texts, encoding)
-        read += sum(map(len, texts))
+        waiting.append((parts["held_out" if held_out else "train"], texts))
+        characters = sum(map(len, texts))
+        read, size = read + characters, size + characters
+        if size >= _AT_ONCE:
+            _encode(waiting, encoding)
+            waiting, size = [], 0
         if read >= settings.characters:
             break
+    _encode(waiting, encoding)
     for name, part in parts.items():
         if len(part.starts) < 2:
             raise TextError(
@@ -158,14 +163,18 @@ class _Part:
         self.tokens: list[bytes] = []
         self.starts = array("q", [0])
 
-    def add(self, texts: list[str], encoding: ModelTokenizer) -> None:
-        size = 0
-        for some in _in_portions(texts):
-            for tokens in encoding.encode(some):
-                self.tokens.append(tokens)
-                size += len(tokens) // encoding.dtype.itemsize
+    def add(self, texts: Sequence[bytes], token_size: int) -> None:
+        self.tokens += texts
+        size = sum(map(len, texts)) // token_size
         if size:
             self.starts.append(self.starts[-1] + size)
+
+
+def _encode(waiting: list[tuple[_Part, list[str]]], encoding: ModelTokenizer) -> None:
+    """Encode the folders that wait in one call."""
+    encoded = iter(encoding.encode([text for _, texts in waiting for text in texts]))
+    for part, texts in waiting:
+        part.add([next(encoded) for _ in texts], encoding.dtype.itemsize)
 
 
 def _texts(files: Iterable[Path], known: set[bytes]) -> Iterator[str]:
@@ -179,19 +188,6 @@ def _texts(files: Iterable[Path], known: set[bytes]) -> Iterator[str]:
         if _SHORTEST <= len(text) <= _LONGEST and digest not in known:
             known.add(digest)
             yield f"# {path.parent.name}/{path.name}\n{text}\n"
-
-
-def _in_portions(texts: list[str]) -> Iterator[list[str]]:
-    some: list[str] = []
-    size = 0
-    for text in texts:
-        some.append(text)
-        size += len(text)
-        if size >= _AT_ONCE:
-            yield some
-            some, size = [], 0
-    if some:
-        yield some
 
 
 def _hash(name: str) -> int:

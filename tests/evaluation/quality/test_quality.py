@@ -6,6 +6,7 @@ import csv
 import importlib.util
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -118,6 +119,37 @@ def test_an_interrupted_run_goes_on_where_it_was(config):
     assert "train:fine:0" in begun
     assert not any("window" in name for name in begun)
     assert "parts are not done" in out
+
+
+@pytest.mark.slow
+def test_a_training_that_is_stopped_is_saved_and_goes_on(config, tmp_path):
+    more = ("tuning.steps=80", "--parts", "train:dense:0")
+    process = start(config, *more)
+    metrics = tmp_path / "run" / "models" / "dense-0" / "metrics.jsonl"
+    deadline = time.monotonic() + 120
+    while not (metrics.exists() and metrics.read_text()):
+        assert process.poll() is None, process.communicate()
+        assert time.monotonic() < deadline
+        time.sleep(0.1)
+    process.send_signal(signal.SIGINT)
+    _, err = process.communicate(timeout=60)
+    assert process.returncode == 128 + signal.SIGINT, err
+    (saved,) = (metrics.parent / "checkpoints").glob("step*")
+    assert 10 <= int(re.search(r"\d+", saved.name)[0]) < 80
+    status, _, err = run(config, *more)
+    assert status == 0, err
+    steps = [json.loads(line)["step"] for line in metrics.read_text().splitlines()]
+    assert steps == list(range(10, 81, 10))
+    assert not (metrics.parent / "checkpoints").exists()
+
+
+def test_what_cannot_be_done_here_is_skipped_with_a_word(config):
+    added = ("judge.groups=[ruler]", "judge.ruler_lengths=[256]")
+    status, out, err = run(config, *added, "--parts", "judge:dense:0:ruler")
+    assert status == 0, err
+    if "skipped" in err:  # without lm-eval
+        assert "pip install 'infllm-flex[quality]'" in err
+        assert "skipped: judge:dense:0:ruler" in out
 
 
 def test_processes_that_share_a_folder_do_each_part_once(config):
