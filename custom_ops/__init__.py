@@ -6,6 +6,7 @@ from custom_ops.attend_cached_blocks import attend_cached_blocks
 from custom_ops.compress_keys import compress_keys
 from custom_ops.redo_special_heads import redo_special_heads
 from custom_ops.select_blocks import select_blocks
+from custom_ops.select_blocks_pooled import select_blocks_pooled
 from custom_ops.select_cached_blocks import select_cached_blocks
 from custom_ops.share_blocks import share_blocks
 from custom_ops.tile_blocks import tile_blocks
@@ -19,6 +20,7 @@ __all__ = [
     "compress_keys",
     "redo_special_heads",
     "select_blocks",
+    "select_blocks_pooled",
     "select_cached_blocks",
     "share_blocks",
     "tile_blocks",

@@ -17,6 +17,7 @@ from torch import Tensor
 # widths take other paths as soon as threads share them.
 COLUMNS = 64
 _INVISIBLE = -1.0  # ranks below every score, since scores are sums of exponentials
+_LARGEST = 1e38  # of a dot product: what lies beyond ranks like it
 _FEW_LISTS = 64
 _FIRST, _NEVER = torch.iinfo(torch.int64).max, torch.iinfo(torch.int64).min
 
@@ -40,7 +41,7 @@ class Rule(NamedTuple):
     """What decides a choice beside queries and keys."""
 
     windows: Windows
-    coarse_windows: Windows
+    coarse_windows: Windows | None  # None: one query per group, which needs no normaliser
     block_size: int
     init_blocks: int
     local_blocks: int
@@ -95,6 +96,34 @@ def pool_to_blocks(weights: Tensor, num_blocks: int, rule: Rule) -> Tensor:
     padded = F.pad(weights, (overlap, missing), value=_INVISIBLE)
     scores = F.max_pool1d(padded, per_block + overlap, per_block)
     return scores[..., :num_blocks].float()
+
+
+def rank_blocks(logits: Tensor, positions: range, num_blocks: int, rule: Rule) -> Tensor:
+    """Score blocks by the best dot product of one query with their windows, which do not overlap.
+
+    Overwrites ``logits``. One query needs no normaliser: dot products order its blocks as their
+    softmax would. ``pick_best`` orders non-negative floats by their bits, so each product becomes
+    the non-negative float of its rank: its lowest bit is dropped, and the rest keeps the order.
+
+    Args:
+        logits: float32 ``[..., T, C']``.
+        positions: Of the T queries.
+        num_blocks: How many blocks to score.
+        rule: Windows and blocks.
+
+    Returns:
+        float32 ``[..., T, num_blocks]``; negative where no window of a block is visible. A nan
+        ranks below every number.
+    """
+    logits.nan_to_num_(nan=-_LARGEST, posinf=_LARGEST, neginf=-_LARGEST)
+    _hide_unseen(logits.unsqueeze(-2), positions, rule.windows, -torch.inf)
+    per_block = rule.block_size // rule.windows.stride
+    missing = max(0, num_blocks * per_block - logits.shape[-1])
+    padded = F.pad(logits, (0, missing), value=-torch.inf)
+    best = F.max_pool1d(padded, per_block, per_block)[..., :num_blocks].float()
+    bits = best.clamp(-_LARGEST, _LARGEST).view(torch.int32)
+    rank = ((bits ^ (bits >> 31 & 0x7FFFFFFF)) >> 1) + (1 << 30)
+    return rank.view(torch.float32).masked_fill(best == -torch.inf, _INVISIBLE)
 
 
 def pick_best(scores: Tensor, positions: range, K: int, rule: Rule) -> Tensor:

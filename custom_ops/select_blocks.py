@@ -12,6 +12,7 @@ from custom_ops.block_scores import (
     list_all,
     pick_best,
     pool_to_blocks,
+    rank_blocks,
     weigh_windows,
 )
 from custom_ops.transforms import register_vmap
@@ -76,7 +77,7 @@ def select_blocks(
     Source: arXiv 2509.24663, section 3; stage 1 of OpenBMB/infllmv2_cuda_impl.
     """
     B, Hq, Sq, _ = q.shape
-    _check_parts(documents, kv_len, Sq)
+    check_parts(documents, kv_len, Sq)
     Hkv = compressed.shape[1]
     K = min(num_selected, -(-kv_len // block_size))
     selected = torch.empty(B, Hkv, Sq, K, dtype=torch.int32, device=q.device)
@@ -92,9 +93,9 @@ def select_blocks(
     if documents is not None:
         selected.fill_(-1)
     for b in range(B):
-        for sequence in _sequences(documents, b, kv_len, K):
+        for sequence in list_sequences(documents, b, kv_len, K):
             for h in range(Hkv):
-                _select_in_sequence(
+                select_in_sequence(
                     grouped[b, h].transpose(0, 1),  # [Sq, G, D]
                     compressed[b, h],
                     coarse[b, h],
@@ -149,7 +150,7 @@ def _(
 ) -> Tensor:
     from custom_ops.kernels.select_blocks import launch
 
-    _check_parts(documents, kv_len, q.shape[2])
+    check_parts(documents, kv_len, q.shape[2])
     return launch(
         q,
         compressed,
@@ -168,7 +169,8 @@ def _(
     )
 
 
-def _check_parts(documents: Tensor | None, kv_len: int, num_queries: int) -> None:
+def check_parts(documents: Tensor | None, kv_len: int, num_queries: int) -> None:
+    """Raise a ValueError unless the documents' parts are equal and the queries start with one."""
     if documents is None or kv_len == 0:
         return
     count, offset = documents.shape[1], kv_len - num_queries
@@ -179,26 +181,28 @@ def _check_parts(documents: Tensor | None, kv_len: int, num_queries: int) -> Non
         )
 
 
-class _Sequence(NamedTuple):
+class Sequence(NamedTuple):
+    """A sequence of a padded or packed batch."""
+
     first: int  # position of the first token
     end: int  # and after the last
     budget: int
 
 
-def _sequences(documents: Tensor | None, b: int, kv_len: int, budget: int) -> list[_Sequence]:
+def list_sequences(documents: Tensor | None, b: int, kv_len: int, budget: int) -> list[Sequence]:
     """List the sequences of a batch row: one, or those of the table."""
     if documents is None:
-        return [_Sequence(0, kv_len, budget)]
+        return [Sequence(0, kv_len, budget)]
     parts = sorted({tuple(part) for part in documents[b].tolist()})
-    return [_Sequence(*part) for part in parts if part[0] < part[1]]
+    return [Sequence(*part) for part in parts if part[0] < part[1]]
 
 
-def _select_in_sequence(
+def select_in_sequence(
     rows: Tensor,
     compressed: Tensor,
-    coarse: Tensor,
+    coarse: Tensor | None,
     offset: int,
-    sequence: _Sequence,
+    sequence: Sequence,
     rule: Rule,
     out: Tensor,
 ) -> None:
@@ -215,7 +219,9 @@ def _select_in_sequence(
         return own.to(accumulate)
 
     fine = own_windows(compressed, rule.windows)
-    wide = own_windows(coarse, rule.coarse_windows)
+    wide = None
+    if coarse is not None and rule.coarse_windows is not None:
+        wide = own_windows(coarse, rule.coarse_windows)
     queries = slice(begin - offset, end - offset)
     chosen = out[queries, :budget]
     _select_for_head(rows[queries], fine, wide, begin - first, rule, chosen)
@@ -228,7 +234,7 @@ def tokens_per_tile(G: int) -> int:
 
 
 def _select_for_head(
-    rows: Tensor, compressed: Tensor, coarse: Tensor, first: int, rule: Rule, out: Tensor
+    rows: Tensor, compressed: Tensor, coarse: Tensor | None, first: int, rule: Rule, out: Tensor
 ) -> None:
     """Fill ``out [Sq, K]`` for queries ``rows [Sq, G, D]`` from position ``first``."""
     Sq, G, _ = rows.shape
@@ -237,9 +243,12 @@ def _select_for_head(
     end = first + Sq
     last_tile_end = -(-end // tokens) * tokens
     compressed = _pad_rows(compressed, rule.windows.scored_to(last_tile_end))
-    coarse = _pad_rows(coarse, rule.coarse_windows.scored_to(last_tile_end))
+    num_columns = len(compressed)
+    if coarse is not None and rule.coarse_windows is not None:
+        coarse = _pad_rows(coarse, rule.coarse_windows.scored_to(last_tile_end))
+        num_columns += len(coarse)
     # Kept from tile to tile: fresh pages for each would cost as much as the products.
-    scratch = compressed.new_empty(tokens * G * (len(compressed) + len(coarse)))
+    scratch = compressed.new_empty(tokens * G * num_columns)
     for start in range(first // tokens * tokens, end, tokens):
         lo, hi = max(start, first), min(start + tokens, end)
         if (hi - 1) // rule.block_size < K:  # every block up to the query's own fits
@@ -249,10 +258,15 @@ def _select_for_head(
         kept = slice(lo - start, hi - start)
         tile[kept] = rows[lo - first : hi - first]
         positions = range(start, start + tokens)
-        weights = _score_windows(
-            tile.mul_(rule.scale), compressed, coarse, positions, rule, scratch
-        )
-        scores = pool_to_blocks(weights, positions[-1] // rule.block_size + 1, rule)
+        num_blocks = positions[-1] // rule.block_size + 1
+        if coarse is None:
+            logits = _multiply(tile, compressed, rule.windows, positions, scratch)[:, 0]
+            scores = rank_blocks(logits, positions, num_blocks, rule)
+        else:
+            weights = _score_windows(
+                tile.mul_(rule.scale), compressed, coarse, positions, rule, scratch
+            )
+            scores = pool_to_blocks(weights, num_blocks, rule)
         out[lo - first : hi - first] = pick_best(scores[kept], range(lo, hi), K, rule)
 
 
@@ -269,12 +283,19 @@ def _score_windows(
     scratch: Tensor,
 ) -> Tensor:
     """Weigh the windows visible to a tile ``[T, G, D]``, summed over its group: ``[T, C']``."""
+    assert rule.coarse_windows is not None
+    logits = _multiply(tile, compressed, rule.windows, positions, scratch)
+    rest = scratch[logits.numel() :]
+    coarse_logits = _multiply(tile, coarse, rule.coarse_windows, positions, rest)
+    return weigh_windows(logits, coarse_logits, positions, rule)
+
+
+def _multiply(
+    tile: Tensor, keys: Tensor, windows: Windows, positions: range, scratch: Tensor
+) -> Tensor:
+    """Multiply ``tile [T, G, D]`` with the ``keys`` that it sees, into ``scratch``: [T, G, C']."""
     T, G, D = tile.shape
-    q = tile.view(T * G, D)
-    num_coarse = rule.coarse_windows.scored_to(positions[-1])
-    num_fine = rule.windows.scored_to(positions[-1])
-    logits = scratch[: T * G * num_fine].view(T * G, num_fine)
-    torch.mm(q, compressed[:num_fine].t(), out=logits)
-    coarse_logits = scratch[logits.numel() :][: T * G * num_coarse].view(T * G, num_coarse)
-    torch.mm(q, coarse[:num_coarse].t(), out=coarse_logits)
-    return weigh_windows(logits.view(T, G, -1), coarse_logits.view(T, G, -1), positions, rule)
+    C = windows.scored_to(positions[-1])
+    logits = scratch[: T * G * C].view(T * G, C)
+    torch.mm(tile.view(T * G, D), keys[:C].t(), out=logits)
+    return logits.view(T, G, C)

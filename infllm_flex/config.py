@@ -11,6 +11,7 @@ from typing import Any
 
 _LSE_CHOICES = ("coarse", "exact")
 _ENGINE_CHOICES = ("auto", "flex", "fused")
+_SCORE_DTYPE_CHOICES = ("same", "float8")
 _LARGEST = 2**31 - 1  # block and token indices are int32
 
 
@@ -33,6 +34,12 @@ class InfLLMConfig:
             keys' own, ``"exact"``.
         engine: Attention over the selected blocks by ``"flex"`` (compiled FlexAttention),
             ``"fused"`` (the ``attend_blocks`` operator), or ``"auto"``.
+        pool_queries: Score blocks with the mean of the group's queries instead of with each
+            query: a block scores its best dot product of that mean with a compressed key. One
+            product per group instead of one per head pays for windows as short as one key.
+            Windows must not overlap; ``lse`` has no effect, since one query needs no normaliser.
+        score_dtype: The dtype in which pooled queries and compressed keys are multiplied:
+            ``"same"`` as the keys, or ``"float8"`` (e4m3).
 
     Raises:
         ValueError: A value has the wrong type or is impossible; the message names key and value.
@@ -50,6 +57,8 @@ class InfLLMConfig:
     use_nope: bool = False
     lse: str = "coarse"
     engine: str = "auto"
+    pool_queries: bool = False
+    score_dtype: str = "same"
 
     def __post_init__(self) -> None:
         self._check_integer("kernel_stride", minimum=1)
@@ -59,10 +68,12 @@ class InfLLMConfig:
         self._check_integer("window_size", minimum=0)
         self._check_integer("topk", minimum=1)
         self._check_integer("dense_len", minimum=-1)
-        if not isinstance(self.use_nope, bool):
-            raise ValueError(f"use_nope must be true or false, got {self.use_nope!r}")
+        for key in ("use_nope", "pool_queries"):
+            if not isinstance(getattr(self, key), bool):
+                raise ValueError(f"{key} must be true or false, got {getattr(self, key)!r}")
         self._check_choice("lse", _LSE_CHOICES)
         self._check_choice("engine", _ENGINE_CHOICES)
+        self._check_choice("score_dtype", _SCORE_DTYPE_CHOICES)
         self._check_multiple("kernel_size", "kernel_stride")
         self._check_multiple("block_size", "kernel_stride")
         self._check_multiple("window_size", "block_size")
@@ -70,6 +81,18 @@ class InfLLMConfig:
             raise ValueError(
                 f"topk must be at least init_blocks + 1 = {self.init_blocks + 1}, "
                 f"so that the forced blocks fit the budget, got {self.topk}"
+            )
+        self._check_pooling()
+
+    def _check_pooling(self) -> None:
+        if self.pool_queries and self.kernel_size != self.kernel_stride:
+            raise ValueError(
+                f"pool_queries takes windows that do not overlap: kernel_size must be "
+                f"kernel_stride = {self.kernel_stride}, got {self.kernel_size}"
+            )
+        if self.score_dtype != "same" and not self.pool_queries:
+            raise ValueError(
+                f"score_dtype must be same where pool_queries is false, got {self.score_dtype!r}"
             )
 
     def _check_integer(self, key: str, minimum: int) -> None:

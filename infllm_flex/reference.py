@@ -34,6 +34,8 @@ def score_blocks(query: Tensor, key: Tensor, config: InfLLMConfig, *, scale: flo
     Returns:
         float64 ``[Sq, Nkv]``; -inf where no window of the block is visible.
     """
+    if config.pool_queries:
+        return _score_pooled(query, key, config)
     G, Sq, _ = query.shape
     Skv = len(key)
     size, stride = config.kernel_size, config.kernel_stride
@@ -59,6 +61,27 @@ def score_blocks(query: Tensor, key: Tensor, config: InfLLMConfig, *, scale: flo
             for block in range(first, min(last + 1, scores.shape[1])):
                 scores[s, block] = max(scores[s, block].item(), w)
     return scores
+
+
+def _score_pooled(query: Tensor, key: Tensor, config: InfLLMConfig) -> Tensor:
+    """Score blocks by the group's mean query: its best dot product with a window of the block."""
+    size, block_size = config.kernel_size, config.block_size
+    pooled, compressed = query.double().mean(0), compress_keys(key, size, size)
+    if config.score_dtype == "float8":
+        exponent = torch.frexp(pooled.abs().amax(-1, keepdim=True)).exponent
+        pooled, compressed = _as_float8(pooled * 2.0 ** (8 - exponent)), _as_float8(compressed)
+    Sq, Skv = len(pooled), len(key)
+    scores = torch.full((Sq, math.ceil(Skv / block_size)), -torch.inf, dtype=torch.float64)
+    for s in range(Sq):
+        for j, window in enumerate(compressed):
+            if size * (j + 1) - 1 <= Skv - Sq + s:
+                block = size * j // block_size
+                scores[s, block] = max(scores[s, block].item(), float(window @ pooled[s]))
+    return scores
+
+
+def _as_float8(x: Tensor) -> Tensor:
+    return x.clamp(-448, 448).to(torch.float8_e4m3fn).double()
 
 
 def is_forced(block: int, own: int, config: InfLLMConfig) -> bool:

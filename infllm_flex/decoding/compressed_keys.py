@@ -42,6 +42,8 @@ class CompressedKeys:
     """
 
     def __init__(self, config: InfLLMConfig, key: Tensor) -> None:
+        if config.pool_queries:
+            raise NotImplementedError("pool_queries is not served in decoding yet")
         self.config = config
         self.capacity = key.shape[2]
         self.compressed = _allocate(key, config.kernel_size, config.kernel_stride)

@@ -17,6 +17,7 @@ _POINTERS = {
     torch.float32: "*fp32",
     torch.float16: "*fp16",
     torch.bfloat16: "*bf16",
+    torch.float8_e4m3fn: "*fp8e4nv",
     torch.int32: "*i32",
     torch.int64: "*i64",
 }
@@ -55,6 +56,7 @@ def record_launches(
 
     from custom_ops.kernels import attend_blocks, descriptors
     from custom_ops.kernels import capability as asked
+    from custom_ops.kernels.select_blocks import pooled
 
     launches: dict[str, Launch] = {}
 
@@ -66,7 +68,7 @@ def record_launches(
 
     with monkeypatch.context() as patch:
         patch.setattr(triton.runtime.JITFunction, "run", run)
-        for module in (asked, attend_blocks, descriptors):
+        for module in (asked, attend_blocks, descriptors, pooled):
             patch.setattr(module, "compute_capability", lambda _: capability)
         call()
     return list(launches.values())

@@ -35,6 +35,7 @@ _WAITING_SPILLS = 32
 _ADA_SPILLS = 16  # of kernels that spill nothing on sm_80, whose instructions are the same
 
 FLOAT, HALF, BRAIN = torch.float32, torch.float16, torch.bfloat16
+EIGHT = torch.float8_e4m3fn
 
 
 def _meta(*shape: int, dtype: torch.dtype) -> torch.Tensor:
@@ -59,6 +60,13 @@ def _select(
     )
     windows = (size, 16, 4 * size, 64)
     launch(q, compressed, coarse, S, *windows, block_size, 1, 2048 // block_size, 96, D**-0.5)
+
+
+def _select_pooled(dtype: torch.dtype, D: int, window: int = 1, S: int = 8192) -> None:
+    from custom_ops.kernels.select_blocks.pooled import launch
+
+    q, keys = _meta(1, 2, S, D, dtype=dtype), _meta(1, 2, S // window, D, dtype=dtype)
+    launch(q, keys, S, window, 64, 1, 4, 96)
 
 
 def _select_documents(dtype: torch.dtype, D: int, G: int) -> None:
@@ -168,6 +176,14 @@ def _compile(launch: Launch, capability: int) -> Resources:
         pytest.param(_select, (BRAIN, 128, 16, 1 << 20), marks=pytest.mark.slow),
         (_select_documents, (BRAIN, 128, 16)),
         (_select_documents, (HALF, 80, 7)),
+        (_select_pooled, (BRAIN, 128)),
+        (_select_pooled, (BRAIN, 64)),
+        (_select_pooled, (HALF, 256)),
+        (_select_pooled, (EIGHT, 128)),
+        (_select_pooled, (EIGHT, 64, 4)),
+        (_select_pooled, (EIGHT, 256)),
+        (_select_pooled, (FLOAT, 128)),
+        (_select_pooled, (EIGHT, 80, 1, 1 << 18)),  # picks from a few segments
         (_tile, (1,)),
         (_tile, (8,)),
         (_tile, (32,)),

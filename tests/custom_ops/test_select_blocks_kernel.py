@@ -190,14 +190,14 @@ def test_a_row_is_the_same_in_any_company(
     for rows in (slice(0, 1), slice(3, 9), slice(22, 23)):
         assert torch.equal(select(slice(0, 1), rows), everything[:1, :, rows])
     for limit in (1, 30_000):
-        monkeypatch.setattr(kernels, "_SCORE_BYTES", limit)
+        monkeypatch.setattr(kernels, "SCORE_BYTES", limit)
         monkeypatch.setattr(kernels, "_LSE_BYTES", limit)
         assert torch.equal(select(slice(None), slice(0, S)), everything)
 
 
 def test_workspace_stays_within_its_bound(monkeypatch: pytest.MonkeyPatch) -> None:
     made = []
-    monkeypatch.setattr(kernels, "_SCORE_BYTES", 20_000)
+    monkeypatch.setattr(kernels, "SCORE_BYTES", 20_000)
     monkeypatch.setattr(kernels, "_LSE_BYTES", 20_000)
     workspace = kernels._workspace
     monkeypatch.setattr(kernels, "_workspace", lambda *a: made.append(workspace(*a)) or made[-1])

@@ -1,7 +1,7 @@
 """Triton kernels of ``select_blocks``, run over chunks of queries within a fixed workspace."""
 
 import math
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 import triton
@@ -10,13 +10,12 @@ from torch import Tensor
 from custom_ops.kernels.capability import knows_gluon
 from custom_ops.kernels.descriptors import describe, describe_strided, has_boxes
 from custom_ops.kernels.select_blocks.lse import lse_kernel
-from custom_ops.kernels.select_blocks.pick import SEGMENT, pick_kernel
+from custom_ops.kernels.select_blocks.pick import SEGMENT
+from custom_ops.kernels.select_blocks.picking import Picker, divide_into_parts
 from custom_ops.kernels.select_blocks.scores import score_kernel
+from custom_ops.kernels.select_blocks.workspace import MAX_BLOCKS, SCORE_BYTES, chunk, split
 
-_SCORE_BYTES = 176 << 20
 _LSE_BYTES = 64 << 20
-_MAX_BLOCKS = 1 << 14  # a row's scores live in the registers of at most 32 warps
-_MIN_PROGRAMS = 1024  # several per multiprocessor: below that, columns are split among programs
 
 
 def launch(
@@ -39,9 +38,9 @@ def launch(
     B, _, Sq, _ = q.shape
     Hkv = compressed.shape[1]
     num_blocks = triton.cdiv(kv_len, block_size)
-    if num_blocks > _MAX_BLOCKS:
+    if num_blocks > MAX_BLOCKS:
         raise NotImplementedError(
-            f"select_blocks handles at most {_MAX_BLOCKS} blocks on CUDA, got {num_blocks}: "
+            f"select_blocks handles at most {MAX_BLOCKS} blocks on CUDA, got {num_blocks}: "
             f"use a larger block_size"
         )
     K = min(num_selected, num_blocks)
@@ -57,74 +56,42 @@ def launch(
     slots = triton.next_power_of_2(per_block + before)
     tile = _tile(q, Hkv, slots)
     tokens, tile_rows = tile["TOKENS"], tile["HEADS"] * tile["TOKENS"]
-    parts = _parts(documents, kv_len, offset, tokens)
-    table = out if documents is None else documents.contiguous()
+    parts = divide_into_parts(documents, kv_len, offset, tokens)
+    documents = None if documents is None else documents.contiguous()
+    table = out if documents is None else documents
     rule = {"BLOCK_SIZE": block_size, "PART": parts.size, "PART_ROWS": parts.rows}
-    picking = {
-        **rule,
-        "INIT_BLOCKS": init_blocks,
-        "LOCAL_BLOCKS": local_blocks,
-        "BLOCK_K": triton.next_power_of_2(num_selected),
-    }
 
     # Of the last block, which is never scored if it is local, the boxes may lack some windows.
     strided = before == 0 and local_blocks > 0 and compressed.shape[2] >= per_block
     strided = strided and _can_stride(q, compressed, tile)
     step_blocks = 64 if strided else tile["BLOCK_N"] // slots
-    taken = _taken_segments(num_selected - local_blocks - 1, init_blocks, step_blocks)
-
-    def listed(rows: range) -> int:
-        """Count the blocks that some of the rows see, up to a power of two."""
-        visible = (offset + rows.stop - 1) // block_size + 1 if documents is None else num_blocks
-        return max(128, triton.next_power_of_2(visible))
-
-    def segments(rows: range) -> int:
-        """How many segments the rows' blocks are picked from: of long rows a few; 0, all."""
-        return taken if 2 * taken * SEGMENT.value <= listed(rows) else 0
-
-    def pick(scores: Tensor, bests: Tensor, heads: range, rows: range, columns: int) -> None:
-        N = listed(rows) if columns else 16  # nothing scored, nothing to choose
-        picked = segments(rows) if columns else 0
-        width = max(N // SEGMENT.value, picked * SEGMENT.value) if picked else N
-        # For more rows side by side. On one H100 with 8 KV heads 104 registers take 1.09 instead of
-        # 0.98 ms at 64K tokens, where no segments are picked, and 24.6 instead of 22.4 at 512K.
-        registers = (88 if picked else 72) if width <= 1024 else 128
-        pick_kernel[(len(heads) * len(rows),)](
-            scores,
-            bests,
-            out,
-            table,
-            heads.start,
-            rows.start,
-            rows.stop,
-            offset,
-            columns,
-            Sq,
-            K,
-            Hkv,
-            parts.count,
-            parts.first,
-            **picking,
-            TAKEN=picked,
-            N=N,
-            num_warps=max(1, width // 1024),
-            maxnreg=registers,
-        )
+    picker = Picker(
+        out,
+        documents,
+        parts,
+        offset,
+        num_blocks,
+        block_size,
+        init_blocks,
+        local_blocks,
+        num_selected,
+        keeps_bests=step_blocks % SEGMENT.value == 0,
+    )
 
     all_heads = range(B * Hkv)
     num_rows, first_scored = parts.total, 0
     if documents is None:  # else only the device knows which rows take every block
         num_rows, first_scored = Sq, min(max(num_selected * block_size - offset, 0), Sq)
     if first_scored:
-        pick(out, out, all_heads, range(first_scored), 0)
+        picker.pick(out, out, all_heads, range(first_scored), 0)
     if first_scored == num_rows:
         return out
 
     columns = (kv_len - 1) // block_size - local_blocks
     columns = max(64, triton.cdiv(columns, 64) * 64)  # rows start aligned, for wide loads
     num_tiles = triton.cdiv(num_rows - first_scored, tokens)
-    step_heads, step_tiles = _chunk(
-        _SCORE_BYTES, 4 * (columns + columns // SEGMENT.value) * tokens, B * Hkv, num_tiles
+    step_heads, step_tiles = chunk(
+        SCORE_BYTES, 4 * (columns + columns // SEGMENT.value) * tokens, B * Hkv, num_tiles
     )
     lse_chunks = max(1, _LSE_BYTES // (4 * tile_rows * step_heads * step_tiles))
     span_tiles = min(step_tiles * lse_chunks, num_tiles)
@@ -161,8 +128,8 @@ def launch(
     for head in range(0, B * Hkv, step_heads):
         heads = all_heads[head : head + step_heads]
         for row in range(first_scored, num_rows, step_tiles * tokens):
-            chunk = (row - first_scored) // (step_tiles * tokens) % lse_chunks
-            if chunk == 0:  # many chunks at once: a chunk alone would not fill the device
+            turn = (row - first_scored) // (step_tiles * tokens) % lse_chunks
+            if turn == 0:  # many chunks at once: a chunk alone would not fill the device
                 span = range(num_rows)[row : row + span_tiles * tokens]
                 lse_kernel[(triton.cdiv(len(span), tokens) * len(heads),)](
                     q,
@@ -192,7 +159,7 @@ def launch(
                 )
             rows = range(num_rows)[row : row + step_tiles * tokens]
             programs = triton.cdiv(len(rows), tokens) * len(heads)
-            splits, split_blocks = _split(columns, programs)
+            splits, split_blocks = split(columns, programs)
             score[(programs * splits,)](
                 q,
                 compressed,
@@ -212,7 +179,7 @@ def launch(
                 columns,
                 split_blocks,
                 splits,
-                chunk * step_tiles,
+                turn * step_tiles,
                 triton.cdiv(len(span), tokens),
                 factor,
                 Hkv,
@@ -220,22 +187,11 @@ def launch(
                 parts.first,
                 LOCAL_BLOCKS=local_blocks,
                 TAIL=tail,
-                SEGMENT=SEGMENT.value if segments(rows) else 0,
+                SEGMENT=SEGMENT.value if picker.count_segments(rows) else 0,
                 **scoring,
             )
-            pick(scores, bests, heads, rows, columns)
+            picker.pick(scores, bests, heads, rows, columns)
     return out
-
-
-def _taken_segments(room: int, init_blocks: int, step_blocks: int) -> int:
-    """How many segments of a long row hold the ``room`` best blocks, up to a power of two.
-
-    0 where the scores come in steps that are no whole segments.
-    """
-    if step_blocks % SEGMENT.value:
-        return 0
-    forced = triton.cdiv(init_blocks, SEGMENT.value)
-    return triton.next_power_of_2(max(room - init_blocks, 0) + forced + 1)
 
 
 def _can_stride(q: Tensor, compressed: Tensor, tile: dict[str, int]) -> bool:
@@ -261,37 +217,8 @@ def _choose_strided(tile: dict[str, int]) -> dict[str, int | None]:
     }
 
 
-class _Parts(NamedTuple):
-    """The equal parts of the positions that a table of documents tells about; no part, all 0."""
-
-    count: int
-    size: int
-    rows: int  # whole tiles, so that no tile holds two documents; some rows then have no query
-    first: int  # the part of the first query
-
-    @property
-    def total(self) -> int:
-        """Rows of all parts from the first query's on."""
-        return (self.count - self.first) * self.rows
-
-
-def _parts(documents: Tensor | None, kv_len: int, offset: int, tokens: int) -> _Parts:
-    if documents is None:
-        return _Parts(0, 0, 0, 0)
-    count = documents.shape[1]
-    size = kv_len // count
-    return _Parts(count, size, triton.cdiv(size, tokens) * tokens, offset // size)
-
-
 def _workspace(like: Tensor, *shape: int) -> Tensor:
     return torch.empty(shape, dtype=torch.float32, device=like.device)
-
-
-def _chunk(limit: int, tile_bytes: int, num_heads: int, num_tiles: int) -> tuple[int, int]:
-    """Choose how many heads, and how many tiles of each, are scored within ``limit`` bytes."""
-    budget = max(1, limit // tile_bytes)
-    heads = min(num_heads, budget)
-    return heads, min(num_tiles, budget // heads)
 
 
 def _tile(q: Tensor, Hkv: int, slots: int) -> dict[str, int]:
@@ -316,12 +243,3 @@ def _tile(q: Tensor, Hkv: int, slots: int) -> dict[str, int]:
         "num_warps": warps,
         "num_stages": stages,
     }
-
-
-def _split(columns: int, programs: int) -> tuple[int, int]:
-    """Cut the blocks among programs: enough of them at any length, long runs where they abound."""
-    splits = max(
-        triton.cdiv(columns, 512), min(triton.cdiv(columns, 64), _MIN_PROGRAMS // programs)
-    )
-    split_blocks = triton.cdiv(triton.cdiv(columns, splits), 64) * 64
-    return triton.cdiv(columns, split_blocks), split_blocks

@@ -1,0 +1,138 @@
+import itertools
+
+import pytest
+import torch
+
+from custom_ops import select_blocks_pooled
+from infllm_flex import reference
+from infllm_flex import select_blocks as select_for
+from infllm_flex.selection import compress_for_pooled, pool_queries
+from tests.inputs import make_qkv, small_config
+
+SHAPES = [
+    pytest.param({"S": 200, "B": 2}, id="aligned"),
+    pytest.param({"S": 205, "Sq": 70, "Hq": 6, "D": 24}, id="last_queries"),
+    pytest.param({"S": 205, "Sq": 1, "Hq": 7, "Hkv": 1}, id="one_query"),
+    pytest.param({"S": 1, "Hq": 1, "Hkv": 1}, id="one_token"),
+]
+
+
+def pooled_config(window=1, **overrides):
+    windows = {"kernel_size": window, "kernel_stride": window}
+    return small_config(pool_queries=True, **windows, **overrides)
+
+
+@pytest.mark.parametrize("score_dtype", ["same", "float8"])
+@pytest.mark.parametrize("window", [1, 4])
+@pytest.mark.parametrize("shape", SHAPES)
+def test_chooses_what_the_reference_chooses(shape, window, score_dtype):
+    config = pooled_config(window, score_dtype=score_dtype)
+    q, k, _ = make_qkv(**shape)
+    expected = reference.select_blocks(q, k, config, scale=0.25)
+    assert torch.equal(select_for(q, k, config, scale=0.25), expected)
+
+
+def test_with_one_head_to_a_group_and_the_exact_normaliser_it_is_the_method_without_pooling():
+    q, k, _ = make_qkv(405, Hq=2)
+    plain = small_config(kernel_size=4, lse="exact")
+    assert torch.equal(select_for(q, k, pooled_config(4)), select_for(q, k, plain))
+
+
+def test_finds_a_single_key_that_a_window_of_eight_hides():
+    """The query matches one key; its neighbours point the other way."""
+    _, k, _ = make_qkv(405, Hkv=1)
+    q = torch.zeros(1, 4, 405, 16)
+    q[..., 0] = 1.0
+    k[0, 0, :, 0] = 0.0
+    k[0, 0, 96:112, 0] = -1.0
+    k[0, 0, 101, 0] = 5.0
+    fine = select_for(q, k, pooled_config(window_size=0, topk=2))
+    coarse = select_for(q, k, small_config(window_size=0, topk=2))
+    assert fine[0, 0, -1].tolist() == [0, 25]  # the first and the own block: the budget is forced
+    fine = select_for(q, k, pooled_config(window_size=0, topk=3))
+    coarse = select_for(q, k, small_config(window_size=0, topk=3))
+    assert 6 in fine[0, 0, -1].tolist()
+    assert 6 not in coarse[0, 0, -1].tolist()
+
+
+def test_a_row_depends_on_nothing_but_its_past():
+    config = pooled_config(score_dtype="float8")
+    q, k, _ = make_qkv(405, B=3, Hq=6)
+    whole = select_for(q, k, config)
+    assert torch.equal(select_for(q[1:2], k[1:2], config), whole[1:2]), "batch"
+    assert torch.equal(select_for(q[:, :3], k[:, :1], config), whole[:, :1]), "heads"
+    for end in (130, 257, 404):
+        shorter = select_for(q[:, :, :end], k[:, :, :end], config)
+        K = shorter.shape[-1]
+        assert torch.equal(shorter, whole[:, :, :end, :K]), "later tokens"
+        for begin in (0, 1, 100, end - 1):
+            chunk = select_for(q[:, :, begin:end], k[:, :, :end], config)
+            assert torch.equal(chunk, shorter[:, :, begin:]), "chunk"
+
+
+@pytest.mark.parametrize("factor", [2.0**-9, 2.0**40])
+def test_the_length_of_a_query_does_not_matter(factor):
+    q, k, _ = make_qkv(405)
+    for score_dtype in ("same", "float8"):
+        config = pooled_config(score_dtype=score_dtype)
+        assert torch.equal(select_for(q * factor, k, config), select_for(q, k, config))
+
+
+def test_zero_queries_and_huge_keys_still_choose():
+    config = pooled_config(score_dtype="float8", window_size=0, topk=4)
+    q, k, _ = make_qkv(205)
+    assert select_for(q * 0, k, config)[0, 0, -1].tolist() == [0, 1, 2, 12]
+    assert (select_for(q, k * 1e6, config) >= 0).any()
+
+
+def test_a_nan_changes_no_row_before_it_and_no_other_head():
+    config = pooled_config()
+    q, k, _ = make_qkv(205)
+    poisoned = k.clone()
+    poisoned[0, 1, 150] = torch.nan
+    clean, after = select_for(q, k, config), select_for(q, poisoned, config)
+    assert torch.equal(after[:, 0], clean[:, 0])
+    assert torch.equal(after[:, 1, :150], clean[:, 1, :150])
+    assert ((after >= -1) & (after <= 12)).all()
+
+
+@pytest.mark.parametrize("packed", [True, False])
+def test_sequences_choose_as_if_alone(packed):
+    config = pooled_config(score_dtype="float8")
+    q, k, _ = make_qkv(405, Hq=6)
+    bounds = [0, 170, 171, 405]
+    if packed:
+        chosen = select_for(q, k, config, cu_seqlens=torch.tensor(bounds, dtype=torch.int32))
+    else:
+        mask = torch.zeros(1, 405, dtype=torch.int64)
+        mask[:, 171:] = 1
+        chosen, bounds = select_for(q, k, config, attention_mask=mask), [171, 405]
+    for begin, end in itertools.pairwise(bounds):
+        alone = select_for(q[:, :, begin:end], k[:, :, begin:end], config)
+        assert torch.equal(chosen[:, :, begin:end, : alone.shape[-1]], alone)
+        assert (chosen[:, :, begin:end, alone.shape[-1] :] == -1).all()
+
+
+PARTS = torch.tensor([[[0, 60, 5], [0, 60, 5], [64, 80, 5], [0, 0, 0]]], dtype=torch.int32)
+
+
+@pytest.mark.parametrize("documents", [None, PARTS])
+def test_is_registered_right(documents):  # the checks themselves know no float8
+    config = pooled_config()
+    q, k, _ = make_qkv(128)
+    args = (pool_queries(q, 2, config), compress_for_pooled(k, config), 128, 1, 16, 1, 2, 5)
+    torch.library.opcheck(torch.ops.infllm_flex.select_blocks_pooled.default, (*args, documents))
+
+
+def test_compiles_as_one_graph():
+    q, k, _ = make_qkv(205)
+    config = pooled_config(score_dtype="float8")
+    compiled = torch.compile(lambda q, k: select_for(q, k, config), fullgraph=True)
+    assert torch.equal(compiled(q, k), select_for(q, k, config))
+
+
+def test_refuses_parts_that_do_not_fit():
+    q, k, _ = make_qkv(80)
+    documents = torch.zeros(1, 3, 3, dtype=torch.int32)
+    with pytest.raises(ValueError, match="got 3 parts and queries from position 0"):
+        select_blocks_pooled(q[:, :2], k, 80, 1, 16, 1, 2, 5, documents)
