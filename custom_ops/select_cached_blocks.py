@@ -138,13 +138,13 @@ def score_blocks(
     tile = tile.reshape(Hkv, T * G, D).to(torch.promote_types(rows.dtype, torch.float32))
     tile = tile * rule.scale
     split = (Hkv, T, G, -1)
-    logits = _multiply(tile, compressed, rule.windows.scored_to(last)).reshape(split)
-    coarse_logits = _multiply(tile, coarse, rule.coarse_windows.scored_to(last)).reshape(split)
+    logits = multiply(tile, compressed, rule.windows.scored_to(last)).reshape(split)
+    coarse_logits = multiply(tile, coarse, rule.coarse_windows.scored_to(last)).reshape(split)
     weights = weigh_windows(logits, coarse_logits, positions, rule)
     return pool_to_blocks(weights, last // rule.block_size + 1, rule)
 
 
-def _multiply(tile: Tensor, keys: Tensor, C: int) -> Tensor:
+def multiply(tile: Tensor, keys: Tensor, C: int) -> Tensor:
     """Multiply ``tile [Hkv, M, D]`` with the first C of ``keys [Hkv, _, D]``: ``[Hkv, M, C]``.
 
     Each row has the bits that it has in a whole tile of `select_blocks`, if C is made of whole

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 import custom_ops
+from custom_ops.pool_queries import round_to_float8
 from infllm_flex.batches import lay_out_batch
 from infllm_flex.config import InfLLMConfig
 
@@ -86,7 +87,7 @@ def choose_blocks(
     query, key = query.detach(), key.detach()
     if config.pool_queries:
         return custom_ops.select_blocks_pooled(
-            pool_queries(query, key.shape[1], config),
+            custom_ops.pool_queries(query, key.shape[1], config.score_dtype == "float8"),
             compress_for_pooled(key, config),
             kv_len=key.shape[2],
             window=config.kernel_size,
@@ -120,29 +121,6 @@ def choose_blocks(
     )
 
 
-def pool_queries(query: Tensor, num_kv_heads: int, config: InfLLMConfig) -> Tensor:
-    """Average the queries of each group, in the dtype that scores are computed in.
-
-    A query's blocks are ordered by its dot products, whatever its length: for ``"float8"`` it is
-    scaled by a power of two, so that nothing overflows and little underflows.
-
-    Args:
-        query: ``[B, Hq, Sq, D]``.
-        num_kv_heads: ``Hkv``.
-        config: Sparsity settings; ``score_dtype`` counts.
-
-    Returns:
-        ``[B, Hkv, Sq, D]``, contiguous.
-    """
-    accumulate = torch.promote_types(query.dtype, torch.float32)
-    pooled = query.unflatten(1, (num_kv_heads, -1)).mean(2, dtype=accumulate)
-    if config.score_dtype == "same":
-        return pooled.to(query.dtype)
-    largest = pooled.abs().amax(-1, keepdim=True)
-    exponent = torch.frexp(largest).exponent  # largest < 2 ** exponent
-    return _to_float8(torch.ldexp(pooled, 8 - exponent))
-
-
 def compress_for_pooled(key: Tensor, config: InfLLMConfig) -> Tensor:
     """Make the compressed keys that pooled queries are multiplied with.
 
@@ -155,13 +133,7 @@ def compress_for_pooled(key: Tensor, config: InfLLMConfig) -> Tensor:
     """
     if config.kernel_size > 1:
         key = custom_ops.compress_keys(key, config.kernel_size, config.kernel_stride)
-    return key if config.score_dtype == "same" else _to_float8(key)
-
-
-def _to_float8(x: Tensor) -> Tensor:
-    """Round to e4m3, which has no infinity: what lies beyond its largest number becomes that."""
-    largest = torch.finfo(torch.float8_e4m3fn).max
-    return x.clamp(-largest, largest).to(torch.float8_e4m3fn)
+    return key if config.score_dtype == "same" else round_to_float8(key)
 
 
 def default_scale(query: Tensor) -> float:

@@ -54,7 +54,7 @@ def record_launches(
     """
     import triton
 
-    from custom_ops.kernels import attend_blocks, descriptors
+    from custom_ops.kernels import attend_blocks, descriptors, pool_queries
     from custom_ops.kernels import capability as asked
     from custom_ops.kernels.select_blocks import pooled
 
@@ -68,7 +68,7 @@ def record_launches(
 
     with monkeypatch.context() as patch:
         patch.setattr(triton.runtime.JITFunction, "run", run)
-        for module in (asked, attend_blocks, descriptors, pooled):
+        for module in (asked, attend_blocks, descriptors, pool_queries, pooled):
             patch.setattr(module, "compute_capability", lambda _: capability)
         call()
     return list(launches.values())

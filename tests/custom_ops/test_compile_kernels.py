@@ -69,6 +69,20 @@ def _select_pooled(dtype: torch.dtype, D: int, window: int = 1, S: int = 8192) -
     launch(q, keys, S, window, 64, 1, 4, 96)
 
 
+def _pool(dtype: torch.dtype, D: int, G: int, float8: bool) -> None:
+    from custom_ops.kernels.pool_queries import launch
+
+    launch(_meta(1, 2 * G, 4096, D, dtype=dtype), 2, float8)
+
+
+def _cached_pooled(dtype: torch.dtype, D: int, G: int, n: int, float8: bool) -> None:
+    from custom_ops.kernels.select_cached_blocks.pooled import launch
+
+    q, k = _meta(1, 2 * G, n, D, dtype=dtype), _meta(1, 2, 32768, D, dtype=dtype)
+    ends = [_meta(1, dtype=torch.int64) for _ in range(2)]
+    launch(q, k, *ends, 1, 64, 1, 4, 96, 8192, 128, float8)
+
+
 def _select_documents(dtype: torch.dtype, D: int, G: int) -> None:
     from custom_ops.kernels.select_blocks import launch
 
@@ -184,6 +198,13 @@ def _compile(launch: Launch, capability: int) -> Resources:
         (_select_pooled, (EIGHT, 256)),
         (_select_pooled, (FLOAT, 128)),
         (_select_pooled, (EIGHT, 80, 1, 1 << 18)),  # picks from a few segments
+        (_pool, (BRAIN, 128, 16, True)),
+        (_pool, (HALF, 80, 3, False)),
+        (_cached_pooled, (BRAIN, 128, 16, 1, True)),
+        (_cached_pooled, (BRAIN, 64, 3, 1, False)),
+        (_cached_pooled, (HALF, 256, 4, 5, True)),
+        (_cached_pooled, (FLOAT, 128, 3, 1, False)),
+        (_cached_pooled, (FLOAT, 256, 4, 5, True)),
         (_tile, (1,)),
         (_tile, (8,)),
         (_tile, (32,)),

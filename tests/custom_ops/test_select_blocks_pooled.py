@@ -3,10 +3,10 @@ import itertools
 import pytest
 import torch
 
-from custom_ops import select_blocks_pooled
+from custom_ops import pool_queries, select_blocks_pooled
 from infllm_flex import reference
 from infllm_flex import select_blocks as select_for
-from infllm_flex.selection import compress_for_pooled, pool_queries
+from infllm_flex.selection import compress_for_pooled
 from tests.inputs import make_qkv, small_config
 
 SHAPES = [
@@ -120,7 +120,7 @@ PARTS = torch.tensor([[[0, 60, 5], [0, 60, 5], [64, 80, 5], [0, 0, 0]]], dtype=t
 def test_is_registered_right(documents):  # the checks themselves know no float8
     config = pooled_config()
     q, k, _ = make_qkv(128)
-    args = (pool_queries(q, 2, config), compress_for_pooled(k, config), 128, 1, 16, 1, 2, 5)
+    args = (pool_queries(q, 2, False), compress_for_pooled(k, config), 128, 1, 16, 1, 2, 5)
     torch.library.opcheck(torch.ops.infllm_flex.select_blocks_pooled.default, (*args, documents))
 
 

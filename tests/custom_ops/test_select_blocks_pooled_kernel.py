@@ -22,7 +22,9 @@ from tests.custom_ops.harness import (
 )
 
 require_kernels()
-pytestmark = pytest.mark.filterwarnings("ignore:.* encountered in:RuntimeWarning")  # by numpy
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:.* encountered:RuntimeWarning"),  # by numpy
+]
 
 from custom_ops.kernels.select_blocks import pooled as kernels  # noqa: E402
 
