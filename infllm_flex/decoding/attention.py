@@ -44,7 +44,7 @@ def decode_attention(
     check_query_and_key(query, key)
     scale = default_scale(query) if scale is None else scale
     keys = compressed_keys
-    if query.shape[2] == 1 and is_plain_on_cpu(query):
+    if query.shape[2] == 1 and is_plain_on_cpu(query) and not keys.config.pool_queries:
         return decode_step(
             query,
             key,
@@ -56,7 +56,7 @@ def decode_attention(
             **_rule(keys),
             scale=scale,
         )
-    selected = select_cached(query, keys, capacity=key.shape[2], scale=scale)
+    selected = select_cached(query, keys, capacity=key.shape[2], scale=scale, key=key)
     return custom_ops.attend_cached_blocks(
         query,
         key,
@@ -71,7 +71,12 @@ def decode_attention(
 
 @torch.no_grad()
 def select_cached(
-    query: Tensor, compressed_keys: CompressedKeys, *, capacity: int, scale: float | None = None
+    query: Tensor,
+    compressed_keys: CompressedKeys,
+    *,
+    capacity: int,
+    scale: float | None = None,
+    key: Tensor | None = None,
 ) -> Tensor:
     """Pick the blocks of the newest tokens of each row.
 
@@ -80,6 +85,7 @@ def select_cached(
         compressed_keys: Of the cache, with these tokens appended.
         capacity: Slots of the cache, ``S``; no row is longer.
         scale: Factor on the dot products. Defaults to ``1 / sqrt(D)``.
+        key: The cache ``[B, Hkv, S, D]``, which ``pool_queries`` with ``kernel_size`` 1 scores.
 
     Returns:
         int32 ``[B, Hkv, n, W]``, counted from each row's first token, ascending, unused slots last
@@ -89,6 +95,24 @@ def select_cached(
     longest_dense = min(config.dense_len - 1, capacity)
     num_blocks = -(-capacity // config.block_size)
     width = max(min(config.num_selected, num_blocks), -(-longest_dense // config.block_size))
+    if config.pool_queries:
+        if keys.scores_keys and key is None:
+            raise ValueError("key must be the cache where kernel_size is 1, got None")
+        compressed = key.detach() if keys.scores_keys and key is not None else keys.compressed
+        return custom_ops.select_cached_blocks_pooled(
+            query.detach(),
+            compressed,
+            keys.start,
+            keys.end,
+            window=config.kernel_size,
+            block_size=config.block_size,
+            init_blocks=config.init_blocks,
+            local_blocks=config.local_blocks,
+            num_selected=config.num_selected,
+            dense_len=config.dense_len,
+            width=width,
+            float8=config.score_dtype == "float8",
+        )
     return custom_ops.select_cached_blocks(
         query.detach(),
         keys.compressed,

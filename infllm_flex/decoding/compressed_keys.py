@@ -35,23 +35,29 @@ class CompressedKeys:
         config: Sparsity settings.
         capacity: Slots of the longest cache that the windows have room for.
         compressed: ``[B, Hkv, C, D]``; the first windows count, as many as a row's length makes
-            whole.
-        coarse: ``[B, Hkv, C2, D]``, alike; ``compressed`` itself for ``lse="exact"``.
+            whole. C is 0 where the cache's own keys are scored.
+        coarse: ``[B, Hkv, C2, D]``, alike; ``compressed`` itself where it plays no part.
         start: Slot of each row's first token, int64 ``[B]``.
         end: One past the slot of each row's last token, int64 ``[B]``.
     """
 
     def __init__(self, config: InfLLMConfig, key: Tensor) -> None:
-        if config.pool_queries:
-            raise NotImplementedError("pool_queries is not served in decoding yet")
         self.config = config
         self.capacity = key.shape[2]
-        self.compressed = _allocate(key, config.kernel_size, config.kernel_stride)
+        if self.scores_keys:
+            self.compressed = key.detach().new_empty(*key.shape[:2], 0, key.shape[3])
+        else:
+            self.compressed = _allocate(key, config.kernel_size, config.kernel_stride)
         self.coarse = self.compressed
-        if config.lse == "coarse":
+        if config.lse == "coarse" and not config.pool_queries:
             self.coarse = _allocate(key, config.coarse_size, config.coarse_stride)
         self.start = torch.zeros(key.shape[0], dtype=torch.int64, device=key.device)
         self.end = torch.zeros_like(self.start)
+
+    @property
+    def scores_keys(self) -> bool:
+        """Whether blocks are chosen by the cache's own keys, of which nothing is kept here."""
+        return self.config.pool_queries and self.config.kernel_size == 1
 
     @property
     def coarse_windows(self) -> tuple[int, int]:
@@ -84,6 +90,9 @@ class CompressedKeys:
             ValueError: ``key`` has not the shape, dtype or device of the cache so far.
         """
         self._make_room(key)
+        if self.scores_keys:
+            self._count(num_new, start, end)
+            return
         key = key.detach()
         past_dispatcher(custom_ops.append_windows, key)(
             key,
@@ -99,6 +108,15 @@ class CompressedKeys:
             self.config.coarse_size,
             self.config.coarse_stride,
         )
+
+    def _count(self, num_new: int, start: Tensor | None, end: Tensor | None) -> None:
+        """Note where rows begin and end now."""
+        if start is not None:
+            self.start.copy_(start)
+        if end is not None:
+            self.end.copy_(end)
+        else:
+            self.end.add_(num_new)
 
     def _make_room(self, key: Tensor) -> None:
         """Let the windows of a cache as long as ``key`` fit."""
@@ -116,6 +134,8 @@ class CompressedKeys:
             return
         # So that a cache that grows token by token is copied seldom.
         self.capacity = max(S + _SLACK_TOKENS, self.capacity * 3 // 2)
+        if self.scores_keys:
+            return
         is_exact = self.coarse is self.compressed
         sizes = config.kernel_size, config.kernel_stride
         self.compressed = _lengthen(self.compressed, self.capacity, *sizes)

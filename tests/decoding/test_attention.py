@@ -35,22 +35,33 @@ def refer(q, k, v, config):
         return reference.attention(q.cpu(), k.cpu(), v.cpu(), config).to(q.device)
 
 
+# Ways to score blocks: by each head and the coarse or the compressed keys' normaliser, or by pooled
+# queries and single keys, those keys in float8, or windows of keys.
+SCORING = [
+    {},
+    {"lse": "exact"},
+    {"pool_queries": True, "kernel_size": 1, "kernel_stride": 1},
+    {"pool_queries": True, "kernel_size": 1, "kernel_stride": 1, "score_dtype": "float8"},
+    {"pool_queries": True, "kernel_size": 4, "kernel_stride": 4},
+]
+
+
 @pytest.mark.skipif("config.getoption('--device') != 'cpu'", reason="equal bits are the CPU's")
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=40, deadline=None)
 @given(
     length=st.integers(1, 700),
     sizes=st.lists(st.integers(1, 33), min_size=1, max_size=3),
     pad=st.integers(0, 70),
     group=st.sampled_from([1, 2, 3, 5, 8]),
     head_dim=st.sampled_from([16, 24, 64]),
-    lse=st.sampled_from(["coarse", "exact"]),
+    scoring=st.sampled_from(SCORING),
     dtype=st.sampled_from([torch.float32, torch.bfloat16]),
     seed=st.integers(0, 100),
 )
 def test_chunk_by_chunk_the_choice_is_that_of_the_full_forward(
-    length, sizes, pad, group, head_dim, lse, dtype, seed
+    length, sizes, pad, group, head_dim, scoring, dtype, seed
 ):
-    config = small_config(lse=lse)
+    config = small_config(**scoring)
     q, k, _ = make_qkv(length, Hq=2 * group, D=head_dim, dtype=dtype, seed=seed)
     whole = select_blocks(q, k, config)
     cache = torch.cat([torch.full_like(k[:, :, :1], torch.nan).expand(-1, -1, pad, -1), k], 2)
@@ -58,7 +69,7 @@ def test_chunk_by_chunk_the_choice_is_that_of_the_full_forward(
     state.append(cache, pad, start=torch.tensor([pad]))
     for begin, end in chunks_of(length, sizes):
         state.append(cache, end - begin)
-        chosen = select_cached(q[:, :, begin:end], state, capacity=cache.shape[2])
+        chosen = select_cached(q[:, :, begin:end], state, capacity=cache.shape[2], key=cache)
         expected = whole[:, :, begin:end]
         K = expected.shape[-1]
         assert torch.equal(chosen[..., :K], expected)
@@ -66,9 +77,10 @@ def test_chunk_by_chunk_the_choice_is_that_of_the_full_forward(
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("scoring", [SCORING[0], SCORING[3]], ids=["heads", "pooled"])
 @pytest.mark.parametrize("n", [1, 5])
-def test_output_is_that_of_the_reference_over_each_rows_own_tokens(n, dtype):
-    config = small_config(dense_len=100)
+def test_output_is_that_of_the_reference_over_each_rows_own_tokens(n, scoring, dtype):
+    config = small_config(dense_len=100, **scoring)
     S, pads = 230, [0, 3, 129, 229]  # sparse, sparse, one more than dense allows, one token
     q, k, v = make_qkv(S, B=4, Sq=n, dtype=dtype)
     for row, pad in enumerate(pads):

@@ -45,6 +45,24 @@ def test_generation_past_dense_len_is_the_loop_of_full_forwards(family):
 @pytest.mark.parametrize(
     "options",
     [
+        pytest.param({}, id="greedy"),
+        pytest.param({"num_beams": 3, "prefill_chunk_size": 30}, id="beams in chunks"),
+        pytest.param({"cache_implementation": "static"}, id="static"),
+    ],
+)
+@pytest.mark.parametrize("window", [1, 4])
+def test_a_cache_changes_nothing_where_queries_are_pooled(window, options):
+    windows = {"kernel_size": window, "kernel_stride": window}
+    settings = {**GROWING, **windows, "pool_queries": True, "score_dtype": "float8"}
+    model = ifx.patch_model(build(), settings)
+    ids = tokens(90)
+    expected = generate(model, ids, use_cache=False, num_beams=options.get("num_beams", 1))
+    assert torch.equal(generate(model, ids, **options), expected)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
         pytest.param({"do_sample": True, "top_k": 8, "num_return_sequences": 2}, id="sampling"),
         pytest.param({"num_beams": 3}, id="beams"),
         pytest.param({"prefill_chunk_size": 13}, id="small chunks"),
