@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 _REFERENCE = re.compile(r"(\w+)\.\w+")
+_HUB = re.compile(r"[\w.-]+/[\w.-]+")
 
 
 def copy_code(source: Path, target: Path, auto_map: Mapping[str, Any]) -> None:
@@ -25,7 +26,22 @@ def copy_code(source: Path, target: Path, auto_map: Mapping[str, Any]) -> None:
             shutil.copyfile(file, target / file.name)
 
 
+def refer_to_hub(source: str, auto_map: Mapping[str, Any]) -> dict[str, Any]:
+    """``auto_map`` for any folder: code beside a model of the hub is named with the model.
+
+    Args:
+        source: What the model has been read from; a folder changes nothing.
+        auto_map: Of its ``config.json``.
+    """
+    if Path(source).exists() or not _HUB.fullmatch(source):
+        return dict(auto_map)
+    return {name: f"{source}--{r}" if _is_beside(r) else r for name, r in auto_map.items()}
+
+
+def _is_beside(reference: object) -> bool:
+    return isinstance(reference, str) and _REFERENCE.fullmatch(reference) is not None
+
+
 def _modules(auto_map: Mapping[str, Any]) -> set[str]:
     """Names of modules beside ``config.json``; references to other repositories are none."""
-    matches = (_REFERENCE.fullmatch(r) for r in auto_map.values() if isinstance(r, str))
-    return {match[1] for match in matches if match}
+    return {reference.split(".")[0] for reference in auto_map.values() if _is_beside(reference)}

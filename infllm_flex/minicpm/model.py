@@ -8,7 +8,7 @@ from typing import Any
 from transformers.models.auto.modeling_auto import AutoModelForCausalLM
 from transformers.models.granite.modeling_granite import GraniteForCausalLM
 
-from infllm_flex.minicpm.code_files import copy_code
+from infllm_flex.minicpm.code_files import copy_code, refer_to_hub
 from infllm_flex.minicpm.config import MiniCPMConfig
 from infllm_flex.minicpm.rotary import LongRotaryEmbedding
 from infllm_flex.patch import patch_model
@@ -43,6 +43,10 @@ class MiniCPMForCausalLM(GraniteForCausalLM):
         loaded: Any = super().from_pretrained(*args, output_loading_info=True, **kwargs)
         model, info = loaded
         _check_tensors(info)
+        # Now, while it is certain whether a name of this form is a folder.
+        source, auto_map = model.config.name_or_path, getattr(model.config, "auto_map", None)
+        if source and auto_map:
+            model.config.auto_map = refer_to_hub(source, auto_map)
         if model.config.sparse_config is not None:
             patch_model(model)
         return (model, info) if output_loading_info else model
@@ -52,8 +56,8 @@ class MiniCPMForCausalLM(GraniteForCausalLM):
     ) -> None:
         """Write the model as MiniCPM has it, with the code that its ``auto_map`` names.
 
-        The code is copied for programs that run it, where the model was read from a folder that
-        has it.
+        For programs that run it: copied where the model was read from a folder that has it, named
+        with the model where that is of the hub.
 
         Args:
             save_directory: The folder.
@@ -63,7 +67,7 @@ class MiniCPMForCausalLM(GraniteForCausalLM):
         """
         super().save_pretrained(save_directory, is_main_process, *args, **kwargs)
         source, auto_map = self.config.name_or_path, getattr(self.config, "auto_map", None)
-        if is_main_process and source and auto_map:
+        if source and auto_map and is_main_process:
             copy_code(Path(source), Path(save_directory), auto_map)
 
 

@@ -8,7 +8,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, TorchAoConfig
 
 import infllm_flex as ifx
-from tests.minicpm.folders import LONGROPE, config, write
+from tests.minicpm.folders import CONFIG, LONGROPE, config, write
 
 # Settings that MiniCPM's own code takes where config.json is silent.
 IMPLIED = {"attention_bias": False, "attention_dropout": 0.0}
@@ -73,6 +73,25 @@ def test_the_code_that_auto_map_names_comes_along_and_nothing_else(tmp_path):
     }
     model.save_pretrained(tmp_path / "m")  # over what it came from
     assert (tmp_path / "m" / "modeling_minicpm.py").read_text() == copied["modeling_minicpm.py"]
+
+
+def test_code_beside_a_model_of_the_hub_is_named_with_it(tmp_path):
+    name, revision = "openbmb/MiniCPM4-8B", "0" * 40
+    cached = tmp_path / "models--openbmb--MiniCPM4-8B"
+    (cached / "refs").mkdir(parents=True)
+    (cached / "refs" / "main").write_text(revision)
+    (cached / "snapshots").mkdir()
+    write(cached / "snapshots" / revision, config())
+    offline = {"cache_dir": tmp_path, "local_files_only": True}
+    model = AutoModelForCausalLM.from_pretrained(name, **offline)
+    for _ in range(2):
+        model.save_pretrained(tmp_path / "saved")
+        written = json.loads((tmp_path / "saved" / "config.json").read_text())
+        assert written["auto_map"] == {
+            kind: f"{name}--{reference}" for kind, reference in CONFIG["auto_map"].items()
+        }
+        model = AutoModelForCausalLM.from_pretrained(tmp_path / "saved")
+    assert any(row.sparse for row in ifx.describe(model))
 
 
 def test_in_several_files_and_another_precision(tmp_path):
