@@ -49,7 +49,7 @@ class LanguageLoss(nn.Module):
             inputs: What the model is given: ``input_ids`` and what goes with them.
 
         Returns:
-            The sum in nats, float32.
+            The sum in nats, float32; with weights two of them, weighted and not, ``[2]``.
         """
         outputs = self.model.get_decoder()(**inputs)
         hidden, goals = outputs.last_hidden_state.flatten(0, 1), labels.flatten()
@@ -60,7 +60,7 @@ class LanguageLoss(nn.Module):
         rows = self._rows
         if len(hidden) <= rows:
             return self._cost(hidden, goals, factors, make)
-        total = hidden.new_zeros((), dtype=torch.float32)
+        total = hidden.new_zeros(() if weights is None else 2, dtype=torch.float32)
         for first in range(0, len(hidden), rows):
             some = slice(first, first + rows)
             part = (hidden[some], goals[some], None if factors is None else factors[some])
@@ -75,7 +75,7 @@ class LanguageLoss(nn.Module):
         if weights is None:
             return F.cross_entropy(logits, labels, reduction="sum", ignore_index=NO_LABEL)
         costs = F.cross_entropy(logits, labels, reduction="none", ignore_index=NO_LABEL)
-        return (costs * weights).sum()
+        return torch.stack([(costs * weights).sum(), costs.sum()])
 
 
 class _AsGiven(nn.Module):

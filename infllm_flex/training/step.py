@@ -37,8 +37,8 @@ def take_step(
         share: What attends where several processes share a sequence.
 
     Returns:
-        The mean cost of the batch of all processes, in nats per token, weighted where the batch
-        has weights, and the norm of its gradient.
+        The mean cost of the batch of all processes, in nats per token, whatever the weights of
+        its labels, and the norm of the gradient.
 
     Raises:
         NotFiniteError: One of the two is not finite.
@@ -56,10 +56,11 @@ def take_step(
         if weights is not None:
             weights = part_of(weights, world).to(world.device)
         with gradients_later(state.loss, number + 1 < len(passes)):
-            loss = state.loss(labels, weights, **_inputs(some, world))
+            # Of a batch with weights, the weighted sum and the plain one.
+            sums = torch.atleast_1d(state.loss(labels, weights, **_inputs(some, world)))
             # The processes' gradients are averaged, and shall be added.
-            (loss * (world.size / count)).backward()
-        total += loss.detach()
+            (sums[0] * (world.size / count)).backward()
+        total += sums[-1].detach()
     mean = float(world.sum(total) / count)
     if not math.isfinite(mean):
         raise NotFiniteError(f"the loss is {mean}")

@@ -25,8 +25,8 @@ class Batch:
             end of a document and in padding. Already shifted.
         position_ids: int64 ``[B, S]``, 0 where a document begins, so that none sees another.
             Padding is a document of its own. None where every row is one document.
-        weights: float32 ``[B, S]``, how much the cost of each label counts; None: all 1. The loss
-            is their weighted sum over the number of labels.
+        weights: float32 ``[B, S]``, how much the cost of each label counts; None: all 1. The
+            weighted sum over the number of labels is what training minimises.
     """
 
     input_ids: Tensor
