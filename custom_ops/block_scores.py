@@ -41,7 +41,7 @@ class Rule(NamedTuple):
     """What decides a choice beside queries and keys."""
 
     windows: Windows
-    coarse_windows: Windows | None  # None: one query per group, which needs no normaliser
+    coarse_windows: Windows  # of no account to one query per group, which needs no normaliser
     block_size: int
     init_blocks: int
     local_blocks: int

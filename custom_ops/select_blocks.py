@@ -220,7 +220,7 @@ def select_in_sequence(
 
     fine = own_windows(compressed, rule.windows)
     wide = None
-    if coarse is not None and rule.coarse_windows is not None:
+    if coarse is not None:
         wide = own_windows(coarse, rule.coarse_windows)
     queries = slice(begin - offset, end - offset)
     chosen = out[queries, :budget]
@@ -244,7 +244,7 @@ def _select_for_head(
     last_tile_end = -(-end // tokens) * tokens
     compressed = _pad_rows(compressed, rule.windows.scored_to(last_tile_end))
     num_columns = len(compressed)
-    if coarse is not None and rule.coarse_windows is not None:
+    if coarse is not None:
         coarse = _pad_rows(coarse, rule.coarse_windows.scored_to(last_tile_end))
         num_columns += len(coarse)
     # Kept from tile to tile: fresh pages for each would cost as much as the products.
@@ -283,7 +283,6 @@ def _score_windows(
     scratch: Tensor,
 ) -> Tensor:
     """Weigh the windows visible to a tile ``[T, G, D]``, summed over its group: ``[T, C']``."""
-    assert rule.coarse_windows is not None
     logits = _multiply(tile, compressed, rule.windows, positions, scratch)
     rest = scratch[logits.numel() :]
     coarse_logits = _multiply(tile, coarse, rule.coarse_windows, positions, rest)

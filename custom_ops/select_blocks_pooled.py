@@ -52,7 +52,8 @@ def select_blocks_pooled(
         q, compressed = q.float(), compressed.float()
     K = min(num_selected, -(-kv_len // block_size))
     selected = torch.empty(B, Hkv, Sq, K, dtype=torch.int32, device=q.device)
-    rule = Rule(Windows(window, window), None, block_size, init_blocks, local_blocks, 1.0)
+    windows = Windows(window, window)
+    rule = Rule(windows, windows, block_size, init_blocks, local_blocks, 1.0)
     if documents is not None:
         selected.fill_(-1)
     for b in range(B):

@@ -55,7 +55,8 @@ def select_cached_blocks_pooled(
     """
     B, _, n, _ = q.shape
     Hkv = compressed.shape[1]
-    rule = Rule(Windows(window, window), None, block_size, init_blocks, local_blocks, 1.0)
+    windows = Windows(window, window)
+    rule = Rule(windows, windows, block_size, init_blocks, local_blocks, 1.0)
     selected = torch.full((B, Hkv, n, width), -1, dtype=torch.int32, device=q.device)
     pooled = pool_queries(q, Hkv, float8)
     accumulate = torch.promote_types(q.dtype, torch.float32)
