@@ -40,9 +40,6 @@ _ADVICE = (
     ("keys of another model", "a drafter stays dense: patch the model that it drafts for"),
     ("indexed attention", "the model selects its keys itself: it is sparse already"),
     ("the model's own sparse indexer", "the model selects its keys itself: it is sparse already"),
-    ("values of", "sparse attention takes keys and values of one size: such a model stays dense"),
-    ("heads of", "sparse attention has no kernels for such heads: these layers stay dense"),
-    ("a position bias", "sparse attention adds nothing to its logits: such a model stays dense"),
     (
         "a forward set on the instance",
         "remove it before patching, or call infllm_flex.infllm_attention in it",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections import Counter
 
 from tests.patch.families.overrides import AS_RELEASED
@@ -33,7 +34,7 @@ def format_table(rows: list[Row]) -> str:
     """Markdown of all rows, by verdict."""
     counts = Counter(row["result"] for row in rows)
     versions = sorted({row["transformers"] for row in rows})
-    told = ", ".join(f"{counts[result]} {result}" for result, _, _ in _SECTIONS if counts[result])
+    told = ", ".join(f"{counts[r]} {title.lower()}" for r, title, _ in _SECTIONS if counts[r])
     parts = [_HEAD.format(versions=" and ".join(versions), counts=told)]
     for result, title, column in _SECTIONS:
         if counts[result]:
@@ -50,6 +51,8 @@ def _format(rows: list[Row], with_layers: bool, column: str) -> str:
     for row in rows:
         layers = [f"{row['sparse']} of {row['layers']}"] if with_layers else []
         words = row[column].replace(": left as it was", "").replace("|", "\\|")
+        words = words.removeprefix(f"{row['class']} cannot be patched: found ")
+        words = re.sub("tried the registry.*?; ", "", words)
         built = ", ".join(f"`{k}={v!r}`" for k, v in AS_RELEASED.get(row["type"], {}).items())
         words = "; ".join(filter(None, (words, built and f"built with {built}")))
         lines.append([f"`{row['type']}`", f"`{row['class']}`", *layers, words])
