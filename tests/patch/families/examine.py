@@ -117,7 +117,7 @@ def _judge(
         ifx.patch_model(model, {**EVERYTHING, "dense_len": check.settings["dense_len"]})
         theirs = [_observe(model, expect) for expect in check.expect]
         if (fault := _compare(_observe(model, check.observe), theirs, False)) is not None:
-            yield f"not asked: nor with every block selected: {fault}"
+            yield f"not asked: nor does it hold with every block selected: {fault}"
             return
         ifx.patch_model(model, check.settings)
         references = [_observe(model, expect) for expect in check.expect]
