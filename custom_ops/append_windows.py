@@ -27,9 +27,10 @@ def append_windows(
 ) -> None:
     """Take in the next ``num_new`` slots of a cache: count them, and write the windows made whole.
 
-    A window has the bits that ``compress_keys`` gives it in a row of its own. Whole windows that
-    end before the new slots are not touched, nor is anything beyond the last whole one: after a
-    cache was cropped, the windows that lost a token are written again with their last one.
+    A window has the bits that ``compress_keys`` gives it in a row of its own, of keys that were
+    cast to the dtype of ``compressed``. Whole windows that end before the new slots are not
+    touched, nor is anything beyond the last whole one: after a cache was cropped, the windows that
+    lost a token are written again with their last one.
 
     Args:
         k: Cache of keys ``[B, Hkv, S, D]``, the new ones in it.
@@ -72,7 +73,8 @@ def append_windows(
                 raise ValueError(
                     f"windows must have room for {begin + count} in row {b}, got {windows.shape[2]}"
                 )
-            tokens = k[b : b + 1, :, first + begin * stride :]
+            at = first + begin * stride
+            tokens = k[b : b + 1, :, at : at + (count - 1) * stride + size].to(windows.dtype)
             averages = average_windows(tokens, count, size, stride)
             windows[b, :, begin : begin + count] = averages[0]
 

@@ -25,7 +25,8 @@ def attend_cached_blocks(
     """Softmax attention of few queries per row over the keys of their own blocks, causally.
 
     Reads the listed blocks of the cache and nothing else: neither padding before a row, nor the
-    unused tail of a preallocated cache, nor a copy of either. Not differentiable.
+    unused tail of a preallocated cache, nor a copy of either. What is read is cast to the dtype of
+    ``q``, so that a cache of another dtype, as autocast leaves it, is not. Not differentiable.
 
     Args:
         q: Queries ``[B, Hq, n, D]``, the last ``n`` tokens of their rows.
@@ -131,9 +132,11 @@ def attend_to_lists(
         return torch.zeros_like(q)
     begins = torch.tensor([[first + block * block_size for block in one.blocks] for one in lists])
     slots = (begins[:, :, None] + torch.arange(block_size)).flatten(1)[:, :count]
-    out = F.scaled_dot_product_attention(
-        q.reshape(1, len(lists), -1, D), _gather(k, slots), _gather(v, slots), scale=scale
-    )
+    keys, values = _gather(k, slots), _gather(v, slots)
+    if not k.dtype == v.dtype == q.dtype:
+        keys, values = keys.to(q.dtype), values.to(q.dtype)
+    rows = q.reshape(1, len(lists), -1, D)
+    out = F.scaled_dot_product_attention(rows, keys, values, scale=scale)
     return out.view(Hq, D)
 
 

@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from custom_ops.transforms import is_transformed
+from infllm_flex.autocast import as_autocast
 from infllm_flex.batches import lay_out_batch
 from infllm_flex.config import InfLLMConfig
 from infllm_flex.engines import (
@@ -18,13 +19,6 @@ from infllm_flex.engines import (
 )
 from infllm_flex.layout import Layout
 from infllm_flex.selection import check_query_and_key, choose_blocks, default_scale
-
-# Asked here once: Dynamo of PyTorch 2.11 cannot trace the question.
-_AUTOCAST_DEVICES = tuple(
-    device
-    for device in ("cpu", "cuda", "xpu", "mps", "hpu")
-    if torch.amp.is_autocast_available(device)
-)
 
 
 def infllm_attention(
@@ -66,7 +60,7 @@ def infllm_attention(
 
     Source: arXiv 2509.24663, section 3.
     """
-    query, key, value = (_as_autocast(x) for x in (query, key, value))
+    query, key, value = (as_autocast(x) for x in (query, key, value))
     check_query_and_key(query, key)
     _check_value(key, value)
     layout = lay_out_batch(query, key, config, attention_mask, cu_seqlens)
@@ -95,6 +89,7 @@ def attend_in_layout(
 
     Arguments and result are those of ``infllm_attention``, which makes the ``layout`` itself.
     """
+    query, key, value = (as_autocast(x) for x in (query, key, value))
     check_query_and_key(query, key)
     _check_value(key, value)
     scale = default_scale(query) if scale is None else scale
@@ -113,15 +108,6 @@ def attend_in_layout(
         chosen = layout.move_selected(selected, config, dense_slots)
     out = _attend_sparse(q, k, v, chosen, config, scale, unit=layout.unit)
     return layout.move_back(out, q_len)
-
-
-def _as_autocast(x: Tensor) -> Tensor:
-    """Cast as SDPA casts its inputs under autocast, where rotary embeddings leave mixed dtypes."""
-    device = x.device.type
-    casts = x.is_floating_point() and x.dtype != torch.float64
-    if casts and device in _AUTOCAST_DEVICES and torch.is_autocast_enabled(device):
-        return x.to(torch.get_autocast_dtype(device))
-    return x
 
 
 def _check_value(key: Tensor, value: Tensor) -> None:

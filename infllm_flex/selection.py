@@ -7,6 +7,7 @@ from torch import Tensor
 
 import custom_ops
 from custom_ops.pool_queries import round_to_float8
+from infllm_flex.autocast import as_autocast, attention_dtype
 from infllm_flex.batches import lay_out_batch
 from infllm_flex.config import InfLLMConfig
 
@@ -47,6 +48,7 @@ def select_blocks(
 
     Source: arXiv 2509.24663, section 3.
     """
+    query, key = as_autocast(query), as_autocast(key)
     check_query_and_key(query, key)
     scale = default_scale(query) if scale is None else scale
     layout = lay_out_batch(query, key, config, attention_mask, cu_seqlens)
@@ -169,7 +171,7 @@ def check_query_and_key(query: Tensor, key: Tensor) -> None:
         raise ValueError(f"head dim must be at most {MAX_HEAD_DIM}, got {query.shape[3]}")
     if query.dtype not in _DTYPES:
         raise ValueError(f"query must be floating point, got {query.dtype}")
-    if query.dtype != key.dtype:
+    if query.dtype != key.dtype and attention_dtype(query) != attention_dtype(key):
         raise ValueError(f"query and key must have one dtype, got {query.dtype} and {key.dtype}")
     if query.device != key.device:
         raise ValueError(

@@ -47,7 +47,17 @@ def _write_windows(
         first = start + window * STRIDE
         mask = ((i < count) & (first + SIZE <= S))[:, None] & (d < D)
         column_ptr = k_ptr + head * stride_kh + d * stride_kd
-        mean = average_windows(column_ptr, first, stride_ks, mask, SIZE, STRIDE, WINDOWS, BLOCK_D)
+        mean = average_windows(
+            column_ptr,
+            first,
+            stride_ks,
+            mask,
+            windows_ptr.dtype.element_ty,
+            SIZE,
+            STRIDE,
+            WINDOWS,
+            BLOCK_D,
+        )
         out_ptr = windows_ptr + head * stride_wh + window[:, None] * stride_ws + d * stride_wd
         tl.store(out_ptr, mean, mask=mask)
 

@@ -14,12 +14,13 @@ def average_windows(
     first,
     stride_ks,
     mask,
+    DTYPE: tl.constexpr,
     KERNEL_SIZE: tl.constexpr,
     KERNEL_STRIDE: tl.constexpr,
     WINDOWS: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
-    """Average the windows that start at the tokens ``first``, in float32.
+    """Average the windows that start at the tokens ``first``, of keys in ``DTYPE``, in float32.
 
     Strides first, then the window's strides: the order of the definition, at every position.
     """
@@ -29,7 +30,7 @@ def average_windows(
         for offset in tl.range(0, KERNEL_STRIDE, loop_unroll_factor=8):
             token = first + (begin + offset)
             k = tl.load(column_ptr + token[:, None] * stride_ks, mask=mask, other=0.0)
-            stride_sum += k.to(tl.float32)
+            stride_sum += k.to(DTYPE).to(tl.float32)
         total += stride_sum
     size = tl.full([WINDOWS, BLOCK_D], KERNEL_SIZE, tl.float32)
     return tl.div_rn(total, size)
@@ -61,7 +62,15 @@ def _compress_keys_kernel(
     first = window.to(tl.int64) * KERNEL_STRIDE
     column_ptr = k_ptr + d[None, :].to(tl.int64) * stride_kd
     mean = average_windows(
-        column_ptr, first, stride_ks, mask, KERNEL_SIZE, KERNEL_STRIDE, WINDOWS, BLOCK_D
+        column_ptr,
+        first,
+        stride_ks,
+        mask,
+        k_ptr.dtype.element_ty,
+        KERNEL_SIZE,
+        KERNEL_STRIDE,
+        WINDOWS,
+        BLOCK_D,
     )
     out_row = head * C + window
     tl.store(out_ptr + out_row[:, None] * D + d[None, :], mean, mask=mask)

@@ -8,6 +8,7 @@ from torch import Tensor
 import custom_ops
 from custom_ops.decode_step import decode_step
 from custom_ops.definition import is_plain_on_cpu
+from infllm_flex.autocast import as_autocast, attention_dtype
 from infllm_flex.decoding.compressed_keys import CompressedKeys
 from infllm_flex.selection import check_query_and_key, default_scale
 
@@ -25,7 +26,8 @@ def decode_attention(
 
     What it costs grows with the compressed keys; of the cache itself only the attended blocks are
     read. Nothing waits for the device, and no shape depends on a length but ``S``: a step over a
-    preallocated cache is one graph, and can be captured in a CUDA graph.
+    preallocated cache is one graph, and can be captured in a CUDA graph. Inside an autocast region
+    all is cast as SDPA casts it, the cache only where it is read.
 
     Args:
         query: ``[B, Hq, n, D]``, the last ``n`` tokens, after the rotary embedding; few at a time.
@@ -36,21 +38,26 @@ def decode_attention(
         scale: Factor on the dot products. Defaults to ``1 / sqrt(D)``.
 
     Returns:
-        ``[B, Hq, n, D]`` in the dtype of ``query``; 0 for a query on padding. Not differentiable.
+        ``[B, Hq, n, D]`` in the dtype of ``query``, or autocast's; 0 for a query on padding. Not
+        differentiable.
 
     Raises:
         ValueError: Shapes, dtypes or devices do not fit together.
     """
+    query = as_autocast(query)
     check_query_and_key(query, key)
+    if value.dtype != query.dtype and attention_dtype(value) != query.dtype:
+        raise ValueError(f"query and value must have one dtype, got {query.dtype}, {value.dtype}")
     scale = default_scale(query) if scale is None else scale
     keys = compressed_keys
     if query.shape[2] == 1 and is_plain_on_cpu(query) and not keys.config.pool_queries:
+        compressed, coarse = _windows(keys, query)
         return decode_step(
             query,
             key,
             value,
-            keys.compressed,
-            keys.coarse,
+            compressed,
+            coarse,
             keys.start,
             keys.end,
             **_rule(keys),
@@ -91,14 +98,17 @@ def select_cached(
         int32 ``[B, Hkv, n, W]``, counted from each row's first token, ascending, unused slots last
         as -1; all blocks up to its own for a query that is dense.
     """
+    query = as_autocast(query)
     keys, config = compressed_keys, compressed_keys.config
+    compressed, coarse = _windows(keys, query)
     longest_dense = min(config.dense_len - 1, capacity)
     num_blocks = -(-capacity // config.block_size)
     width = max(min(config.num_selected, num_blocks), -(-longest_dense // config.block_size))
     if config.pool_queries:
         if keys.scores_keys and key is None:
             raise ValueError("key must be the cache where kernel_size is 1, got None")
-        compressed = key.detach() if keys.scores_keys and key is not None else keys.compressed
+        if keys.scores_keys and key is not None:
+            compressed = key.detach().to(query.dtype)
         return custom_ops.select_cached_blocks_pooled(
             query.detach(),
             compressed,
@@ -115,14 +125,22 @@ def select_cached(
         )
     return custom_ops.select_cached_blocks(
         query.detach(),
-        keys.compressed,
-        keys.coarse,
+        compressed,
+        coarse,
         keys.start,
         keys.end,
         **_rule(keys),
         width=width,
         scale=default_scale(query) if scale is None else scale,
     )
+
+
+def _windows(keys: CompressedKeys, query: Tensor) -> tuple[Tensor, Tensor]:
+    """Compressed and coarse keys in the dtype of the query: autocast may have begun since."""
+    compressed, coarse = keys.compressed, keys.coarse
+    if compressed.dtype == query.dtype:
+        return compressed, coarse
+    return compressed.to(query.dtype), coarse.to(query.dtype)
 
 
 def _rule(keys: CompressedKeys) -> dict[str, int]:

@@ -12,6 +12,7 @@ import custom_ops
 from custom_ops.block_scores import COLUMNS
 from custom_ops.compress_keys import num_windows
 from custom_ops.definition import past_dispatcher
+from infllm_flex.autocast import attention_dtype
 from infllm_flex.config import InfLLMConfig
 
 # Products over the windows are as wide as a whole tile of queries sees, which may end so many
@@ -24,7 +25,8 @@ class CompressedKeys:
 
     Allocated once per capacity and written in place; all that depends on lengths is on the device,
     so that a compiled graph serves every step. After any operation the whole windows have the bits
-    that compressing the cache from scratch would give.
+    that compressing the cache from scratch would give. Made inside an autocast region, they are of
+    the keys cast as attention casts them there; the cache itself is not cast.
 
     Args:
         config: Sparsity settings.
@@ -44,8 +46,10 @@ class CompressedKeys:
     def __init__(self, config: InfLLMConfig, key: Tensor) -> None:
         self.config = config
         self.capacity = key.shape[2]
+        self._key_dtype = key.dtype
         if self.scores_keys:
-            self.compressed = key.detach().new_empty(*key.shape[:2], 0, key.shape[3])
+            shape = (*key.shape[:2], 0, key.shape[3])
+            self.compressed = key.new_empty(shape, dtype=attention_dtype(key))
         else:
             self.compressed = _allocate(key, config.kernel_size, config.kernel_stride)
         self.coarse = self.compressed
@@ -123,12 +127,12 @@ class CompressedKeys:
         have, config = self.compressed, self.config
         B, Hkv, S, D = key.shape
         if (B, Hkv, D) != (have.shape[0], have.shape[1], have.shape[3]) or (
-            key.dtype != have.dtype or key.device != have.device
+            key.dtype != self._key_dtype or key.device != have.device
         ):
             raise ValueError(
                 f"key must be [{have.shape[0]}, {have.shape[1]}, S, {have.shape[3]}], "
-                f"{have.dtype}, on {have.device} as before, got {tuple(key.shape)}, {key.dtype}, "
-                f"on {key.device}"
+                f"{self._key_dtype}, on {have.device} as before, got {tuple(key.shape)}, "
+                f"{key.dtype}, on {key.device}"
             )
         if self.capacity >= S:
             return
@@ -179,7 +183,8 @@ def _num_slots(S: int, size: int, stride: int) -> int:
 
 def _allocate(key: Tensor, size: int, stride: int) -> Tensor:
     B, Hkv, S, D = key.shape
-    return key.detach().new_zeros(B, Hkv, _num_slots(S, size, stride), D)
+    shape = (B, Hkv, _num_slots(S, size, stride), D)
+    return key.new_zeros(shape, dtype=attention_dtype(key))
 
 
 def _lengthen(windows: Tensor, capacity: int, size: int, stride: int) -> Tensor:

@@ -141,6 +141,33 @@ def test_attend_is_as_exact_as_the_definition(
     _judge_attention(_attend_case(n, dtype, **shape))
 
 
+@pytest.mark.parametrize("D", [16, 40, 256])
+@pytest.mark.parametrize("wide", [(1,), (2,), (1, 2)], ids=["keys", "values", "both"])
+def test_attend_reads_what_autocast_leaves_in_float32(wide: tuple[int, ...], D: int) -> None:
+    args = _attend_case(1, torch.float16, D=D)
+    for i in wide:
+        args[i] = args[i].float() + 1e-4  # not what half precision can hold
+    cast = [x.half() if i in wide else x for i, x in enumerate(args)]
+    assert torch.equal(attend_cached_blocks(*args), attend_cached_blocks(*cast))
+    out = run_on_device(launch_attend, *args)
+    assert out.dtype == torch.float16
+    torch.testing.assert_close(out, run_on_device(launch_attend, *cast), rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.parametrize("num_new", [4, 240])
+def test_append_casts_keys_to_the_dtype_of_the_windows(num_new: int) -> None:
+    k = make_qkv(240, B=6, dtype=torch.float32)[1]
+    start, end = (torch.tensor(x) for x in zip(*ROWS, strict=True))
+    expected = [torch.full((6, 2, C, 16), 7.0, dtype=torch.float16) for C in (60, 14)]
+    expected += [start, end - num_new]
+    ours = [x.to(DEVICE, copy=True) for x in expected]
+    rest = (None, None, num_new, 8, 4, 32, 16)
+    append_windows(k.half(), *expected, *rest)
+    launch_append(k.to(DEVICE), *ours, *rest)
+    for mine, theirs in zip(ours, expected, strict=True):
+        assert torch.equal(mine.cpu(), theirs)
+
+
 @pytest.mark.parametrize("programs", [1, 10_000])
 def test_attend_joins_any_number_of_parts(programs: int, monkeypatch: pytest.MonkeyPatch) -> None:
     from custom_ops.kernels import attend_cached_blocks as kernels

@@ -146,13 +146,19 @@ def _attend_forward(dtype: torch.dtype, D: int, G: int, tile_tokens: int) -> Non
 
 
 def _cached(
-    dtype: torch.dtype, D: int, G: int, n: int = 1, block_size: int = 64, S: int = 32768
+    dtype: torch.dtype,
+    D: int,
+    G: int,
+    n: int = 1,
+    block_size: int = 64,
+    S: int = 32768,
+    key_dtype: torch.dtype | None = None,
 ) -> None:
     from custom_ops.kernels import append_windows, attend_cached_blocks, select_cached_blocks
 
     width = 128
     q = _meta(1, 2 * G, n, D, dtype=dtype)
-    k, v = (_meta(1, 2, S, D, dtype=dtype) for _ in range(2))
+    k, v = _meta(1, 2, S, D, dtype=key_dtype or dtype), _meta(1, 2, S, D, dtype=dtype)
     windows = [_meta(1, 2, S // stride, D, dtype=dtype) for stride in (16, 64)]
     ends = [_meta(1, dtype=torch.int64) for _ in range(2)]
     selected = _meta(1, 2, n, width, dtype=torch.int32)
@@ -218,6 +224,8 @@ def _compile(launch: Launch, capability: int) -> Resources:
         (_cached, (HALF, 80, 7, 5)),
         (_cached, (HALF, 256, 1, 16)),
         (_cached, (BRAIN, 64, 4, 1, 48)),
+        (_cached, (BRAIN, 128, 16, 1, 64, 32768, FLOAT)),  # as autocast leaves a cache
+        (_cached, (HALF, 256, 4, 1, 64, 32768, FLOAT)),
         (_cached, (FLOAT, 64, 4)),
         (_cached, (FLOAT, 256, 3, 5)),
         (_redo, (BRAIN, 128, 16)),

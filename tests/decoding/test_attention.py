@@ -147,12 +147,39 @@ def test_a_step_on_the_cpu_has_the_bits_of_the_operators(length, pad, group, cha
     assert torch.equal(decode_attention(q, k, v, state), expected)
 
 
+@pytest.mark.parametrize("dtypes", [(0, 0, 0), (0, 0, 1), (1, 0, 1), (1, 1, 0)], ids=str)
 @pytest.mark.parametrize("n", [1, 3])
-def test_autocast_changes_nothing(n):
+@pytest.mark.parametrize("scoring", SCORING, ids=str)
+def test_autocast_gives_the_bits_of_inputs_cast_beforehand(n, dtypes, scoring):
+    """Rotary embeddings leave queries and keys in float32 beside values in bfloat16."""
+    config = small_config(**scoring)
+    choice = torch.float32, torch.bfloat16
+    qkv = [x.to(choice[i]) for x, i in zip(make_qkv(300, Sq=n, B=2), dtypes, strict=True)]
+    rounded = [x.bfloat16() for x in qkv]
+    state = CompressedKeys(config, rounded[1])
+    state.append(rounded[1], 300, start=torch.tensor([0, 33]))
+    expected = decode_attention(*rounded, state)
+    device = qkv[0].device.type
+    with torch.autocast(device, dtype=torch.bfloat16):
+        ours = CompressedKeys(config, qkv[1])
+        for begin in (0, 130, 137):
+            ours.append(qkv[1], {0: 130, 130: 7, 137: 163}[begin], start=torch.tensor([0, 33]))
+        assert torch.equal(ours.compressed, state.compressed)
+        assert torch.equal(decode_attention(*qkv, ours), expected)
+        with torch.autocast(device, enabled=False):
+            before = CompressedKeys(config, qkv[1])
+        before.append(qkv[1], 300)
+        whole = infllm_attention(*(x[:1] for x in qkv), config)
+        torch.testing.assert_close(decode_attention(*qkv, before)[:1], whole, rtol=0.02, atol=0.02)
+
+
+def test_dtypes_that_do_not_fit_are_refused_where_nothing_casts_them():
     config = small_config()
-    q, k, v = make_qkv(300, Sq=n)
+    q, k, v = make_qkv(300, Sq=1)
     state = CompressedKeys(config, k)
     state.append(k, 300)
-    expected = decode_attention(q, k, v, state)
-    with torch.autocast("cpu", dtype=torch.bfloat16):
-        assert torch.equal(decode_attention(q, k, v, state), expected)
+    for changed in ((q.bfloat16(), k, v), (q, k, v.bfloat16())):
+        with pytest.raises(ValueError, match="must have one dtype"):
+            decode_attention(*changed, state)
+    with pytest.raises(ValueError, match=r"key must be .* torch.float32"):
+        state.append(k.bfloat16(), 1)

@@ -41,7 +41,7 @@ def launch(
     parts = torch.empty(
         B * Hkv * n, splits, rows, block_d + 2, dtype=torch.float32, device=q.device
     )
-    wide = q.element_size() > 2
+    wide = max(x.element_size() for x in (q, k, v)) > 2
     split_kernel[(splits, n, B * Hkv)](
         q,
         k,
@@ -66,9 +66,9 @@ def launch(
         ROWS=rows,
         BLOCK_N=max(16, min(32 if wide else 64, triton.next_power_of_2(block_size))),
         BLOCK_D=block_d,
-        IN_PARTS=wide,
+        IN_PARTS=q.element_size() > 2,
         num_warps=4 if rows <= 32 else 8,
-        num_stages=_stages(q, block_d),
+        num_stages=1 if wide else _stages(q, block_d),
     )
     part = min(_PART, block_d)
     join_kernel[(G * triton.cdiv(D, part), n, B * Hkv)](
@@ -89,6 +89,4 @@ def launch(
 
 def _stages(q: Tensor, block_d: int) -> int:
     """Choose how many blocks are on their way at once; three of the widest heads take 138 KiB."""
-    if q.element_size() > 2:
-        return 1
     return 2 if block_d > 128 and has_little_shared_memory(q) else 3

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from infllm_flex.attention import attend_in_layout, infllm_attention
+from infllm_flex.autocast import as_autocast
 from infllm_flex.batches import is_recorded
 from infllm_flex.patch.head_dims import unserved_head_dims
 from infllm_flex.patch.huggingface.cache import KEYWORD, cache_layer, is_static
@@ -143,9 +144,9 @@ def _attend(
     """
     device = query.device.type
     if not query.is_meta and torch.is_autocast_enabled(device):
-        dtype = torch.get_autocast_dtype(device)
+        query, key, value = (as_autocast(x) for x in (query, key, value))
         with torch.autocast(device, enabled=False):
-            out = attend(query.to(dtype), key.to(dtype), value.to(dtype), scale)
+            out = attend(query, key, value, scale)
     else:
         out = attend(query, key, value, scale)
     return out.transpose(1, 2).contiguous(), None
