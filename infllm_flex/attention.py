@@ -84,10 +84,12 @@ def attend_in_layout(
     *,
     scale: float | None = None,
     selected: Tensor | None = None,
+    query_by_query: bool = False,
 ) -> Tensor:
     """Attend within each sequence of a padded or packed batch, densely or sparsely by its length.
 
-    Arguments and result are those of ``infllm_attention``, which makes the ``layout`` itself.
+    Arguments and result are those of ``infllm_attention``, which makes the ``layout`` itself. With
+    ``query_by_query`` the tokens of the sequence up to each query count, in place of all of them.
     """
     query, key, value = (as_autocast(x) for x in (query, key, value))
     check_query_and_key(query, key)
@@ -101,9 +103,12 @@ def attend_in_layout(
     dense_slots = -(-max(config.dense_len - 1, 0) // config.block_size)
     if selected is None:
         _refuse_nope(config)
-        documents = layout.documents(config, dense_slots=dense_slots)
+        own_slots = 0 if query_by_query else dense_slots
+        documents = layout.documents(config, dense_slots=own_slots)
         num_slots = max(config.num_selected, dense_slots)
         chosen = choose_blocks(q, k, config, scale, documents, num_slots)
+        if query_by_query:
+            chosen = layout.list_dense(chosen, config, dense_slots, query_by_query=True)
     else:
         chosen = layout.move_selected(selected, config, dense_slots)
     out = _attend_sparse(q, k, v, chosen, config, scale, unit=layout.unit)

@@ -88,6 +88,24 @@ class Layout:
         own_first = self.first_block(config.block_size, selected.shape[2])[:, None, :, None]
         selected = torch.where(selected < 0, -1, selected + own_first)
         selected = self.move_queries(selected, fill=-1)
+        return self.list_dense(selected, config, dense_slots)
+
+    def list_dense(
+        self,
+        selected: Tensor,
+        config: InfLLMConfig,
+        dense_slots: int,
+        *,
+        query_by_query: bool = False,
+    ) -> Tensor:
+        """Give every block of its past to a query that is dense, whatever was chosen.
+
+        Args:
+            selected: ``[B, Hkv, Sq', K]`` in blocks of the layout.
+            config: Sparsity settings.
+            dense_slots: Blocks that suffice for any dense query; 0 where none is.
+            query_by_query: Whether the tokens of the sequence up to a query make it dense, or all.
+        """
         if not dense_slots:
             return selected
         missing = max(0, dense_slots - selected.shape[3])
@@ -99,7 +117,8 @@ class Layout:
         block = first // config.block_size + slot
         seen = (block * config.block_size <= position) & (position < end)
         everything = torch.where(seen, block, -1)
-        return torch.where(end - first < config.dense_len, everything, selected)
+        length = position + 1 - first if query_by_query else end - first
+        return torch.where(length < config.dense_len, everything, selected)
 
     def first_block(self, block_size: int, q_len: int) -> Tensor:
         """Number, for every query, the block its sequence starts at: int32 ``[B, Sq]``."""

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from infllm_flex.attention import attend_in_layout, infllm_attention
 from infllm_flex.batches import is_recorded
+from infllm_flex.chunks import attend_chunk
 from infllm_flex.patch.causal_masks import keys_so_far, require_causal, require_equal
 from infllm_flex.patch.errors import UnsupportedModelError
 from infllm_flex.patch.forward import current_forward
@@ -97,7 +98,8 @@ def attend(layer: PatchedLayer, call: SdpaCall, kv_heads: int | None = None) -> 
     key, value = call.key[:, :, :length], call.value[:, :, :length]
     heads = regroup(layer, query, key, value, kv_heads)
     if sequences is None:
-        out = infllm_attention(heads.query, heads.key, heads.value, layer.config, scale=call.scale)
+        attend = attend_chunk if query.shape[2] < length else infllm_attention
+        out = attend(heads.query, heads.key, heads.value, layer.config, scale=call.scale)
     else:
         layout = sequences.layout(layer.config)
         out = attend_in_layout(

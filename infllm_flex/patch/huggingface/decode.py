@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from custom_ops import zero_if
-from infllm_flex.attention import infllm_attention
+from infllm_flex.chunks import attend_chunk
 from infllm_flex.config import InfLLMConfig
 from infllm_flex.decoding import decode_attention
 from infllm_flex.patch.huggingface.cache import compressed_keys_of, is_static
@@ -54,40 +54,12 @@ def attend_cached(
     if not through_state:
         padding = None if attention_mask is None else _visible(attention_mask)[:, -1]
         padding = padding if padding is None else padding.expand(query.shape[0], -1)
-        return _attend_chunk(query, key, value, padding, layer.config, scale)
+        return attend_chunk(query, key, value, layer.config, scale=scale, attention_mask=padding)
     if preallocated:
         keys = cached.infllm_state.compressed_keys
     else:
         keys = compressed_keys_of(cached, key, n, start, layer.config)
     return decode_attention(query, key, value, keys, scale=scale)
-
-
-def _attend_chunk(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    padding: Tensor | None,
-    config: InfLLMConfig,
-    scale: float | None,
-) -> Tensor:
-    """Attend from many queries at once: densely those that would be dense alone.
-
-    Where a generation turns sparse is then the same token by token, in chunks, and with drafts that
-    are checked together. Rows that are padded turn sparse with the first chunk that they cross
-    ``dense_len`` in.
-    """
-    longest = config.dense_len - 1  # of what is dense
-    num_dense = longest - (key.shape[2] - query.shape[2])
-
-    def attend(q: Tensor, S: int) -> Tensor:
-        mask = None if padding is None else padding[:, :S]
-        k, v = key[:, :, :S], value[:, :, :S]
-        return infllm_attention(q, k, v, config, scale=scale, attention_mask=mask)
-
-    if num_dense <= 0:
-        return attend(query, key.shape[2])
-    dense = attend(query[:, :, :num_dense], longest)
-    return torch.cat([dense, attend(query[:, :, num_dense:], key.shape[2])], 2)
 
 
 def follow_static(

@@ -1,0 +1,52 @@
+"""Attention from many queries over earlier keys, as if they had come one by one."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from infllm_flex.attention import attend_in_layout, infllm_attention
+from infllm_flex.batches import lay_out_padded
+from infllm_flex.config import InfLLMConfig
+
+
+def attend_chunk(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    config: InfLLMConfig,
+    *,
+    scale: float | None = None,
+    attention_mask: Tensor | None = None,
+) -> Tensor:
+    """Attend from each query densely or sparsely by its own row's tokens up to it.
+
+    A generation then turns sparse at the same token one by one, in chunks, and with drafts that
+    are checked together; a padded row at the same token as alone.
+
+    Args:
+        query: ``[B, Hq, Sq, D]``, the last tokens of the rows.
+        key: ``[B, Hkv, Skv, D]``.
+        value: ``[B, Hkv, Skv, D]``.
+        config: Sparsity settings. A query is dense iff its row holds fewer than ``dense_len``
+            tokens up to it, its own included; padding does not count.
+        scale: Factor on the dot products. Defaults to ``1 / sqrt(D)``.
+        attention_mask: ``[B, Skv]``, bool or integer, 1 for real tokens, which are one run per row.
+
+    Returns:
+        ``[B, Hq, Sq, D]``, as ``infllm_attention`` returns it.
+    """
+    q_len, kv_len = query.shape[2], key.shape[2]
+    if attention_mask is not None and not config.is_dense(kv_len):
+        layout = lay_out_padded(attention_mask, config, q_len)
+        return attend_in_layout(query, key, value, config, layout, scale=scale, query_by_query=True)
+    longest = config.dense_len - 1  # of what is dense
+    num_dense = longest - (kv_len - q_len)
+    if config.is_dense(kv_len) or num_dense <= 0:
+        return infllm_attention(
+            query, key, value, config, scale=scale, attention_mask=attention_mask
+        )
+    early = query[:, :, :num_dense], key[:, :, :longest], value[:, :, :longest]
+    dense = infllm_attention(*early, config, scale=scale)
+    late = infllm_attention(query[:, :, num_dense:], key, value, config, scale=scale)
+    return torch.cat([dense, late], 2)
