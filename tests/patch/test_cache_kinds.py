@@ -1,14 +1,15 @@
-"""Caches that hold keys in another form, or elsewhere: served from what they return, as right."""
+"""Caches that hold keys in another form, in other slots, or elsewhere: all served as right."""
 
 import pytest
 import torch
-from transformers import DynamicCache, QuantizedCache
+import transformers
+from transformers import DynamicCache, QuantizedCache, StaticCache
 from transformers.utils import is_hqq_available, is_optimum_quanto_available
 
 import infllm_flex as ifx
 from tests.patch.models import CACHE, SETTINGS, build, tokens
 
-GROWING = {**SETTINGS, "dense_len": 48}
+GROWING = {**SETTINGS, "dense_len": 48, "topk": 4}
 EVERYTHING = {**GROWING, "topk": 16}
 STEPS = 40
 
@@ -105,3 +106,39 @@ def test_an_offloaded_layer_keeps_no_room_behind():
         whole = torch.cat([tokens(90), tokens(1), tokens(1), tokens(2)], 1)
         theirs = model(whole, use_cache=False).logits[:, -2:]
     torch.testing.assert_close(ours, theirs, rtol=1e-3, atol=2e-5)
+
+
+def odd_config(family):
+    """Of models that store keys under another index than the layer's, or hand over others."""
+    names = {"hrm_text": "HrmTextConfig", "zamba": "ZambaConfig", "jetmoe": "JetMoeConfig"}
+    kind = getattr(transformers, names[family], None)
+    if kind is None:
+        pytest.skip("a version of transformers without it")
+    sizes = {"vocab_size": 64, "hidden_size": 64, "intermediate_size": 64, "num_hidden_layers": 2}
+    sizes |= {"num_attention_heads": 4, "head_dim": 16, "max_position_embeddings": 256}
+    sizes |= {"initializer_range": 0.3}
+    if family == "hrm_text":
+        return kind(**sizes, prefix_lm=False, embedding_scale=1.0, H_cycles=2, L_cycles=2)
+    if family == "zamba":
+        sizes |= {"num_hidden_layers": 6, "num_key_value_heads": 2, "initializer_range": 0.2}
+        period = {"attn_layer_period": 2, "attn_layer_offset": 1}
+        del sizes["head_dim"]
+        return kind(**sizes, **period, num_logits_to_keep=200)
+    experts = {"num_local_experts": 4, "num_experts_per_tok": 2}
+    return kind(**sizes, num_key_value_heads=2, kv_channels=16, **experts)
+
+
+@pytest.mark.parametrize("kind", ["dynamic", "static"])
+@pytest.mark.parametrize("family", ["hrm_text", "zamba", "jetmoe"])
+def test_a_step_chooses_by_the_keys_that_it_is_handed(family, kind):
+    """In float64: what these models make of a rounding is large."""
+    model = ifx.patch_model(build(odd_config(family)).double(), GROWING)
+    cache, ids = DynamicCache(config=model.config), tokens(119)
+    if kind == "static":
+        cache = StaticCache(config=model.config, max_cache_len=130)
+    with torch.no_grad():
+        parts = ids.split([70, *[1] * 25, 4, 20] if family != "zamba" else [70, *[1] * 49], 1)
+        steps = [model(part, **{CACHE: cache}).logits for part in parts]
+        expected = model(ids, use_cache=False).logits
+    # Zamba scans in float32.
+    torch.testing.assert_close(torch.cat(steps, 1), expected, rtol=1e-5, atol=1e-4)

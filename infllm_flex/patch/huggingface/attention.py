@@ -66,7 +66,7 @@ def attention_forward(
         note_call(module)
     if layer.attend is not None:
         return _attend(layer.attend, query, key, value, scaling)
-    cached = cache_layer(kwargs.pop(KEYWORD, None), module)
+    cached = cache_layer(kwargs.pop(KEYWORD, None), module, key)
     length = key.shape[2]
     if is_static(cached) and layer.ever_attends_sparsely(length):
         attention_mask = spell_out(attention_mask)

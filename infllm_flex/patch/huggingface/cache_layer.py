@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -10,34 +11,64 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import DynamicLayer
 
+from infllm_flex.patch.huggingface.room import Room, can_extend
+
 __all__ = ["DynamicLayer", "FollowedLayer"]
 
-_LEAST_ROOM = 64  # tokens
+_OURS = ("infllm_state", "_key_room", "_value_room", "_returned")
 
 
 class FollowedLayer(DynamicLayer):
     """`DynamicLayer`, made of one by assigning its class, so that whoever holds it holds this.
 
-    A change of ``keys`` that went past these methods is noticed by the tensor being another: the
-    compressed keys are then computed anew at the next step.
+    Keys and values grow in place, in rooms that only this layer writes. Whoever reads ``keys`` or
+    ``values`` gets a tensor of its own, as from `DynamicLayer`: contiguous, the only one in its
+    memory, and never written by the layer. The next token then costs a copy, as it always does
+    there. Copies and pickles are plain layers.
+
+    The compressed keys belong to one tensor of keys. They are computed anew at the next sparse
+    step once somebody has read ``keys``, and so may have changed them, or has set them.
 
     Attributes:
         infllm_state: The compressed keys and what they belong to; None until the first sparse step.
     """
 
     infllm_state: Any = None
-    _key_room: Tensor | None = None
-    _value_room: Tensor | None = None
+    _key_room: Room | None = None
+    _value_room: Room | None = None
+    _returned: weakref.ref[Tensor] | None = None
 
-    @contextmanager
-    def _following(self) -> Iterator[Any]:
-        """Change the keys inside the block; the state is there to be changed alike, or None."""
-        state = self.infllm_state
-        if state is not None and state.keys is not self.keys:
-            self.infllm_state = state = None
-        yield state
-        if state is not None:
-            state.keys = self.keys
+    @property
+    def keys(self) -> Tensor | None:
+        """The keys so far, ``[B, Hkv, S, D]``, to keep or to change."""
+        self.infllm_state = None
+        if self._key_room is not None:
+            self.__dict__["keys"] = _own(self.__dict__["keys"])
+            self._key_room = None
+        return self.__dict__["keys"]
+
+    @keys.setter
+    def keys(self, keys: Tensor | None) -> None:
+        self.infllm_state = self._key_room = None
+        self.__dict__["keys"] = keys
+
+    @property
+    def values(self) -> Tensor | None:
+        """The values so far, alike."""
+        if self._value_room is not None:
+            self.__dict__["values"] = _own(self.__dict__["values"])
+            self._value_room = None
+        return self.__dict__["values"]
+
+    @values.setter
+    def values(self, values: Tensor | None) -> None:
+        self._value_room = None
+        self.__dict__["values"] = values
+
+    def infllm_holds(self, key: Tensor) -> bool:
+        """Whether ``key`` is what the layer holds, or what it returned before it was offloaded."""
+        returned = self._returned
+        return self.__dict__["keys"] is key or (returned is not None and returned() is key)
 
     def update(
         self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any
@@ -45,82 +76,110 @@ class FollowedLayer(DynamicLayer):
         """Append keys and values in place; the compressed keys catch up when attention asks.
 
         `DynamicLayer` copies all it holds with every token, at long lengths more work than the
-        attention. Here what it holds is the beginning of a larger tensor.
+        attention.
         """
-        with self._following():
-            if torch.is_grad_enabled() or self.keys is None or self.values is None:
-                return super().update(key_states, value_states, *args, **kwargs)
-            self.keys, self._key_room = _extend(self.keys, key_states, self._key_room)
-            self.values, self._value_room = _extend(self.values, value_states, self._value_room)
-            return self.keys, self.values
+        if torch.compiler.is_compiling():
+            return super().update(key_states, value_states, *args, **kwargs)
+        held = self.__dict__
+        keys, values = held["keys"], held["values"]
+        grows = keys is not None and values is not None and not torch.is_grad_enabled()
+        if not grows or not can_extend(keys, key_states) or not can_extend(values, value_states):
+            with self._following():
+                return self._plain().update(key_states, value_states, *args, **kwargs)
+        state = self._current_state()
+        self._key_room = Room.extend(self._key_room, keys, key_states)
+        self._value_room = Room.extend(self._value_room, values, value_states)
+        held["keys"], held["values"] = self._key_room.held, self._value_room.held
+        if state is not None:
+            state.belong_to(held["keys"])
+        return held["keys"], held["values"]
+
+    def get_seq_length(self) -> int:
+        """Tokens so far."""
+        keys = self.__dict__["keys"]
+        return 0 if keys is None or not keys.numel() else int(keys.shape[-2])
 
     def crop(self, *args: Any, **kwargs: Any) -> None:
         """Remove the last tokens."""
+        rooms = self._key_room, self._value_room
         with self._following() as state:
-            super().crop(*args, **kwargs)
+            self._plain().crop(*args, **kwargs)
             if state is not None:
                 kept = min(state.num_slots, self.get_seq_length())
                 state.compressed_keys.crop(state.num_slots - kept)
                 state.num_slots = kept
+        self._key_room, self._value_room = rooms
+        for room, name in zip(rooms, ("keys", "values"), strict=True):
+            if room is not None:
+                room.held = self.__dict__[name]
 
     def reorder_cache(self, beam_idx: Any) -> None:
         """Permute the rows of the batch."""
         with self._following() as state:
-            super().reorder_cache(beam_idx)
+            self._plain().reorder_cache(beam_idx)
             if state is not None:
                 state.compressed_keys.select(beam_idx)
 
     def batch_repeat_interleave(self, repeats: int) -> None:
         """Repeat every row, next to itself."""
         with self._following() as state:
-            super().batch_repeat_interleave(repeats)
+            self._plain().batch_repeat_interleave(repeats)
             if state is not None:
                 state.compressed_keys.repeat(repeats)
 
     def batch_select_indices(self, indices: Tensor) -> None:
         """Keep some rows."""
         with self._following() as state:
-            super().batch_select_indices(indices)
+            self._plain().batch_select_indices(indices)
             if state is not None:
                 state.compressed_keys.select(indices)
 
     def offload(self) -> None:
         """Move keys and values to the CPU; the compressed keys, a twentieth of them, stay."""
-        self._key_room = self._value_room = None
+        keys = self.__dict__["keys"]
+        self._returned = None if keys is None else weakref.ref(keys)
         with self._following():
-            super().offload()
+            self._plain().offload()
 
     def prefetch(self) -> None:
         """Move keys and values back."""
         with self._following():
-            super().prefetch()
+            self._plain().prefetch()
 
     def reset(self) -> None:
         """Forget all tokens."""
-        super().reset()
-        self.infllm_state = self._key_room = self._value_room = None
+        self._plain().reset()
+        self.infllm_state = self._key_room = self._value_room = self._returned = None
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        """Copy and pickle as a plain layer, with keys and values that are alone in their memory."""
+        _ = self.keys, self.values
+        plain = DynamicLayer.__new__(DynamicLayer)
+        plain.__dict__ = {name: x for name, x in self.__dict__.items() if name not in _OURS}
+        return plain.__reduce_ex__(1)  # later protocols insist on the class of what is pickled
+
+    def _plain(self) -> DynamicLayer:
+        """This layer, with this layer's attributes, as transformers knows it."""
+        plain = DynamicLayer.__new__(DynamicLayer)
+        plain.__dict__ = self.__dict__
+        return plain
+
+    def _current_state(self) -> Any:
+        """The state, if it belongs to what the layer holds; else None, from now on."""
+        state = self.infllm_state
+        if state is not None and not state.belongs_to(self.__dict__["keys"]):
+            self.infllm_state = state = None
+        return state
+
+    @contextmanager
+    def _following(self) -> Iterator[Any]:
+        """Replace keys and values inside the block; the state is there to be changed alike."""
+        state = self._current_state()
+        self._key_room = self._value_room = None
+        yield state
+        if state is not None:
+            state.belong_to(self.__dict__["keys"])
 
 
-def _extend(held: Tensor, new: Tensor, room: Tensor | None) -> tuple[Tensor, Tensor]:
-    """Write ``new`` behind ``held``, both ``[B, H, _, D]``: all together, and the tensor it is in.
-
-    Args:
-        held: What there is: the beginning of ``room``, or something else.
-        new: What follows.
-        room: A longer tensor, or None.
-    """
-    length = held.shape[2] + new.shape[2]
-    fits = (
-        room is not None
-        and held.data_ptr() == room.data_ptr()
-        and held.stride() == room.stride()
-        and held.shape[:2] == room.shape[:2]
-        and length <= room.shape[2]
-        and room.is_inference() == held.is_inference() == torch.is_inference_mode_enabled()
-    )
-    if room is None or not fits:
-        B, H, S, D = held.shape
-        room = held.new_empty(B, H, length + max(_LEAST_ROOM, length // 8), D)
-        room[:, :, :S] = held
-    room[:, :, held.shape[2] : length] = new
-    return room[:, :, :length], room
+def _own(held: Tensor) -> Tensor:
+    return held.clone(memory_format=torch.contiguous_format)
