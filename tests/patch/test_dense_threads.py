@@ -14,13 +14,22 @@ from tests.patch.outsiders import outsider
 INSIDE, OUTSIDE = True, False
 
 
+def default_device():
+    """The default device of this thread, for others: each has its own."""
+    device = torch.get_default_device()
+    # A mode, which Dynamo guards: without need there is none.
+    return contextlib.nullcontext() if device.type == "cpu" else device
+
+
 def in_thread(function):
     """What a function returns, or raises, in another thread."""
     results = []
+    device = default_device()
 
     def run():
         try:
-            results.append(function())
+            with device:
+                results.append(function())
         except BaseException as error:
             results.append(error)
 
@@ -50,9 +59,10 @@ class TestThreads:
         sparse = model(tokens(LONG))
         plain = outsider()(tokens(LONG))
         opened, done = threading.Event(), threading.Event()
+        device = default_device()
 
         def elsewhere():
-            with ifx.dense(model):
+            with device, ifx.dense(model):
                 opened.set()
                 done.wait(60)
                 return model(tokens(LONG))
@@ -193,10 +203,10 @@ def test_two_threads_train_one_model_at_once(how):
     model = ifx.patch_model(by_hand(**how), SETTINGS)
     theirs = expected(by_hand)
     made, results = threading.Barrier(2), {}
-    turns = threading.Lock()
+    turns, device = threading.Lock(), default_device()
 
     def train(kind):
-        with block(model, kind):
+        with device, block(model, kind):
             loss = loss_of(model)
             made.wait(60)
             with turns:
@@ -215,11 +225,13 @@ def test_a_block_opened_in_a_backward_pass_counts_there():
     model = ifx.patch_model(build(), SETTINGS)
     plain, seen = logits(build(), LONG), []
     x = torch.ones(1, requires_grad=True)
+    device = default_device()
 
     def hook(_):
-        with ifx.dense(model):
+        with device:
+            with ifx.dense(model):
+                seen.append(logits(model, LONG))
             seen.append(logits(model, LONG))
-        seen.append(logits(model, LONG))
 
     y = x * 2
     y.register_hook(hook)
