@@ -123,3 +123,17 @@ def test_a_gguf_file(accelerate, tmp_path, quantised):
     assert equal(logits(model, SHORT), short)
     assert equal(logits(model, LONG), sparse)
     assert equal(logits(ifx.unpatch_model(model), LONG), long)
+
+
+def test_a_model_of_a_gguf_file_is_saved_as_the_readme_says(accelerate, tmp_path):
+    pytest.importorskip("gguf")
+    write_llama(tmp_path / "tiny.gguf", CONFIGS["llama"](), True)
+    model = AutoModelForCausalLM.from_pretrained(tmp_path, gguf_file="tiny.gguf")
+    with pytest.raises(ValueError, match="gguf and is not serializable"):
+        model.save_pretrained(tmp_path / "refused")  # unpatched, too
+    sparse = logits(ifx.patch_model(model, SETTINGS), LONG)
+    model.hf_quantizer = None
+    del model.config.quantization_config
+    model.save_pretrained(tmp_path / "saved")
+    again = AutoModelForCausalLM.from_pretrained(tmp_path / "saved")
+    assert equal(logits(ifx.patch_model(again, SETTINGS), LONG), sparse)
