@@ -78,7 +78,7 @@ class Arm:
 
 def ways(settings: QualitySettings) -> dict[str, Way]:
     """Every way by name; the controls see as many tokens as one of the variants."""
-    control = settings.control_attention
+    control = _without_scores(settings.control_attention)
     # As few blocks as there can be beside the window: the first and the query's own.
     topk = control.init_blocks + 1
     size = (control.num_selected - topk) * control.block_size
@@ -86,6 +86,22 @@ def ways(settings: QualitySettings) -> dict[str, Way]:
     found = [Way(DENSE, None), Way(WINDOW, window), Way(RANDOM, control)]
     found += [Way(name, variant.attention) for name, variant in settings.variants.items()]
     return {way.name: way for way in found}
+
+
+def _without_scores(attention: InfLLMConfig) -> InfLLMConfig:
+    """A setting with the blocks of another, and scores that cost little: no control heeds them."""
+    block = attention.block_size
+    stride = block // 4 if block % 4 == 0 else block
+    return InfLLMConfig(
+        kernel_size=2 * stride if stride < block else block,
+        kernel_stride=stride,
+        init_blocks=attention.init_blocks,
+        block_size=block,
+        window_size=attention.window_size,
+        topk=attention.topk,
+        dense_len=attention.dense_len,
+        engine=attention.engine,
+    )
 
 
 def trained(settings: QualitySettings) -> list[str]:

@@ -50,6 +50,7 @@ def plot_quality(results: Results, path: Path) -> None:
         axes.axhline(1.0, color="#bbbbbb", linewidth=0.8)
         axes.set_xlabel("tokens that a query sees at most")
         axes.spines[["top", "right"]].set_visible(False)
+        axes.set_ylim(bottom=min(0.0, axes.get_ylim()[0]))
     times.set_xlabel("time of a forward pass over that of dense")
     figure.suptitle(
         f"{results.settings.length} tokens; blue: trained so, orange: trained densely, grey: "

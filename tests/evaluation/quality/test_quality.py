@@ -214,7 +214,11 @@ def test_the_config_gives_all_variants_and_controls_as_many_tokens():
     settings = build_dataclass(QualitySettings, load_yaml(path))
     visible = {way.visible(settings.length) for way in ways(settings).values()}
     assert visible == {2048, 16384}
-    window = ways(settings)["window"].attention
+    window, random = (ways(settings)[name].attention for name in ("window", "random"))
+    for control in (window, random):  # a control does not pay for scores that it does not heed
+        assert control.kernel_stride == control.block_size // 4
+        assert control.block_size == settings.control_attention.block_size
+    assert random.window_size == settings.control_attention.window_size
     forced = window.init_blocks + window.local_blocks + 1
     assert window.num_selected == forced == settings.control_attention.num_selected
 
