@@ -27,6 +27,7 @@ class _Running(threading.local):
     def __init__(self) -> None:
         # There in every thread from the start: a graph of one thread serves all others.
         self.forward: Forward | None = None
+        self.masked: Forward | None = None
 
 
 _running = _Running()
@@ -36,21 +37,22 @@ class Forward:
     """A forward that is running, or whose layers are recomputed in the backward pass.
 
     Attributes:
-        owner: The module whose forward it is.
+        owner: The module whose forward it is; None where only its masks were seen.
         enclosing: The forward that it is part of.
         positions: The text's ``position_ids`` as the caller gave them, ``[1 or B, S]``; None where
             the model makes its own.
         bounds: ``cu_seq_lens_q`` as the caller gave them.
         counts_up: Whether the model is known to make positions that only count up.
+        layers: Ids of those that have asked, where only masks were seen.
     """
 
     def __init__(
         self,
-        owner: nn.Module,
-        enclosing: Forward | None,
-        positions: Tensor | None,
-        bounds: Tensor | None,
-        counts_up: bool,
+        owner: nn.Module | None = None,
+        enclosing: Forward | None = None,
+        positions: Tensor | None = None,
+        bounds: Tensor | None = None,
+        counts_up: bool = False,
     ) -> None:
         if positions is None and enclosing is not None:
             positions = enclosing.positions
@@ -61,6 +63,7 @@ class Forward:
         self.positions: Tensor | None = positions
         self.bounds: Tensor | None = bounds
         self.counts_up = counts_up and positions is None
+        self.layers: set[int] = set()
         self._answers: dict[tuple[Any, ...], tuple[list[Any], Any]] = {}
 
     def recall(
@@ -110,18 +113,37 @@ def is_backward() -> bool:
     return torch._C._current_graph_task_id() != -1
 
 
-def forward_of(tensors: tuple[object, ...]) -> Forward | None:
+def note_masks() -> None:
+    """Take the layers that ask next for those of one forward, in a model that has no hooks.
+
+    A model that only names us as its attn_implementation never came by here, but makes its masks
+    before its layers run.
+    """
+    if current_forward() is None and not torch.compiler.is_compiling():
+        _running.masked = Forward()
+
+
+def forward_of(tensors: tuple[object, ...], layer: object = None) -> Forward | None:
     """The forward in which a layer is asked: the running one, or the one that is recomputed.
 
     Args:
         tensors: What the layer was given: a checkpoint keeps it, and it carries its forward.
+        layer: Who asks. Where only masks were seen, one that asks again is in another forward.
     """
     if is_backward():
         for x in tensors:
             forward = getattr(x, _ATTRIBUTE, None)
             if forward is not None:
                 return cast(Forward, forward)
-    return current_forward()
+    running = current_forward()
+    if running is not None or layer is None or torch.compiler.is_compiling():
+        return running
+    masked = _running.masked
+    if masked is None or id(layer) in masked.layers:
+        _running.masked = None
+        return None
+    masked.layers.add(id(layer))
+    return masked
 
 
 def recall(

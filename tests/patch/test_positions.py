@@ -167,6 +167,23 @@ def test_a_layer_called_by_itself_reads_its_own_call():
         assert not torch.allclose(attend(positions), packed, atol=1e-3)
 
 
+def test_a_model_that_only_names_the_implementation_reads_each_batch_once(monkeypatch):
+    read, calls = sequences._read, []
+    monkeypatch.setattr(sequences, "_read", lambda *args: calls.append(1) or read(*args))
+    config = CONFIGS["llama"]()
+    config.sparse_config = SETTINGS
+    named, patched = build(config, attn_implementation="infllm_flex"), build(config)
+    ifx.patch_model(patched)
+    given, whole = DOCUMENTS.clone(), torch.arange(IDS.shape[1])[None]
+    with torch.no_grad():
+        for new in (DOCUMENTS, whole, DOCUMENTS):
+            given.numpy()[...] = new.numpy()
+            calls.clear()
+            ours = named(IDS, position_ids=given).logits
+            assert len(calls) == 1
+            assert torch.equal(ours, patched(IDS, position_ids=new.clone()).logits)
+
+
 def test_threads_read_their_own_batches():
     model = ifx.patch_model(build(), SETTINGS)
     batches = [DOCUMENTS, torch.arange(IDS.shape[1])[None]]

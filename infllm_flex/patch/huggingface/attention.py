@@ -94,7 +94,7 @@ def attention_forward(
     may_guess = is_dense and dropout == 0.0 and not torch.is_grad_enabled()
     told = NOTHING
     if query.shape[2] > 1 and getattr(module, "is_causal", True):
-        told = what_is_told(query, key, attention_mask, kwargs)
+        told = what_is_told(query, key, attention_mask, kwargs, layer)
         lone = told.only_positions if _is_plain(attention_mask) else None
         if is_dense and lone is not None and is_recorded(query):
             if layer.reads_positions:  # one layer checks for all: they get the same

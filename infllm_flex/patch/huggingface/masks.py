@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from infllm_flex.batches import has_values, is_recorded
-from infllm_flex.patch.forward import current_forward
+from infllm_flex.patch.forward import current_forward, note_masks
 from infllm_flex.patch.huggingface.stand_in import StandIn
 
 
@@ -150,6 +150,7 @@ def causal_mask(**arguments: Any) -> LazyMask | Tensor | None:
     from transformers.masking_utils import causal_mask_function, sdpa_mask
 
     arguments = _without_long_window(arguments)
+    note_masks()
     length, padding = arguments.get("q_length"), arguments.get("attention_mask")
     lazily = (
         length is not None

@@ -56,7 +56,11 @@ NOTHING = Told()
 
 
 def what_is_told(
-    query: Tensor, key: Tensor, mask: LazyMask | Tensor | None, kwargs: Mapping[str, Any]
+    query: Tensor,
+    key: Tensor,
+    mask: LazyMask | Tensor | None,
+    kwargs: Mapping[str, Any],
+    layer: PatchedLayer | None = None,
 ) -> Told:
     """What a call, or the forward of the model around it, tells about its sequences.
 
@@ -65,6 +69,7 @@ def what_is_told(
         key: ``[B, Hkv, Skv, D]``.
         mask: As handed to the attention function.
         kwargs: The other keywords of the call.
+        layer: The record of the layer, where it may be part of a model without hooks.
     """
     S = query.shape[2]
     if key.shape[2] != S or S == 1:
@@ -74,16 +79,21 @@ def what_is_told(
     given = kwargs.get("position_ids")
     positions = given if _is_of_text(given, S) else None
     by_layer = positions is not None or bounds is not None
-    forward = forward_of((given, bounds, padding, mask))
+    forward = forward_of((given, bounds, padding, mask), layer)
     if forward is not None:
-        if positions is None:
-            positions = forward.positions if _is_of_text(forward.positions, S) else None
-        elif forward.counts_up:
+        if positions is None and _is_of_text(forward.positions, S):
+            positions = _beside(query, forward.positions)
+        elif positions is not None and forward.counts_up:
             if not torch.compiler.is_compiling():
                 forward.mark(positions)
             positions = None
-        bounds = forward.bounds if bounds is None else bounds
+        bounds = _beside(query, forward.bounds) if bounds is None else bounds
     return Told(padding, positions, bounds, same_bounds, by_layer, forward)
+
+
+def _beside(query: Tensor, x: Tensor | None) -> Tensor | None:
+    """The same on the device of the layer, where a model is spread over several."""
+    return x if x is None or x.device == query.device else x.to(query.device)
 
 
 def _is_of_text(positions: Tensor | None, length: int) -> bool:
@@ -116,6 +126,7 @@ def require_told_again(layer: PatchedLayer, told: Told, sequences: Sequences | N
         return
     forward = current_forward()
     if sequences is not None and forward is not None:
-        layer.was_packed_by_model |= forward.owner.training or torch.is_grad_enabled()
+        is_training = forward.owner is not None and forward.owner.training
+        layer.was_packed_by_model |= is_training or torch.is_grad_enabled()
     elif layer.was_packed_by_model and sequences is None and forward is None and is_backward():
         raise NotImplementedError(_NOT_TOLD_AGAIN)
