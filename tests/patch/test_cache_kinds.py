@@ -1,5 +1,7 @@
 """Caches that hold keys in another form, in other slots, or elsewhere: all served as right."""
 
+import copy
+
 import pytest
 import torch
 import transformers
@@ -142,3 +144,26 @@ def test_a_step_chooses_by_the_keys_that_it_is_handed(family, kind):
         expected = model(ids, use_cache=False).logits
     # Zamba scans in float32.
     torch.testing.assert_close(torch.cat(steps, 1), expected, rtol=1e-5, atol=1e-4)
+
+
+def test_a_hybrid_layer_grows_in_place_and_follows_what_is_done_to_it():
+    model = ifx.patch_model(build(odd_config("zamba")).double(), GROWING)
+    cache, ids, rows = DynamicCache(config=model.config), tokens(78), torch.tensor([1, 0])
+    with torch.no_grad():
+        for part in ids[:, :75].split([70, *[1] * 5], 1):
+            model(part, **{CACHE: cache})
+        hybrids = [x for x in cache.layers if getattr(x, "infllm_state", None) is not None]
+        rooms = [x._key_room for x in hybrids]
+        model(ids[:, 75:76], **{CACHE: cache})
+        assert len(hybrids) == 2
+        assert rooms == [x._key_room for x in hybrids]
+        copied = copy.deepcopy(cache)
+        assert not any("Followed" in type(x).__name__ for x in copied.layers)
+        steps = []
+        for which in (cache, copied):
+            model(ids[:, 76:77], **{CACHE: which})
+            which.reorder_cache(rows)
+            steps.append(model(ids[rows, 77:78], **{CACHE: which}).logits)
+        expected = model(ids[rows], use_cache=False).logits[:, -1:]
+    for ours in steps:
+        torch.testing.assert_close(ours, expected, rtol=1e-5, atol=1e-4)

@@ -8,7 +8,7 @@ from transformers import CompileConfig, DynamicCache, StaticCache
 from transformers.cache_utils import Cache, DynamicLayer
 
 import infllm_flex as ifx
-from infllm_flex.patch.huggingface.cache import compressed_keys_of
+from infllm_flex.patch.huggingface.cache_state import compressed_keys_of
 from tests.inputs import draw_normal
 from tests.patch.models import CACHE, FULL_ATTENTION, SETTINGS, build, tokens
 

@@ -11,7 +11,8 @@ from infllm_flex.attention import attend_in_layout, infllm_attention
 from infllm_flex.autocast import as_autocast
 from infllm_flex.batches import is_recorded
 from infllm_flex.patch.head_dims import unserved_head_dims
-from infllm_flex.patch.huggingface.cache import KEYWORD, cache_layer, is_static
+from infllm_flex.patch.huggingface.cache import KEYWORD, cache_layer
+from infllm_flex.patch.huggingface.cache_state import is_static
 from infllm_flex.patch.huggingface.decode import attend_cached, cut_mask, follow_static
 from infllm_flex.patch.huggingface.instance_forward import note_call
 from infllm_flex.patch.huggingface.layers import layer_of, previous_implementation

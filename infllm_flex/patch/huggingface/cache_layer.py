@@ -9,11 +9,12 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from transformers import cache_utils
 from transformers.cache_utils import DynamicLayer
 
 from infllm_flex.patch.huggingface.room import Room, can_extend
 
-__all__ = ["DynamicLayer", "FollowedLayer"]
+__all__ = ["FollowedLayer", "followed_class"]
 
 _OURS = ("infllm_state", "_key_room", "_value_room", "_returned")
 
@@ -34,6 +35,7 @@ class FollowedLayer(DynamicLayer):
     """
 
     infllm_state: Any = None
+    _plain_class: type[DynamicLayer] = DynamicLayer
     _key_room: Room | None = None
     _value_room: Room | None = None
     _returned: weakref.ref[Tensor] | None = None
@@ -154,13 +156,13 @@ class FollowedLayer(DynamicLayer):
     def __reduce_ex__(self, protocol: Any) -> Any:
         """Copy and pickle as a plain layer, with keys and values that are alone in their memory."""
         _ = self.keys, self.values
-        plain = DynamicLayer.__new__(DynamicLayer)
+        plain = object.__new__(self._plain_class)
         plain.__dict__ = {name: x for name, x in self.__dict__.items() if name not in _OURS}
         return plain.__reduce_ex__(1)  # later protocols insist on the class of what is pickled
 
     def _plain(self) -> DynamicLayer:
         """This layer, with this layer's attributes, as transformers knows it."""
-        plain = DynamicLayer.__new__(DynamicLayer)
+        plain = object.__new__(self._plain_class)
         plain.__dict__ = self.__dict__
         return plain
 
@@ -183,3 +185,17 @@ class FollowedLayer(DynamicLayer):
 
 def _own(held: Tensor) -> Tensor:
     return held.clone(memory_format=torch.contiguous_format)
+
+
+def followed_class(kind: type) -> type | None:
+    """The class to give to a layer of class ``kind``; None where its keys do not simply grow.
+
+    Hybrid layers hold the state of a recurrence beside keys and values: theirs is made here.
+    """
+    if issubclass(kind, FollowedLayer):
+        return kind
+    if kind is DynamicLayer:
+        return FollowedLayer
+    if kind is getattr(cache_utils, "LinearAttentionAndFullAttentionLayer", None):
+        return type("FollowedHybridLayer", (FollowedLayer, kind), {"_plain_class": kind})
+    return None

@@ -11,7 +11,7 @@ from custom_ops import zero_if
 from infllm_flex.chunks import attend_chunk
 from infllm_flex.config import InfLLMConfig
 from infllm_flex.decoding import decode_attention
-from infllm_flex.patch.huggingface.cache import compressed_keys_of, is_static
+from infllm_flex.patch.huggingface.cache_state import compressed_keys_of, is_static
 from infllm_flex.patch.huggingface.masks import LazyMask
 from infllm_flex.patch.layer import PatchedLayer
 

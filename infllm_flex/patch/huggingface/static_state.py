@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from infllm_flex.config import InfLLMConfig
-from infllm_flex.patch.huggingface.cache import State
+from infllm_flex.patch.huggingface.cache_state import State
 
 
 @torch.compiler.disable(

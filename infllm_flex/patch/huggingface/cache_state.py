@@ -1,0 +1,161 @@
+"""The compressed keys that a cache's layer carries, and how they keep up with it."""
+
+from __future__ import annotations
+
+import functools
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from infllm_flex.autocast import attention_dtype
+from infllm_flex.config import InfLLMConfig
+from infllm_flex.decoding import CompressedKeys
+
+_ATTRIBUTE = "infllm_state"
+
+
+def is_static(layer: Any) -> bool:
+    """Whether a cache layer is preallocated, and its length known to the device alone."""
+    return isinstance(getattr(layer, "cumulative_length", None), Tensor)
+
+
+@functools.cache
+def _followed(kind: type) -> type | None:
+    """The same kind of layer, but one whose state follows what is done to it."""
+    from infllm_flex.patch.huggingface.cache_layer import followed_class
+
+    return followed_class(kind)
+
+
+def follow_class(layer: Any) -> bool:
+    """Make the state of a growing layer follow it from now on; False for other layers."""
+    kind: type = type(layer)
+    followed = _followed(kind)
+    if followed is not None and followed is not type(layer):
+        layer.__class__ = followed
+    return followed is not None
+
+
+@dataclass
+class State:
+    """What a cache layer carries.
+
+    Attributes:
+        compressed_keys: Of the slots taken in so far.
+        keys: The tensor of keys they belong to. If the layer holds another, something changed the
+            cache in a way that was not followed.
+        no_padding: Zero, for where no row is padded: made once, not at every step.
+        num_slots: How many are taken in; not kept for static caches.
+        version: Count of the changes in place that ``keys`` had gone through by then; None where
+            PyTorch does not count them, in inference mode.
+    """
+
+    compressed_keys: CompressedKeys
+    keys: Tensor
+    no_padding: Tensor
+    num_slots: int = 0
+    version: int | None = None
+
+    @classmethod
+    def begin(cls, config: InfLLMConfig, key: Tensor, keys: Tensor) -> State:
+        """The state of a cache layer that holds ``keys``, and returned them as ``key``; empty."""
+        no_padding = torch.zeros(1, dtype=torch.int64, device=key.device)
+        return cls(CompressedKeys(config, key), keys, no_padding)
+
+    def belong_to(self, keys: Tensor) -> None:
+        """Note that the compressed keys are those of ``keys`` as they are now."""
+        self.keys, self.version = keys, _version(keys)
+
+    def belongs_to(self, keys: Tensor | None, changes: int = 0) -> bool:
+        """Whether they are those of ``keys``, but for at most so many changes in place."""
+        if self.keys is not keys:
+            return False
+        now = _version(self.keys)
+        if now is None or self.version is None:
+            return now is self.version
+        return 0 <= now - self.version <= changes
+
+    def serves(self, key: Tensor, config: InfLLMConfig) -> bool:
+        """Whether they are of these settings, and of keys as cast as ``key`` is here."""
+        keys = self.compressed_keys
+        return keys.config == config and keys.compressed.dtype == attention_dtype(key)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Copy and pickle as None: what it belongs to is another tensor then."""
+        return type(None), ()
+
+
+def _version(x: Tensor) -> int | None:
+    return None if x.is_inference() else x._version
+
+
+def compressed_keys_of(
+    layer: Any, key: Tensor, num_new: int, start: Tensor | None, config: InfLLMConfig
+) -> CompressedKeys:
+    """The compressed keys of a cache layer, brought up to date with it.
+
+    Kept and extended for the layers of dynamic and of static caches. For all others, and while a
+    dynamic one is compiled, computed anew from the keys of each call: slower, and as right.
+
+    Args:
+        layer: The cache's layer, after its own update.
+        key: ``[B, Hkv, S, D]``, as that returned them.
+        num_new: How many of them are new.
+        start: Slot of each row's first token, int64 ``[B]``; None where no row is padded.
+        config: Sparsity settings.
+    """
+    if is_static(layer):
+        return _follow_static(layer, key, num_new, start, config)
+    if not torch.compiler.is_compiling() and follow_class(layer):
+        return _follow_dynamic(layer, key, start, config)
+    keys = CompressedKeys(config, key)
+    keys.append(key, key.shape[2], start=start)
+    return keys
+
+
+def _follow_dynamic(
+    layer: Any, key: Tensor, start: Tensor | None, config: InfLLMConfig
+) -> CompressedKeys:
+    state, keys = layer.infllm_state, layer.__dict__["keys"]
+    if (
+        state is None
+        or not state.belongs_to(keys)
+        or not state.serves(key, config)
+        or not _may_write(state)
+    ):
+        state = layer.infllm_state = State.begin(config, key, keys)
+        state.belong_to(keys)
+    start = state.no_padding if start is None else start
+    state.compressed_keys.append(key, key.shape[2] - state.num_slots, start=start)
+    state.num_slots = key.shape[2]
+    return state.compressed_keys
+
+
+def _may_write(state: State) -> bool:
+    """Tensors made in inference mode may not be changed outside of it."""
+    return torch.is_inference_mode_enabled() or not state.compressed_keys.end.is_inference()
+
+
+def _follow_static(
+    layer: Any, key: Tensor, num_new: int, start: Tensor | None, config: InfLLMConfig
+) -> CompressedKeys:
+    state: State | None = getattr(layer, _ATTRIBUTE, None)
+    compiling = torch.compiler.is_compiling()
+    if state is None or state.keys is not layer.keys or not state.serves(key, config):
+        from infllm_flex.patch.huggingface.static_state import begin_state
+
+        state = begin_state(layer, key, config)
+        setattr(layer, _ATTRIBUTE, state)
+        num_new = key.shape[2]  # all there are
+    # A call writes its new keys at once. Unseen here: changes that a user makes between two steps
+    # that are compiled whole.
+    elif not compiling and not state.belongs_to(layer.keys, changes=1):
+        num_new = key.shape[2]
+    if not compiling:
+        state.belong_to(layer.keys)
+    keys = state.compressed_keys
+    start = state.no_padding if start is None else start
+    keys.append(key, num_new, start=start, end=layer.cumulative_length)
+    return keys
