@@ -7,7 +7,8 @@ from torch import Tensor
 
 from custom_ops import union_lists
 from custom_ops.attend_blocks_backward import attend_blocks_backward
-from custom_ops.tile_chunks import TileLists, heads
+from custom_ops.in_parallel import in_parallel
+from custom_ops.tile_chunks import Head, TileLists, heads
 from custom_ops.transforms import register_gradients, register_vmap
 from custom_ops.without_autocast import without_autocast
 
@@ -54,7 +55,15 @@ def attend_blocks(
     for head in heads(q, k):
         keys, values = (head.blocks(x, block_size, accumulate) for x in (k, v))
         finite = bool(values.isfinite().all())
-        for chunk in lists.chunks(head, k.shape[2], q.shape[2]):
+
+        def attend(
+            span: tuple[slice, int],
+            head: Head = head,
+            keys: Tensor = keys,
+            values: Tensor = values,
+            finite: bool = finite,
+        ) -> None:
+            chunk = lists.cut(head, span, k.shape[2], q.shape[2])
             rows = chunk.load(head, q, accumulate) * scale
             logits = chunk.logits(rows, chunk.gather(keys))
             peak = logits.amax(-1, keepdim=True)
@@ -64,6 +73,8 @@ def attend_blocks(
             summed = chunk.weigh(weights, chunk.gather(values), finite)
             chunk.store(head, out, summed / total.masked_fill(total == 0, 1.0))
             chunk.store(head, lse[..., None], peak + total.log())
+
+        in_parallel(attend, lists.spans(head))
     return out, lse
 
 

@@ -4,7 +4,8 @@ import torch
 from torch import Tensor
 
 from custom_ops import union_lists
-from custom_ops.tile_chunks import TileLists, heads
+from custom_ops.in_parallel import in_parallel
+from custom_ops.tile_chunks import Head, TileLists, heads
 from custom_ops.transforms import refuse_gradients, register_vmap
 from custom_ops.without_autocast import without_autocast
 
@@ -53,7 +54,11 @@ def attend_blocks_backward(
     for head in heads(q, k):
         keys, values = (head.blocks(x, block_size, accumulate) for x in (k, v))
         dkeys, dvalues = torch.zeros_like(keys), torch.zeros_like(values)
-        for chunk in lists.chunks(head, Skv, q.shape[2]):
+
+        def differentiate(
+            span: tuple[slice, int], head: Head = head, keys: Tensor = keys, values: Tensor = values
+        ) -> tuple[Tensor, Tensor, Tensor]:
+            chunk = lists.cut(head, span, Skv, q.shape[2])
             rows = chunk.load(head, q, accumulate) * scale
             drows = chunk.load(head, grad_out, accumulate)
             row_lse = chunk.load(head, lse[..., None], accumulate)
@@ -61,10 +66,22 @@ def attend_blocks_backward(
             correction = (drows * chunk.load(head, out, accumulate)).sum(-1, keepdim=True)
             gathered = chunk.gather(keys)
             weights = chunk.logits(rows, gathered).sub_(row_lse).exp_()
-            chunk.add_to_blocks(dvalues, weights.mT @ drows)
+            used = chunk.used()
+            by_block = (-1, block_size)
+            dvalues = (weights.mT @ drows).unflatten(1, by_block)[used]
             dlogits = (drows @ chunk.gather(values).mT).sub_(correction).mul_(weights)
-            chunk.add_to_blocks(dkeys, dlogits.mT @ rows)
+            dkeys = (dlogits.mT @ rows).unflatten(1, by_block)[used]
             chunk.store(head, dq, dlogits @ gathered * scale)
+            return chunk.slots[used], dkeys, dvalues
+
+        def add(
+            sums: tuple[Tensor, Tensor, Tensor], dkeys: Tensor = dkeys, dvalues: Tensor = dvalues
+        ) -> None:
+            slots, more_dkeys, more_dvalues = sums
+            dkeys.index_add_(0, slots, more_dkeys)
+            dvalues.index_add_(0, slots, more_dvalues)
+
+        in_parallel(differentiate, lists.spans(head), add)
         dk[head.batch, head.kv] = dkeys.flatten(0, 1)[:Skv]
         dv[head.batch, head.kv] = dvalues.flatten(0, 1)[:Skv]
     return dq, dk, dv

@@ -1,5 +1,6 @@
 """Choose the blocks of keys that each query attends to."""
 
+import threading
 from typing import NamedTuple
 
 import torch
@@ -15,6 +16,7 @@ from custom_ops.block_scores import (
     rank_blocks,
     weigh_windows,
 )
+from custom_ops.in_parallel import in_parallel
 from custom_ops.transforms import register_vmap
 from custom_ops.without_autocast import without_autocast
 
@@ -248,16 +250,20 @@ def _select_for_head(
         coarse = _pad_rows(coarse, rule.coarse_windows.scored_to(last_tile_end))
         num_columns += len(coarse)
     # Kept from tile to tile: fresh pages for each would cost as much as the products.
-    scratch = compressed.new_empty(tokens * G * num_columns)
-    for start in range(first // tokens * tokens, end, tokens):
+    kept_scratch = threading.local()
+
+    def fill(start: int) -> None:
         lo, hi = max(start, first), min(start + tokens, end)
         if (hi - 1) // rule.block_size < K:  # every block up to the query's own fits
             out[lo - first : hi - first] = list_all(range(lo, hi), K, rule, rows.device)
-            continue
+            return
+        if not hasattr(kept_scratch, "tensor"):
+            kept_scratch.tensor = compressed.new_empty(tokens * G * num_columns)
         tile = compressed.new_zeros(tokens, *rows.shape[1:])
         kept = slice(lo - start, hi - start)
         tile[kept] = rows[lo - first : hi - first]
         positions = range(start, start + tokens)
+        scratch = kept_scratch.tensor
         num_blocks = positions[-1] // rule.block_size + 1
         if coarse is None:
             logits = _multiply(tile, compressed, rule.windows, positions, scratch)[:, 0]
@@ -268,6 +274,10 @@ def _select_for_head(
             )
             scores = pool_to_blocks(weights, num_blocks, rule)
         out[lo - first : hi - first] = pick_best(scores[kept], range(lo, hi), K, rule)
+
+    # The last tiles see most and take longest: threads that are left over have short ones.
+    starts = range(first // tokens * tokens, end, tokens)
+    in_parallel(fill, reversed(starts))
 
 
 def _pad_rows(keys: Tensor, num_rows: int) -> Tensor:

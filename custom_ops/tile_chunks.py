@@ -40,10 +40,9 @@ class TileLists(NamedTuple):
     block_size: int
     tile_tokens: int
 
-    def chunks(self, head: Head, Skv: int, Sq: int) -> Iterator["TileChunk"]:
-        """Walk a head's tiles, several at a time, their lists cut to one width."""
-        at = (head.batch, head.kv)
-        counts = self.num[at].tolist()
+    def spans(self, head: Head) -> Iterator[tuple[slice, int]]:
+        """Walk a head's tiles, several at a time, with the length of their longest list."""
+        counts = self.num[head.batch, head.kv].tolist()
         group = head.group.stop - head.group.start
         per_slot = self.tile_tokens * group * self.block_size
         begin = 0
@@ -54,10 +53,12 @@ class TileLists(NamedTuple):
                 if (end + 1 - begin) * wider * per_slot > CHUNK_SCORES:
                     break
                 width, end = wider, end + 1
-            yield self._cut(at, slice(begin, end), max(width, 1), Skv, Sq)
+            yield slice(begin, end), max(width, 1)
             begin = end
 
-    def _cut(self, at: tuple[int, int], tiles: slice, width: int, Skv: int, Sq: int) -> "TileChunk":
+    def cut(self, head: Head, span: tuple[slice, int], Skv: int, Sq: int) -> "TileChunk":
+        """Read the lists of a span of tiles, cut to one width."""
+        (tiles, width), at = span, (head.batch, head.kv)
         num, block, word = self.num[at][tiles], self.idx[at][tiles], self.words[at][tiles]
         listed = torch.arange(width, device=num.device) < num[:, None]
         # A slot without a block repeats the tile's first: another's nan would come through 0 x nan.
@@ -134,8 +135,6 @@ class TileChunk(NamedTuple):
             out.unflatten(1, (seen.shape[1], -1)).add_(torch.where(reached, special, 0.0))
         return out
 
-    def add_to_blocks(self, total: Tensor, rows: Tensor) -> None:
-        """Add ``rows [n, W * block_size, D]`` onto the blocks they belong to."""
-        used = self.seen.amax(1) > 0
-        parts = rows.unflatten(1, (-1, total.shape[1]))[used]
-        total.index_add_(0, self.slots[used], parts)
+    def used(self) -> Tensor:
+        """Which slots some token sees a key of: bool ``[n, W]``."""
+        return self.seen.amax(1) > 0
