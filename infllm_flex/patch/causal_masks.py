@@ -107,16 +107,17 @@ def is_plain_causal(mask: Tensor) -> Tensor:
 def is_biased(mask: Tensor) -> bool:
     """Whether a mask does more than show and hide; reads its values. Of none, it says no."""
     numbers = mask.dtype != torch.bool and not isinstance(mask, CausalBias)
-    return numbers and not mask.is_meta and bool(_biased(mask))
+    return numbers and not mask.is_meta and bool(adds_to_logits(mask))
 
 
-def _biased(mask: Tensor) -> Tensor:
+def adds_to_logits(mask: Tensor) -> Tensor:
+    """Whether any number of a mask neither shows nor hides: bool ``[]``."""
     return ((mask != 0) & (mask > _HIDDEN)).any()
 
 
 def _visible(mask: Tensor) -> Tensor:
     """True where a key is seen. A bias that neither shows nor hides breaks the causal pattern."""
-    return mask if mask.dtype == torch.bool else (mask == 0) & ~_biased(mask)
+    return mask if mask.dtype == torch.bool else (mask == 0) & ~adds_to_logits(mask)
 
 
 def _is_causal_prefix(visible: Tensor, last: int, q_len: int) -> Tensor:

@@ -35,6 +35,7 @@ _ADVICE = (
     ),
     ("learned attention sinks", "sparse attention has no sinks: such a model stays dense"),
     ("a position bias", "sparse attention adds nothing to its logits: such a model stays dense"),
+    ("a mask that", "sparse attention adds nothing to its logits: such a model stays dense"),
     ("values of", "sparse attention needs values as wide as keys: such a model stays dense"),
     ("heads of", "sparse attention serves heads of up to 256: wider ones stay dense"),
     ("keys of another model", "a drafter stays dense: patch the model that it drafts for"),

@@ -13,6 +13,7 @@ SOUND_TYPES = ("exaone4", "gemma4_unified", "opt", "qwen3_5_text")
 REFUSED_TYPES = {
     "deepseek_v2": "as wide as keys",
     "deepseek_v32": "it is sparse already",
+    "doge": "adds nothing to its logits",
     "gemma2": "set the cap to None",
     "gemma4_assistant": "patch the model that it drafts for",
     "git": "only causal",

@@ -120,6 +120,22 @@ def test_what_is_not_served_at_length_is_refused(model, kwargs):
     )
 
 
+STEP_MASKS = {
+    "a bias by distance": torch.arange(-LONG + 1.0, 1.0).expand(2, 1, 1, LONG) / 8,
+    "keys that one head alone sees": torch.ones(2, 4, 1, LONG).index_fill(1, torch.tensor(1), 0),
+}
+
+
+@pytest.mark.parametrize("mask", STEP_MASKS.values(), ids=STEP_MASKS)
+def test_a_step_whose_mask_does_more_than_hide_padding_is_refused(model, mask):
+    ids = tokens(LONG)
+    mask = mask if mask.lt(0).any() else mask.bool()
+    with torch.no_grad():
+        cache = getattr(model(ids[:, :-1], use_cache=True), CACHE)
+        with pytest.raises(RuntimeError, match="and no other attention_mask"):
+            model(ids[:, -1:], attention_mask=mask, **{CACHE: cache})
+
+
 def test_dropout_at_length_is_refused():
     config = build().config
     config.attention_dropout = 0.1

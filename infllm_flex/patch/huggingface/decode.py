@@ -11,6 +11,7 @@ from custom_ops import zero_if
 from infllm_flex.chunks import attend_chunk
 from infllm_flex.config import InfLLMConfig
 from infllm_flex.decoding import decode_attention
+from infllm_flex.patch.causal_masks import adds_to_logits
 from infllm_flex.patch.huggingface.cache_state import compressed_keys_of, is_static
 from infllm_flex.patch.huggingface.masks import LazyMask
 from infllm_flex.patch.layer import PatchedLayer
@@ -140,12 +141,18 @@ def first_slots(mask: Tensor, key: Tensor) -> Tensor:
 
 
 def _is_causal(mask: Tensor, start: Tensor, end: Tensor | int) -> Tensor:
-    """Whether a mask lets every query see its row from slot ``start`` up to itself: bool ``[]``."""
+    """Whether a mask lets every query see its row from slot ``start`` up to itself: bool ``[]``.
+
+    A mask that adds to logits, or differs by head, does more than that.
+    """
     n, S = mask.shape[2:]
     slot = torch.arange(S, device=mask.device)
     own = torch.arange(-n, 0, device=mask.device) + end
     expected = (slot >= start[:, None, None]) & (slot <= own[:, None])
-    return (_visible(mask) == expected).all()
+    plain = (_visible(mask) == expected).all()
+    if mask.dtype is not torch.bool:
+        plain &= ~adds_to_logits(mask)
+    return plain if mask.shape[1] == 1 else plain & (mask == mask[:, :1]).all()
 
 
 def _visible(mask: Tensor) -> Tensor:

@@ -74,6 +74,8 @@ def why_left(module: nn.Module) -> str | None:
         return "learned attention sinks"
     if getattr(module, "indexer", None) is not None:
         return "the model's own sparse indexer"
+    if hasattr(module, "prepare_dynamic_mask"):  # Doge: weights of the keys, added to logits
+        return "a mask that the layer learns"
     if _passes(module, "position_bias"):
         return "a position bias on its logits"
     if (heads := why_heads_left(module)) is not None:
