@@ -13,6 +13,7 @@ from torch import Tensor
 
 from infllm_flex.config import InfLLMConfig
 from infllm_flex.evaluation.quality.arms import Way
+from infllm_flex.evaluation.quality.parts import SkippedError
 from infllm_flex.evaluation.quality.rows import Question
 from infllm_flex.evaluation.quality.scoring import Scorer
 from infllm_flex.evaluation.quality.settings import QualitySettings
@@ -51,9 +52,18 @@ def judge_shares(
         in the nearest; ``needle``: the share of the attention on a needle, where a head puts more
         than 0.3 of its own there; ``needle_best``: alike in the best blocks; ``needle_cases``:
         how often one does.
+
+    Raises:
+        SkippedError: A query may see more than half of the sequence.
     """
-    scorer, config = Scorer(model, device), way.attention
+    config = way.attention
     assert config is not None  # of dense attention there is no choice to judge
+    if way.visible(settings.length) > settings.length // 2:
+        raise SkippedError(
+            f"shares are judged where a query sees at most half of {settings.length} tokens, "
+            f"{way.name} sees {way.visible(settings.length)}"
+        )
+    scorer = Scorer(model, device)
     maker = Maker(vocabulary, text, settings.length + 1, True, settings.tuning.questions)
     found: dict[str, dict[str, list[Tensor]]] = defaultdict(lambda: defaultdict(list))
     with way.on(scorer.model):

@@ -8,9 +8,14 @@ import pytest
 import torch
 
 import infllm_flex as ifx
+from infllm_flex.evaluation.quality.arms import Way
+from infllm_flex.evaluation.quality.parts import SkippedError
 from infllm_flex.evaluation.quality.rows import Question, Span
-from infllm_flex.evaluation.quality.shares import needle_shares
+from infllm_flex.evaluation.quality.settings import QualitySettings
+from infllm_flex.evaluation.quality.shares import judge_shares, needle_shares
 from infllm_flex.evaluation.selection import LayerInputs
+from infllm_flex.strict_yaml import build_dataclass, load_yaml
+from tests.evaluation.quality.tiny import make_base, settings_of, write_settings
 
 CONFIG = ifx.InfLLMConfig(
     kernel_size=4, kernel_stride=4, block_size=8, init_blocks=1, window_size=8, topk=4, dense_len=-1
@@ -52,6 +57,15 @@ def test_half_a_needle_is_half():
     held, best = needle_shares(inputs([0]), one_free, [question()])
     assert held == pytest.approx(torch.full((1,), 0.5))
     assert best == pytest.approx(torch.ones(1))  # the best are four, none of them forced
+
+
+def test_a_choice_of_more_than_half_is_left_out_with_a_word(tmp_path):
+    settings = settings_of(tmp_path / "run", make_base(tmp_path / "base"), tmp_path)
+    path = write_settings(tmp_path / "quality.yaml", settings)
+    read = build_dataclass(QualitySettings, load_yaml(path))
+    wide = Way("wide", dataclasses.replace(CONFIG, topk=40))
+    with pytest.raises(SkippedError, match="at most half of 512 tokens, wide sees 328"):
+        judge_shares(read, tmp_path, wide, torch.device("cpu"), None, None, 0)
 
 
 def test_no_head_looks_no_case():
