@@ -13,12 +13,12 @@ require_kernels()
 import triton  # noqa: E402
 import triton.language as tl  # noqa: E402
 
-from custom_ops.kernels.select_blocks import _taken_segments  # noqa: E402
 from custom_ops.kernels.select_blocks.pick import (  # noqa: E402
     SEGMENT,
     best_blocks,
     pick_kernel,
 )
+from custom_ops.kernels.select_blocks.picking import count_taken  # noqa: E402
 
 LARGEST, SMALLEST = torch.finfo(torch.float32).max, 2.0**-149
 N = 128
@@ -104,7 +104,7 @@ def test_picked_from_a_few_segments_they_are_the_same(kind: str, data: st.DataOb
     expected = rank.sort(descending=True, stable=True).indices[:budget].sort().values
 
     out = torch.full((3, budget), 99, dtype=torch.int32, device=DEVICE)
-    taken = _taken_segments(K - local - 1, init, SEGMENT.value)
+    taken = count_taken(K - local - 1, init)
     places = [0, 0, 1, own, N, 1, budget, 1, 0, 0]  # one row, its position that of its block
     shape = {"BLOCK_SIZE": 1, "PART": 0, "PART_ROWS": 0, "BLOCK_K": 32, "TAKEN": taken, "N": N}
     pick_kernel[(1,)](

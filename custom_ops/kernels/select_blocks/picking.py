@@ -31,6 +31,12 @@ def divide_into_parts(documents: Tensor | None, kv_len: int, offset: int, tokens
     return Parts(count, size, triton.cdiv(size, tokens) * tokens, offset // size)
 
 
+def count_taken(room: int, init_blocks: int) -> int:
+    """Count the segments that hold the ``room`` best blocks of a row, up to a power of two."""
+    forced = triton.cdiv(init_blocks, SEGMENT.value)
+    return triton.next_power_of_2(max(room - init_blocks, 0) + forced + 1)
+
+
 class Picker(NamedTuple):
     """Fills rows of ``out [B, Hkv, Sq, K]`` with the blocks that their scores choose."""
 
@@ -55,9 +61,7 @@ class Picker(NamedTuple):
         """Count the segments that the rows' blocks are picked from; 0: from all blocks."""
         if not self.keeps_bests:
             return 0
-        room = self.num_selected - self.local_blocks - 1
-        forced = triton.cdiv(self.init_blocks, SEGMENT.value)
-        taken = triton.next_power_of_2(max(room - self.init_blocks, 0) + forced + 1)
+        taken = count_taken(self.num_selected - self.local_blocks - 1, self.init_blocks)
         return taken if 2 * taken * SEGMENT.value <= self.count_listed(rows) else 0
 
     def pick(self, scores: Tensor, bests: Tensor, heads: range, rows: range, columns: int) -> None:
