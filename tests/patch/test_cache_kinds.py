@@ -6,6 +6,7 @@ import pytest
 import torch
 import transformers
 from transformers import DynamicCache, QuantizedCache, StaticCache
+from transformers.cache_utils import DynamicLayer
 from transformers.utils import is_hqq_available, is_optimum_quanto_available
 
 import infllm_flex as ifx
@@ -92,6 +93,36 @@ def test_an_offloaded_cache_changes_nothing(kind):
     options |= {"cache_implementation": kind, "disable_compile": True}
     ours = model.generate(ids, attention_mask=torch.ones_like(ids), **options)
     assert torch.equal(ours, expected)
+
+
+class Elsewhere(DynamicCache):
+    """Offloads as a cache on a GPU does: what attention gets is no longer what the layer holds."""
+
+    def update(self, key_states, value_states, layer_idx, *args, **kwargs):
+        self.offloading = False
+        out = super().update(key_states, value_states, layer_idx, *args, **kwargs)
+        self.offloading = True
+        self.layers[layer_idx].offload()
+        return out
+
+
+def test_a_layer_that_was_offloaded_at_once_is_still_found(monkeypatch):
+    def move(layer):
+        layer.keys, layer.values = layer.keys.clone(), layer.values.clone()
+
+    monkeypatch.setattr(DynamicLayer, "offload", move)
+    model, ids = ifx.patch_model(build(), GROWING), tokens(110)
+    cache, states = Elsewhere(), []
+    with torch.no_grad():
+        steps = []
+        for part in ids.split([90, 1, 1, 5, 13], 1):
+            steps.append(model(part, **{CACHE: cache}).logits)
+            states.append([getattr(layer, "infllm_state", None) for layer in cache.layers])
+        expected = model(ids, use_cache=False).logits
+    torch.testing.assert_close(torch.cat(steps, 1), expected, rtol=1e-3, atol=2e-5)
+    assert all(state is not None for state in states[1])
+    for first, *others in zip(*states[1:], strict=True):
+        assert all(state is first for state in others)
 
 
 def test_an_offloaded_layer_keeps_no_room_behind():
