@@ -2,9 +2,10 @@
 
 import pytest
 import torch
+from transformers import DynamicCache
 
 import infllm_flex as ifx
-from tests.patch.models import CONFIGS, SETTINGS, build, tokens
+from tests.patch.models import CACHE, CONFIGS, SETTINGS, build, tokens
 
 S = 140
 IDS = tokens(S, 3)
@@ -188,3 +189,22 @@ def test_a_causal_mask_given_whole_keeps_documents_apart():
         ours = model(IDS, position_ids=positions, attention_mask=CAUSAL).logits
         theirs = torch.cat([model(part).logits for part in IDS.split(lengths, 1)], 1)
         assert_close(ours, theirs)
+
+
+STEP_MASKS = {
+    "a bias": torch.linspace(-1, -0.1, S + 1).expand(3, 1, 1, -1),
+    "a bias of a head": torch.zeros(3, 4, 1, S + 1).index_fill(1, torch.tensor(2), -0.3),
+    "a key that one head does not see": torch.ones(3, 4, 1, S + 1)
+    .index_fill(1, torch.tensor(3), 0)
+    .bool(),
+}
+
+
+@pytest.mark.parametrize("mask", STEP_MASKS)
+def test_a_step_of_generation_refuses_what_is_more_than_padding(mask):
+    model = ifx.patch_model(build(), SETTINGS)
+    with torch.no_grad():
+        cache = DynamicCache(config=model.config)
+        model(IDS, **{CACHE: cache})
+        with pytest.raises(RuntimeError, match="rows that are padded on the left"):
+            model(IDS[:, :1], attention_mask=STEP_MASKS[mask], **{CACHE: cache})
