@@ -9,7 +9,7 @@ from tests.patch.families.examine import NOT_BUILT, REFUSED, SOUND, examine
 from tests.patch.families.tiny import TYPES
 
 # One of each way to attend, to cache and to be told of positions.
-SOUND_TYPES = ("exaone4", "gemma4_unified", "opt", "qwen3_5_text")
+SOUND_TYPES = ("exaone4", "gemma4_unified", "gpt_bigcode", "opt", "qwen3_5_text", "zamba")
 REFUSED_TYPES = {
     "deepseek_v2": "as wide as keys",
     "deepseek_v32": "it is sparse already",

@@ -15,6 +15,8 @@ from transformers import (
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 import infllm_flex as ifx
+from tests.patch.families.observations import alone, difference, packed
+from tests.patch.families.tiny import build as build_type
 from tests.patch.models import (
     CACHE,
     CONFIGS,
@@ -295,3 +297,16 @@ class TestCausalBias:
         with torch.no_grad():
             torch.testing.assert_close(function(x), layer(x), rtol=1e-4, atol=1e-5)
         torch.compiler.reset()
+
+
+@pytest.mark.parametrize("lengths", [(40, 23, 30), (32, 64)], ids=["within", "at the start"])
+def test_documents_over_a_cache_begin_where_chunks_do(lengths):
+    model = ifx.patch_model(build_type("llama4_text"), SETTINGS)  # chunks of 32
+    expected = alone(lengths)(model)
+    assert difference(packed(lengths, by_bounds=False)(model), expected, exact=False) is None
+    over_a_cache = packed(lengths, by_bounds=False, use_cache=True)
+    if lengths[0] % 32:
+        with pytest.raises(ValueError, match=r"chunks .*: pass use_cache=False"):
+            over_a_cache(model)
+    else:
+        assert difference(over_a_cache(model), expected, exact=False) is None

@@ -9,13 +9,13 @@ from torch import Tensor, nn
 
 from infllm_flex.attention import attend_in_layout, infllm_attention
 from infllm_flex.autocast import as_autocast
-from infllm_flex.batches import is_recorded
+from infllm_flex.batches import is_recorded, require
 from infllm_flex.patch.head_dims import unserved_head_dims
 from infllm_flex.patch.huggingface.cache import KEYWORD, cache_layer
 from infllm_flex.patch.huggingface.cache_state import is_static
 from infllm_flex.patch.huggingface.decode import attend_cached, cut_mask, follow_static
 from infllm_flex.patch.huggingface.instance_forward import note_call
-from infllm_flex.patch.huggingface.layers import layer_of, previous_implementation
+from infllm_flex.patch.huggingface.layers import IN_CHUNKS, layer_of, previous_implementation
 from infllm_flex.patch.huggingface.masks import LazyMask, spell_out
 from infllm_flex.patch.huggingface.obstacles import Call, find_obstacle, guard_recorded
 from infllm_flex.patch.huggingface.sequences import Sequences, find_sequences
@@ -25,7 +25,12 @@ from infllm_flex.patch.huggingface.told import (
     require_told_again,
     what_is_told,
 )
-from infllm_flex.patch.layer import Attend, get_layer
+from infllm_flex.patch.layer import Attend, PatchedLayer, get_layer
+
+_CHUNKS = (
+    "documents over a cache must not begin within the chunks of a layer of chunked attention: "
+    "pass use_cache=False"
+)
 
 
 def attention_forward(
@@ -81,7 +86,7 @@ def attention_forward(
         )
 
     def attend_densely(sequences: Sequences | None) -> tuple[Tensor, Tensor | None]:
-        mask = _dense_mask(attention_mask, sequences)
+        mask = _dense_mask(attention_mask, sequences, layer)
         previous = previous_implementation(module)
         if previous == "eager":
             mask = _additive_mask(module, query, key, mask)
@@ -158,10 +163,20 @@ def _is_plain(mask: LazyMask | Tensor | None) -> bool:
     return mask is None or (isinstance(mask, LazyMask) and mask.is_plain and mask.padding is None)
 
 
-def _dense_mask(mask: LazyMask | Tensor | None, sequences: Sequences | None) -> Tensor | None:
+def _dense_mask(
+    mask: LazyMask | Tensor | None, sequences: Sequences | None, layer: PatchedLayer
+) -> Tensor | None:
     """The mask for the layer's previous function."""
-    tensor = mask.spell_out() if isinstance(mask, LazyMask) else mask
-    return tensor if sequences is None else sequences.isolate(tensor)
+    tensor = spell_out(mask)
+    if sequences is None:
+        return tensor
+    isolated = sequences.isolate(tensor)
+    in_chunks = layer.left == IN_CHUNKS and tensor is not None and tensor.dtype is torch.bool
+    if in_chunks and isolated is not None:
+        # Such a mask must have been made for these documents, whose chunks begin where they do.
+        apart = (isolated == tensor) | ~sequences.is_real[:, None, :, None]
+        isolated = require(apart.flatten(1).all(-1), _CHUNKS, isolated)
+    return isolated
 
 
 def _additive_mask(

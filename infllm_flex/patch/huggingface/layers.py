@@ -20,6 +20,7 @@ from infllm_flex.patch.huggingface.instance_forward import why_unreached
 from infllm_flex.patch.layer import NOT_PATCHED, PatchedLayer, get_layer, set_layer
 
 _FULL = ("full_attention", "hybrid")  # hybrid: beside a state space model in the same layer
+IN_CHUNKS = "chunked attention"  # what `why_left` says of Llama 4's layers
 _MAKES_MASKS = re.compile(r"create_\w*mask")
 
 
