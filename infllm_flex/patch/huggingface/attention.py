@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import torch
@@ -15,7 +16,7 @@ from infllm_flex.patch.huggingface.cache import KEYWORD, cache_layer
 from infllm_flex.patch.huggingface.cache_state import is_static
 from infllm_flex.patch.huggingface.decode import attend_cached, cut_mask, follow_static
 from infllm_flex.patch.huggingface.instance_forward import note_call
-from infllm_flex.patch.huggingface.layers import IN_CHUNKS, layer_of, previous_implementation
+from infllm_flex.patch.huggingface.layers import IN_CHUNKS, layer_of
 from infllm_flex.patch.huggingface.masks import LazyMask, spell_out
 from infllm_flex.patch.huggingface.obstacles import Call, find_obstacle, guard_recorded
 from infllm_flex.patch.huggingface.sequences import Sequences, find_sequences
@@ -41,6 +42,7 @@ def attention_forward(
     attention_mask: LazyMask | Tensor | None,
     dropout: float = 0.0,
     scaling: float | None = None,
+    infllm_previous: str = "sdpa",
     **kwargs: Any,
 ) -> tuple[Tensor, Tensor | None]:
     """Attend densely, by the layer's previous function, or sparsely: as the number of keys says.
@@ -57,6 +59,8 @@ def attention_forward(
             ``[B, 1, Sq, Skv]``.
         dropout: Probability; only the dense path has it.
         scaling: Factor of the logits; None for ``D ** -0.5``.
+        infllm_previous: The attention implementation of short sequences; not read from the config,
+            where every look-up takes microseconds.
         kwargs: Whatever the model, or its caller, passes to attention functions.
 
     Returns:
@@ -87,10 +91,9 @@ def attention_forward(
 
     def attend_densely(sequences: Sequences | None) -> tuple[Tensor, Tensor | None]:
         mask = _dense_mask(attention_mask, sequences, layer)
-        previous = previous_implementation(module)
-        if previous == "eager":
+        if infllm_previous == "eager":
             mask = _additive_mask(module, query, key, mask)
-        return layer.dense_attention[previous](
+        return layer.dense_attention[infllm_previous](
             module, query, key, value, mask, dropout=dropout, scaling=scaling, **kwargs
         )
 
@@ -138,6 +141,10 @@ def attention_forward(
         return attend_in_layout(q, k, v, layer.config, layout, scale=scale)
 
     return _attend(sparse, query, key, value, scaling)
+
+
+# For models that were eager.
+attention_forward_of_eager = functools.partial(attention_forward, infllm_previous="eager")
 
 
 def _attend(

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-from infllm_flex.patch.huggingface.attention import attention_forward
+from infllm_flex.patch.huggingface.attention import (
+    attention_forward,
+    attention_forward_of_eager,
+)
 from infllm_flex.patch.huggingface.config_view import NAMES
 from infllm_flex.patch.huggingface.masks import causal_mask
 from infllm_flex.when_imported import when_imported
@@ -11,14 +14,15 @@ from infllm_flex.when_imported import when_imported
 def register() -> None:
     """Enter our names into transformers' attention and mask registries. Imports transformers.
 
-    All of them stand for one attention function and one mask function: None for a plain causal
-    sequence, whatever its length.
+    All of them stand for one attention function, which tells what a model had before, and one mask
+    function: None for a plain causal sequence, whatever its length.
     """
     from transformers.masking_utils import AttentionMaskInterface
     from transformers.modeling_utils import AttentionInterface
 
+    AttentionInterface.register(NAMES["sdpa"], attention_forward)
+    AttentionInterface.register(NAMES["eager"], attention_forward_of_eager)
     for name in NAMES.values():
-        AttentionInterface.register(name, attention_forward)
         AttentionMaskInterface.register(name, causal_mask)
 
 
