@@ -73,5 +73,10 @@ def _peak_memory(device: torch.device) -> int:
         peak = torch.cuda.max_memory_allocated(device)
         torch.cuda.reset_peak_memory_stats(device)
         return peak
+    return peak_resident_bytes()
+
+
+def peak_resident_bytes() -> int:
+    """The most memory that this process has held."""
     largest = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return largest if sys.platform == "darwin" else largest * 1024

@@ -65,9 +65,10 @@ def rehearse(settings: TrainingSettings, processes: int) -> list[str]:
     )
     outline = check_run(settings, world)
     weights = sum(weight.numel() for weight in outline.parameters())
+    memory = estimate_memory(outline, settings, processes, world.device)
     lines = [
         f"model: {type(outline).__name__}, {weights / 1e9:.3g} billion weights",
-        f"memory, estimated: {estimate_memory(outline, settings, processes)}",
+        f"memory, estimated: {memory}",
     ]
     with tempfile.TemporaryDirectory() as aside:
         text = open_text(settings.data, Path(aside), settings.model.path)

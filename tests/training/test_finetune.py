@@ -13,6 +13,7 @@ import warnings
 from pathlib import Path
 
 import pytest
+import torch
 from transformers import GPT2Config, GPT2LMHeadModel, MistralConfig, MistralForCausalLM
 
 from infllm_flex.strict_yaml import build_dataclass, load_yaml
@@ -306,8 +307,10 @@ LARGE = {
 
 @pytest.mark.parametrize("name", LARGE)
 def test_a_large_config_passes_its_dry_run_and_its_comment_says_what_that_estimates(
-    finetune, tmp_path, name
+    finetune, tmp_path, monkeypatch, name
 ):
+    gpu = torch.device("cuda")  # on a CPU the program itself would be added
+    monkeypatch.setattr("infllm_flex.training.preflight.pick_device", lambda device: gpu)
     description, length, billions = LARGE[name]
     folder, texts = tmp_path / "model", tmp_path / "texts"
     folder.mkdir()

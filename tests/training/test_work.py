@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -25,12 +29,14 @@ from infllm_flex.training.stages import stage_attention
 from infllm_flex.training.work import Work, document_lengths, peak_operations
 from tests.training.runs import ATTENTION, settings, stage
 
+ROOT = Path(__file__).parents[2]
 MODEL = ModelSettings(
     tiny=TinyModelSettings(
         num_layers=3, hidden_size=64, intermediate_size=160, num_heads=4, num_kv_heads=2
     )
 )
 LENGTH = 256
+GPU = torch.device("cuda")  # an estimate needs none
 
 
 @pytest.fixture(scope="module")
@@ -89,7 +95,7 @@ def test_a_device_is_known_by_its_name_or_by_the_setting(monkeypatch):
 @pytest.mark.parametrize("kind", ["adamw", "muon"])
 def test_weights_gradients_and_optimizer_are_estimated_to_the_byte(tmp_path, texts, model, kind):
     run = settings(tmp_path, texts, model=MODEL, optim=OptimSettings(kind=kind))
-    found = estimate_memory(build_outline(MODEL, LENGTH), run, processes=1)
+    found = estimate_memory(build_outline(MODEL, LENGTH), run, 1, GPU)
     optimizers = Optimizers(model, run.optim)
     optimizers.materialise()
     weights = sum(weight.nbytes for weight in model.parameters())
@@ -131,10 +137,53 @@ def test_activations_are_estimated_to_a_half(tmp_path, texts, attention):
             memory=MemorySettings(activation_checkpointing=checkpointing),
         )
         kept.append(kept_for_the_backward(run, length))
-        found.append(estimate_memory(build_outline(MODEL, length), run, processes=1).activations)
+        found.append(estimate_memory(build_outline(MODEL, length), run, 1, GPU).activations)
     assert 0.75 < found[0] / kept[0] < 1.5
     # What is computed again comes on top of what is kept: one layer of three.
     assert 0.75 < found[1] / (kept[1] + kept[0] / 3) < 1.5
+
+
+@pytest.mark.parametrize(
+    ("attention", "checkpointing"), [("dense", False), ("sparse", False), ("dense", True)]
+)
+def test_a_run_on_the_cpu_takes_no_more_than_estimated(tmp_path, texts, attention, checkpointing):
+    """In a process of its own, where the most that was ever held is that of the run."""
+    code = f"""
+import torch
+from pathlib import Path
+from infllm_flex.training.estimate import estimate_memory
+from infllm_flex.training.loop import train
+from infllm_flex.training.meter import peak_resident_bytes
+from infllm_flex.training.model import build_outline
+from infllm_flex.training.settings import MemorySettings, ModelSettings, TinyModelSettings
+from tests.training.runs import settings, stage
+
+model = ModelSettings(
+    tiny=TinyModelSettings(num_layers=6, hidden_size=384, intermediate_size=1024, num_heads=6)
+)
+run = settings(
+    Path({str(tmp_path)!r}),
+    Path({str(texts)!r}),
+    model=model,
+    stages={{"only": stage(max_length=1024, batch_size=1, steps=2, attention={attention!r})}},
+    memory=MemorySettings(activation_checkpointing={checkpointing}),
+)
+torch.set_num_threads(1)
+outline = build_outline(model, 1024)
+estimate = estimate_memory(outline, run, 1, torch.device("cpu"))
+train(run, show=False)
+print(estimate.total, peak_resident_bytes())
+"""
+    ended = subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", code],
+        capture_output=True,
+        text=True,
+        cwd=ROOT,
+        env=os.environ | {"PYTHONPATH": str(ROOT)},
+        check=True,
+    )
+    estimate, taken = map(int, ended.stdout.split())
+    assert taken <= estimate < 1.25 * taken
 
 
 def test_fsdp_cuts_what_is_kept_and_offloading_takes_it_off_the_device(tmp_path, texts):
@@ -142,7 +191,7 @@ def test_fsdp_cuts_what_is_kept_and_offloading_takes_it_off_the_device(tmp_path,
 
     def estimate(processes, **changes):
         return estimate_memory(
-            outline, settings(tmp_path, texts, model=MODEL, **changes), processes
+            outline, settings(tmp_path, texts, model=MODEL, **changes), processes, GPU
         )
 
     one, four = estimate(1), estimate(4)
