@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
-from torch.nn.attention.bias import CausalBias, CausalVariant
 
 import custom_ops
 from infllm_flex.batches import has_values, is_recorded
@@ -35,8 +34,8 @@ def keys_so_far(query: Tensor, key: Tensor, mask: Tensor | None, is_causal: bool
     q_len, kv_len = query.shape[-2], key.shape[-2]
     if mask is None:
         return q_len if is_causal else kv_len
-    if isinstance(mask, CausalBias):  # no tensor of numbers: its kind and shape say all
-        return q_len if mask.variant == CausalVariant.UPPER_LEFT else kv_len
+    if _is_causal_bias(mask):  # no tensor of numbers: its kind and shape say all
+        return q_len if mask.variant.name == "UPPER_LEFT" else kv_len  # type: ignore[attr-defined]
     if torch.compiler.is_compiling():
         if q_len != kv_len:
             raise UnsupportedModelError(
@@ -58,7 +57,7 @@ def require_causal(query: Tensor, mask: Tensor | None) -> Tensor:
     Returns:
         ``query``, whose values depend on the check, so that no pass takes it out.
     """
-    if mask is None or isinstance(mask, CausalBias) or not torch.compiler.is_compiling():
+    if mask is None or _is_causal_bias(mask) or not torch.compiler.is_compiling():
         return query
     visible = _visible(mask)
     plain = _is_causal_prefix(visible, visible.shape[-1], visible.shape[-2])
@@ -104,9 +103,14 @@ def is_plain_causal(mask: Tensor) -> Tensor:
     return torch.stack(right).all()
 
 
+def _is_causal_bias(mask: Tensor) -> bool:
+    # By name: its module imports the compiler, which `import infllm_flex` must not wait for.
+    return type(mask).__name__ == "CausalBias"
+
+
 def is_biased(mask: Tensor) -> bool:
     """Whether a mask does more than show and hide; reads its values. Of none, it says no."""
-    numbers = mask.dtype != torch.bool and not isinstance(mask, CausalBias)
+    numbers = mask.dtype != torch.bool and not _is_causal_bias(mask)
     return numbers and not mask.is_meta and bool(adds_to_logits(mask))
 
 
