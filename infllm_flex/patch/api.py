@@ -12,7 +12,7 @@ from torch import nn
 
 from infllm_flex.patch import ladder
 from infllm_flex.patch.dense_blocks import inside_block
-from infllm_flex.patch.heads import check_kv_heads
+from infllm_flex.patch.heads import check_kv_heads, count_heads
 from infllm_flex.patch.ladder import Found
 from infllm_flex.patch.layer import get_layer
 from infllm_flex.patch.modules import Names, resolve_modules
@@ -90,6 +90,7 @@ def patch_model(
         model, layers, resolve_config(config, overrides, model_configs), num_key_value_heads
     )
     _log_decisions(model, layers)
+    _log_where_it_pays(model, layers, num_key_value_heads)
     return model
 
 
@@ -156,3 +157,21 @@ def _log_decisions(model: nn.Module, layers: Mapping[str, Found]) -> None:
         max(config.dense_len, 1),
         f"; {reasons}" if reasons else "",
     )
+
+
+def _log_where_it_pays(
+    model: nn.Module, layers: Mapping[str, Found], num_key_value_heads: int | None
+) -> None:
+    """Say from which length sparse attention is faster than dense, if ``dense_len`` is less."""
+    module = next(found.module for found in layers.values() if found.left is None)
+    query_heads, kv_heads = count_heads(module, model, num_key_value_heads)
+    device = next((weight.device.type for weight in model.parameters()), None)
+    if device == "cpu":
+        where, length = "on a CPU", 16384
+    elif device == "cuda" and query_heads is not None and query_heads == kv_heads:
+        where, length = "with one query head to a KV head on a GPU", 131072
+    else:
+        return
+    config = get_layer(module).config  # type: ignore[union-attr]
+    if config.dense_len < length:
+        _log.info("%s sparse attention is measured to be faster from %d tokens on", where, length)

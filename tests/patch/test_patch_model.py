@@ -135,12 +135,21 @@ def test_a_model_inside_another_module_is_found():
     ]
 
 
-def test_one_line_is_logged(caplog):
+def test_what_is_sparse_is_logged_and_from_where_it_pays(caplog):
     with caplog.at_level(logging.INFO, logger="infllm_flex"):
         ifx.patch_model(build("gemma2"), SETTINGS)
     assert [record.getMessage() for record in caplog.records] == [
         "Gemma2ForCausalLM: 1 of 2 attention layers sparse from 96 tokens on; "
-        "1 left as they were: sliding window 32"
+        "1 left as they were: sliding window 32",
+        "on a CPU sparse attention is measured to be faster from 16384 tokens on",
+    ]
+
+
+def test_nothing_is_said_of_a_length_where_sparse_attention_pays(caplog):
+    with caplog.at_level(logging.INFO, logger="infllm_flex"):
+        ifx.patch_model(build(), SETTINGS, dense_len=16384)
+    assert [record.getMessage() for record in caplog.records] == [
+        "LlamaForCausalLM: 2 of 2 attention layers sparse from 16384 tokens on"
     ]
 
 
