@@ -24,7 +24,7 @@ from infllm_flex.evaluation.table import format_table
 from infllm_flex.patch import patch_model
 from infllm_flex.training.model import load_model
 
-HEADER = ("layer", "blocks", "mass", "best", "window", "u(4)", "u(8)", "u(32)")
+HEADER = ("layer", "blocks", "mass", "best", "window", "single", "u(4)", "u(8)", "u(32)")
 
 
 def main() -> int:
@@ -107,8 +107,9 @@ def evaluate(
     print(format_table(HEADER, [row(name, report) for name, report in reports.items()]))
     print(
         "\nmass: share of the dense attention in the selected blocks; best: in the best as many; "
-        "window:\nin the first and nearest as many; u(n): blocks a tile of n tokens loads per "
-        "block selected"
+        "window:\nin the first and nearest as many; single: in the 8 strongest keys of a head, the "
+        "same for all\ntokens, between the blocks that are always selected (attention sinks, which "
+        "scores of pooled\nkeys may miss); u(n): blocks a tile of n tokens loads per block selected"
     )
 
 
@@ -121,7 +122,7 @@ def model_configs(model: Any) -> list[InfLLMConfig]:
 
 def row(name: str, report: SelectionReport) -> list[str]:
     """One line of the table."""
-    numbers = (report.mass, report.mass_best, report.mass_window)
+    numbers = (report.mass, report.mass_best, report.mass_window, report.mass_single)
     return [
         name,
         f"{report.blocks:.1f}",

@@ -16,6 +16,7 @@ from infllm_flex.patch import dense
 from infllm_flex.patch.huggingface import patched_layers
 from infllm_flex.selection import default_scale, select_blocks
 
+_SINGLE_KEYS = 8
 _TILE_TOKENS = (2, 4, 8, 16, 32)
 
 
@@ -37,6 +38,8 @@ class SelectionReport:
         mass: Share of the dense attention weights that lies in the selected blocks.
         mass_best: The same for as many blocks chosen with the weights known.
         mass_window: The same for the first block and the nearest, as many in all.
+        mass_single: The share in the 8 strongest single keys of each head, the same for all tokens,
+            outside the blocks that are always selected.
     """
 
     blocks: float
@@ -44,6 +47,7 @@ class SelectionReport:
     mass: float
     mass_best: float
     mass_window: float
+    mass_single: float
 
 
 @contextmanager
@@ -112,7 +116,8 @@ def judge_selection(
     }
     random = torch.Generator().manual_seed(seed)
     at = torch.randperm(S - half, generator=random)[:samples].to(query.device)
-    mass = _block_mass(query[:, :, half:][:, :, at], key, at + half, scale, config)
+    sampled = query[:, :, half:][:, :, at]
+    mass, single = _block_mass(sampled, key, at + half, scale, config)
     own = ((at + half) // config.block_size)[:, None]
     block = torch.arange(mass.shape[-1], device=mass.device)
     near = (block < config.init_blocks) | (block > own - config.num_selected + config.init_blocks)
@@ -125,22 +130,30 @@ def judge_selection(
         mass=(mass * chosen[..., :-1]).sum(-1).mean().item(),
         mass_best=mass.topk(config.num_selected, -1).values.sum(-1).mean().item(),
         mass_window=(mass * (near & (block <= own))).sum(-1).mean().item(),
+        mass_single=single,
     )
 
 
 def _block_mass(
     query: Tensor, key: Tensor, position: Tensor, scale: float, config: InfLLMConfig
-) -> Tensor:
+) -> tuple[Tensor, float]:
     """Dense attention weights, summed by block and averaged over the group: ``[B, Hkv, n, Nkv]``.
 
-    A KV head at a time, since weights of all keys are made.
+    And the share of single keys outside the forced blocks. A KV head at a time, since weights of
+    all keys are made.
     """
     S, groups = key.shape[2], query.shape[1] // key.shape[1]
     hidden = torch.arange(S, device=key.device) > position[:, None]
-    mass = []
+    block = torch.arange(S, device=key.device) // config.block_size
+    own = (position // config.block_size)[:, None]
+    forced = (block < config.init_blocks) | (block >= own - config.local_blocks)
+    mass, single = [], []
     for heads, keys in zip(query.split(groups, 1), key.float().split(1, 1), strict=True):
         logits = heads.float() @ keys.mT * scale  # [B, G, n, S]
-        weights = logits.masked_fill_(hidden, -torch.inf).softmax(-1).mean(1)
+        by_head = logits.masked_fill_(hidden, -torch.inf).softmax(-1)
+        between = by_head.masked_fill(forced, 0.0).mean(2)  # over the tokens: [B, G, S]
+        single.append(between.topk(min(_SINGLE_KEYS, S)).values.sum(-1).mean())
+        weights = by_head.mean(1)
         padded = torch.nn.functional.pad(weights, (0, -S % config.block_size))
         mass.append(padded.unflatten(-1, (-1, config.block_size)).sum(-1))
-    return torch.stack(mass, 1)
+    return torch.stack(mass, 1), torch.stack(single).mean().item()

@@ -64,6 +64,20 @@ def test_a_key_that_all_attend_to_is_found():
     assert report.mass_window < 0.01
 
 
+def test_single_keys_that_all_attend_to_are_told_apart_from_spread_attention():
+    query, key, _ = make_qkv(400, Hq=4, Hkv=2)
+
+    def share(at=None):
+        sinks = key.clone()
+        if at is not None:
+            sinks[:, 1, at] = 90.0  # one key, of one of two KV heads
+        return judge_selection(LayerInputs(query.abs(), sinks, 0.05), small_config()).mass_single
+
+    assert share() < 0.1
+    assert 0.5 < share(90) < 0.55
+    assert share(3) < 0.05  # in the first block, which is always selected
+
+
 def test_a_short_sequence_says_how_long_it_must_be():
     query, key, _ = make_qkv(100)
     with pytest.raises(ValueError, match="take at least 160"):
