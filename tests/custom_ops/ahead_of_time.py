@@ -57,6 +57,7 @@ def record_launches(
     from custom_ops.kernels import attend_blocks, descriptors, pool_queries
     from custom_ops.kernels import capability as asked
     from custom_ops.kernels.select_blocks import pooled
+    from custom_ops.kernels.select_cached_blocks import pooled as cached_pooled
 
     launches: dict[str, Launch] = {}
 
@@ -68,7 +69,7 @@ def record_launches(
 
     with monkeypatch.context() as patch:
         patch.setattr(triton.runtime.JITFunction, "run", run)
-        for module in (asked, attend_blocks, descriptors, pool_queries, pooled):
+        for module in (asked, attend_blocks, descriptors, pool_queries, pooled, cached_pooled):
             patch.setattr(module, "compute_capability", lambda _: capability)
         call()
     return list(launches.values())

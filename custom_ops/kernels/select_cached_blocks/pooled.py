@@ -7,7 +7,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from custom_ops.kernels.capability import has_little_shared_memory
+from custom_ops.kernels.capability import compute_capability, has_little_shared_memory
 from custom_ops.kernels.pool_queries import average_heads, fit_float8, round_like_float8
 from custom_ops.kernels.select_blocks.pooled import rank
 from custom_ops.kernels.select_blocks.workspace import MAX_BLOCKS
@@ -49,6 +49,7 @@ def cached_pooled_score_kernel(
     TOKENS: tl.constexpr,
     BLOCK_N: tl.constexpr,
     FLOAT8: tl.constexpr,
+    HAS_FLOAT8: tl.constexpr,
 ):
     """Fill ``scores [B * Hkv, n, columns]``, a run of blocks each.
 
@@ -90,7 +91,10 @@ def cached_pooled_score_kernel(
         key_ptr = keys_ptr + window.to(tl.int64)[None, :] * stride_ks + d[:, None] * stride_kd
         keys = tl.load(key_ptr, mask=valid[None, :] & (d < D)[:, None], other=0.0)
         if FLOAT8:
-            keys = round_like_float8(keys.to(tl.float32)).to(tl.float16)
+            if HAS_FLOAT8:  # conversion by the device rounds alike
+                keys = keys.to(tl.float8e4nv).to(tl.float16)
+            else:
+                keys = round_like_float8(keys.to(tl.float32)).to(tl.float16)
         logits = tl.dot(q, keys, input_precision="ieee")
         if SLOTS != PER_BLOCK:
             logits = tl.where((slot < PER_BLOCK)[None, :], logits, float("-inf"))
@@ -157,6 +161,7 @@ def launch(
             FITTING=num_selected * block_size,
             SLOTS=slots,
             FLOAT8=float8,
+            HAS_FLOAT8=compute_capability(q) >= 89,
             **tile,
         )
     N = max(16, triton.next_power_of_2(columns))
