@@ -8,6 +8,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, TypeVar
 
+import torch
 from torch import nn
 
 from infllm_flex.patch import ladder
@@ -53,7 +54,8 @@ def patch_model(
             ``torch.nn.functional.scaled_dot_product_attention`` with ``is_causal=True`` or a causal
             mask anywhere.
         config: Settings, as a config, a mapping, or the path of a YAML file. None: the model's own
-            ``config.sparse_config``, else the defaults.
+            ``config.sparse_config``, else every key is scored by pooled queries, in float8 where
+            the model is on a GPU that multiplies it (docs/choosing-settings.md says why).
         attention_modules: The attention layers, where they should not be looked for: names as in
             ``named_modules``, in which ``*`` stands for anything between dots, classes, or modules.
         num_key_value_heads: Key/value heads of a model that expands them before attention, where
@@ -62,7 +64,9 @@ def patch_model(
             The model runs once without gradients, and its layers are those that attend then.
             Without it they are told by their code, and by their first forward, which raises an
             UnsupportedModelError where the code was misleading.
-        overrides: Single settings by name, on top of ``config``.
+        overrides: Single settings by name, on top of ``config``. One that says how blocks are
+            scored, such as ``kernel_size``, starts from the defaults of InfLLMConfig where the
+            model has no ``sparse_config``.
 
     Returns:
         The same ``model``.
@@ -86,12 +90,17 @@ def patch_model(
     model_configs = [
         getattr(m, "config", None) for m in (model, *(f.module for f in layers.values()))
     ]
-    ladder.attach(
-        model, layers, resolve_config(config, overrides, model_configs), num_key_value_heads
-    )
+    resolved = resolve_config(config, overrides, model_configs, _device_of(model))
+    ladder.attach(model, layers, resolved.config, num_key_value_heads)
+    for layer in ladder.patched_layers(model).values():
+        layer.origin = resolved.origin
     _log_decisions(model, layers)
     _log_where_it_pays(model, layers, num_key_value_heads)
     return model
+
+
+def _device_of(model: nn.Module) -> torch.device | None:
+    return next((weight.device for weight in model.parameters()), None)
 
 
 def _watch_densely(model: nn.Module, example: Example) -> dict[nn.Module, str | None]:
@@ -148,13 +157,15 @@ def _log_decisions(model: nn.Module, layers: Mapping[str, Found]) -> None:
     left = Counter(found.left for found in layers.values() if found.left is not None)
     sparse = next(found.module for found in layers.values() if found.left is None)
     reasons = "; ".join(f"{count} left as they were: {reason}" for reason, count in left.items())
-    config = get_layer(sparse).config  # type: ignore[union-attr]
+    layer = get_layer(sparse)
+    assert layer is not None
     _log.info(
-        "%s: %d of %d attention layers sparse from %d tokens on%s",
+        "%s: %d of %d attention layers sparse from %d tokens on (settings: %s)%s",
         type(model).__name__,
         len(layers) - sum(left.values()),
         len(layers),
-        max(config.dense_len, 1),
+        max(layer.config.dense_len, 1),
+        layer.origin,
         f"; {reasons}" if reasons else "",
     )
 
@@ -165,10 +176,12 @@ def _log_where_it_pays(
     """Say from which length sparse attention is faster than dense, if ``dense_len`` is less."""
     module = next(found.module for found in layers.values() if found.left is None)
     query_heads, kv_heads = count_heads(module, model, num_key_value_heads)
-    device = next((weight.device.type for weight in model.parameters()), None)
-    if device == "cpu":
+    device = _device_of(model)
+    if device is None:
+        return
+    if device.type == "cpu":
         where, length = "on a CPU", 16384
-    elif device == "cuda" and query_heads is not None and query_heads == kv_heads:
+    elif device.type == "cuda" and query_heads is not None and query_heads == kv_heads:
         where, length = "with one query head to a KV head on a GPU", 131072
     else:
         return

@@ -42,6 +42,7 @@ class PatchedLayer(Switchable):
         query_heads: Query heads of the whole layer, where the model says; None elsewhere.
         kv_heads: Key/value heads before the model expands them to the query heads, alike.
         head_order: How it expands them, once a call has shown it (`infllm_flex.patch.heads`).
+        origin: Where the settings come from, in words.
         attend: What attends in the layer's place, inside an ``attend_through`` block.
     """
 
@@ -56,6 +57,7 @@ class PatchedLayer(Switchable):
     query_heads: int | None = None
     kv_heads: int | None = None
     head_order: str | None = None
+    origin: str = ""
     attend: Attend | None = None
 
     def __deepcopy__(self, memo: dict[int, Any]) -> PatchedLayer:

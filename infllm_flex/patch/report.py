@@ -6,6 +6,7 @@ from typing import NamedTuple
 
 from torch import nn
 
+from infllm_flex.config import InfLLMConfig
 from infllm_flex.patch import ladder
 from infllm_flex.patch.ladder import Found
 from infllm_flex.patch.layer import PatchedLayer, get_layer
@@ -21,12 +22,16 @@ class LayerRow(NamedTuple):
             does not go through this package.
         sparse: Whether the layer is sparse at ``dense_len`` and beyond.
         status: The same in words, and why not.
+        config: The settings of a layer that is sparse at ``dense_len``; None of others.
+        origin: Where they come from, in words.
     """
 
     name: str
     patched_through: str
     sparse: bool
     status: str
+    config: InfLLMConfig | None = None
+    origin: str = ""
 
 
 class LayerTable(tuple[LayerRow, ...]):
@@ -38,10 +43,12 @@ class LayerTable(tuple[LayerRow, ...]):
         head = ("layer", "patched through", "attention")
         lines = [head, *((row.name, row.patched_through or "-", row.status) for row in self)]
         widths = [max(len(line[column]) for line in lines) for column in range(2)]
-        return "\n".join(
+        table = [
             f"{name:<{widths[0]}}  {through:<{widths[1]}}  {status}"
             for name, through, status in lines
-        )
+        ]
+        origins = dict.fromkeys(row.origin for row in self if row.origin)
+        return "\n".join([*table, *(f"settings: {origin}" for origin in origins)])
 
     __repr__ = __str__
 
@@ -89,4 +96,4 @@ def _row(name: str, layer: PatchedLayer | None, left: str | None) -> LayerRow:
         f"sparse from {max(config.dense_len, 1)} tokens on: "
         f"{config.num_selected} blocks of {config.block_size}"
     )
-    return LayerRow(name, way, True, status)
+    return LayerRow(name, way, True, status, config, layer.origin)

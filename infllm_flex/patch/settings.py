@@ -5,16 +5,36 @@ from __future__ import annotations
 import dataclasses
 import os
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, NamedTuple
+
+import torch
 
 from infllm_flex.config import InfLLMConfig
 
 Settings = InfLLMConfig | Mapping[str, Any] | str | os.PathLike[str] | None
 
+GIVEN = "given to patch_model"
+OWN = "the model's sparse_config"
+RULE = "for models without a sparse_config: every key scored, docs/choosing-settings.md"
+
+# Settings that say by what blocks are scored. Whoever names one has a scoring of his own in mind.
+_SCORING = ("kernel_size", "kernel_stride", "lse", "use_nope", "pool_queries", "score_dtype")
+_FLOAT8_CAPABILITY = (8, 9)  # of GPUs whose tensor cores multiply float8
+
+
+class Resolved(NamedTuple):
+    """Settings, and where they come from."""
+
+    config: InfLLMConfig
+    origin: str
+
 
 def resolve_config(
-    settings: Settings, overrides: Mapping[str, Any], model_configs: list[object]
-) -> InfLLMConfig:
+    settings: Settings,
+    overrides: Mapping[str, Any],
+    model_configs: list[object],
+    device: torch.device | None,
+) -> Resolved:
     """Read settings in any of their forms, then apply overrides by name.
 
     Args:
@@ -22,30 +42,62 @@ def resolve_config(
             asks for.
         overrides: Single settings that go on top.
         model_configs: Where to look for ``sparse_config`` when ``settings`` is None, in order.
+        device: Where the model is.
 
     Raises:
         TypeError: ``settings`` is none of these.
         ValueError: An unknown name, with the nearest known one, or an impossible value.
         NotImplementedError: ``use_nope``.
     """
-    config = _read(settings, model_configs)
+    config, origin = _read(settings, model_configs, device)
     if overrides:
+        if origin == RULE and any(name in overrides for name in _SCORING):
+            config, origin = InfLLMConfig(), GIVEN
         config = InfLLMConfig.from_dict({**dataclasses.asdict(config), **overrides})
     if config.use_nope:
         raise NotImplementedError(
             "use_nope=True scores blocks by queries and keys from before the rotary embedding, "
             "which models do not hand to their attention function; set use_nope=False"
         )
-    return config
+    return Resolved(config, origin)
 
 
-def _read(settings: Settings, model_configs: list[object]) -> InfLLMConfig:
+def settings_by_rule(device: torch.device | None) -> InfLLMConfig:
+    """Settings for a model that was trained with dense attention and brings none of its own.
+
+    Windows of 32 keys hide single keys, which small models look for. The mean query of a group
+    against every key finds them without training; float8 is for speed on GPUs that multiply it.
+
+    Args:
+        device: Where the model is; None where it has no parameters.
+    """
+    has_float8 = (
+        device is not None
+        and device.type == "cuda"
+        and torch.cuda.get_device_capability(device) >= _FLOAT8_CAPABILITY
+    )
+    score_dtype = "float8" if has_float8 else "same"
+    return InfLLMConfig(kernel_size=1, kernel_stride=1, pool_queries=True, score_dtype=score_dtype)
+
+
+def read_own(model_config: object, device: torch.device | None) -> Resolved:
+    """The settings of a model config's ``sparse_config``, else those of the rule.
+
+    Raises:
+        ValueError: ``sparse_config`` is no valid mapping of settings.
+    """
+    if getattr(model_config, "sparse_config", None) is not None:
+        return Resolved(InfLLMConfig.from_model_config(model_config), OWN)
+    return Resolved(settings_by_rule(device), RULE)
+
+
+def _read(settings: Settings, model_configs: list[object], device: torch.device | None) -> Resolved:
     if isinstance(settings, InfLLMConfig):
-        return settings
+        return Resolved(settings, GIVEN)
     if isinstance(settings, Mapping):
-        return InfLLMConfig.from_dict(settings)
+        return Resolved(InfLLMConfig.from_dict(settings), GIVEN)
     if isinstance(settings, str | os.PathLike):
-        return InfLLMConfig.from_yaml(os.fspath(settings))
+        return Resolved(InfLLMConfig.from_yaml(os.fspath(settings)), GIVEN)
     if settings is not None:
         raise TypeError(
             "config must be an InfLLMConfig, a mapping, a path to a YAML file or None, "
@@ -53,5 +105,5 @@ def _read(settings: Settings, model_configs: list[object]) -> InfLLMConfig:
         )
     for model_config in model_configs:
         if getattr(model_config, "sparse_config", None) is not None:
-            return InfLLMConfig.from_model_config(model_config)
-    return InfLLMConfig()
+            return read_own(model_config, device)
+    return Resolved(settings_by_rule(device), RULE)

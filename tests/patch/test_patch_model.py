@@ -1,6 +1,7 @@
 """patch_model, unpatch_model: settings in every form, idempotence, and leaving no trace."""
 
 import copy
+import dataclasses
 import json
 import logging
 import pickle
@@ -32,9 +33,14 @@ def test_settings_come_as_config_mapping_path_or_text(tmp_path):
         assert layer_config(ifx.patch_model(build(), settings)) == CONFIG
 
 
-def test_without_settings_the_models_own_are_used_else_the_defaults():
+def test_without_settings_the_models_own_are_used_else_those_of_the_rule():
     model = build()
-    assert layer_config(ifx.patch_model(model)) == ifx.InfLLMConfig()
+    every_key = {"kernel_size": 1, "kernel_stride": 1, "pool_queries": True}
+    has_float8 = model.device.type == "cuda" and torch.cuda.get_device_capability() >= (8, 9)
+    by_rule = ifx.InfLLMConfig(**every_key, score_dtype="float8" if has_float8 else "same")
+    assert layer_config(ifx.patch_model(model)) == by_rule
+    assert layer_config(ifx.patch_model(model, topk=7)) == dataclasses.replace(by_rule, topk=7)
+    assert layer_config(ifx.patch_model(model, lse="exact")) == ifx.InfLLMConfig(lse="exact")
     model.config.sparse_config = SETTINGS
     assert layer_config(ifx.patch_model(model)) == CONFIG
     assert layer_config(ifx.patch_model(model, topk=7)).topk == 7
@@ -139,7 +145,8 @@ def test_what_is_sparse_is_logged_and_from_where_it_pays(caplog):
     with caplog.at_level(logging.INFO, logger="infllm_flex"):
         ifx.patch_model(build("gemma2"), SETTINGS)
     assert [record.getMessage() for record in caplog.records] == [
-        "Gemma2ForCausalLM: 1 of 2 attention layers sparse from 96 tokens on; "
+        "Gemma2ForCausalLM: 1 of 2 attention layers sparse from 96 tokens on "
+        "(settings: given to patch_model); "
         "1 left as they were: sliding window 32",
         "on a CPU sparse attention is measured to be faster from 16384 tokens on",
     ]
@@ -149,7 +156,8 @@ def test_nothing_is_said_of_a_length_where_sparse_attention_pays(caplog):
     with caplog.at_level(logging.INFO, logger="infllm_flex"):
         ifx.patch_model(build(), SETTINGS, dense_len=16384)
     assert [record.getMessage() for record in caplog.records] == [
-        "LlamaForCausalLM: 2 of 2 attention layers sparse from 16384 tokens on"
+        "LlamaForCausalLM: 2 of 2 attention layers sparse from 16384 tokens on "
+        "(settings: given to patch_model)"
     ]
 
 

@@ -18,6 +18,7 @@ from infllm_flex.patch.huggingface.cache import deliver_cache_to
 from infllm_flex.patch.huggingface.config_view import NAMES, PREVIOUS, is_view
 from infllm_flex.patch.huggingface.instance_forward import why_unreached
 from infllm_flex.patch.layer import NOT_PATCHED, PatchedLayer, get_layer, set_layer
+from infllm_flex.patch.settings import read_own
 
 _FULL = ("full_attention", "hybrid")  # hybrid: beside a state space model in the same layer
 IN_CHUNKS = "chunked attention"  # what `why_left` says of Llama 4's layers
@@ -181,8 +182,8 @@ def layer_of(module: nn.Module) -> PatchedLayer:
     """The record of an attention layer; made on first sight.
 
     A model built with ``attn_implementation="infllm_flex"`` never passed through ``patch_model``:
-    its layers take the settings of their own ``sparse_config``, or the defaults. A layer made of
-    the config view of a patched model never asked for anything, and stays dense.
+    its layers take the settings of their own ``sparse_config``, or those of the rule. A layer made
+    of the config view of a patched model never asked for anything, and stays dense.
     """
     layer = get_layer(module)
     if layer is None:
@@ -191,9 +192,10 @@ def layer_of(module: nn.Module) -> PatchedLayer:
             torch._dynamo.graph_break(
                 "for a single graph, call infllm_flex.patch_model(model) before torch.compile"
             )
-        config = InfLLMConfig.from_model_config(module.config)
+        device = next((weight.device for weight in module.parameters()), None)
+        config, origin = read_own(module.config, device)
         left = NOT_PATCHED if is_view(module.config) else why_left(module)
-        layer = layer_for(module, config, left)
+        layer = layer_for(module, config, left, origin=origin)
         set_layer(module, layer)
         if layer.left is None:
             deliver_cache_to(module)  # from the next call on; the cache's first needs no state
