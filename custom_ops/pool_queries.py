@@ -3,6 +3,7 @@
 import torch
 from torch import Tensor
 
+from custom_ops.transforms import register_vmap
 from custom_ops.without_autocast import without_autocast
 
 
@@ -48,3 +49,6 @@ def _(q: Tensor, num_kv_heads: int, float8: bool) -> Tensor:
     from custom_ops.kernels.pool_queries import launch
 
     return launch(q, num_kv_heads, float8)
+
+
+register_vmap(pool_queries)

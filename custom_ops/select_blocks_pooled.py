@@ -5,6 +5,7 @@ from torch import Tensor
 
 from custom_ops.block_scores import Rule, Windows
 from custom_ops.select_blocks import check_parts, list_sequences, select_in_sequence
+from custom_ops.transforms import register_vmap
 from custom_ops.without_autocast import without_autocast
 
 
@@ -113,3 +114,6 @@ def _(
         num_selected,
         documents,
     )
+
+
+register_vmap(select_blocks_pooled)

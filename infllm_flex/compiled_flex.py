@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import functools
+import logging
+import threading
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any, cast
 
 import torch
@@ -18,6 +21,9 @@ from torch.nn.attention.flex_attention import (
 )
 
 _MAX_GRAPHS = 32  # static lengths are powers of two, so a program needs few
+_SLOW_SECONDS = 3.0  # after which the user is told what the first call of a shape waits for
+_log = logging.getLogger(__name__)
+_met: set[tuple[object, ...]] = set()  # shapes of queries that were compiled for
 
 
 def fold_queries(query: Tensor, num_kv_heads: int, rows: int) -> Tensor:
@@ -43,8 +49,34 @@ def run_compiled(
     """Call within the graph being compiled, or else compiled by itself."""
     if torch.compiler.is_compiling():
         return function(*args)
-    with torch._dynamo.config.patch(recompile_limit=_MAX_GRAPHS):
+    with (
+        torch._dynamo.config.patch(recompile_limit=_MAX_GRAPHS),
+        _say_if_slow((function, args[0].shape, args[0].dtype, args[0].device)),
+    ):
         return _compiled(function, dynamic)(*args)
+
+
+@contextmanager
+def _say_if_slow(shape: tuple[object, ...]) -> Iterator[None]:
+    """Tell the user, once, that the first call of a shape compiles, if that takes seconds."""
+    if shape in _met:
+        yield
+        return
+    timer = threading.Timer(_SLOW_SECONDS, _say_compiling)
+    timer.daemon = True
+    timer.start()
+    try:
+        yield
+    finally:
+        timer.cancel()
+        _met.add(shape)
+
+
+@functools.cache
+def _say_compiling() -> None:
+    _log.warning(
+        "compiling FlexAttention for a new length: some seconds, once for each power of two"
+    )
 
 
 def flex(
