@@ -73,10 +73,11 @@ def _score_pooled(query: Tensor, key: Tensor, config: InfLLMConfig) -> Tensor:
     Sq, Skv = len(pooled), len(key)
     scores = torch.full((Sq, math.ceil(Skv / block_size)), -torch.inf, dtype=torch.float64)
     for s in range(Sq):
-        for j, window in enumerate(compressed):
-            if size * (j + 1) - 1 <= Skv - Sq + s:
-                block = size * j // block_size
-                scores[s, block] = max(scores[s, block].item(), float(window @ pooled[s]))
+        visible = (Skv - Sq + s + 1) // size
+        logits = compressed[:visible] @ pooled[s]
+        logits = logits.masked_fill(logits.isnan(), -torch.inf)
+        for block, windows in enumerate(logits.split(block_size // size)):
+            scores[s, block] = windows.max() if len(windows) else -torch.inf
     return scores
 
 
