@@ -48,7 +48,7 @@ def main() -> int:
     try:
         settings = build_dataclass(BenchmarkSettings, load_yaml(options.config, options.overrides))
         if settings.run.out.exists():
-            check_columns(settings.run.out)
+            check_columns(settings.run.out, has_variants=bool(settings.variants))
     except (ConfigError, ValueError) as error:
         print(error, file=sys.stderr)
         return 2
@@ -88,7 +88,8 @@ def benchmark(settings: BenchmarkSettings) -> None:
     if run.threads:
         torch.set_num_threads(run.threads)
     judge(settings)
-    with Results(run.out, describe_environment(torch.device(run.device))) as results:
+    environment = describe_environment(torch.device(run.device))
+    with Results(run.out, environment, has_variants=bool(settings.variants)) as results:
         progress = Progress(count_steps(settings))
         verdicts: list[str] = []
         try:
@@ -113,7 +114,8 @@ def judge(settings: BenchmarkSettings) -> None:
         run_tests(settings.run.tests)
     for heads in settings.shapes.pairs:
         print(f"comparing with the float64 reference: {heads} heads", flush=True)
-        check_operators(settings, heads)
+        for name in settings.attentions:
+            check_operators(settings.with_attention(name), heads)
 
 
 def shapes_of(settings: BenchmarkSettings) -> Iterator[tuple[CaseSettings, Heads, int]]:
@@ -154,12 +156,14 @@ def time_shape(
                 continue  # with what backward needs kept: not the forward of the other mode
             mode = part if subject.backward is not None else case.mode
             cells: dict[str, Any] = dict(zip(("ms_p20", "ms_p50", "ms_p80"), timing, strict=True))
-            work = work_of(subject.op, mode if mode == "decode" else part, settings, heads, S)
+            of_subject = settings.with_attention(subject.settings)
+            work = work_of(subject.op, mode if mode == "decode" else part, of_subject, heads, S)
             if work is not None:
                 cells["tflops"] = work.flops / timing.p50 / 1e9
                 if settings.floor is not None:
                     cells["ms_floor"] = work.floor_ms(settings.floor)
-            results.add(op=subject.op, variant=subject.variant, mode=mode, **shape, **cells)
+            cells |= {"op": subject.op, "variant": subject.variant, "settings": subject.settings}
+            results.add(mode=mode, **cells, **shape)
 
 
 def measure_memory(settings: BenchmarkSettings, results: Results, progress: Progress) -> list[str]:
@@ -220,9 +224,10 @@ def report(results: Results, verdicts: list[str]) -> None:
     """Show what was measured, also of a run that was cut short."""
     header, lines = speed_table(results.rows)
     if lines:
-        print(
-            "\nmedians in ms; x: the attention before it over ours, selection and lists included\n"
-        )
+        print("\nmedians in ms; x: the attention before it over ours, selection and lists included")
+        if "x default" in header:
+            print("x default: ours with the settings of `attention` over this line's")
+        print()
         print(format_table(header, lines))
     if verdicts:
         print("\n" + "\n".join(verdicts))

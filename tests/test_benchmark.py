@@ -2,13 +2,8 @@
 
 from __future__ import annotations
 
-import csv
 import dataclasses
-import importlib.util
 import itertools
-import sys
-import warnings
-from pathlib import Path
 
 import pytest
 import torch
@@ -19,7 +14,7 @@ from infllm_flex.benchmarking import correctness, timing
 from infllm_flex.benchmarking.dense import _dense_flex
 from infllm_flex.benchmarking.inputs import QKV, make_qkv
 from infllm_flex.benchmarking.memory import limit_mib, tensors_mib
-from infllm_flex.benchmarking.report import by_shape, speed_ups
+from infllm_flex.benchmarking.report import What, by_shape, speed_ups
 from infllm_flex.benchmarking.results import COLUMNS
 from infllm_flex.benchmarking.settings import BenchmarkSettings, Heads
 from infllm_flex.benchmarking.stages import RecordedLists
@@ -27,50 +22,19 @@ from infllm_flex.benchmarking.timing import Limits, Subject, time_by_turns
 from infllm_flex.benchmarking.work import visible_pairs, work_of
 from infllm_flex.reference import attention_mask
 from infllm_flex.strict_yaml import build_dataclass, load_yaml
+from tests.benchmark_command import ROOT, rows_of, script_runner, write_config
 from tests.inputs import make_qkv as draw_qkv
 from tests.inputs import small_config
-
-ROOT = Path(__file__).parents[1]
-CONFIG = """\
-run: {out: OUT, rounds: 2, max_rounds: 2}
-shapes: {heads: [4/2], head_dim: 16}
-attention:
-  {kernel_size: 8, kernel_stride: 4, block_size: 16, window_size: 32, topk: 3, dense_len: -1}
-engines: [fused]
-cases:
-  short: {lengths: [256]}
-  training: {lengths: [256], mode: forward+backward, inputs: independent}
-"""
 
 
 @pytest.fixture
 def config(tmp_path):
-    path = tmp_path / "bench.yaml"
-    path.write_text(CONFIG.replace("OUT", str(tmp_path / "out.csv")))
-    return path
+    return write_config(tmp_path)
 
 
 @pytest.fixture
 def run_script(monkeypatch, capsys):
-    """Run a script in this process: its status, standard output and standard error."""
-
-    def run(name, *arguments):
-        spec = importlib.util.spec_from_file_location(name, ROOT / "scripts" / f"{name}.py")
-        module = importlib.util.module_from_spec(spec)
-        spec.loader.exec_module(module)
-        monkeypatch.setattr(sys, "argv", [f"{name}.py", *map(str, arguments)])
-        with pytest.MonkeyPatch.context() as patch:
-            patch.setattr("warnings.showwarning", warnings.showwarning)  # the command sets its own
-            status = module.main()
-        captured = capsys.readouterr()
-        return status, captured.out, captured.err
-
-    return run
-
-
-def rows_of(path):
-    with path.open(newline="") as file:
-        return list(csv.DictReader(file))
+    return script_runner(monkeypatch, capsys)
 
 
 def test_a_run_times_every_stage_and_the_sum_beside_dense(run_script, config, tmp_path):
@@ -361,7 +325,7 @@ def test_the_memory_limit_is_three_times_the_tensors_and_half_a_gibibyte(setting
 def test_of_repeated_measurements_the_newest_counts():
     row = dict.fromkeys(COLUMNS, "") | {"op": "infllm_attention", "variant": "auto", "S": "8"}
     ((_, times),) = by_shape([row | {"ms_p50": "2"}, row | {"ms_p50": "3"}]).items()
-    assert times == {("infllm_attention", "auto"): 3.0}
+    assert times == {What("infllm_attention", "auto"): 3.0}
 
 
 def test_times_of_different_runs_are_not_compared():

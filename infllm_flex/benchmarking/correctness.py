@@ -18,11 +18,17 @@ from infllm_flex.attention import infllm_attention
 from infllm_flex.benchmarking.inputs import QKV, make_qkv, with_gradients
 from infllm_flex.benchmarking.settings import BenchmarkSettings, Heads
 from infllm_flex.config import InfLLMConfig
+from infllm_flex.decoding import CompressedKeys, decode_attention, select_cached
 from infllm_flex.selection import default_scale, select_blocks
 
 _ROOT = Path(__file__).parents[2]
 _QUERIES = 40  # last ones of the sequence, which the slow reference computes too
-_TIE = {"float32": 1e-4, "bfloat16": 5e-2, "float16": 1e-2}  # scores so near may change places
+# Scores so near may change places: sums of exponentials as a share of themselves, dot products as
+# a share of the row's largest one. They are summed in another order, and of rounded means.
+_TIE = {torch.float32: 1e-4, torch.bfloat16: 5e-2, torch.float16: 1e-2}
+_POOLED_TIE = {torch.float32: 1e-5, torch.bfloat16: 2e-2, torch.float16: 2e-3}
+_FLOAT8_TIE = 3e-2  # a mean next to the middle of two numbers becomes either, an eighth apart
+_FLOAT8_WINDOW_TIE = 8e-2  # means of windows are rounded twice, to the dtype of the keys before
 
 
 class IncorrectError(RuntimeError):
@@ -53,7 +59,7 @@ def check_operators(settings: BenchmarkSettings, heads: Heads) -> None:
     Device, dtype, heads and attention settings are those of the run.
 
     Args:
-        settings: The run.
+        settings: The run; ``variants`` are not looked at.
         heads: ``Hq`` and ``Hkv``.
 
     Raises:
@@ -63,32 +69,68 @@ def check_operators(settings: BenchmarkSettings, heads: Heads) -> None:
     S = max((config.num_selected + 16) * config.block_size, config.dense_len)
     qkv = make_qkv(settings, heads, S, "independent")
     selected = select_blocks(qkv.query, qkv.key, config)
-    _check_choice(qkv, selected, config, _TIE[settings.run.dtype])
+    _check_choice("select_blocks", qkv, selected, config)
     for engine in settings.engines:
         _check_attention(qkv, selected, dataclasses.replace(config, engine=engine))
+    if any(case.mode == "decode" for case in settings.cases.values()):
+        _check_step(qkv, config)
 
 
-def _check_choice(qkv: QKV, selected: Tensor, config: InfLLMConfig, tie: float) -> None:
-    """Every block chosen must score as well as the least that the reference chooses."""
-    query, key = qkv.query[:1, :, -_QUERIES:].cpu(), qkv.key[:1].cpu()
-    ours, S = selected[0, :, -_QUERIES:].cpu(), key.shape[2]
+def _check_choice(op: str, qkv: QKV, selected: Tensor, config: InfLLMConfig) -> None:
+    """Forced blocks must be chosen, others score as well as the least that the reference chooses.
+
+    Looks at the last queries of ``selected [B, Hkv, n, K]``, which are the last of the sequence.
+    """
+    num_queries = min(_QUERIES, selected.shape[2])
+    query, key = qkv.query[:1, :, -num_queries:].cpu(), qkv.key[:1].cpu()
+    ours, S = selected[0, :, -num_queries:].cpu(), key.shape[2]
     G, scale = query.shape[1] // key.shape[1], default_scale(query)
     expected = reference.select_blocks(query, key, config, scale=scale)[0]
     for h in range(key.shape[1]):
         group = query[0, h * G : (h + 1) * G]
         scores = reference.score_blocks(group, key[0, h], config, scale=scale)
-        for s in range(_QUERIES):
+        for s, token in enumerate(range(S - num_queries, S)):
             theirs, chosen = set(expected[h, s].tolist()), ours[h, s].tolist()
             if len(chosen) != len(expected[h, s]) or chosen != sorted(set(chosen)):
-                raise IncorrectError(f"select_blocks: {chosen} is not an ascending choice")
+                raise IncorrectError(f"{op}: {chosen} is not an ascending choice")
             wrong, missed = set(chosen) - theirs, theirs - set(chosen)
+            if not wrong:
+                continue
             best, least = (scores[s, sorted(x)] for x in (missed, wrong))
-            if wrong and bool(best.max() > least.min() * (1 + tie)):
-                token = S - _QUERIES + s
+            own = token // config.block_size
+            lacks_forced = any(reference.is_forced(block, own, config) for block in missed)
+            highest = least.min() + _tie(scores[s], least.min(), config, query.dtype)
+            if lacks_forced or bool(best.max() > highest):
                 raise IncorrectError(
-                    f"select_blocks: token {token} of head {h} has {sorted(wrong)} chosen instead "
-                    f"of {sorted(missed)}"
+                    f"{op}: token {token} of head {h} has {sorted(wrong)} chosen instead of "
+                    f"{sorted(missed)}"
                 )
+
+
+def _tie(scores: Tensor, score: Tensor, config: InfLLMConfig, dtype: torch.dtype) -> Tensor:
+    """How far above ``score`` another of the row's ``scores`` may lie and yet rank below it."""
+    if not config.pool_queries:
+        return score * _TIE[dtype]
+    largest = scores[scores.isfinite()].abs().max()
+    if config.score_dtype == "same":
+        return largest * _POOLED_TIE[dtype]
+    return largest * (_FLOAT8_TIE if config.kernel_size == 1 else _FLOAT8_WINDOW_TIE)
+
+
+def _check_step(qkv: QKV, config: InfLLMConfig) -> None:
+    """Judge the choice and the output of a decode step, whose token is the last one."""
+    query, key, value = qkv
+    step, S, scale = query[:, :, -1:], key.shape[2], default_scale(query)
+    keys = CompressedKeys(config, key)
+    keys.append(key, S)
+    selected = select_cached(step, keys, capacity=S, key=key)
+    if bool((selected[..., config.num_selected :] >= 0).any()):
+        raise IncorrectError(f"select_cached: more than {config.num_selected} blocks are chosen")
+    _check_choice("select_cached", qkv, selected[..., : config.num_selected], config)
+    mask = reference.attention_mask(selected, config.block_size, S).to(query.device)
+    actual = decode_attention(step, key, value, keys)
+    exact = reference.masked_attention(step, key, value, mask, scale=scale)
+    _check_error("decoding", actual, exact, _plain(step, key, value, mask))
 
 
 def _check_attention(qkv: QKV, selected: Tensor, config: InfLLMConfig) -> None:

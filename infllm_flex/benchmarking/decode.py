@@ -14,8 +14,9 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from infllm_flex.benchmarking.inputs import QKV, make_qkv
-from infllm_flex.benchmarking.settings import BenchmarkSettings, Heads, Inputs
+from infllm_flex.benchmarking.settings import BenchmarkSettings, CaseSettings, Heads
 from infllm_flex.benchmarking.timing import Subject
+from infllm_flex.config import InfLLMConfig
 from infllm_flex.decoding import CompressedKeys, decode_attention, select_cached
 
 VARIANT = "decode"
@@ -30,7 +31,7 @@ _BACKENDS: dict[str, dict[str, SDPBackend | None]] = {
 
 
 def decode_subjects(
-    settings: BenchmarkSettings, heads: Heads, S: int, inputs: Inputs
+    settings: BenchmarkSettings, heads: Heads, S: int, case: CaseSettings
 ) -> tuple[list[Subject], dict[str, str]]:
     """Prepare a step over ``S`` cached tokens: its stages, all of it, and dense attention.
 
@@ -41,24 +42,28 @@ def decode_subjects(
         heads: ``Hq`` and ``Hkv``.
         S: Tokens in the cache before the step. Most steps complete no window; with S a multiple of
             the windows' steps, this is such a one.
-        inputs: Kind of queries.
+        case: Kind of queries, and on a GPU which dense attentions to compare with.
 
     Returns:
         The subjects, and which dense attentions do not serve here and why.
     """
-    qkv = make_qkv(settings, heads, S + 1, inputs, num_queries=1)
-    step = _Step(qkv, settings)
+    qkv = make_qkv(settings, heads, S + 1, case.inputs, num_queries=1)
     prepare = _captured if qkv.key.is_cuda else _as_it_is
-    subjects = [
-        Subject("select_blocks", "", prepare(step.select)),
-        Subject("infllm_attention", VARIANT, prepare(step.everything)),
-    ]
+    subjects = []
+    for name, config in settings.attentions.items():
+        step = _Step(qkv, config)
+        subjects += [
+            Subject("select_blocks", "", prepare(step.select), settings=name),
+            Subject("infllm_attention", VARIANT, prepare(step.everything), settings=name),
+        ]
     failing = {}
     for name, backend in _BACKENDS[qkv.key.device.type].items():
+        if qkv.key.is_cuda and case.baselines and name not in case.baselines:
+            continue
         try:
             with warnings.catch_warnings():  # SDPA explains at length why it declines
                 warnings.simplefilter("ignore")
-                dense = prepare(functools.partial(step.dense, backend))
+                dense = prepare(functools.partial(_dense, qkv, backend))
             subjects.append(Subject("dense", name, dense))
         except RuntimeError as error:
             failing[name] = str(error).splitlines()[0]
@@ -68,9 +73,9 @@ def decode_subjects(
 class _Step:
     """One token after a cache."""
 
-    def __init__(self, qkv: QKV, settings: BenchmarkSettings) -> None:
+    def __init__(self, qkv: QKV, config: InfLLMConfig) -> None:
         self._qkv = qkv
-        self._keys = CompressedKeys(settings.attention, qkv.key)
+        self._keys = CompressedKeys(config, qkv.key)
         self._keys.append(qkv.key, qkv.key.shape[2])
         self._end = self._keys.end.clone()
 
@@ -81,14 +86,16 @@ class _Step:
 
     def select(self) -> Tensor:
         """Select alone."""
-        return select_cached(self._qkv.query, self._keys, capacity=self._qkv.key.shape[2])
+        query, key, _ = self._qkv
+        return select_cached(query, self._keys, capacity=key.shape[2], key=key)
 
-    @torch.no_grad()
-    def dense(self, backend: SDPBackend | None) -> Tensor:
-        """Attend to all of the cache."""
-        is_grouped = self._qkv.query.shape[1] != self._qkv.key.shape[1]
-        with nullcontext() if backend is None else sdpa_kernel(backend):
-            return F.scaled_dot_product_attention(*self._qkv, enable_gqa=is_grouped)
+
+@torch.no_grad()
+def _dense(qkv: QKV, backend: SDPBackend | None) -> Tensor:
+    """Attend to all of the cache."""
+    is_grouped = qkv.query.shape[1] != qkv.key.shape[1]
+    with nullcontext() if backend is None else sdpa_kernel(backend):
+        return F.scaled_dot_product_attention(*qkv, enable_gqa=is_grouped)
 
 
 def _as_it_is(run: Callable[[], Tensor]) -> Callable[[], Any]:

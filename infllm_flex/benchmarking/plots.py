@@ -6,14 +6,14 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from infllm_flex.benchmarking.report import SHAPE, Row, by_run, speed_ups
+from infllm_flex.benchmarking.report import SHAPE, Row, by_run, speed_ups, stages_of
 
 # Dark enough on white, and apart for colour-blind eyes.
 _COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#56b4e9", "#e69f00", "#999999")
 _DASHES = {"text": "-", "drifting": "--", "independent": ":"}
 _MARKERS = ("o", "s", "^", "v")
 _MODES = ("forward", "forward+backward")
-_STAGES = {"select_blocks": "selection", "build_lists": "lists", "attend": "attention"}
+_STAGES = ("selection", "lists", "attention")
 
 
 class _Line(NamedTuple):
@@ -108,13 +108,11 @@ def plot_stages(path: Path, rows: Sequence[Row]) -> None:
     for shape, runs in by_run(rows).items():
         at = dict(zip(SHAPE, shape, strict=True))
         for times in runs:
-            for op, engine in times:
-                if op == "attend" and at["mode"] in _MODES:
-                    stages = [
-                        times.get((stage, "" if stage == "select_blocks" else engine), 0.0)
-                        for stage in _STAGES
-                    ]
-                    bar = _Bar(int(at["Hq"]), int(at["Hkv"]), at["inputs"], engine, int(at["S"]))
+            for what in times:
+                if what.op == "attend" and at["mode"] in _MODES:
+                    stages = [times.get(stage, 0.0) for stage in stages_of(what)]
+                    heads = int(at["Hq"]), int(at["Hkv"])
+                    bar = _Bar(*heads, at["inputs"], what.label, int(at["S"]))
                     bars.setdefault(at["mode"], {}).setdefault(bar, stages)  # the newest
     if not bars:
         raise ValueError("nothing to draw: no stages")
@@ -125,7 +123,7 @@ def plot_stages(path: Path, rows: Sequence[Row]) -> None:
         shown = sorted(bars[mode].items())
         places = range(len(shown))
         left = [0.0] * len(shown)
-        for index, name in enumerate(_STAGES.values()):
+        for index, name in enumerate(_STAGES):
             shares = [100 * stages[index] / sum(stages) for _, stages in shown]
             axes.barh(places, shares, left=left, color=_COLOURS[index], label=name)
             left = [a + b for a, b in zip(left, shares, strict=True)]

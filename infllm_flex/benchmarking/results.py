@@ -14,10 +14,11 @@ from typing import Any
 import torch
 
 COLUMNS = (
-    *("op", "variant", "mode", "inputs", "B", "Hq", "Hkv", "S", "D", "dtype"),
+    *("op", "variant", "settings", "mode", "inputs", "B", "Hq", "Hkv", "S", "D", "dtype"),
     *("ms_p20", "ms_p50", "ms_p80", "ms_floor", "tflops", "peak_mib"),
     *("device", "torch", "triton", "commit", "date"),
 )
+_EARLIER = tuple(name for name in COLUMNS if name != "settings")  # without variants
 _ROOT = Path(__file__).parents[2]
 
 
@@ -27,20 +28,21 @@ class Results:
     Args:
         path: The file. What it holds stays; new rows go below.
         common: Cells that all rows of the run share.
+        has_variants: Whether rows will name their ``settings``.
 
     Raises:
-        ValueError: The file is there with other columns.
+        ValueError: The file is there with other columns, or without the one for variants.
     """
 
-    def __init__(self, path: Path, common: dict[str, str]) -> None:
+    def __init__(self, path: Path, common: dict[str, str], *, has_variants: bool = False) -> None:
         self.rows: list[dict[str, str]] = []
         self._common = common
         is_new = not path.exists() or path.stat().st_size == 0
-        if not is_new:
-            check_columns(path)
+        columns = COLUMNS if is_new else check_columns(path, has_variants=has_variants)
+        self._unwritten = set(COLUMNS) - set(columns)
         path.parent.mkdir(parents=True, exist_ok=True)
         self._file = path.open("a", newline="")
-        self._writer = csv.DictWriter(self._file, COLUMNS, lineterminator="\n")
+        self._writer = csv.DictWriter(self._file, columns, lineterminator="\n")
         if is_new:
             self._writer.writeheader()
 
@@ -59,33 +61,47 @@ class Results:
         """Write a row; columns not named are left empty."""
         row = dict.fromkeys(COLUMNS, "") | self._common
         row |= {name: _format(value) for name, value in cells.items()}
-        self._writer.writerow(row)
+        self._writer.writerow({k: v for k, v in row.items() if k not in self._unwritten})
         self._file.flush()
         self.rows.append(row)
 
 
-def check_columns(path: Path) -> None:
-    """Raise a ValueError unless ``path`` is a CSV of this benchmark."""
+def check_columns(path: Path, *, has_variants: bool = False) -> tuple[str, ...]:
+    """Tell the columns of a CSV of this benchmark.
+
+    Args:
+        path: The file.
+        has_variants: Whether rows that name their ``settings`` are to go into it.
+
+    Raises:
+        ValueError: It is no such CSV, or an earlier one, which has no column for these names.
+    """
     try:
         with path.open(newline="") as file:
             header = next(csv.reader(file), [])
     except (OSError, UnicodeDecodeError) as error:
         raise ValueError(f"{path} cannot be read as a CSV: {error}") from error
-    if header != list(COLUMNS):
+    columns = tuple(header)
+    if columns not in (COLUMNS, _EARLIER):
         raise ValueError(
             f"{path} has other columns than this benchmark writes; move it away or name another"
         )
+    if has_variants and columns == _EARLIER:
+        raise ValueError(
+            f"{path} has no column 'settings', which variants need; move it away or name another"
+        )
+    return columns
 
 
 def read_results(path: Path) -> list[dict[str, str]]:
-    """All rows of a CSV of this benchmark.
+    """All rows of a CSV of this benchmark, those of earlier ones with empty ``settings``.
 
     Raises:
         ValueError: It is none.
     """
     check_columns(path)
     with path.open(newline="") as file:
-        return list(csv.DictReader(file))
+        return [{"settings": "", **row} for row in csv.DictReader(file)]
 
 
 def describe_environment(device: torch.device) -> dict[str, str]:

@@ -199,15 +199,18 @@ class FloorSettings:
     Attributes:
         tflops: Matrix products, in 10^12 operations per second.
         terabytes: Memory, in 10^12 bytes per second.
+        float8_tflops: Matrix products of float8 numbers; None: as fast as the others.
     """
 
     tflops: float
     terabytes: float
+    float8_tflops: float | None = None
 
     def __post_init__(self) -> None:
-        for name in ("tflops", "terabytes"):
-            if getattr(self, name) <= 0:
-                raise ValueError(f"{name} must be above 0, got {getattr(self, name)}")
+        for name in ("tflops", "terabytes", "float8_tflops"):
+            value = getattr(self, name)
+            if value is not None and value <= 0:
+                raise ValueError(f"{name} must be above 0, got {value}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -219,7 +222,8 @@ class BenchmarkSettings:
         shapes: Shapes that all cases share.
         cases: Series of timings by name.
         attention: The sparse attention that is measured.
-        engines: Each is measured, as ``attention.engine``.
+        variants: Whole attention settings by name, measured beside ``attention`` in every case.
+        engines: Each is measured, as the ``engine`` of all attention settings.
         memory: Where to measure memory.
         models: Whole models by name.
         floor: The device's limits; None leaves the column empty.
@@ -229,6 +233,7 @@ class BenchmarkSettings:
     shapes: ShapeSettings
     cases: dict[str, CaseSettings]
     attention: InfLLMConfig = field(default_factory=InfLLMConfig)
+    variants: dict[str, InfLLMConfig] = field(default_factory=dict)
     engines: tuple[Literal["auto", "flex", "fused"], ...] = ("auto",)
     memory: MemorySettings = field(default_factory=MemorySettings)
     models: dict[str, ModelSettings] = field(default_factory=dict)
@@ -237,12 +242,32 @@ class BenchmarkSettings:
     def __post_init__(self) -> None:
         if not self.engines or len(set(self.engines)) < len(self.engines):
             raise ValueError(f"engines must be one or more, each once, got {list(self.engines)}")
+        for name in self.variants:
+            if not re.fullmatch(r"[a-z0-9_]+", name) or name == "default":
+                raise ValueError(
+                    f"variants must have names of small letters, digits and _, other than "
+                    f"default, which is attention, got {name!r}"
+                )
+        self._check_lengths()
+
+    def _check_lengths(self) -> None:
         shortest = min((n for case in self.cases.values() for n in case.lengths), default=None)
-        if shortest is not None and self.attention.is_dense(shortest):
-            raise ValueError(
-                f"cases must be sparse, got a length of {shortest}, below attention.dense_len = "
-                f"{self.attention.dense_len} (-1 is always sparse)"
-            )
+        for name, config in self.attentions.items():
+            if shortest is not None and config.is_dense(shortest):
+                section = f"variants.{name}" if name else "attention"
+                raise ValueError(
+                    f"cases must be sparse, got a length of {shortest}, below {section}.dense_len "
+                    f"= {config.dense_len} (-1 is always sparse)"
+                )
+
+    @property
+    def attentions(self) -> dict[str, InfLLMConfig]:
+        """All attention settings to measure by name, ``attention`` by the empty one."""
+        return {"": self.attention, **self.variants}
+
+    def with_attention(self, name: str) -> BenchmarkSettings:
+        """The same run of one of ``attentions`` alone."""
+        return replace(self, attention=self.attentions[name], variants={})
 
     def with_batch_of(self, case: CaseSettings) -> BenchmarkSettings:
         """The same run, with the batch that a case asks for."""

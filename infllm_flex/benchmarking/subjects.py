@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 
 import torch
 from torch import Tensor
@@ -38,20 +38,18 @@ def make_subjects(
         The subjects, and which other attentions do not serve here and why.
     """
     if case.mode == "decode":
-        return decode_subjects(settings, heads, S, case.inputs)
+        return decode_subjects(settings, heads, S, case)
     qkv = make_qkv(settings, heads, S, case.inputs)
     grad_out = None
     if case.mode == "forward+backward":
         grad_out = torch.randn_like(qkv.query)
         qkv = with_gradients(qkv)
-    selected = select_blocks(qkv.query, qkv.key, settings.attention)
-    subjects = [
-        Subject("select_blocks", "", lambda: select_blocks(qkv.query, qkv.key, settings.attention))
-    ]
-    for engine in settings.engines:
-        config = dataclasses.replace(settings.attention, engine=engine)
-        subjects += _sparse(qkv, selected, config, grad_out)
-    subjects += _tilings(qkv, selected, settings.attention, case.tile_rows, grad_out)
+    subjects = []
+    for name, config in settings.attentions.items():
+        stages = _stages(qkv, config, settings.engines, grad_out)
+        subjects += [dataclasses.replace(stage, settings=name) for stage in stages]
+    if case.tile_rows:
+        subjects += _tilings(qkv, settings.attention, case.tile_rows, grad_out)
     attentions, failing = dense_attentions(qkv, case.baselines)
     subjects += [
         Subject("dense", name, _graded(dense.attend, grad_out), _backward(dense.qkv, grad_out))
@@ -62,6 +60,17 @@ def make_subjects(
         subjects += _nsa(attentions, grad_out)
         failing |= lacking
     return subjects, failing
+
+
+def _stages(
+    qkv: QKV, config: InfLLMConfig, engines: Iterable[str], grad_out: Tensor | None
+) -> list[Subject]:
+    """The choice, and all that follows it by each engine."""
+    selected = select_blocks(qkv.query, qkv.key, config)
+    subjects = [Subject("select_blocks", "", lambda: select_blocks(qkv.query, qkv.key, config))]
+    for engine in engines:
+        subjects += _sparse(qkv, selected, dataclasses.replace(config, engine=engine), grad_out)
+    return subjects
 
 
 def _sparse(
@@ -94,13 +103,10 @@ def _nsa(attentions: dict[str, Baseline], grad_out: Tensor | None) -> list[Subje
 
 
 def _tilings(
-    qkv: QKV,
-    selected: Tensor,
-    config: InfLLMConfig,
-    tile_rows: tuple[int, ...],
-    grad_out: Tensor | None,
+    qkv: QKV, config: InfLLMConfig, tile_rows: tuple[int, ...], grad_out: Tensor | None
 ) -> list[Subject]:
     """The operator with tiles of other sizes than its rule chooses."""
+    selected = select_blocks(qkv.query, qkv.key, config)
     groups = qkv.query.shape[1] // qkv.key.shape[1]
     own = (selected >= 0).sum(-1).float().mean()
     subjects = []

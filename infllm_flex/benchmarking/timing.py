@@ -24,12 +24,15 @@ class Subject:
         variant: How.
         forward: Does it.
         backward: Takes what ``forward`` returned; None where there is none.
+        settings: Name of the attention settings among the run's ``variants``; empty: those of
+            ``attention``, or none at all.
     """
 
     op: str
     variant: str
     forward: Callable[[], Any]
     backward: Callable[[Any], object] | None = None
+    settings: str = ""
 
 
 class Timing(NamedTuple):
