@@ -7,7 +7,6 @@ attends; the difference of their peaks is what attention takes beside them.
 from __future__ import annotations
 
 import json
-import resource
 import subprocess
 import sys
 from pathlib import Path
@@ -17,6 +16,7 @@ import torch
 from infllm_flex.attention import infllm_attention
 from infllm_flex.benchmarking.inputs import QKV, make_qkv, with_gradients
 from infllm_flex.benchmarking.settings import BenchmarkSettings, Heads
+from infllm_flex.process_memory import peak_resident_bytes
 from infllm_flex.strict_yaml import build_dataclass, load_yaml, to_yaml
 
 _MIB = 2**20
@@ -85,21 +85,6 @@ def _process_peak(config: Path, heads: Heads, S: int, attends: bool) -> int:
     return int(ended.stdout.split()[-1])
 
 
-def _own_peak() -> int:
-    """Most bytes that this process ever held in memory.
-
-    The kernel's ``ru_maxrss`` is not asked where /proc is: it survives exec, so that a process
-    started by a large one seems large.
-    """
-    status = Path("/proc/self/status")
-    if status.exists():
-        for line in status.read_text().splitlines():
-            if line.startswith("VmHWM:"):
-                return 1024 * int(line.split()[1])
-    unit = 1 if sys.platform == "darwin" else 1024
-    return unit * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-
-
 def _main() -> None:
     job = json.loads(sys.argv[1])
     settings = build_dataclass(BenchmarkSettings, load_yaml(job["config"]))
@@ -115,7 +100,7 @@ def _main() -> None:
     else:
         for x in qkv:
             x.grad = torch.ones_like(x)
-    sys.stdout.write(f"{_own_peak()}\n")
+    sys.stdout.write(f"{peak_resident_bytes()}\n")
 
 
 if __name__ == "__main__":

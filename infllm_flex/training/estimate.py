@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from infllm_flex.training.meter import peak_resident_bytes
+from infllm_flex.process_memory import peak_resident_bytes
 from infllm_flex.training.model import decoder_layers
 from infllm_flex.training.settings import StageSettings, TrainingSettings
 

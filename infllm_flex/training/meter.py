@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import resource
-import sys
 import time
 from typing import Any
 
 import torch
 
+from infllm_flex.process_memory import peak_resident_bytes
 from infllm_flex.training.data import Batch
 from infllm_flex.training.parallel import World
 from infllm_flex.training.settings import StageSettings, TrainingSettings
@@ -74,9 +73,3 @@ def _peak_memory(device: torch.device) -> int:
         torch.cuda.reset_peak_memory_stats(device)
         return peak
     return peak_resident_bytes()
-
-
-def peak_resident_bytes() -> int:
-    """The most memory that this process has held."""
-    largest = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return largest if sys.platform == "darwin" else largest * 1024

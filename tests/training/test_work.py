@@ -153,7 +153,7 @@ import torch
 from pathlib import Path
 from infllm_flex.training.estimate import estimate_memory
 from infllm_flex.training.loop import train
-from infllm_flex.training.meter import peak_resident_bytes
+from infllm_flex.process_memory import peak_resident_bytes
 from infllm_flex.training.model import build_outline
 from infllm_flex.training.settings import MemorySettings, ModelSettings, TinyModelSettings
 from tests.training.runs import settings, stage
