@@ -114,8 +114,8 @@ def test_layers_that_can_be_are_and_the_others_stay(caplog):
     with caplog.at_level("INFO", logger="infllm_flex"):
         ifx.patch_model(model, EVERYTHING)
     assert [record.getMessage() for record in caplog.records] == [
-        "Decoder: 1 of 2 attention layers sparse from 96 tokens on; "
-        "1 left as they were: sliding window 32",
+        "Decoder: 1 of 2 attention layers sparse from 96 tokens on "
+        "(settings: given to patch_model); 1 left as they were: sliding window 32",
         "on a CPU sparse attention is measured to be faster from 16384 tokens on",
     ]
     assert [row.status for row in ifx.describe(model)] == [
