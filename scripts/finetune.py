@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """Train or fine-tune a causal LM as a YAML file says.
 
-    scripts/finetune.py --config configs/quickstart.yaml [section.key=value ...]
+    scripts/finetune.py --config configs/tiny_bytes.yaml [section.key=value ...]
     torchrun --nproc-per-node 8 scripts/finetune.py --config configs/llama3_8b_64k.yaml
 
 With torchrun's --max-restarts a run that lost a process goes on from its newest checkpoint.

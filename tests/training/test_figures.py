@@ -1,4 +1,4 @@
-"""What training promises in numbers, at the size of the quickstart."""
+"""What training promises in numbers, at the size of a tiny byte-level model."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from infllm_flex.training.settings import CheckpointSettings, TrainingSettings
 from infllm_flex.training.state import TrainingState
 from infllm_flex.training.step import take_step
 
-CONFIG = Path(__file__).parents[2] / "configs" / "quickstart.yaml"
+CONFIG = Path(__file__).parents[2] / "configs" / "tiny_bytes.yaml"
 
 
 def seconds(work) -> float:

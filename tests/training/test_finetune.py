@@ -157,7 +157,7 @@ def test_print_config_shows_settings_that_read_back_the_same(finetune, config, t
 
 
 def test_a_dry_run_checks_everything_and_does_nothing(finetune, tmp_path):
-    path = ROOT / "configs" / "quickstart.yaml"
+    path = ROOT / "configs" / "tiny_bytes.yaml"
     status, out, err = finetune("--config", path, f"run.folder={tmp_path / 'out'}", "--dry-run")
     assert (status, err) == (0, "")
     assert "sparse (a query sees at most 448 = 22%)" in out
@@ -235,8 +235,9 @@ def test_a_stage_without_a_schedule_is_warned_of(finetune, config):
     assert "warning: stages.only: the learning rate is 0.002 from the first step to the last" in err
 
 
-def test_the_quickstart_really_is_sparse_long_and_within_its_budget():
-    run = build_dataclass(TrainingSettings, load_yaml(ROOT / "configs" / "quickstart.yaml"))
+@pytest.mark.parametrize("name", ["quickstart", "tiny_bytes"])
+def test_the_tiny_recipes_really_are_sparse_long_and_within_their_budget(name):
+    run = build_dataclass(TrainingSettings, load_yaml(ROOT / "configs" / f"{name}.yaml"))
     short, long = run.stages["short"], run.stages["long"]
     assert (short.attention, long.attention) == ("dense", "sparse")
     assert long.max_length >= 8 * short.max_length

@@ -71,7 +71,8 @@ def test_the_shortest_config_is_complete(read):
         ("log.every=0", "must be between 1 and 2147483647, got 0"),
         ("run.seed=-1", "must be between 0 and 9223372036854775807, got -1"),
         ("attention.topk=1", "must be at least init_blocks + 1 = 2"),
-        ("compare.windows=0", "must be between 1 and 100000, got 0"),
+        ("compare.sequences=0", "must be between 1 and 100000, got 0"),
+        ("compare.length=1024", "must be between 2048 and 8192, got 1024"),
     ],
 )
 def test_an_impossible_setting_is_refused_with_its_bounds(read, override, problem):

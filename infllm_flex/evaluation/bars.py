@@ -1,0 +1,59 @@
+"""Numbers of a few ways to attend as bars, one panel for each number."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+# Dark enough on white, and apart for colour-blind eyes.
+_COLOURS = ("#0072b2", "#009e73", "#e69f00", "#888888")
+
+
+@dataclass(frozen=True)
+class Panel:
+    """A number of every way.
+
+    Attributes:
+        title: What it is, and which direction is better.
+        values: By way.
+        form: How a value is written, for ``str.format``.
+        floor: Where bars begin.
+    """
+
+    title: str
+    values: Mapping[str, float]
+    form: str = "{:.0%}"
+    floor: float = 0.0
+
+
+def plot_bars(path: Path, rows: Sequence[tuple[str, Sequence[Panel]]], title: str) -> None:
+    """Draw rows of panels, each row under a heading of its own.
+
+    Args:
+        path: The PNG to write.
+        rows: Heading and panels.
+        title: Above all.
+    """
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    columns = max(len(panels) for _, panels in rows)
+    figure = Figure(figsize=(4.2 * columns, 0.7 + 2.7 * len(rows)), dpi=130, layout="constrained")
+    figure.suptitle(title, fontsize=13, fontweight="bold")
+    # A single part is no sequence of parts for matplotlib.
+    parts = figure.subfigures(len(rows), 1, squeeze=False)[:, 0]
+    for part, (heading, panels) in zip(parts, rows, strict=True):
+        part.suptitle(heading, fontsize=11)
+        for axes, panel in zip(part.subplots(1, columns, squeeze=False)[0], panels, strict=False):
+            names, values = list(panel.values), list(panel.values.values())
+            lengths = [value - panel.floor for value in values]
+            bars = axes.barh(names, lengths, left=panel.floor, color=_COLOURS[: len(names)])
+            axes.bar_label(bars, [panel.form.format(v) for v in values], padding=3, fontsize=10)
+            axes.set_title(panel.title, fontsize=10)
+            axes.set_xlim(panel.floor, panel.floor + 1.25 * (max(lengths) or 1.0))
+            axes.invert_yaxis()
+            axes.xaxis.set_visible(False)
+            axes.spines[["top", "right", "bottom"]].set_visible(False)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    FigureCanvasAgg(figure).print_png(str(path))
