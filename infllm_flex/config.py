@@ -37,7 +37,7 @@ class InfLLMConfig:
         pool_queries: Score blocks with the mean of the group's queries instead of with each
             query: a block scores its best dot product of that mean with a compressed key. One
             product per group instead of one per head pays for windows as short as one key.
-            Windows must not overlap; ``lse`` has no effect, since one query needs no normaliser.
+            Windows must not overlap; ``lse`` plays no part, since one query needs no normaliser.
         score_dtype: The dtype in which pooled queries and compressed keys are multiplied:
             ``"same"`` as the keys, or ``"float8"`` (e4m3).
 
@@ -89,6 +89,11 @@ class InfLLMConfig:
             raise ValueError(
                 f"pool_queries takes windows that do not overlap: kernel_size must be "
                 f"kernel_stride = {self.kernel_stride}, got {self.kernel_size}"
+            )
+        if self.pool_queries and self.lse != "coarse":
+            raise ValueError(
+                f"lse must be coarse where pool_queries is true, which takes no normaliser, "
+                f"got {self.lse!r}"
             )
         if self.score_dtype != "same" and not self.pool_queries:
             raise ValueError(

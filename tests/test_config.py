@@ -41,6 +41,14 @@ def test_a_sequence_is_dense_iff_shorter_than_dense_len(dense_len, length, dense
         ({"topk": "64"}, "topk must be an integer, got '64'"),
         ({"use_nope": 1}, "use_nope must be true or false, got 1"),
         ({"lse": "fine"}, "lse must be one of coarse, exact, got 'fine'"),
+        ({"pool_queries": "yes"}, "pool_queries must be true or false, got 'yes'"),
+        ({"pool_queries": True}, "kernel_size must be kernel_stride = 16, got 32"),
+        (
+            {"pool_queries": True, "kernel_size": 16, "lse": "exact"},
+            "lse must be coarse where pool_queries is true, .*got 'exact'",
+        ),
+        ({"score_dtype": "fp8"}, "score_dtype must be one of same, float8, got 'fp8'"),
+        ({"score_dtype": "float8"}, "score_dtype must be same where pool_queries is false"),
         ({"engine": "cuda"}, "engine must be one of auto, flex, fused, got 'cuda'"),
     ],
 )
