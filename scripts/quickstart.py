@@ -10,13 +10,9 @@ from __future__ import annotations
 import argparse
 import importlib.util
 import json
-import os
-import resource
 import sys
-import time
 import warnings
-from collections.abc import Callable
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -24,15 +20,23 @@ import torch
 from tqdm import tqdm
 
 from infllm_flex import patch_model, unpatch_model
-from infllm_flex.config import InfLLMConfig
-from infllm_flex.evaluation.bars import Panel, plot_bars
+from infllm_flex.evaluation.bars import plot_bars
+from infllm_flex.evaluation.kept_results import Result, cpu_seconds, read_result, write_result
 from infllm_flex.evaluation.pairs import PairsSampler, PairsText, right_answers
 from infllm_flex.evaluation.passwords import hide_passwords, judge_passwords
 from infllm_flex.evaluation.quality import base
 from infllm_flex.evaluation.quality.scoring import Scorer
 from infllm_flex.evaluation.quality.settings import BaseSettings
 from infllm_flex.evaluation.quality.words import Vocabulary
-from infllm_flex.evaluation.table import format_table
+from infllm_flex.evaluation.quickstart_arms import Arm, pretrained_arms, tiny_arms, window_of
+from infllm_flex.evaluation.quickstart_report import (
+    NOTE,
+    pretrained_panels,
+    pretrained_table,
+    times,
+    tiny_panels,
+    tiny_table,
+)
 from infllm_flex.strict_yaml import ConfigError, Mistake, build_dataclass, load_yaml
 from infllm_flex.training.folder import MODEL, check_folder
 from infllm_flex.training.loop import TrainingDivergedError, train
@@ -40,38 +44,7 @@ from infllm_flex.training.model import load_model
 from infllm_flex.training.settings import ModelSettings, StageSettings, TrainingSettings
 from infllm_flex.training.stages import stage_attention
 
-DENSE, SPARSE, COARSELY, WINDOW = "dense", "sparse", "sparse, coarse", "window only"
 RESULT = "result.json"
-Result = dict[str, Any]
-
-# A query reads 64 blocks of 16 keys, a quarter of 4096. Each block is scored by all of its keys.
-FINE = InfLLMConfig(
-    kernel_size=1,
-    kernel_stride=1,
-    pool_queries=True,
-    score_dtype="float8",
-    block_size=16,
-    window_size=256,
-    topk=48,
-    dense_len=1024,
-    engine="fused",  # no compiler needed
-)
-# The same share by blocks of 64, scored by means of 32 keys, as in the released 8B checkpoints.
-COARSE = InfLLMConfig(window_size=256, topk=12, dense_len=1024, engine="fused")
-
-
-@dataclass(frozen=True)
-class Arm:
-    """A way to attend; None: dense."""
-
-    name: str
-    attention: InfLLMConfig | None
-
-    def keys_read(self, length: int) -> float:
-        """The share of a sequence's keys that its last query reads."""
-        if self.attention is None:
-            return 1.0
-        return self.attention.num_selected * self.attention.block_size / length
 
 
 class StoppedError(Exception):
@@ -126,7 +99,7 @@ def check_folders(settings: TrainingSettings) -> None:
     check_folder(short_run(settings), resume=True)
     trained = short_run(settings).run.folder / MODEL
     if trained.is_dir():
-        for arm in tiny_arms(settings):
+        for arm in tiny_arms(settings.attention):
             check_folder(long_run(settings, arm, trained), resume=True)
 
 
@@ -166,7 +139,7 @@ def judge_pretrained(
     """What the pretrained model keeps, patched as it is."""
     compare = settings.compare
     model_folder, bases = folder / MODEL, BaseSettings(package=compare.package)
-    arms = pretrained_arms(compare.length)
+    arms = pretrained_arms()
     print(
         f"1. A pretrained model as it is reads {compare.length} tokens with {compare.facts} hidden "
         "sentences. patch_model(model, ...)\n   is all that is done to it.",
@@ -183,19 +156,8 @@ def judge_pretrained(
         if (known := read_result(place, about)) is None:
             scorer = scorer or Scorer(model_folder, torch.device("cpu"))
             known = write_result(place, about, lambda s=scorer, a=arm: run_arm(s, a, passwords))
-        found[arm.name] = known | {"keys": arm.keys_read(compare.length)}
+        found[arm.name] = known | {"keys": arm.keys_attended(compare.length)}
     return found
-
-
-def pretrained_arms(length: int) -> list[Arm]:
-    """The ways that a pretrained model is run."""
-    assert length >= FINE.dense_len  # settings see to it
-    return [
-        Arm(DENSE, None),
-        Arm(SPARSE, FINE),
-        Arm(COARSELY, COARSE),
-        Arm(WINDOW, window_of(FINE)),
-    ]
 
 
 def run_arm(scorer: Scorer, arm: Arm, passwords: Any) -> Result:
@@ -207,13 +169,6 @@ def run_arm(scorer: Scorer, arm: Arm, passwords: Any) -> Result:
         return judge_passwords(scorer, passwords)
     finally:
         unpatch_model(scorer.model)
-
-
-def window_of(attention: InfLLMConfig) -> InfLLMConfig:
-    """As many keys without a choice: the first block, the query's own and those before it."""
-    topk = attention.init_blocks + 1
-    size = (attention.num_selected - topk) * attention.block_size
-    return replace(attention, topk=topk, window_size=size)
 
 
 def manual() -> str:
@@ -238,12 +193,6 @@ def long_stage(settings: TrainingSettings, arm: Arm) -> StageSettings:
     return replace(stage, attention="dense" if arm.attention is None else "sparse")
 
 
-def tiny_arms(settings: TrainingSettings) -> list[Arm]:
-    """The last stage three times: same samples, same order; only attention differs."""
-    attention = settings.attention
-    return [Arm(DENSE, None), Arm(SPARSE, attention), Arm(WINDOW, window_of(attention))]
-
-
 def long_run(settings: TrainingSettings, arm: Arm, trained: Path) -> TrainingSettings:
     """The run of one arm, from the weights of the short run."""
     folder = settings.run.folder / arm.name.replace(" ", "-")
@@ -258,7 +207,7 @@ def long_run(settings: TrainingSettings, arm: Arm, trained: Path) -> TrainingSet
 
 def judge_tiny(settings: TrainingSettings) -> dict[str, Result]:
     """Train the tiny model on short sequences, then three times on long ones; judge each."""
-    arms = tiny_arms(settings)
+    arms = tiny_arms(settings.attention)
     short = list(short_run(settings).stages.values())[-1].max_length
     long = long_stage(settings, arms[0]).max_length
     print(
@@ -278,7 +227,7 @@ def judge_tiny(settings: TrainingSettings) -> dict[str, Result]:
         known = read_result(place, about) or write_result(
             place, about, lambda r=run, a=arm: answers_of(r, a, settings)
         )
-        known = known | {"keys": arm.keys_read(long), "training": training, "short": seconds}
+        known = known | {"keys": arm.keys_attended(long), "training": training, "short": seconds}
         found[arm.name] = known
     return found
 
@@ -317,31 +266,6 @@ def answers_of(run: TrainingSettings, arm: Arm, settings: TrainingSettings) -> R
     return {"right": sum(right), "asked": len(right)}
 
 
-def read_result(path: Path, about: Result) -> Result | None:
-    """What was found before of the same."""
-    if not path.is_file():
-        return None
-    known = json.loads(path.read_text())
-    return known["found"] if known["about"] == json.loads(json.dumps(about)) else None
-
-
-def write_result(path: Path, about: Result, find: Callable[[], Result]) -> Result:
-    """Find something and keep it, with the CPU-seconds that it took."""
-    started, begun = cpu_seconds(), time.perf_counter()
-    found = find()
-    found |= {"cpu": cpu_seconds() - started, "seconds": time.perf_counter() - begun}
-    aside = path.with_suffix(".tmp")
-    aside.write_text(json.dumps({"about": about, "found": found}, indent=2) + "\n")
-    os.replace(aside, path)
-    return found
-
-
-def cpu_seconds() -> float:
-    """Of this process and those that it waited for."""
-    used = [resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)]
-    return sum(one.ru_utime + one.ru_stime for one in used)
-
-
 def show(
     settings: TrainingSettings, pretrained: dict[str, Result], tiny: dict[str, Result]
 ) -> None:
@@ -351,7 +275,7 @@ def show(
         heading = f"SmolLM2-135M, untrained for this, {settings.compare.length} tokens"
         texts.append(f"{heading}\n\n{pretrained_table(pretrained)}")
         rows.append((heading, pretrained_panels(pretrained)))
-    length = long_stage(settings, tiny_arms(settings)[0]).max_length
+    length = long_stage(settings, tiny_arms(settings.attention)[0]).max_length
     heading = f"Tiny model, fine-tuned on {length} tokens by each kind of attention"
     texts.append(f"{heading}\n\n{tiny_table(tiny)}")
     rows.append((heading, tiny_panels(tiny)))
@@ -360,66 +284,10 @@ def show(
     numbers = {"pretrained": pretrained, "tiny": tiny}
     (folder / "results.json").write_text(json.dumps(numbers, indent=2) + "\n")
     picture = folder / "quickstart.png"
-    plot_bars(picture, rows, "What sparse attention reads, and what it keeps")
+    plot_bars(picture, rows, "What sparse attention attends to, and what it keeps")
     print(f"\n{text}\n\nPicture: {picture}   Models: {folder}/*/model/")
+    print(NOTE)
     print(f"CPU-seconds by part: {times(pretrained, tiny)}; this run in all {cpu_seconds():.0f}.")
-
-
-def times(pretrained: dict[str, Result], tiny: dict[str, Result]) -> str:
-    """What each part took, also where an earlier run did it."""
-    parts = {f"reading, {name}": r["cpu"] for name, r in pretrained.items()}
-    parts["training, short"] = tiny[DENSE]["short"]
-    parts |= {f"training, {name}": r["training"] for name, r in tiny.items()}
-    return "; ".join(f"{name} {seconds:.0f}" for name, seconds in parts.items())
-
-
-def pretrained_table(found: dict[str, Result]) -> str:
-    """One row for each way."""
-    header = ["", "keys read", "hidden words recalled", "nats per token", "CPU s"]
-    cells = [
-        [name, f"{r['keys']:.0%}", share(r), f"{r['nats']:.3f}", f"{r['cpu']:.0f}"]
-        for name, r in found.items()
-    ]
-    return format_table(header, cells)
-
-
-def tiny_table(found: dict[str, Result]) -> str:
-    """One row for each way."""
-    header = ["", "keys read", "questions right", "CPU s of fine-tuning"]
-    cells = [
-        [name, f"{r['keys']:.0%}", share(r), f"{r['training']:.0f}"] for name, r in found.items()
-    ]
-    return format_table(header, cells)
-
-
-def share(result: Result) -> str:
-    """Right answers of all."""
-    return f"{result['right'] / max(1, result['asked']):.0%} of {result['asked']}"
-
-
-def kept(found: dict[str, Result]) -> dict[str, float]:
-    """Right answers as a share, by way."""
-    return {name: r["right"] / max(1, r["asked"]) for name, r in found.items()}
-
-
-def pretrained_panels(found: dict[str, Result]) -> list[Panel]:
-    """The first row of the picture."""
-    dense = found[DENSE]["nats"]
-    more = {name: r["nats"] - dense for name, r in found.items()}
-    return [
-        Panel("keys read by a query (fewer is cheaper)", {n: r["keys"] for n, r in found.items()}),
-        Panel("hidden words recalled (more is better)", kept(found)),
-        Panel("nats per token above dense (less is better)", more, "{:+.3f}"),
-    ]
-
-
-def tiny_panels(found: dict[str, Result]) -> list[Panel]:
-    """The second row of the picture."""
-    return [
-        Panel("keys read by a query (fewer is cheaper)", {n: r["keys"] for n, r in found.items()}),
-        Panel("questions answered right (more is better)", kept(found)),
-        Panel("CPU-seconds of fine-tuning", {n: r["training"] for n, r in found.items()}, "{:.0f}"),
-    ]
 
 
 if __name__ == "__main__":

@@ -34,21 +34,27 @@ def plot_bars(path: Path, rows: Sequence[tuple[str, Sequence[Panel]]], title: st
         path: The PNG to write.
         rows: Heading and panels.
         title: Above all.
+
+    Raises:
+        ValueError: There are more ways than colours.
     """
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
+    ways = dict.fromkeys(way for _, panels in rows for panel in panels for way in panel.values)
+    if len(ways) > len(_COLOURS):
+        raise ValueError(f"expected at most {len(_COLOURS)} ways, got {len(ways)}: {list(ways)}")
+    colours = dict(zip(ways, _COLOURS, strict=False))
     columns = max(len(panels) for _, panels in rows)
     figure = Figure(figsize=(4.2 * columns, 0.7 + 2.7 * len(rows)), dpi=130, layout="constrained")
     figure.suptitle(title, fontsize=13, fontweight="bold")
-    # A single part is no sequence of parts for matplotlib.
     parts = figure.subfigures(len(rows), 1, squeeze=False)[:, 0]
     for part, (heading, panels) in zip(parts, rows, strict=True):
         part.suptitle(heading, fontsize=11)
         for axes, panel in zip(part.subplots(1, columns, squeeze=False)[0], panels, strict=False):
             names, values = list(panel.values), list(panel.values.values())
             lengths = [value - panel.floor for value in values]
-            bars = axes.barh(names, lengths, left=panel.floor, color=_COLOURS[: len(names)])
+            bars = axes.barh(names, lengths, left=panel.floor, color=[colours[n] for n in names])
             axes.bar_label(bars, [panel.form.format(v) for v in values], padding=3, fontsize=10)
             axes.set_title(panel.title, fontsize=10)
             axes.set_xlim(panel.floor, panel.floor + 1.25 * (max(lengths) or 1.0))
