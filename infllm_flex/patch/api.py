@@ -95,6 +95,7 @@ def patch_model(
     for layer in ladder.patched_layers(model).values():
         layer.origin = resolved.origin
     _log_decisions(model, layers)
+    _log_how_to_save(model)
     _log_where_it_pays(model, layers, num_key_value_heads)
     return model
 
@@ -168,6 +169,16 @@ def _log_decisions(model: nn.Module, layers: Mapping[str, Found]) -> None:
         layer.origin,
         f"; {reasons}" if reasons else "",
     )
+
+
+def _log_how_to_save(model: nn.Module) -> None:
+    """Say what transformers' refusal to save a model read from a GGUF file does not."""
+    quantization = getattr(getattr(model, "config", None), "quantization_config", None)
+    if getattr(quantization, "quant_method", None) == "gguf":
+        _log.info(
+            "read from a GGUF file, which save_pretrained refuses; its weights are plain ones: set "
+            "model.hf_quantizer = None and delete model.config.quantization_config to save it"
+        )
 
 
 def _log_where_it_pays(

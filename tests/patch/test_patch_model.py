@@ -5,6 +5,7 @@ import dataclasses
 import json
 import logging
 import pickle
+import types
 
 import pytest
 import torch
@@ -170,3 +171,11 @@ def test_a_model_can_be_built_with_the_implementation():
     assert torch.equal(logits(model, LONG), logits(patched, LONG))
     ifx.unpatch_model(model)
     assert model.config._attn_implementation == "sdpa"
+
+
+def test_how_to_save_what_came_from_a_gguf_file_is_logged(caplog):
+    model = build()
+    model.config.quantization_config = types.SimpleNamespace(quant_method="gguf")
+    with caplog.at_level(logging.INFO, logger="infllm_flex"):
+        ifx.patch_model(model, SETTINGS)
+    assert any("model.hf_quantizer = None" in record.getMessage() for record in caplog.records)
