@@ -11,7 +11,7 @@ NOTE = (
     "All but dense see equally many keys. sparse: small blocks, each key scored; coarse: blocks\n"
     "of 64, scored by means of 32 keys, as in the released 8B checkpoints; window: no choice.\n"
     "To choose its blocks, a query group compares its mean query with every key. On a CPU, and\n"
-    "at so few tokens, attending to fewer keys saves no time; on a GPU it does from 32K tokens on."
+    "at so few tokens, attending to fewer keys saves no time; docs/choosing-settings.md has GPUs."
 )
 
 
