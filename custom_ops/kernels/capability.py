@@ -6,6 +6,7 @@ import warnings
 import torch
 from torch import Tensor
 
+FLOAT8_CAPABILITY = 89  # Ada: from here on tensor cores multiply float8
 _GLUON_VERSIONS = ((3, 6), (3, 7))
 
 
@@ -24,6 +25,11 @@ def device_capability(device: torch.device) -> int:
 
 # What torch.compiler.assume_constant_result says, without importing Dynamo.
 device_capability._dynamo_marked_constant = True
+
+
+def knows_float8(x: Tensor) -> bool:
+    """Whether the device converts to e4m3, and multiplies it."""
+    return compute_capability(x) >= FLOAT8_CAPABILITY
 
 
 def has_little_shared_memory(x: Tensor) -> bool:

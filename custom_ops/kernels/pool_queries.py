@@ -5,7 +5,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from custom_ops.kernels.capability import compute_capability
+from custom_ops.kernels.capability import knows_float8
 
 _ROWS = 8  # tokens of a program
 
@@ -76,9 +76,8 @@ def _pool_kernel(
 def launch(q: Tensor, num_kv_heads: int, float8: bool) -> Tensor:
     """Average and round in one pass over the queries."""
     B, Hq, S, D = q.shape
-    knows_float8 = compute_capability(q) >= 89
     # Half precision holds every number of e4m3.
-    dtype = q.dtype if not float8 else torch.float8_e4m3fn if knows_float8 else torch.float16
+    dtype = q.dtype if not float8 else torch.float8_e4m3fn if knows_float8(q) else torch.float16
     out = torch.empty(B, num_kv_heads, S, D, dtype=dtype, device=q.device)
     if out.numel():
         _pool_kernel[(B * num_kv_heads * triton.cdiv(S, _ROWS),)](

@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 
 import torch
 
+from custom_ops.kernels.capability import FLOAT8_CAPABILITY, device_capability
 from infllm_flex.config import InfLLMConfig
 
 Settings = InfLLMConfig | Mapping[str, Any] | str | os.PathLike[str] | None
@@ -19,7 +20,6 @@ RULE = "for models without a sparse_config: every key scored, docs/choosing-sett
 
 # Settings that say by what blocks are scored. Whoever names one has a scoring of his own in mind.
 _SCORING = ("kernel_size", "kernel_stride", "lse", "use_nope", "pool_queries", "score_dtype")
-_FLOAT8_CAPABILITY = (8, 9)  # of GPUs whose tensor cores multiply float8
 
 
 class Resolved(NamedTuple):
@@ -71,11 +71,7 @@ def settings_by_rule(device: torch.device | None) -> InfLLMConfig:
     Args:
         device: Where the model is; None where it has no parameters.
     """
-    has_float8 = (
-        device is not None
-        and device.type == "cuda"
-        and torch.cuda.get_device_capability(device) >= _FLOAT8_CAPABILITY
-    )
+    has_float8 = device is not None and device_capability(device) >= FLOAT8_CAPABILITY
     score_dtype = "float8" if has_float8 else "same"
     return InfLLMConfig(kernel_size=1, kernel_stride=1, pool_queries=True, score_dtype=score_dtype)
 

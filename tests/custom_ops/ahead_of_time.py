@@ -54,10 +54,8 @@ def record_launches(
     """
     import triton
 
-    from custom_ops.kernels import attend_blocks, descriptors, pool_queries
+    from custom_ops.kernels import attend_blocks, descriptors
     from custom_ops.kernels import capability as asked
-    from custom_ops.kernels.select_blocks import pooled
-    from custom_ops.kernels.select_cached_blocks import pooled as cached_pooled
 
     launches: dict[str, Launch] = {}
 
@@ -69,7 +67,7 @@ def record_launches(
 
     with monkeypatch.context() as patch:
         patch.setattr(triton.runtime.JITFunction, "run", run)
-        for module in (asked, attend_blocks, descriptors, pool_queries, pooled, cached_pooled):
+        for module in (asked, attend_blocks, descriptors):
             patch.setattr(module, "compute_capability", lambda _: capability)
         call()
     return list(launches.values())

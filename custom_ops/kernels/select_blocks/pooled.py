@@ -7,7 +7,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from custom_ops.kernels.capability import compute_capability, has_little_shared_memory
+from custom_ops.kernels.capability import has_little_shared_memory, knows_float8
 from custom_ops.kernels.dot_in_parts import dot_in_parts
 from custom_ops.kernels.select_blocks.documents import locate_tile
 from custom_ops.kernels.select_blocks.pick import SEGMENT
@@ -167,7 +167,7 @@ def launch(
     out = torch.empty(B, Hkv, Sq, K, dtype=torch.int32, device=q.device)
     if out.numel() == 0:
         return out
-    if q.element_size() == 1 and compute_capability(q) < 89:
+    if q.element_size() == 1 and not knows_float8(q):
         # These GPUs know no float8; half precision holds e4m3 exactly.
         q, compressed = q.half(), compressed.half()
     offset = kv_len - Sq

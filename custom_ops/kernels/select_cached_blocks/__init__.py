@@ -10,13 +10,13 @@ import torch
 import triton
 from torch import Tensor
 
+from custom_ops.kernels.select_blocks.workspace import MAX_BLOCKS
 from custom_ops.kernels.select_cached_blocks.lse import cached_lse_kernel
-from custom_ops.kernels.select_cached_blocks.pick import cached_pick_kernel
+from custom_ops.kernels.select_cached_blocks.pick import pick_cached
 from custom_ops.kernels.select_cached_blocks.scores import cached_score_kernel
 
 _MAX_RUNS = 64  # of coarse keys, a program each; the next kernel reads what all of them found
 _MAX_ROWS = 64  # heads x tokens of a tile
-_MAX_BLOCKS = 1 << 14  # a row's scores live in the registers of at most 32 warps
 _PROGRAMS = 512  # as many as a GPU holds at a time: a second wave would wait for the first
 
 
@@ -43,9 +43,9 @@ def launch(
     Hkv, C = compressed.shape[1:3]
     blocks = triton.cdiv((C - 1) * kernel_stride + kernel_size, block_size) if C else 0
     columns = max(0, blocks - local_blocks)  # those that may lie before a query's window
-    if columns > _MAX_BLOCKS:
+    if columns > MAX_BLOCKS:
         raise NotImplementedError(
-            f"select_cached_blocks handles at most {_MAX_BLOCKS} blocks beside the window on CUDA, "
+            f"select_cached_blocks handles at most {MAX_BLOCKS} blocks beside the window on CUDA, "
             f"got {columns}: use a larger block_size"
         )
     out = torch.empty(B, Hkv, n, width, dtype=torch.int32, device=q.device)
@@ -67,26 +67,18 @@ def launch(
             dense_len,
             scale,
         )
-    N = max(16, triton.next_power_of_2(columns))
-    cached_pick_kernel[(n, B * Hkv)](
+    return pick_cached(
         scores,
         start,
         end,
         out,
-        n,
-        columns,
-        width,
-        num_selected,
-        dense_len,
-        Hkv,
-        BLOCK_SIZE=block_size,
-        INIT_BLOCKS=init_blocks,
-        LOCAL_BLOCKS=local_blocks,
-        BLOCK_W=triton.next_power_of_2(width),
-        N=N,
-        num_warps=max(1, min(16, N // 512)),
+        columns=columns,
+        num_selected=num_selected,
+        dense_len=dense_len,
+        block_size=block_size,
+        init_blocks=init_blocks,
+        local_blocks=local_blocks,
     )
-    return out
 
 
 def _score(

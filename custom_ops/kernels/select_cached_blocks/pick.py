@@ -2,6 +2,7 @@
 
 import triton
 import triton.language as tl
+from torch import Tensor
 
 from custom_ops.kernels.select_blocks.pick import best_blocks, write_blocks
 
@@ -49,3 +50,40 @@ def cached_pick_kernel(
     score = tl.load(scores_ptr + row * columns + block, mask=scored, other=-1.0)
     chosen = best_blocks(score, block, last, last + 1, room, INIT_BLOCKS, False)
     write_blocks(out_ptr, chosen, tl.arange(0, N // 4) * 4)
+
+
+def pick_cached(
+    scores: Tensor,
+    start: Tensor,
+    end: Tensor,
+    out: Tensor,
+    *,
+    columns: int,
+    num_selected: int,
+    dense_len: int,
+    block_size: int,
+    init_blocks: int,
+    local_blocks: int,
+) -> Tensor:
+    """Fill ``out [B, Hkv, n, width]`` by ``scores [B * Hkv, n, columns]``; returns it."""
+    B, Hkv, n, width = out.shape
+    N = max(16, triton.next_power_of_2(columns))
+    cached_pick_kernel[(n, B * Hkv)](
+        scores,
+        start,
+        end,
+        out,
+        n,
+        columns,
+        width,
+        num_selected,
+        dense_len,
+        Hkv,
+        BLOCK_SIZE=block_size,
+        INIT_BLOCKS=init_blocks,
+        LOCAL_BLOCKS=local_blocks,
+        BLOCK_W=triton.next_power_of_2(width),
+        N=N,
+        num_warps=max(1, min(16, N // 512)),
+    )
+    return out

@@ -7,11 +7,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from custom_ops.kernels.capability import compute_capability, has_little_shared_memory
+from custom_ops.kernels.capability import has_little_shared_memory, knows_float8
 from custom_ops.kernels.pool_queries import average_heads, fit_float8, round_like_float8
 from custom_ops.kernels.select_blocks.pooled import rank
 from custom_ops.kernels.select_blocks.workspace import MAX_BLOCKS
-from custom_ops.kernels.select_cached_blocks.pick import cached_pick_kernel
+from custom_ops.kernels.select_cached_blocks.pick import pick_cached
 
 _PROGRAMS = 512  # as many as a GPU holds at a time: a second wave would wait for the first
 _MAX_SLOTS = 256  # windows of a block, which one step scores together
@@ -161,29 +161,21 @@ def launch(
             FITTING=num_selected * block_size,
             SLOTS=slots,
             FLOAT8=float8,
-            HAS_FLOAT8=compute_capability(q) >= 89,
+            HAS_FLOAT8=knows_float8(q),
             **tile,
         )
-    N = max(16, triton.next_power_of_2(columns))
-    cached_pick_kernel[(n, B * Hkv)](
+    return pick_cached(
         scores,
         start,
         end,
         out,
-        n,
-        columns,
-        width,
-        num_selected,
-        dense_len,
-        Hkv,
-        BLOCK_SIZE=block_size,
-        INIT_BLOCKS=init_blocks,
-        LOCAL_BLOCKS=local_blocks,
-        BLOCK_W=triton.next_power_of_2(width),
-        N=N,
-        num_warps=max(1, min(16, N // 512)),
+        columns=columns,
+        num_selected=num_selected,
+        dense_len=dense_len,
+        block_size=block_size,
+        init_blocks=init_blocks,
+        local_blocks=local_blocks,
     )
-    return out
 
 
 def _choose_tile(q: Tensor, compressed: Tensor, slots: int, float8: bool) -> dict[str, Any]:
