@@ -12,6 +12,7 @@ from custom_ops.block_scores import (
     list_all,
     pick_best,
     pool_to_blocks,
+    rank_blocks,
     weigh_windows,
 )
 from custom_ops.select_blocks import tokens_per_tile
@@ -89,7 +90,7 @@ def select_cached_blocks(
             selected[b, :, :num_fit] = list_all(positions[:num_fit], width, rule, q.device)
         if num_fit < n:
             rows, chosen = q[b, :, num_fit:], selected[b, :, num_fit:, :num_selected]
-            _select_for_row(rows, compressed[b], coarse[b], positions[num_fit:], rule, chosen)
+            select_for_row(rows, compressed[b], coarse[b], positions[num_fit:], rule, chosen)
     return selected
 
 
@@ -106,15 +107,17 @@ def _(q: Tensor, *rest: Any) -> Tensor:
     return launch(q, *rest)
 
 
-def _select_for_row(
+def select_for_row(
     rows: Tensor,
     compressed: Tensor,
-    coarse: Tensor,
+    coarse: Tensor | None,
     positions: range,
     rule: Rule,
     out: Tensor,
 ) -> None:
     """Fill ``out [Hkv, n, K]`` for queries ``rows [Hq, n, D]`` of a sequence.
+
+    Without coarse keys ``rows`` are pooled queries, one per KV head.
 
     Queries are cut where ``select_blocks`` cuts its tiles, and scored by products as wide as its
     own, so that the bits are the same.
@@ -127,7 +130,7 @@ def _select_for_row(
 
 
 def score_blocks(
-    rows: Tensor, compressed: Tensor, coarse: Tensor, positions: range, rule: Rule
+    rows: Tensor, compressed: Tensor, coarse: Tensor | None, positions: range, rule: Rule
 ) -> Tensor:
     """Score blocks for queries ``rows [Hq, T, D]`` of one tile: ``[Hkv, T, num_blocks]``."""
     (Hq, T, D), Hkv = rows.shape, len(compressed)
@@ -137,11 +140,15 @@ def score_blocks(
     tile = rows if T == 1 else rows.unflatten(0, (Hkv, G)).transpose(1, 2)
     tile = tile.reshape(Hkv, T * G, D).to(torch.promote_types(rows.dtype, torch.float32))
     tile = tile * rule.scale
+    num_blocks = last // rule.block_size + 1
+    logits = multiply(tile, compressed, rule.windows.scored_to(last))
+    if coarse is None:
+        return rank_blocks(logits, positions, num_blocks, rule)
     split = (Hkv, T, G, -1)
-    logits = multiply(tile, compressed, rule.windows.scored_to(last)).reshape(split)
+    logits = logits.reshape(split)
     coarse_logits = multiply(tile, coarse, rule.coarse_windows.scored_to(last)).reshape(split)
     weights = weigh_windows(logits, coarse_logits, positions, rule)
-    return pool_to_blocks(weights, last // rule.block_size + 1, rule)
+    return pool_to_blocks(weights, num_blocks, rule)
 
 
 def multiply(tile: Tensor, keys: Tensor, C: int) -> Tensor:

@@ -5,10 +5,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from custom_ops.block_scores import Rule, Windows, list_all, pick_best, rank_blocks
+from custom_ops.block_scores import Rule, Windows, list_all
 from custom_ops.pool_queries import pool_queries, round_to_float8
-from custom_ops.select_blocks import tokens_per_tile
-from custom_ops.select_cached_blocks import multiply
+from custom_ops.select_cached_blocks import select_for_row
 from custom_ops.without_autocast import without_autocast
 
 
@@ -71,7 +70,7 @@ def select_cached_blocks_pooled(
             keys = round_to_float8(keys) if float8 else keys
             rows, chosen = pooled[b, :, num_fit:], selected[b, :, num_fit:, :num_selected]
             rows, keys = rows.to(accumulate), keys.to(accumulate)
-            _select_for_row(rows, keys, positions[num_fit:], rule, chosen)
+            select_for_row(rows, keys, None, positions[num_fit:], rule, chosen)
     return selected
 
 
@@ -86,18 +85,3 @@ def _(q: Tensor, *rest: Any) -> Tensor:
     from custom_ops.kernels.select_cached_blocks.pooled import launch
 
     return launch(q, *rest)
-
-
-def _select_for_row(rows: Tensor, keys: Tensor, positions: range, rule: Rule, out: Tensor) -> None:
-    """Fill ``out [Hkv, n, K]`` for pooled queries ``rows [Hkv, n, D]`` of a sequence.
-
-    Queries are cut where ``select_blocks_pooled`` cuts its tiles, and scored by products as wide as
-    its own, so that the bits are the same.
-    """
-    tokens = tokens_per_tile(1)
-    for start in range(positions[0] // tokens * tokens, positions[-1] + 1, tokens):
-        at = slice(max(start - positions[0], 0), start + tokens - positions[0])
-        last = start + tokens - 1
-        logits = multiply(rows[:, at], keys, rule.windows.scored_to(last))
-        scores = rank_blocks(logits, positions[at], last // rule.block_size + 1, rule)
-        out[:, at] = pick_best(scores, positions[at], out.shape[-1], rule)
