@@ -12,7 +12,7 @@ from infllm_flex.training.data.store import TokenStore
 
 
 def buckets(length: int) -> list[Bucket]:
-    """The stretches of positions that are told apart: the last is the second half."""
+    """The ranges of positions that are reported; the last is the second half of the sequence."""
     return doubling_buckets(length, max(1, length // 8))
 
 

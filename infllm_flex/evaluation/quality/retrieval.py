@@ -29,8 +29,8 @@ def judge_retrieval(
         seed: Of the rows.
 
     Returns:
-        By task: ``hits``, a list of 0 and 1 for every row, and ``depths``, the tenths of the
-        sequence that the values lay in, alike. ``seconds``: of a sequence, the median.
+        By task: ``hits``, for every row a list of 0 and 1, and ``depths``, for every row a list of
+        the tenths of the sequence that hold the values. ``seconds``: the median time of a sequence.
     """
     judge = settings.judge
     maker = Maker(vocabulary, text, settings.length + 1, True, settings.tuning.questions)

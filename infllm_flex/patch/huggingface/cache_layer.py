@@ -56,7 +56,7 @@ class FollowedLayer(DynamicLayer):
 
     @property
     def values(self) -> Tensor | None:
-        """The values so far, alike."""
+        """The values so far, ``[B, Hkv, S, D]``, to keep or to change."""
         if self._value_room is not None:
             self.__dict__["values"] = _own(self.__dict__["values"])
             self._value_room = None
@@ -175,7 +175,7 @@ class FollowedLayer(DynamicLayer):
 
     @contextmanager
     def _following(self) -> Iterator[Any]:
-        """Replace keys and values inside the block; the state is there to be changed alike."""
+        """Replace keys and values inside the block, and change the state in the same way."""
         state = self._current_state()
         self._key_room = self._value_room = None
         yield state

@@ -31,8 +31,7 @@ from infllm_flex.patch.huggingface.layers import (
 def switch_on(model: nn.Module, sparse: list[nn.Module]) -> None:
     """Have the attention layers of a model look up our function, and their masks be ours.
 
-    Layers that stay as they were are told, too, if they share a config with one of ``sparse``:
-    they get the same masks.
+    A layer that stays as it was gets our masks, too, if it shares a config with one of ``sparse``.
 
     Args:
         model: The model.
