@@ -1,7 +1,15 @@
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
 import torch
+
+if find_spec("hypothesis"):
+    from hypothesis import settings
+
+    # A test that passed on one commit passes on it again; `--hypothesis-profile=default` explores.
+    settings.register_profile("repeatable", derandomize=True)
+    settings.load_profile("repeatable")
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:

@@ -133,7 +133,9 @@ def _best_segments(
     slot = tl.arange(0, TAKEN)
     segment = tl.load(out_ptr + slot, mask=slot < taken, other=end + 1)
     tl.debug_barrier()
-    return segment, (taken - 1) * SEGMENT + last % SEGMENT + 1
+    # Where the slots hold but the first segments, the last is none of those taken.
+    after_last = tl.where(taken > tl.minimum(FORCED, end), SEGMENT - 1 - last % SEGMENT, 0)
+    return segment, taken * SEGMENT - after_last
 
 
 @triton.jit(do_not_specialize=_VARYING)
