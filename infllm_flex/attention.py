@@ -6,11 +6,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from custom_ops.transforms import is_transformed
 from infllm_flex.autocast import as_autocast
 from infllm_flex.batches import lay_out_batch
 from infllm_flex.config import InfLLMConfig
-from infllm_flex.engines import (
+from infllm_flex.engines.choose import (
     attend_with_flex,
     attend_with_lists,
     can_train_with_flex,
@@ -19,6 +18,7 @@ from infllm_flex.engines import (
 )
 from infllm_flex.layout import Layout
 from infllm_flex.selection import check_query_and_key, choose_blocks, default_scale
+from infllm_flex_ops.transforms import is_transformed
 
 
 def infllm_attention(

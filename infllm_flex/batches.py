@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 
-import custom_ops
+import infllm_flex_ops
 from infllm_flex.config import InfLLMConfig
 from infllm_flex.layout import Layout, lay_out, layout_unit
 
@@ -105,7 +105,7 @@ def require(right: Tensor, message: str, dependent: Tensor) -> Tensor:
         if not right.all():
             raise ValueError(f"{message}: not so in row {int(right.long().argmin())}")
         return dependent
-    return dependent | (custom_ops.zero_if(right.all(), message) != 0)
+    return dependent | (infllm_flex_ops.zero_if(right.all(), message) != 0)
 
 
 def _check_mask_shape(attention_mask: Tensor, key: Tensor) -> None:

@@ -61,7 +61,7 @@ class Layout:
         )
 
     def documents(self, config: InfLLMConfig, *, dense_slots: int = 0) -> Tensor:
-        """Write the table that ``custom_ops.select_blocks`` reads.
+        """Write the table that ``infllm_flex_ops.selection.select_blocks`` reads.
 
         Args:
             config: Sparsity settings.

@@ -5,11 +5,11 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-import custom_ops
-from custom_ops.pool_queries import round_to_float8
+import infllm_flex_ops
 from infllm_flex.autocast import as_autocast, attention_dtype
 from infllm_flex.batches import lay_out_batch
 from infllm_flex.config import InfLLMConfig
+from infllm_flex_ops.selection.pool_queries import round_to_float8
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 MAX_HEAD_DIM = 256
@@ -88,8 +88,8 @@ def choose_blocks(
     """
     query, key = query.detach(), key.detach()
     if config.pool_queries:
-        return custom_ops.select_blocks_pooled(
-            custom_ops.pool_queries(query, key.shape[1], config.score_dtype == "float8"),
+        return infllm_flex_ops.select_blocks_pooled(
+            infllm_flex_ops.pool_queries(query, key.shape[1], config.score_dtype == "float8"),
             compress_for_pooled(key, config),
             kv_len=key.shape[2],
             window=config.kernel_size,
@@ -99,13 +99,13 @@ def choose_blocks(
             num_selected=config.num_selected if num_slots is None else num_slots,
             documents=documents,
         )
-    compressed = custom_ops.compress_keys(key, config.kernel_size, config.kernel_stride)
+    compressed = infllm_flex_ops.compress_keys(key, config.kernel_size, config.kernel_stride)
     if config.lse == "exact":
         coarse, coarse_size, coarse_stride = compressed, config.kernel_size, config.kernel_stride
     else:
         coarse_size, coarse_stride = config.coarse_size, config.coarse_stride
-        coarse = custom_ops.compress_keys(key, coarse_size, coarse_stride)
-    return custom_ops.select_blocks(
+        coarse = infllm_flex_ops.compress_keys(key, coarse_size, coarse_stride)
+    return infllm_flex_ops.select_blocks(
         query,
         compressed,
         coarse,
@@ -134,7 +134,7 @@ def compress_for_pooled(key: Tensor, config: InfLLMConfig) -> Tensor:
         ``[B, Hkv, C, D]``; for windows of one key in the same dtype the keys themselves.
     """
     if config.kernel_size > 1:
-        key = custom_ops.compress_keys(key, config.kernel_size, config.kernel_stride)
+        key = infllm_flex_ops.compress_keys(key, config.kernel_size, config.kernel_stride)
     return key if config.score_dtype == "same" else round_to_float8(key)
 
 

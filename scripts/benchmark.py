@@ -23,21 +23,21 @@ from typing import Any
 
 import torch
 
-from infllm_flex.benchmarking.correctness import IncorrectError, check_operators, run_tests
-from infllm_flex.benchmarking.memory import limit_mib, peak_mib
-from infllm_flex.benchmarking.models import model_subjects
-from infllm_flex.benchmarking.report import model_ratio, speed_table, verdict
-from infllm_flex.benchmarking.results import Results, check_columns, describe_environment
-from infllm_flex.benchmarking.settings import (
+from benchmarking.correctness import IncorrectError, check_operators, run_tests
+from benchmarking.memory import limit_mib, peak_mib
+from benchmarking.models import model_subjects
+from benchmarking.report import model_ratio, speed_table, verdict
+from benchmarking.results import Results, check_columns, describe_environment
+from benchmarking.settings import (
     BenchmarkSettings,
     CaseSettings,
     Heads,
     ModelSettings,
 )
-from infllm_flex.benchmarking.subjects import make_subjects
-from infllm_flex.benchmarking.timing import Limits, time_by_turns
-from infllm_flex.benchmarking.work import work_of
-from infllm_flex.evaluation.table import format_table
+from benchmarking.subjects import make_subjects
+from benchmarking.timing import Limits, time_by_turns
+from benchmarking.work import work_of
+from evaluation.table import format_table
 from infllm_flex.strict_yaml import ConfigError, build_dataclass, load_yaml, to_yaml
 
 

@@ -18,9 +18,9 @@ from typing import Any
 
 import torch
 
+from evaluation.selection import SelectionReport, judge_selection, recorded_inputs
+from evaluation.table import format_table
 from infllm_flex.config import InfLLMConfig
-from infllm_flex.evaluation.selection import SelectionReport, judge_selection, recorded_inputs
-from infllm_flex.evaluation.table import format_table
 from infllm_flex.patch import patch_model
 from infllm_flex.training.model import load_model
 

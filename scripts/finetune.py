@@ -19,13 +19,13 @@ from pathlib import Path
 
 from infllm_flex.strict_yaml import ConfigError, build_dataclass, load_yaml, to_yaml
 from infllm_flex.training.checkpoints import export_newest
-from infllm_flex.training.folder import CHECKPOINTS, check_folder
+from infllm_flex.training.collectives import RankError
 from infllm_flex.training.loop import TrainingDivergedError, train
 from infllm_flex.training.model_config import find_model
 from infllm_flex.training.parallel import is_first_process, num_processes, was_restarted
 from infllm_flex.training.preflight import rehearse
+from infllm_flex.training.run_folder import CHECKPOINTS, check_folder
 from infllm_flex.training.settings import TrainingSettings
-from infllm_flex.training.together import RankError
 
 
 def main() -> int:

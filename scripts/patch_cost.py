@@ -21,8 +21,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import infllm_flex as ifx
-from infllm_flex.benchmarking.timing import Limits, Subject, time_by_turns
-from infllm_flex.evaluation.table import format_table
+from benchmarking.timing import Limits, Subject, time_by_turns
+from evaluation.table import format_table
 
 WIDTH, HEADS = 128, 4
 FEW_TOKENS, TOKENS = 8, 64  # few, so that eager time is that of calls rather than of numbers

@@ -15,8 +15,8 @@ import argparse
 import sys
 from pathlib import Path
 
-from infllm_flex.benchmarking.plots import plot_speed_up, plot_stages
-from infllm_flex.benchmarking.results import read_results
+from benchmarking.plots import plot_speed_up, plot_stages
+from benchmarking.results import read_results
 
 
 def main() -> int:

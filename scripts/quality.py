@@ -21,14 +21,14 @@ import threading
 import warnings
 from types import FrameType
 
-from infllm_flex.evaluation.quality import base, text
-from infllm_flex.evaluation.quality.parts import Folder, Part
-from infllm_flex.evaluation.quality.plan import BASE, TEXT, chosen, plan
-from infllm_flex.evaluation.quality.plot import plot_quality
-from infllm_flex.evaluation.quality.report import report
-from infllm_flex.evaluation.quality.results import gather, write_table
-from infllm_flex.evaluation.quality.settings import QualitySettings
-from infllm_flex.evaluation.quality.work import StoppedError, Workshop, longest
+from evaluation.quality import base, text
+from evaluation.quality.parts import Folder, Part
+from evaluation.quality.plan import BASE, TEXT, chosen, plan
+from evaluation.quality.plot import plot_quality
+from evaluation.quality.report import report
+from evaluation.quality.results import gather, write_table
+from evaluation.quality.settings import QualitySettings
+from evaluation.quality.work import StoppedError, Workshop, longest
 from infllm_flex.strict_yaml import ConfigError, build_dataclass, load_yaml
 from infllm_flex.training.loop import TrainingDivergedError
 from infllm_flex.training.parallel import pick_device

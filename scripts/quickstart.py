@@ -19,17 +19,16 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
-from infllm_flex import patch_model, unpatch_model
-from infllm_flex.evaluation.bars import plot_bars
-from infllm_flex.evaluation.kept_results import Result, cpu_seconds, read_result, write_result
-from infllm_flex.evaluation.pairs import PairsSampler, PairsText, right_answers
-from infllm_flex.evaluation.passwords import hide_passwords, judge_passwords
-from infllm_flex.evaluation.quality import base
-from infllm_flex.evaluation.quality.scoring import Scorer
-from infllm_flex.evaluation.quality.settings import BaseSettings
-from infllm_flex.evaluation.quality.words import Vocabulary
-from infllm_flex.evaluation.quickstart_arms import Arm, pretrained_arms, tiny_arms, window_of
-from infllm_flex.evaluation.quickstart_report import (
+from evaluation.bars import plot_bars
+from evaluation.kept_results import Result, cpu_seconds, read_result, write_result
+from evaluation.pairs import PairsSampler, PairsText, right_answers
+from evaluation.passwords import hide_passwords, judge_passwords
+from evaluation.quality import base
+from evaluation.quality.scoring import Scorer
+from evaluation.quality.settings import BaseSettings
+from evaluation.quality.words import Vocabulary
+from evaluation.quickstart_arms import Arm, pretrained_arms, tiny_arms, window_of
+from evaluation.quickstart_report import (
     NOTE,
     pretrained_panels,
     pretrained_table,
@@ -37,12 +36,13 @@ from infllm_flex.evaluation.quickstart_report import (
     tiny_panels,
     tiny_table,
 )
+from infllm_flex import patch_model, unpatch_model
 from infllm_flex.strict_yaml import ConfigError, Mistake, build_dataclass, load_yaml
-from infllm_flex.training.folder import MODEL, check_folder
 from infllm_flex.training.loop import TrainingDivergedError, train
 from infllm_flex.training.model import load_model
+from infllm_flex.training.run_folder import MODEL, check_folder
 from infllm_flex.training.settings import ModelSettings, StageSettings, TrainingSettings
-from infllm_flex.training.stages import stage_attention
+from infllm_flex.training.stage_attention import stage_attention
 
 RESULT = "result.json"
 

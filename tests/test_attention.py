@@ -5,15 +5,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from infllm_flex import (
-    InfLLMConfig,
-    attention,
-    compiled_flex,
-    engines,
-    infllm_attention,
-    reference,
-    select_blocks,
-)
+from infllm_flex import InfLLMConfig, attention, infllm_attention, reference, select_blocks
+from infllm_flex.engines import choose as engines
+from infllm_flex.engines import flex_compiled
 from tests.inputs import make_qkv, small_config
 from tests.tolerance import assert_within_rounding
 from tests.watch import WatchTensors
@@ -218,7 +212,7 @@ def test_uncompiled_flex_is_replaced_by_the_exact_operator_and_said_once(monkeyp
     config = small_config(engine="flex")
     qkv = make_qkv(205, Hq=8)
     exact = attend_exactly(*qkv, config)
-    compiled_flex._warn_uncompiled.cache_clear()
+    flex_compiled._warn_uncompiled.cache_clear()
     with torch.compiler.set_stance("force_eager"):
         with pytest.warns(RuntimeWarning, match="did not take up FlexAttention"):
             out = infllm_attention(*qkv, config)
@@ -258,8 +252,8 @@ def test_flex_that_cannot_train_these_shapes_on_a_gpu_says_so_once():
 def test_beyond_the_recompile_limit_the_result_is_still_right(monkeypatch):
     config = small_config(engine="flex")
     torch.compiler.reset()
-    compiled_flex._warn_uncompiled.cache_clear()
-    monkeypatch.setattr(compiled_flex, "_MAX_GRAPHS", 1)
+    flex_compiled._warn_uncompiled.cache_clear()
+    monkeypatch.setattr(flex_compiled, "_MAX_GRAPHS", 1)
     infllm_attention(*make_qkv(60, Hq=8), config)
     longer = make_qkv(130, Hq=8)
     with pytest.warns(RuntimeWarning, match="did not take up FlexAttention"):

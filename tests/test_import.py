@@ -117,6 +117,6 @@ def test_the_wheel_ships_two_packages_and_nothing_else(tmp_path):
     (wheel,) = WheelBuilder(str(ROOT)).build(directory=str(tmp_path), versions=["standard"])
     names = zipfile.ZipFile(wheel).namelist()
     tops = {name.split("/")[0] for name in names if ".dist-info/" not in name}
-    assert tops == {"infllm_flex", "custom_ops"}
+    assert tops == {"infllm_flex", "infllm_flex_ops"}
     assert all(name.endswith((".py", ".typed")) for name in names if ".dist-info/" not in name)
     assert any(name.endswith("licenses/LICENSE") for name in names)

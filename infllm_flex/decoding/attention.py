@@ -5,12 +5,12 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-import custom_ops
-from custom_ops.decode_step import decode_step
-from custom_ops.definition import is_plain_on_cpu
+import infllm_flex_ops
 from infllm_flex.autocast import as_autocast, attention_dtype
 from infllm_flex.decoding.compressed_keys import CompressedKeys
 from infllm_flex.selection import check_query_and_key, default_scale
+from infllm_flex_ops.decode_step import decode_step
+from infllm_flex_ops.dispatch import is_plain_on_cpu
 
 
 @torch.no_grad()
@@ -64,7 +64,7 @@ def decode_attention(
             scale=scale,
         )
     selected = select_cached(query, keys, capacity=key.shape[2], scale=scale, key=key)
-    return custom_ops.attend_cached_blocks(
+    return infllm_flex_ops.attend_cached_blocks(
         query,
         key,
         value,
@@ -109,7 +109,7 @@ def select_cached(
             raise ValueError("key must be the cache where kernel_size is 1, got None")
         if keys.scores_keys and key is not None:
             compressed = key.detach().to(query.dtype)
-        return custom_ops.select_cached_blocks_pooled(
+        return infllm_flex_ops.select_cached_blocks_pooled(
             query.detach(),
             compressed,
             keys.start,
@@ -123,7 +123,7 @@ def select_cached(
             width=width,
             float8=config.score_dtype == "float8",
         )
-    return custom_ops.select_cached_blocks(
+    return infllm_flex_ops.select_cached_blocks(
         query.detach(),
         compressed,
         coarse,

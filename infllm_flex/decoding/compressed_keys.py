@@ -8,12 +8,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-import custom_ops
-from custom_ops.block_scores import COLUMNS
-from custom_ops.compress_keys import num_windows
-from custom_ops.definition import past_dispatcher
+import infllm_flex_ops
 from infllm_flex.autocast import attention_dtype
 from infllm_flex.config import InfLLMConfig
+from infllm_flex_ops.dispatch import past_dispatcher
+from infllm_flex_ops.selection.block_scores import COLUMNS
+from infllm_flex_ops.selection.compress_keys import num_windows
 
 # Products over the windows are as wide as a whole tile of queries sees, which may end so many
 # tokens after the last one, and take whole groups of columns.
@@ -98,7 +98,7 @@ class CompressedKeys:
             self._count(num_new, start, end)
             return
         key = key.detach()
-        past_dispatcher(custom_ops.append_windows, key)(
+        past_dispatcher(infllm_flex_ops.append_windows, key)(
             key,
             self.compressed,
             None if self.coarse is self.compressed else self.coarse,

@@ -2,8 +2,8 @@
 
 from infllm_flex.patch.api import dense, patch_model, unpatch_model
 from infllm_flex.patch.errors import UnsupportedModelError
-from infllm_flex.patch.handover import attend_through
-from infllm_flex.patch.layer import LayerAttend
+from infllm_flex.patch.layer_state import LayerAttend
+from infllm_flex.patch.override import attend_through
 from infllm_flex.patch.report import LayerRow, LayerTable, describe
 
 __all__ = [

@@ -11,20 +11,20 @@ from typing import Any, TypeVar
 import torch
 from torch import nn
 
-from infllm_flex.patch import ladder
+from infllm_flex.patch import discovery as ladder
 from infllm_flex.patch.dense_blocks import inside_block
+from infllm_flex.patch.discovery import Found
+from infllm_flex.patch.example_run import Example, watch_example
 from infllm_flex.patch.heads import check_kv_heads, count_heads
-from infllm_flex.patch.ladder import Found
-from infllm_flex.patch.layer import get_layer
+from infllm_flex.patch.layer_state import get_layer
 from infllm_flex.patch.modules import Names, resolve_modules
-from infllm_flex.patch.probe import Example, watch_example
-from infllm_flex.patch.refusals import (
+from infllm_flex.patch.settings import Settings, resolve_config
+from infllm_flex.patch.unsupported import (
     reject_scripted,
     reject_unsupported,
     require_module,
     require_not_traced,
 )
-from infllm_flex.patch.settings import Settings, resolve_config
 
 _log = logging.getLogger(__name__)
 _Model = TypeVar("_Model", bound=nn.Module)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-import custom_ops
+import infllm_flex_ops
 from infllm_flex.batches import has_values, is_recorded
 from infllm_flex.patch.errors import UnsupportedModelError
 
@@ -61,7 +61,7 @@ def require_causal(query: Tensor, mask: Tensor | None) -> Tensor:
         return query
     visible = _visible(mask)
     plain = _is_causal_prefix(visible, visible.shape[-1], visible.shape[-2])
-    return query + custom_ops.zero_if(plain, _REFUSAL).to(query.dtype)
+    return query + infllm_flex_ops.zero_if(plain, _REFUSAL).to(query.dtype)
 
 
 def require_equal(query: Tensor, mask: Tensor, expected: Tensor) -> Tensor:
@@ -80,7 +80,7 @@ def require_equal(query: Tensor, mask: Tensor, expected: Tensor) -> Tensor:
     """
     equal = (_visible(mask) == expected).all()
     if is_recorded(query):
-        return query + custom_ops.zero_if(equal, _REFUSAL).to(query.dtype)
+        return query + infllm_flex_ops.zero_if(equal, _REFUSAL).to(query.dtype)
     if has_values(query) and not equal:
         raise UnsupportedModelError(_REFUSAL)
     return query

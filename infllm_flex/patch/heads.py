@@ -12,9 +12,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-import custom_ops
+import infllm_flex_ops
 from infllm_flex.patch.errors import UnsupportedModelError
-from infllm_flex.patch.layer import PatchedLayer
+from infllm_flex.patch.layer_state import PatchedLayer
 
 _KV_NAMES = (
     "num_key_value_heads",
@@ -151,7 +151,7 @@ def _read_order(layer: PatchedLayer, key: Tensor, count: int) -> tuple[str, Tens
     if torch.compiler.is_compiling():
         order = layer.head_order or _RUNS
         fits = in_runs if order == _RUNS else in_cycles
-        return order, key + custom_ops.zero_if(fits, message).to(key.dtype)
+        return order, key + infllm_flex_ops.zero_if(fits, message).to(key.dtype)
     if layer.head_order is None:
         fits_runs, fits_cycles = bool(in_runs), bool(in_cycles)
         if not (fits_runs or fits_cycles):

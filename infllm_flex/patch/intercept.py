@@ -10,8 +10,8 @@ import torch.nn.functional as F
 from torch.overrides import TorchFunctionMode
 
 from infllm_flex.patch.errors import UnsupportedModelError
-from infllm_flex.patch.layer import PatchedLayer
-from infllm_flex.patch.sdpa import SdpaCall, attend
+from infllm_flex.patch.layer_state import PatchedLayer
+from infllm_flex.patch.sdpa_calls import SdpaCall, attend
 
 _Result = TypeVar("_Result")
 _SDPA = F.scaled_dot_product_attention

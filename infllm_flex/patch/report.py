@@ -7,10 +7,10 @@ from typing import NamedTuple
 from torch import nn
 
 from infllm_flex.config import InfLLMConfig
-from infllm_flex.patch import ladder
-from infllm_flex.patch.ladder import Found
-from infllm_flex.patch.layer import PatchedLayer, get_layer
-from infllm_flex.patch.refusals import require_module
+from infllm_flex.patch import discovery as ladder
+from infllm_flex.patch.discovery import Found
+from infllm_flex.patch.layer_state import PatchedLayer, get_layer
+from infllm_flex.patch.unsupported import require_module
 
 
 class LayerRow(NamedTuple):

@@ -9,8 +9,8 @@ from typing import Any, NamedTuple
 
 import torch
 
-from custom_ops.kernels.capability import FLOAT8_CAPABILITY, device_capability
 from infllm_flex.config import InfLLMConfig
+from infllm_flex_ops.device import FLOAT8_CAPABILITY, device_capability
 
 Settings = InfLLMConfig | Mapping[str, Any] | str | os.PathLike[str] | None
 

@@ -11,8 +11,14 @@ from pathlib import Path
 import torch
 
 from infllm_flex.patch import LayerAttend
+from infllm_flex.training.collectives import everywhere, on_first
 from infllm_flex.training.data import Batch, Corpus, Text, batches, open_text
-from infllm_flex.training.folder import (
+from infllm_flex.training.layer_transforms import run_layers
+from infllm_flex.training.metrics import MetricsFile, Progress
+from infllm_flex.training.model_config import find_model
+from infllm_flex.training.parallel import World, open_world
+from infllm_flex.training.preflight import check_run
+from infllm_flex.training.run_folder import (
     BOARD,
     CHECKPOINTS,
     DATA,
@@ -21,19 +27,13 @@ from infllm_flex.training.folder import (
     check_folder,
     claim_folder,
 )
-from infllm_flex.training.interruption import Interruption
-from infllm_flex.training.memory import run_layers
-from infllm_flex.training.meter import Meter
-from infllm_flex.training.metrics import MetricsFile, Progress
-from infllm_flex.training.model_config import find_model
-from infllm_flex.training.parallel import World, open_world
-from infllm_flex.training.preflight import check_run
 from infllm_flex.training.schedule import Position, position_of
 from infllm_flex.training.settings import TrainingSettings
-from infllm_flex.training.stages import stage_attention
+from infllm_flex.training.signals import Interruption
+from infllm_flex.training.stage_attention import stage_attention
 from infllm_flex.training.state import TrainingState
 from infllm_flex.training.step import NotFiniteError, take_step
-from infllm_flex.training.together import everywhere, on_first
+from infllm_flex.training.throughput import Meter
 
 
 class TrainingDivergedError(RuntimeError):

@@ -8,15 +8,15 @@ from pathlib import Path
 from typing import Any
 
 from infllm_flex.training.data import check_vocabulary, open_text
-from infllm_flex.training.estimate import estimate_memory
+from infllm_flex.training.flops import Work, document_lengths
+from infllm_flex.training.layer_transforms import check_float8
 from infllm_flex.training.loss import LanguageLoss
-from infllm_flex.training.memory import check_float8
+from infllm_flex.training.memory_estimate import estimate_memory
 from infllm_flex.training.model import build_outline, decoder_layers
 from infllm_flex.training.model_config import find_model
 from infllm_flex.training.parallel import World, check_processes, pick_device
 from infllm_flex.training.settings import StageSettings, TrainingSettings
-from infllm_flex.training.stages import fit_positions, stage_attention, warn_of_no_effect
-from infllm_flex.training.work import Work, document_lengths
+from infllm_flex.training.stage_attention import fit_positions, stage_attention, warn_of_no_effect
 
 
 def check_run(settings: TrainingSettings, world: World) -> Any:

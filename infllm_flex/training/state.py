@@ -9,18 +9,18 @@ import torch
 from torch import Tensor
 
 from infllm_flex.training import checkpoints
+from infllm_flex.training.collectives import on_first, rank
 from infllm_flex.training.data import Text, check_vocabulary
 from infllm_flex.training.data.mixing import seed_of
+from infllm_flex.training.layer_transforms import use_float8
 from infllm_flex.training.loss import LanguageLoss
-from infllm_flex.training.memory import use_float8
 from infllm_flex.training.model import build_blank, build_model, config_json, decoder_layers
 from infllm_flex.training.optim import Optimizers
 from infllm_flex.training.parallel import World
 from infllm_flex.training.parallel.wrap import wrap
 from infllm_flex.training.schedule import position_of
 from infllm_flex.training.settings import TrainingSettings
-from infllm_flex.training.stages import fit_positions
-from infllm_flex.training.together import on_first, rank
+from infllm_flex.training.stage_attention import fit_positions
 
 
 class TrainingState:

@@ -54,8 +54,9 @@ def record_launches(
     """
     import triton
 
-    from custom_ops.kernels import attend_blocks, descriptors
-    from custom_ops.kernels import capability as asked
+    from infllm_flex_ops import device
+    from infllm_flex_ops.block_attention.kernels import attend_blocks
+    from infllm_flex_ops.triton_common import descriptors
 
     launches: dict[str, Launch] = {}
 
@@ -67,7 +68,7 @@ def record_launches(
 
     with monkeypatch.context() as patch:
         patch.setattr(triton.runtime.JITFunction, "run", run)
-        for module in (asked, attend_blocks, descriptors):
+        for module in (device, attend_blocks, descriptors):
             patch.setattr(module, "compute_capability", lambda _: capability)
         call()
     return list(launches.values())

@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from custom_ops import append_windows, compress_keys
+from infllm_flex_ops import append_windows, compress_keys
 from tests.inputs import make_qkv
 
 SIZES = (8, 4, 32, 16)

@@ -1,8 +1,10 @@
 import pytest
 import torch
 
-from custom_ops import attend_blocks, tile_chunks, union_lists
 from infllm_flex import reference
+from infllm_flex_ops import attend_blocks
+from infllm_flex_ops.block_attention import tile_chunks
+from infllm_flex_ops.block_lists import union_lists
 from tests.inputs import make_qkv, make_selected
 from tests.tolerance import assert_within_rounding
 

@@ -6,10 +6,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from custom_ops.attend_blocks import attend_blocks
-from custom_ops.attend_blocks_backward import attend_blocks_backward
-from custom_ops.redo_special_heads import redo_special_heads
-from custom_ops.union_lists import list_blocks
+from infllm_flex_ops.block_attention.attend_blocks import attend_blocks
+from infllm_flex_ops.block_attention.attend_blocks_backward import attend_blocks_backward
+from infllm_flex_ops.block_attention.redo_special_heads import redo_special_heads
+from infllm_flex_ops.block_lists.union_lists import list_blocks
 from tests.custom_ops.harness import (
     DEVICE,
     DTYPES,
@@ -27,8 +27,8 @@ from tests.tolerance import assert_within_rounding
 require_kernels()
 pytestmark = pytest.mark.filterwarnings("ignore:.* encountered in:RuntimeWarning")  # by numpy
 
-from custom_ops.kernels import attend_blocks as forward  # noqa: E402
-from custom_ops.kernels import attend_blocks_backward as backward  # noqa: E402
+from infllm_flex_ops.block_attention.kernels import attend_blocks as forward  # noqa: E402
+from infllm_flex_ops.block_attention.kernels import attend_blocks_backward as backward  # noqa: E402
 
 
 class Case(NamedTuple):
@@ -140,7 +140,7 @@ def test_is_as_exact_in_half_precision(group: int, D: int, dtype: torch.dtype) -
 def test_boxes_are_as_exact_as_pointers(
     shape: dict[str, int], block_size: int, tile_tokens: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from custom_ops.kernels import descriptors
+    from infllm_flex_ops.triton_common import descriptors
 
     described = []
     describe = descriptors.describe

@@ -1,9 +1,9 @@
 import pytest
 import torch
 
-from custom_ops import attend_cached_blocks
 from infllm_flex import reference
 from infllm_flex.decoding import select_cached
+from infllm_flex_ops import attend_cached_blocks
 from tests.custom_ops.cached import make_cache
 from tests.inputs import small_config
 from tests.tolerance import assert_within_rounding

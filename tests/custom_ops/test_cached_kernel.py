@@ -5,8 +5,8 @@ from typing import Any
 import pytest
 import torch
 
-from custom_ops import append_windows, attend_cached_blocks, select_cached_blocks
 from infllm_flex.decoding import select_cached
+from infllm_flex_ops import append_windows, attend_cached_blocks, select_cached_blocks
 from tests.custom_ops.cached import make_cache
 from tests.custom_ops.harness import (
     DEVICE,
@@ -24,9 +24,9 @@ from tests.tolerance import assert_within_rounding
 require_kernels()
 pytestmark = pytest.mark.filterwarnings("ignore:.* encountered in:RuntimeWarning")  # by numpy
 
-from custom_ops.kernels.append_windows import launch as launch_append  # noqa: E402
-from custom_ops.kernels.attend_cached_blocks import launch as launch_attend  # noqa: E402
-from custom_ops.kernels.select_cached_blocks import launch as launch_select  # noqa: E402
+from infllm_flex_ops.block_attention.kernels.attend_cached_blocks import launch as launch_attend  # noqa: E402
+from infllm_flex_ops.selection.kernels.append_windows import launch as launch_append  # noqa: E402
+from infllm_flex_ops.selection.kernels.select_cached_blocks import launch as launch_select  # noqa: E402
 
 ROWS = [(0, 230), (3, 230), (150, 230), (229, 230), (230, 230), (0, 17)]
 
@@ -107,7 +107,7 @@ def test_select_in_half_precision(dtype: torch.dtype) -> None:
 
 
 def test_select_joins_many_runs_and_splits(monkeypatch: pytest.MonkeyPatch) -> None:
-    from custom_ops.kernels import select_cached_blocks as kernels
+    from infllm_flex_ops.selection.kernels import select_cached_blocks as kernels
 
     # Windows of few tokens, so that some hundred of them fill several runs.
     args = _select_case(3, {}, kernel_size=2, kernel_stride=1, topk=3)
@@ -170,7 +170,7 @@ def test_append_casts_keys_to_the_dtype_of_the_windows(num_new: int) -> None:
 
 @pytest.mark.parametrize("programs", [1, 10_000])
 def test_attend_joins_any_number_of_parts(programs: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    from custom_ops.kernels import attend_cached_blocks as kernels
+    from infllm_flex_ops.block_attention.kernels import attend_cached_blocks as kernels
 
     monkeypatch.setattr(kernels, "_PROGRAMS", programs)
     _judge_attention(_attend_case(2))

@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-from custom_ops.pool_queries import pool_queries
-from custom_ops.select_cached_blocks_pooled import select_cached_blocks_pooled
+from infllm_flex_ops.selection.pool_queries import pool_queries
+from infllm_flex_ops.selection.select_cached_blocks_pooled import select_cached_blocks_pooled
 from tests.custom_ops.harness import (
     DTYPES,
     INTERPRETED,
@@ -22,8 +22,8 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore:.* encountered:RuntimeWarning"),  # by numpy
 ]
 
-from custom_ops.kernels import pool_queries as pooling  # noqa: E402
-from custom_ops.kernels.select_cached_blocks.pooled import launch  # noqa: E402
+from infllm_flex_ops.selection.kernels import pool_queries as pooling  # noqa: E402
+from infllm_flex_ops.selection.kernels.select_cached_blocks.pooled import launch  # noqa: E402
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 
-from custom_ops.tile_blocks import word_dtype
+from infllm_flex_ops.block_lists.tile_blocks import word_dtype
 from tests.custom_ops.ahead_of_time import (
     SHARED_LIMIT,
     Launch,
@@ -43,7 +43,7 @@ def _meta(*shape: int, dtype: torch.dtype) -> torch.Tensor:
 
 
 def _compress(dtype: torch.dtype, D: int) -> None:
-    from custom_ops.kernels.compress_keys import launch
+    from infllm_flex_ops.selection.kernels.compress_keys import launch
 
     launch(_meta(1, 2, 4096, D, dtype=dtype), 32, 16)
     launch(_meta(1, 2, 4096, D, dtype=dtype), 128, 64)
@@ -52,7 +52,7 @@ def _compress(dtype: torch.dtype, D: int) -> None:
 def _select(
     dtype: torch.dtype, D: int, G: int, S: int = 8192, size: int = 32, block_size: int = 64
 ) -> None:
-    from custom_ops.kernels.select_blocks import launch
+    from infllm_flex_ops.selection.kernels.select_blocks import launch
 
     q = _meta(1, 2 * G, S, D, dtype=dtype)
     compressed, coarse = (
@@ -63,20 +63,20 @@ def _select(
 
 
 def _select_pooled(dtype: torch.dtype, D: int, window: int = 1, S: int = 8192) -> None:
-    from custom_ops.kernels.select_blocks.pooled import launch
+    from infllm_flex_ops.selection.kernels.select_blocks.pooled import launch
 
     q, keys = _meta(1, 2, S, D, dtype=dtype), _meta(1, 2, S // window, D, dtype=dtype)
     launch(q, keys, S, window, 64, 1, 4, 96)
 
 
 def _pool(dtype: torch.dtype, D: int, G: int, float8: bool) -> None:
-    from custom_ops.kernels.pool_queries import launch
+    from infllm_flex_ops.selection.kernels.pool_queries import launch
 
     launch(_meta(1, 2 * G, 4096, D, dtype=dtype), 2, float8)
 
 
 def _cached_pooled(dtype: torch.dtype, D: int, G: int, n: int, float8: bool) -> None:
-    from custom_ops.kernels.select_cached_blocks.pooled import launch
+    from infllm_flex_ops.selection.kernels.select_cached_blocks.pooled import launch
 
     q, k = _meta(1, 2 * G, n, D, dtype=dtype), _meta(1, 2, 32768, D, dtype=dtype)
     ends = [_meta(1, dtype=torch.int64) for _ in range(2)]
@@ -84,7 +84,7 @@ def _cached_pooled(dtype: torch.dtype, D: int, G: int, n: int, float8: bool) -> 
 
 
 def _select_documents(dtype: torch.dtype, D: int, G: int) -> None:
-    from custom_ops.kernels.select_blocks import launch
+    from infllm_flex_ops.selection.kernels.select_blocks import launch
 
     S = 8192
     q = _meta(1, 2 * G, S, D, dtype=dtype)
@@ -96,26 +96,26 @@ def _select_documents(dtype: torch.dtype, D: int, G: int) -> None:
 
 
 def _tile(tile_tokens: int) -> None:
-    from custom_ops.kernels.tile_blocks import launch
+    from infllm_flex_ops.block_lists.kernels.tile_blocks import launch
 
     launch(_meta(1, 2, 8192, 96, dtype=torch.int32), 8192, 64, tile_tokens, 128)
 
 
 def _share(tile_tokens: int) -> None:
-    from custom_ops.kernels.share_blocks import launch
+    from infllm_flex_ops.block_lists.kernels.share_blocks import launch
 
     launch(_meta(1, 2, 8192, 96, dtype=torch.int32), 8192, 64, tile_tokens)
 
 
 def _transpose() -> None:
-    from custom_ops.kernels.transpose_blocks import launch
+    from infllm_flex_ops.block_lists.kernels.transpose_blocks import launch
 
     num, idx = (_meta(1, 2, 1024, *w, dtype=torch.int32) for w in ((), (128,)))
     launch(num, idx, 128)
 
 
 def _redo(dtype: torch.dtype, D: int, G: int) -> None:
-    from custom_ops.kernels.attend_blocks import redo_special_heads
+    from infllm_flex_ops.block_attention.kernels.attend_blocks import redo_special_heads
 
     q, out = (_meta(1, 2 * G, 4096, D, dtype=dtype) for _ in range(2))
     k, v = (_meta(1, 2, 4096, D, dtype=dtype) for _ in range(2))
@@ -123,7 +123,7 @@ def _redo(dtype: torch.dtype, D: int, G: int) -> None:
 
 
 def _attend(dtype: torch.dtype, D: int, G: int, tile_tokens: int, block_size: int = 64) -> None:
-    from custom_ops.kernels import attend_blocks, attend_blocks_backward
+    from infllm_flex_ops.block_attention.kernels import attend_blocks, attend_blocks_backward
 
     S, num_tiles, width = 8192, 8192 // tile_tokens, 128
     q, out, grad_out = (_meta(1, 2 * G, S, D, dtype=dtype) for _ in range(3))
@@ -137,7 +137,7 @@ def _attend(dtype: torch.dtype, D: int, G: int, tile_tokens: int, block_size: in
 
 
 def _attend_forward(dtype: torch.dtype, D: int, G: int, tile_tokens: int) -> None:
-    from custom_ops.kernels import attend_blocks
+    from infllm_flex_ops.block_attention.kernels import attend_blocks
 
     q, (k, v) = _meta(1, 2 * G, 8192, D, dtype=dtype), (_meta(1, 2, 8192, D, dtype=dtype),) * 2
     num, idx = (_meta(1, 2, 8192 // tile_tokens, *w, dtype=torch.int32) for w in ((), (128,)))
@@ -154,7 +154,8 @@ def _cached(
     S: int = 32768,
     key_dtype: torch.dtype | None = None,
 ) -> None:
-    from custom_ops.kernels import append_windows, attend_cached_blocks, select_cached_blocks
+    from infllm_flex_ops.block_attention.kernels import attend_cached_blocks
+    from infllm_flex_ops.selection.kernels import append_windows, select_cached_blocks
 
     width = 128
     q = _meta(1, 2 * G, n, D, dtype=dtype)

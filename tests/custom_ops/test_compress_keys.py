@@ -1,8 +1,8 @@
 import pytest
 import torch
 
-from custom_ops import compress_keys
 from infllm_flex import reference
+from infllm_flex_ops import compress_keys
 from tests.inputs import make_qkv
 from tests.tolerance import assert_within_rounding
 

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from custom_ops.compress_keys import compress_keys
+from infllm_flex_ops.selection.compress_keys import compress_keys
 from tests.custom_ops.harness import (
     DEVICE,
     DTYPES,
@@ -18,7 +18,7 @@ from tests.custom_ops.harness import (
 
 require_kernels()
 
-from custom_ops.kernels.compress_keys import launch  # noqa: E402
+from infllm_flex_ops.selection.kernels.compress_keys import launch  # noqa: E402
 
 
 def _keys(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:

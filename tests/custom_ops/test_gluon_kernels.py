@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from custom_ops.union_lists import list_blocks
+from infllm_flex_ops.block_lists.union_lists import list_blocks
 from tests.inputs import make_qkv, make_selected
 
 pytest.importorskip("triton")
@@ -25,7 +25,7 @@ def _attend_both_ways(
     qkv: list[Tensor], lists: list[Tensor], tile_tokens: int, monkeypatch: pytest.MonkeyPatch
 ) -> tuple[Tensor, Tensor]:
     """Attend with the divided kernel; the other must give the same bits."""
-    from custom_ops.kernels import attend_blocks
+    from infllm_flex_ops.block_attention.kernels import attend_blocks
 
     rest = (BLOCK_SIZE, tile_tokens, 0.25)
     tile_rows = qkv[0].shape[1] // qkv[1].shape[1] * tile_tokens
@@ -100,7 +100,7 @@ def test_nan_and_inf_are_seen_by_the_same(poison, monkeypatch):
 @pytest.mark.gpu
 @on_hopper
 def test_wrong_numbers_in_lists_lead_nowhere():
-    from custom_ops.kernels import attend_blocks
+    from infllm_flex_ops.block_attention.kernels import attend_blocks
 
     qkv = [x.cuda() for x in make_qkv(600, Hq=16, Hkv=1, D=128, dtype=BRAIN)]
     lists = _lists(make_selected(600, Hkv=1, block_size=BLOCK_SIZE).cuda(), 600, 8)
@@ -133,7 +133,7 @@ def _score_both_ways(
     **rule: int,
 ) -> None:
     """Score in strided boxes and otherwise: every score and choice must have the same bits."""
-    from custom_ops.kernels import select_blocks
+    from infllm_flex_ops.selection.kernels import select_blocks
 
     B, Hq, Hkv, Sq, S, D = shape
     rule = WINDOWS | rule
@@ -224,7 +224,7 @@ def test_scores_of_nan_and_inf_have_the_same_bits(poison, monkeypatch):
     ],
 )
 def test_a_tile_has_the_rows_that_suit_its_kernel(groups, kv_len, block_size, rows, monkeypatch):
-    from custom_ops.kernels import attend_blocks
+    from infllm_flex_ops.block_attention.kernels import attend_blocks
 
     monkeypatch.setattr(attend_blocks, "compute_capability", lambda _: 90)
     monkeypatch.setattr(attend_blocks, "knows_gluon", lambda: True)
@@ -234,17 +234,18 @@ def test_a_tile_has_the_rows_that_suit_its_kernel(groups, kv_len, block_size, ro
 
 
 def test_a_triton_whose_gluon_is_not_known_is_named_once(monkeypatch):
-    from custom_ops.kernels import attend_blocks, capability
+    from infllm_flex_ops import device
+    from infllm_flex_ops.block_attention.kernels import attend_blocks
 
     q = torch.empty(1, 16, 8, 128, dtype=BRAIN)
     monkeypatch.setattr(attend_blocks, "compute_capability", lambda _: 90)
-    capability.knows_gluon.cache_clear()
+    device.knows_gluon.cache_clear()
     try:
         assert attend_blocks.can_specialize(q, 128, BLOCK_SIZE)
         monkeypatch.setattr("triton.__version__", "3.99.0")
-        capability.knows_gluon.cache_clear()
+        device.knows_gluon.cache_clear()
         with pytest.warns(UserWarning, match=r"Triton 3\.6 and 3\.7 than with 3\.99\.0"):
             assert not attend_blocks.can_specialize(q, 128, BLOCK_SIZE)
         assert not attend_blocks.can_specialize(q, 128, BLOCK_SIZE)
     finally:
-        capability.knows_gluon.cache_clear()
+        device.knows_gluon.cache_clear()

@@ -7,9 +7,10 @@ import warnings
 import pytest
 import torch
 
-from custom_ops import attend_blocks, tile_chunks
-from custom_ops.in_parallel import in_parallel
 from infllm_flex import InfLLMConfig, infllm_attention
+from infllm_flex_ops import attend_blocks
+from infllm_flex_ops.block_attention import tile_chunks
+from infllm_flex_ops.in_parallel import in_parallel
 from tests.inputs import make_qkv, make_selected, small_config
 
 

@@ -13,12 +13,12 @@ require_kernels()
 import triton  # noqa: E402
 import triton.language as tl  # noqa: E402
 
-from custom_ops.kernels.select_blocks.pick import (  # noqa: E402
+from infllm_flex_ops.selection.kernels.select_blocks.pick import (  # noqa: E402
     SEGMENT,
     best_blocks,
     pick_kernel,
 )
-from custom_ops.kernels.select_blocks.picking import count_taken  # noqa: E402
+from infllm_flex_ops.selection.kernels.select_blocks.picking import count_taken  # noqa: E402
 
 LARGEST, SMALLEST = torch.finfo(torch.float32).max, 2.0**-149
 N = 128

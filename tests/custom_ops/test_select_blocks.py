@@ -3,13 +3,13 @@ import sys
 import pytest
 import torch
 
-from custom_ops import compress_keys, select_blocks
 from infllm_flex import reference
 from infllm_flex import select_blocks as select_for
+from infllm_flex_ops import compress_keys, select_blocks
 from tests.inputs import make_qkv, small_config
 from tests.watch import WatchTensors
 
-definition = sys.modules["custom_ops.select_blocks"]
+definition = sys.modules["infllm_flex_ops.selection.select_blocks"]
 
 SHAPES = [
     pytest.param({"S": 200, "B": 2}, {}, id="aligned"),

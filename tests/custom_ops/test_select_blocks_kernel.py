@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from custom_ops.select_blocks import select_blocks
+from infllm_flex_ops.selection.select_blocks import select_blocks
 from tests.custom_ops.harness import (
     DTYPES,
     INTERPRETED,
@@ -25,7 +25,7 @@ from tests.custom_ops.harness import (
 require_kernels()
 pytestmark = pytest.mark.filterwarnings("ignore:.* encountered in:RuntimeWarning")  # by numpy
 
-from custom_ops.kernels import select_blocks as kernels  # noqa: E402
+from infllm_flex_ops.selection.kernels import select_blocks as kernels  # noqa: E402
 
 RULE = {
     "kernel_size": 32,

@@ -3,10 +3,10 @@ import itertools
 import pytest
 import torch
 
-from custom_ops import pool_queries, select_blocks_pooled
 from infllm_flex import reference
 from infllm_flex import select_blocks as select_for
 from infllm_flex.selection import compress_for_pooled
+from infllm_flex_ops import pool_queries, select_blocks_pooled
 from tests.inputs import make_qkv, small_config
 
 SHAPES = [

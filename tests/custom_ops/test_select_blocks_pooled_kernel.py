@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from custom_ops.select_blocks_pooled import select_blocks_pooled
+from infllm_flex_ops.selection.select_blocks_pooled import select_blocks_pooled
 from tests.custom_ops.harness import (
     DTYPES,
     INTERPRETED,
@@ -26,7 +26,7 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore:.* encountered:RuntimeWarning"),  # by numpy
 ]
 
-from custom_ops.kernels.select_blocks import pooled as kernels  # noqa: E402
+from infllm_flex_ops.selection.kernels.select_blocks import pooled as kernels  # noqa: E402
 
 RULE = {"window": 1, "block_size": 64, "init_blocks": 1, "local_blocks": 2, "num_selected": 5}
 # Numpy, which interprets the kernels, knows no float8.

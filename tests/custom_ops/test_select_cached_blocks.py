@@ -3,14 +3,14 @@ import sys
 import pytest
 import torch
 
-from custom_ops import select_cached_blocks
-from custom_ops.block_scores import COLUMNS
 from infllm_flex import reference
 from infllm_flex.decoding import select_cached
+from infllm_flex_ops import select_cached_blocks
+from infllm_flex_ops.selection.block_scores import COLUMNS
 from tests.custom_ops.cached import make_cache
 from tests.inputs import small_config
 
-definition = sys.modules["custom_ops.select_cached_blocks"]
+definition = sys.modules["infllm_flex_ops.selection.select_cached_blocks"]
 
 ROWS = [(0, 230), (3, 230), (150, 230), (229, 230), (230, 230), (0, 17)]
 

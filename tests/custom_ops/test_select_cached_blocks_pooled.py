@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-from custom_ops import compress_keys, select_blocks_pooled, select_cached_blocks_pooled
-from custom_ops.pool_queries import pool_queries, round_to_float8
+from infllm_flex_ops import compress_keys, select_blocks_pooled, select_cached_blocks_pooled
+from infllm_flex_ops.selection.pool_queries import pool_queries, round_to_float8
 from tests.inputs import make_qkv
 
 S = 240

@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from custom_ops import share_blocks
+from infllm_flex_ops import share_blocks
 from tests.inputs import make_selected
 
 BLOCK = 16

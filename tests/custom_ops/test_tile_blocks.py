@@ -3,7 +3,7 @@ import sys
 import pytest
 import torch
 
-from custom_ops import tile_blocks, transpose_blocks
+from infllm_flex_ops import tile_blocks, transpose_blocks
 from tests.inputs import make_selected
 
 BLOCK = 16
@@ -87,7 +87,9 @@ def test_blocks_that_begin_after_a_token_are_left_out(tile_tokens, separate_full
 def test_chunks_of_tiles_join_seamlessly(monkeypatch, chunk):
     selected = make_selected(205)
     whole = tile_blocks(selected, 205, BLOCK, 4, 13)
-    monkeypatch.setattr(sys.modules["custom_ops.tile_blocks"], "_CHUNK_ENTRIES", chunk)
+    monkeypatch.setattr(
+        sys.modules["infllm_flex_ops.block_lists.tile_blocks"], "_CHUNK_ENTRIES", chunk
+    )
     for x, y in zip(tile_blocks(selected, 205, BLOCK, 4, 13), whole, strict=True):
         assert torch.equal(x, y)
 

@@ -4,9 +4,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from custom_ops.share_blocks import share_blocks
-from custom_ops.tile_blocks import tile_blocks
-from custom_ops.transpose_blocks import transpose_blocks
+from infllm_flex_ops.block_lists.share_blocks import share_blocks
+from infllm_flex_ops.block_lists.tile_blocks import tile_blocks
+from infllm_flex_ops.block_lists.transpose_blocks import transpose_blocks
 from tests.custom_ops.harness import (
     DEVICE,
     INTERPRETED,
@@ -20,9 +20,9 @@ from tests.custom_ops.harness import (
 
 require_kernels()
 
-from custom_ops.kernels.share_blocks import launch as launch_share  # noqa: E402
-from custom_ops.kernels.tile_blocks import launch as launch_tiles  # noqa: E402
-from custom_ops.kernels.transpose_blocks import launch as launch_transpose  # noqa: E402
+from infllm_flex_ops.block_lists.kernels.share_blocks import launch as launch_share  # noqa: E402
+from infllm_flex_ops.block_lists.kernels.tile_blocks import launch as launch_tiles  # noqa: E402
+from infllm_flex_ops.block_lists.kernels.transpose_blocks import launch as launch_transpose  # noqa: E402
 
 
 def _selected(

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch.autograd import forward_ad
 
-import custom_ops
+import infllm_flex_ops
 from infllm_flex import InfLLMConfig, infllm_attention
 from infllm_flex.decoding import CompressedKeys, decode_attention
 from tests.inputs import make_qkv, make_selected, small_config
@@ -134,7 +134,7 @@ def test_a_decode_step_refuses_a_tangent(n):
 def test_a_decode_operator_says_that_it_has_no_gradient():
     q, k, v = make_qkv(90, Sq=1)
     start, end = torch.zeros(1, dtype=torch.int64), torch.full((1,), 90)
-    out = custom_ops.attend_cached_blocks(
+    out = infllm_flex_ops.attend_cached_blocks(
         q.requires_grad_(), k, v, make_selected(90)[:, :, -1:], start, end, 16, 0.25
     )
     with pytest.raises(NotImplementedError, match="attend without a cache"):

@@ -5,7 +5,6 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from custom_ops import attend_cached_blocks
 from infllm_flex import (
     CompressedKeys,
     decode_attention,
@@ -15,6 +14,7 @@ from infllm_flex import (
 )
 from infllm_flex.decoding import select_cached
 from infllm_flex.selection import default_scale
+from infllm_flex_ops import attend_cached_blocks
 from tests.inputs import make_qkv, small_config
 from tests.tolerance import assert_within_rounding
 from tests.watch import WatchTensors

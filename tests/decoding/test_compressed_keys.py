@@ -6,8 +6,8 @@ from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
 
-from custom_ops import compress_keys
 from infllm_flex import CompressedKeys
+from infllm_flex_ops import compress_keys
 from tests.inputs import draw_normal, small_config
 
 D = 3

@@ -9,15 +9,15 @@ import pytest
 import torch
 from torch import nn
 
-from infllm_flex.evaluation.by_position import (
+from evaluation.by_position import (
     Bucket,
     bits_per_token,
     distant_repeats,
     doubling_buckets,
     standard_error,
 )
-from infllm_flex.evaluation.plot import plot_by_position
-from infllm_flex.evaluation.table import format_table
+from evaluation.plot import plot_by_position
+from evaluation.table import format_table
 
 
 class Repeater(nn.Module):

@@ -10,11 +10,11 @@ from pathlib import Path
 import pytest
 import torch
 
-from infllm_flex.evaluation.pairs import PairsSampler
-from infllm_flex.evaluation.passwords import hide_passwords, judge_passwords
-from infllm_flex.evaluation.quality import base
-from infllm_flex.evaluation.quality.scoring import Scorer
-from infllm_flex.evaluation.quality.words import Vocabulary
+from evaluation.pairs import PairsSampler
+from evaluation.passwords import hide_passwords, judge_passwords
+from evaluation.quality import base
+from evaluation.quality.scoring import Scorer
+from evaluation.quality.words import Vocabulary
 from infllm_flex.training.data import NO_LABEL
 from tests.evaluation.quality.tiny import make_base
 

@@ -5,8 +5,8 @@ from pathlib import Path
 import pytest
 import torch
 
+from evaluation.selection import LayerInputs, judge_selection, recorded_inputs
 from infllm_flex import patch_model
-from infllm_flex.evaluation.selection import LayerInputs, judge_selection, recorded_inputs
 from tests.inputs import make_qkv, small_config
 
 transformers = pytest.importorskip("transformers")

@@ -18,8 +18,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from infllm_flex.compiled_flex import fold_queries, merge_attention, unfold_queries
-from infllm_flex.split_masks import Level, build_split_masks
+from infllm_flex.engines.flex_compiled import fold_queries, merge_attention, unfold_queries
+from infllm_flex.engines.flex_level_masks import Level, build_split_masks
 from tests.inputs import make_qkv, make_selected, small_config
 
 

@@ -5,7 +5,7 @@ import torch
 from transformers import DataCollatorWithFlattening
 
 import infllm_flex as ifx
-from infllm_flex.patch.huggingface import sequences
+from infllm_flex.patch.huggingface import documents
 from tests.patch.models import (
     CONFIGS,
     FULL_ATTENTION,
@@ -69,8 +69,8 @@ def test_below_dense_len_documents_are_isolated_too(kwargs, implementation):
 @pytest.mark.parametrize("grad", [False, True])
 def test_while_it_waits_for_positions_it_attends_to_one_sequence(grad, monkeypatch):
     """On a GPU; here the wait is made up. Without gradients, and not after a wrong guess."""
-    monkeypatch.setattr(sequences, "_was_packed", False)
-    monkeypatch.setattr(sequences, "_wait_for", lambda flag, do: (do and do(), bool(flag))[1])
+    monkeypatch.setattr(documents, "_was_packed", False)
+    monkeypatch.setattr(documents, "_wait_for", lambda flag, do: (do and do(), bool(flag))[1])
     calls, attend = [], torch.nn.functional.scaled_dot_product_attention
     monkeypatch.setattr(
         torch.nn.functional,
@@ -190,10 +190,10 @@ def test_no_table_of_all_pairs_is_made(monkeypatch):
 
 
 def test_the_batch_is_read_once_for_all_layers(monkeypatch):
-    from infllm_flex.patch.huggingface import sequences
+    from infllm_flex.patch.huggingface import documents
 
-    read, calls = sequences._read, []
-    monkeypatch.setattr(sequences, "_read", lambda *args: calls.append(args) or read(*args))
+    read, calls = documents._read, []
+    monkeypatch.setattr(documents, "_read", lambda *args: calls.append(args) or read(*args))
     model = ifx.patch_model(build(), SETTINGS)
     positions = POSITIONS.clone()
     before = logits_of(model, positions)

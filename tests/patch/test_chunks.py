@@ -6,8 +6,8 @@ import torch.nn.functional as F
 from transformers import DynamicCache, StaticCache
 
 import infllm_flex as ifx
-from infllm_flex.patch.layer import PatchedLayer
-from infllm_flex.patch.sdpa import SdpaCall, attend
+from infllm_flex.patch.layer_state import PatchedLayer
+from infllm_flex.patch.sdpa_calls import SdpaCall, attend
 from tests.inputs import make_qkv
 from tests.patch.models import CACHE, FULL_ATTENTION, SETTINGS, build, tokens
 

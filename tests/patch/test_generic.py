@@ -48,7 +48,7 @@ class TestStyles:
             kv_heads.append(key.shape[1])
             return masked_sdpa(query, key, value, config, scale=scale)
 
-        monkeypatch.setattr("infllm_flex.patch.sdpa.infllm_attention", reference)
+        monkeypatch.setattr("infllm_flex.patch.sdpa_calls.infllm_attention", reference)
         assert_close(ours, run(model, LONG))
         groups = {"fused": 4, "one head of keys": 1}
         assert kv_heads == [groups.get(style, 2)] * 2

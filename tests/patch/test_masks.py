@@ -155,10 +155,10 @@ def test_any_other_mask_given_whole_is_refused_compiled_or_not(mask, both_ways):
 
 
 def test_a_mask_given_whole_is_looked_at_once_for_all_layers(monkeypatch):
-    from infllm_flex.patch.huggingface import obstacles
+    from infllm_flex.patch.huggingface import unsupported
 
-    look, calls = obstacles.is_plain_causal, []
-    monkeypatch.setattr(obstacles, "is_plain_causal", lambda mask: calls.append(1) or look(mask))
+    look, calls = unsupported.is_plain_causal, []
+    monkeypatch.setattr(unsupported, "is_plain_causal", lambda mask: calls.append(1) or look(mask))
     model = ifx.patch_model(build(), SETTINGS)
     mask = CAUSAL.clone()
     model(IDS, attention_mask=mask)

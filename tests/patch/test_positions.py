@@ -8,7 +8,7 @@ from transformers import CTRLConfig, FalconConfig, GPTBigCodeConfig, PersimmonCo
 from transformers.models.qwen2_vl.modeling_qwen2_vl import Qwen2VLTextConfig, Qwen2VLTextModel
 
 import infllm_flex as ifx
-from infllm_flex.patch.huggingface import sequences
+from infllm_flex.patch.huggingface import documents
 from tests.patch.models import CONFIGS, SETTINGS, build, enable_checkpointing, equal, tokens
 
 S = 150
@@ -109,8 +109,8 @@ def test_what_a_batch_says_is_read_anew_in_every_forward(change, keyword):
 
 @pytest.mark.parametrize("use_reentrant", [False, True])
 def test_a_checkpointed_layer_recomputes_the_batch_of_its_own_forward(use_reentrant, monkeypatch):
-    read, calls = sequences._read, []
-    monkeypatch.setattr(sequences, "_read", lambda *args: calls.append(1) or read(*args))
+    read, calls = documents._read, []
+    monkeypatch.setattr(documents, "_read", lambda *args: calls.append(1) or read(*args))
     model = ifx.patch_model(build(), SETTINGS).train()
     positions = DOCUMENTS.clone()
 
@@ -132,7 +132,7 @@ def test_a_checkpointed_layer_recomputes_the_batch_of_its_own_forward(use_reentr
 
 
 def test_a_model_that_makes_its_own_positions_reads_nothing(monkeypatch):
-    monkeypatch.setattr(sequences, "_wait_for", None)
+    monkeypatch.setattr(documents, "_wait_for", None)
     model = ifx.patch_model(build(), SETTINGS)
     enable_checkpointing(model.train())
     model(IDS, use_cache=False).logits.sum().backward()
@@ -168,8 +168,8 @@ def test_a_layer_called_by_itself_reads_its_own_call():
 
 
 def test_a_model_that_only_names_the_implementation_reads_each_batch_once(monkeypatch):
-    read, calls = sequences._read, []
-    monkeypatch.setattr(sequences, "_read", lambda *args: calls.append(1) or read(*args))
+    read, calls = documents._read, []
+    monkeypatch.setattr(documents, "_read", lambda *args: calls.append(1) or read(*args))
     config = CONFIGS["llama"]()
     config.sparse_config = SETTINGS
     named, patched = build(config, attn_implementation="infllm_flex"), build(config)
@@ -301,8 +301,8 @@ def test_layers_that_are_not_told_of_positions_compile(family):
 @pytest.mark.parametrize("dense_len", [SETTINGS["dense_len"], 1000])
 def test_positions_of_several_axes_isolate_documents(dense_len, num_axes, monkeypatch):
     """One document holds an image of 4 by 5 tokens: height and width go back, the text does not."""
-    read, calls = sequences._read, []
-    monkeypatch.setattr(sequences, "_read", lambda *args: calls.append(1) or read(*args))
+    read, calls = documents._read, []
+    monkeypatch.setattr(documents, "_read", lambda *args: calls.append(1) or read(*args))
     sections = {"rope_type": "default", "mrope_section": [2, 3, 3], "rope_theta": 1e4}
     config = CONFIGS["llama"]().to_dict()
     kept = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers")

@@ -53,7 +53,7 @@ class TestSeams:
             kv_heads.append(key.shape[1])
             return masked_sdpa(query, key, value, config, scale=scale)
 
-        monkeypatch.setattr("infllm_flex.patch.sdpa.infllm_attention", reference)
+        monkeypatch.setattr("infllm_flex.patch.sdpa_calls.infllm_attention", reference)
         assert_close(ours, run(model, LONG))
         assert kv_heads == [2, 2]
         assert (ours[0] - plain[0]).abs().max() > 1e-2

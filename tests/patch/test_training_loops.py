@@ -8,8 +8,8 @@ import torch.nn.functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import CheckpointPolicy, create_selective_checkpoint_contexts
 
-import custom_ops
 import infllm_flex as ifx
+import infllm_flex_ops
 from tests.patch.models import LONG, SETTINGS, SHORT, build, equal, loss_and_gradients, tokens
 from tests.patch.outsiders import outsider
 from tests.patch.seam_models import SEAMS
@@ -86,8 +86,8 @@ def test_a_selection_made_again_differently_would_show(kind, monkeypatch):
             else selected
         )
 
-    select = custom_ops.select_blocks
-    monkeypatch.setattr(custom_ops, "select_blocks", unsteady)
+    select = infllm_flex_ops.select_blocks
+    monkeypatch.setattr(infllm_flex_ops, "select_blocks", unsteady)
     out, *gradients = run(model, LONG)
     assert torch.equal(out, plain[0])
     assert not equal(gradients, plain[1:])

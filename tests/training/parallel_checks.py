@@ -31,6 +31,7 @@ from infllm_flex import attention
 from infllm_flex.attention import infllm_attention
 from infllm_flex.config import InfLLMConfig
 from infllm_flex.training import loop
+from infllm_flex.training.collectives import gather
 from infllm_flex.training.loop import TrainingDivergedError, train
 from infllm_flex.training.loss import LanguageLoss
 from infllm_flex.training.parallel import World, open_world
@@ -43,7 +44,6 @@ from infllm_flex.training.settings import (
     ParallelSettings,
     TrainingSettings,
 )
-from infllm_flex.training.together import gather
 from tests.inputs import make_qkv
 from tests.tolerance import assert_within_rounding
 from tests.training.runs import ATTENTION, LONG, TINY, settings, stage

@@ -16,7 +16,7 @@ from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tenso
 
 from infllm_flex.training import checkpoints
 from infllm_flex.training.checkpoints import Checkpoint
-from infllm_flex.training.together import everywhere, gather, num_ranks, on_first, rank
+from infllm_flex.training.collectives import everywhere, gather, num_ranks, on_first, rank
 from tests.training.forked import run_ranks
 
 # Fewer rows than processes, rows that do not divide, no dimension, cut along the second one.

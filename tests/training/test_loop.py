@@ -19,7 +19,6 @@ from infllm_flex.strict_yaml import ConfigError, build_dataclass, load_yaml
 from infllm_flex.training import loop, loss
 from infllm_flex.training.checkpoints import newest
 from infllm_flex.training.data import PackedSampler, WindowSampler
-from infllm_flex.training.interruption import Interruption
 from infllm_flex.training.loop import TrainingDivergedError, train
 from infllm_flex.training.model import load_model
 from infllm_flex.training.settings import (
@@ -30,6 +29,7 @@ from infllm_flex.training.settings import (
     RunSettings,
     TrainingSettings,
 )
+from infllm_flex.training.signals import Interruption
 from tests.training.runs import ATTENTION, LONG, TINY, settings, stage, weights_hash, write_lines
 
 
@@ -126,7 +126,7 @@ def test_sigterm_saves_too_and_the_handlers_are_put_back(tmp_path, texts, stop_a
 def test_a_second_signal_ends_the_process_at_once():
     code = (
         "import os, signal, time\n"
-        "from infllm_flex.training.interruption import Interruption\n"
+        "from infllm_flex.training.signals import Interruption\n"
         "with Interruption() as interruption:\n"
         "    os.kill(os.getpid(), signal.SIGTERM)\n"
         "    assert interruption.signal == signal.SIGTERM\n"
@@ -142,7 +142,7 @@ def test_a_signal_is_answered_while_no_python_runs(number):
     """A hash in C stands for a backward pass: no Python runs in the main thread meanwhile."""
     code = (
         "import hashlib\n"
-        "from infllm_flex.training.interruption import Interruption\n"
+        "from infllm_flex.training.signals import Interruption\n"
         "with Interruption():\n"
         "    print('ready', flush=True)\n"
         "    hashlib.pbkdf2_hmac('sha256', b'x', b'y', 10 ** 8)\n"

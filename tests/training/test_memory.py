@@ -10,8 +10,8 @@ from dataclasses import replace
 import pytest
 import torch
 
+from infllm_flex.training.layer_transforms import check_float8, run_layers, use_float8
 from infllm_flex.training.loop import train
-from infllm_flex.training.memory import check_float8, run_layers, use_float8
 from infllm_flex.training.metrics import MetricsFile
 from infllm_flex.training.model import build_model, decoder_layers
 from infllm_flex.training.settings import MemorySettings, ModelSettings, RunSettings

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from infllm_flex.training.data import NO_LABEL, Batch, PackedSampler
 from infllm_flex.training.model import build_model
 from infllm_flex.training.settings import ModelSettings
-from infllm_flex.training.stages import stage_attention
+from infllm_flex.training.stage_attention import stage_attention
 from tests.tolerance import assert_within_rounding
 from tests.training.data.test_sampler import documents
 from tests.training.runs import ATTENTION, TINY, stage

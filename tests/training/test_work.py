@@ -13,9 +13,10 @@ import torch
 from torch.autograd.graph import saved_tensors_hooks
 from torch.utils.flop_counter import FlopCounterMode
 
-from infllm_flex.training.estimate import estimate_memory
+from infllm_flex.training.flops import Work, document_lengths, peak_operations
+from infllm_flex.training.layer_transforms import run_layers
 from infllm_flex.training.loss import LanguageLoss
-from infllm_flex.training.memory import run_layers
+from infllm_flex.training.memory_estimate import estimate_memory
 from infllm_flex.training.model import build_model, build_outline, decoder_layers
 from infllm_flex.training.optim import Optimizers
 from infllm_flex.training.settings import (
@@ -25,8 +26,7 @@ from infllm_flex.training.settings import (
     ParallelSettings,
     TinyModelSettings,
 )
-from infllm_flex.training.stages import stage_attention
-from infllm_flex.training.work import Work, document_lengths, peak_operations
+from infllm_flex.training.stage_attention import stage_attention
 from tests.training.runs import ATTENTION, settings, stage
 
 ROOT = Path(__file__).parents[2]
@@ -151,7 +151,7 @@ def test_a_run_on_the_cpu_takes_no_more_than_estimated(tmp_path, texts, attentio
     code = f"""
 import torch
 from pathlib import Path
-from infllm_flex.training.estimate import estimate_memory
+from infllm_flex.training.memory_estimate import estimate_memory
 from infllm_flex.training.loop import train
 from infllm_flex.process_memory import peak_resident_bytes
 from infllm_flex.training.model import build_outline

@@ -1,8 +1,8 @@
 """The way into transformers models: one attention function, registered under one name.
 
-The registry is global to the process, so it holds only the function; what the layers of one model
-are set to is an attribute of their modules (`infllm_flex.patch.layer`). The name under which they
-look it up is in a config of their own (`infllm_flex.patch.huggingface.config_view`).
+The registry is global to the process, so it holds only the function. The settings of a layer are an
+attribute of its module (`infllm_flex.patch.layer_state`). The name under which it finds the
+function is in a config of its own (`infllm_flex.patch.huggingface.config_view`).
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from infllm_flex.patch.huggingface.layers import (
 )
 from infllm_flex.patch.huggingface.registry import register, register_when_imported
 from infllm_flex.patch.huggingface.switch import switch_off, switch_on
-from infllm_flex.patch.layer import (
+from infllm_flex.patch.layer_state import (
     NOT_PATCHED,
     PatchedLayer,
     get_layer,

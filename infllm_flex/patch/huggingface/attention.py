@@ -15,18 +15,18 @@ from infllm_flex.patch.head_dims import unserved_head_dims
 from infllm_flex.patch.huggingface.cache import KEYWORD, cache_layer
 from infllm_flex.patch.huggingface.cache_state import is_static
 from infllm_flex.patch.huggingface.decode import attend_cached, cut_mask, follow_static
+from infllm_flex.patch.huggingface.documents import Sequences, find_sequences
 from infllm_flex.patch.huggingface.instance_forward import note_call
 from infllm_flex.patch.huggingface.layers import IN_CHUNKS, layer_of
 from infllm_flex.patch.huggingface.masks import LazyMask, spell_out
-from infllm_flex.patch.huggingface.obstacles import Call, find_obstacle, guard_recorded
-from infllm_flex.patch.huggingface.sequences import Sequences, find_sequences
 from infllm_flex.patch.huggingface.told import (
     NOTHING,
     refuse_leak,
     require_told_again,
     what_is_told,
 )
-from infllm_flex.patch.layer import Attend, PatchedLayer, get_layer
+from infllm_flex.patch.huggingface.unsupported import Call, find_obstacle, guard_recorded
+from infllm_flex.patch.layer_state import Attend, PatchedLayer, get_layer
 
 _CHUNKS = (
     "documents over a cache must not begin within the chunks of a layer of chunked attention: "

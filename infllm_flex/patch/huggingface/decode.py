@@ -7,14 +7,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from custom_ops import zero_if
 from infllm_flex.chunks import attend_chunk
 from infllm_flex.config import InfLLMConfig
 from infllm_flex.decoding import decode_attention
 from infllm_flex.patch.causal_masks import adds_to_logits
 from infllm_flex.patch.huggingface.cache_state import compressed_keys_of, is_static
 from infllm_flex.patch.huggingface.masks import LazyMask
-from infllm_flex.patch.layer import PatchedLayer
+from infllm_flex.patch.layer_state import PatchedLayer
+from infllm_flex_ops import zero_if
 
 _FEW = 16  # queries; more of them gain from sharing the blocks that neighbours select
 _MASK = (

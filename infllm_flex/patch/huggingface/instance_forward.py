@@ -16,9 +16,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from infllm_flex.patch.code import names
+from infllm_flex.patch.code_inspection import names
 from infllm_flex.patch.errors import UnsupportedModelError
-from infllm_flex.patch.layer import get_layer
+from infllm_flex.patch.layer_state import get_layer
 
 _REASON = "a forward set on the instance, which calls neither that of its class nor the registry"
 _REACH = 100  # callables within callables that are looked at

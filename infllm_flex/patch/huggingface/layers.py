@@ -12,12 +12,12 @@ import torch
 from torch import nn
 
 from infllm_flex.config import InfLLMConfig
-from infllm_flex.patch.code import names
+from infllm_flex.patch.code_inspection import names
 from infllm_flex.patch.head_dims import why_heads_left
 from infllm_flex.patch.huggingface.cache import deliver_cache_to
 from infllm_flex.patch.huggingface.config_view import NAMES, PREVIOUS, is_view
 from infllm_flex.patch.huggingface.instance_forward import why_unreached
-from infllm_flex.patch.layer import NOT_PATCHED, PatchedLayer, get_layer, set_layer
+from infllm_flex.patch.layer_state import NOT_PATCHED, PatchedLayer, get_layer, set_layer
 from infllm_flex.patch.settings import read_own
 
 _FULL = ("full_attention", "hybrid")  # hybrid: beside a state space model in the same layer

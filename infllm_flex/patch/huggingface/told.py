@@ -8,13 +8,13 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from torch import Tensor
 
-import custom_ops
+import infllm_flex_ops
 from infllm_flex.patch.forward import Forward, current_forward, forward_of, is_backward
 from infllm_flex.patch.huggingface.masks import LazyMask
-from infllm_flex.patch.layer import PatchedLayer
+from infllm_flex.patch.layer_state import PatchedLayer
 
 if TYPE_CHECKING:
-    from infllm_flex.patch.huggingface.sequences import Sequences
+    from infllm_flex.patch.huggingface.documents import Sequences
 
 _LEAK = (
     "transformers would let documents told by position_ids alone see each other in this compiled "
@@ -106,7 +106,7 @@ def refuse_leak(query: Tensor, positions: Tensor) -> Tensor:
 
     Taking the mask down for a graph's every call would cost all those that are not packed.
     """
-    return query + custom_ops.zero_if(never_goes_back(positions), _LEAK)
+    return query + infllm_flex_ops.zero_if(never_goes_back(positions), _LEAK)
 
 
 def never_goes_back(positions: Tensor) -> Tensor:

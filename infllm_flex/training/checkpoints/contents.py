@@ -14,7 +14,7 @@ from torch import Tensor
 from infllm_flex import __version__
 from infllm_flex.training.checkpoints.errors import CheckpointError
 from infllm_flex.training.checkpoints.shards import Outline, outline, read_shards, write_shards
-from infllm_flex.training.together import gather, num_ranks, rank
+from infllm_flex.training.collectives import gather, num_ranks, rank
 
 STATE = "state.json"
 CONFIG = "config.json"

@@ -12,6 +12,7 @@ from pathlib import Path
 import torch
 
 from infllm_flex.minicpm.code_files import copy_code
+from infllm_flex.training.atomic_folder import clear_leftovers, publish
 from infllm_flex.training.checkpoints.contents import CONFIG, MODEL, read_state
 from infllm_flex.training.checkpoints.errors import CheckpointError
 from infllm_flex.training.checkpoints.keeping import newest
@@ -22,7 +23,6 @@ from infllm_flex.training.manifest import (
     read_manifest,
     verify,
 )
-from infllm_flex.training.publishing import clear_leftovers, publish
 
 _INDEX = "model.safetensors.index.json"
 _SOURCE = "checkpoint.json"

@@ -7,8 +7,10 @@ import re
 import warnings
 from pathlib import Path
 
+from infllm_flex.training.atomic_folder import clear_leftovers, discard, publish_together
 from infllm_flex.training.checkpoints.contents import Checkpoint, write
 from infllm_flex.training.checkpoints.errors import CheckpointError
+from infllm_flex.training.collectives import gather, num_ranks, on_first, rank
 from infllm_flex.training.manifest import (
     MANIFEST,
     BrokenFolderError,
@@ -16,8 +18,6 @@ from infllm_flex.training.manifest import (
     check_names,
     read_manifest,
 )
-from infllm_flex.training.publishing import clear_leftovers, discard, publish_together
-from infllm_flex.training.together import gather, num_ranks, on_first, rank
 
 _NAME = re.compile(r"step-(\d{8})")
 

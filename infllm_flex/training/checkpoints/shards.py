@@ -26,7 +26,7 @@ from torch.distributed.checkpoint.state_dict_loader import load
 from torch.distributed.checkpoint.state_dict_saver import save
 
 from infllm_flex.training.checkpoints.errors import CheckpointError
-from infllm_flex.training.together import gather, num_ranks, rank
+from infllm_flex.training.collectives import gather, num_ranks, rank
 
 _FILE_BYTES = 2**31  # DCP builds a file in memory before it writes it
 _OTHER = "it is of another model or optimizer"

@@ -9,12 +9,12 @@ import json
 from collections.abc import Iterator
 from pathlib import Path
 
+from infllm_flex.training.atomic_folder import clear_leftovers, publish
 from infllm_flex.training.data.documents import Chunks, read_documents
 from infllm_flex.training.data.encoding import Encoding
 from infllm_flex.training.data.files import find_files
 from infllm_flex.training.data.store import TokenStore, is_published, open_store
 from infllm_flex.training.data.writing import check_damage, write_store
-from infllm_flex.training.publishing import clear_leftovers, publish
 from infllm_flex.training.settings import DataSettings
 
 _FORMAT = 1

@@ -16,10 +16,10 @@ from pathlib import Path
 
 import pytest
 
-from infllm_flex.evaluation.quality.arms import ways
-from infllm_flex.evaluation.quality.parts import Folder
-from infllm_flex.evaluation.quality.plan import plan
-from infllm_flex.evaluation.quality.settings import QualitySettings
+from evaluation.quality.arms import ways
+from evaluation.quality.parts import Folder
+from evaluation.quality.plan import plan
+from evaluation.quality.settings import QualitySettings
 from infllm_flex.strict_yaml import build_dataclass, load_yaml
 from tests.evaluation.quality.tiny import make_base, make_texts, settings_of, write_settings
 

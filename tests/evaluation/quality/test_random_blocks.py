@@ -6,8 +6,8 @@ import pytest
 import torch
 
 import infllm_flex as ifx
-from infllm_flex.evaluation.quality.arms import RANDOM, Way
-from infllm_flex.evaluation.quality.random_blocks import RandomBlocks, choose_at_random
+from evaluation.quality.arms import RANDOM, Way
+from evaluation.quality.random_blocks import RandomBlocks, choose_at_random
 from tests.evaluation.quality.tiny import make_base
 
 CONFIG = ifx.InfLLMConfig(

@@ -8,12 +8,12 @@ import pytest
 import torch
 
 import infllm_flex as ifx
-from infllm_flex.evaluation.quality.arms import Way
-from infllm_flex.evaluation.quality.parts import SkippedError
-from infllm_flex.evaluation.quality.rows import Question, Span
-from infllm_flex.evaluation.quality.settings import QualitySettings
-from infllm_flex.evaluation.quality.shares import judge_shares, needle_shares
-from infllm_flex.evaluation.selection import LayerInputs
+from evaluation.quality.arms import Way
+from evaluation.quality.parts import SkippedError
+from evaluation.quality.rows import Question, Span
+from evaluation.quality.settings import QualitySettings
+from evaluation.quality.shares import judge_shares, needle_shares
+from evaluation.selection import LayerInputs
 from infllm_flex.strict_yaml import build_dataclass, load_yaml
 from tests.evaluation.quality.tiny import make_base, settings_of, write_settings
 

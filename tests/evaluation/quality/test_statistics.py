@@ -7,7 +7,7 @@ import math
 import pytest
 import torch
 
-from infllm_flex.evaluation.quality.statistics import bootstrap, gap_closed, retained
+from evaluation.quality.statistics import bootstrap, gap_closed, retained
 
 
 def test_a_mean_has_the_interval_of_the_normal_distribution():

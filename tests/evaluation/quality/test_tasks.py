@@ -8,11 +8,11 @@ from random import Random
 import pytest
 import torch
 
-from infllm_flex.evaluation.quality.mixture import MixtureSampler
-from infllm_flex.evaluation.quality.names import STEPS, TASKS
-from infllm_flex.evaluation.quality.settings import TuningSettings
-from infllm_flex.evaluation.quality.tasks import Maker
-from infllm_flex.evaluation.quality.words import Vocabulary
+from evaluation.quality.mixture import MixtureSampler
+from evaluation.quality.names import STEPS, TASKS
+from evaluation.quality.settings import TuningSettings
+from evaluation.quality.tasks import Maker
+from evaluation.quality.words import Vocabulary
 from tests.evaluation.quality.tiny import make_tokenizer
 
 LENGTH = 2048

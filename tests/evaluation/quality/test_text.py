@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from infllm_flex.evaluation.quality import text
-from infllm_flex.evaluation.quality.settings import TextSettings
+from evaluation.quality import text
+from evaluation.quality.settings import TextSettings
 from infllm_flex.training.data.encoding import ModelTokenizer
 from tests.evaluation.quality.tiny import make_base, make_texts, words
 

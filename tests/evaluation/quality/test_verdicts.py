@@ -6,12 +6,12 @@ import csv
 
 import pytest
 
-from infllm_flex.evaluation.quality.arms import Arm
-from infllm_flex.evaluation.quality.plot import plot_quality
-from infllm_flex.evaluation.quality.report import report
-from infllm_flex.evaluation.quality.results import Results, write_table
-from infllm_flex.evaluation.quality.settings import QualitySettings
-from infllm_flex.evaluation.quality.verdicts import closed, kept
+from evaluation.quality.arms import Arm
+from evaluation.quality.plot import plot_quality
+from evaluation.quality.report import report
+from evaluation.quality.results import Results, write_table
+from evaluation.quality.settings import QualitySettings
+from evaluation.quality.verdicts import closed, kept
 from infllm_flex.strict_yaml import build_dataclass, load_yaml
 from tests.evaluation.quality.tiny import make_base, make_texts, settings_of, write_settings
 

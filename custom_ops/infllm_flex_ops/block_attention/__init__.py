@@ -1,0 +1,1 @@
+"""Stage 3: attention over selected blocks, forward, backward and decoding."""

@@ -1,0 +1,152 @@
+"""Attend from the queries of a decode step to their blocks of a key/value cache, in place."""
+
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from infllm_flex_ops.transforms import refuse_gradients
+from infllm_flex_ops.without_autocast import without_autocast
+
+
+@torch.library.custom_op("infllm_flex::attend_cached_blocks", mutates_args=())
+@without_autocast
+def attend_cached_blocks(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    selected: Tensor,
+    start: Tensor,
+    end: Tensor,
+    block_size: int,
+    scale: float,
+) -> Tensor:
+    """Softmax attention of few queries per row over the keys of their own blocks, causally.
+
+    Reads the listed blocks of the cache and nothing else: neither padding before a row, nor the
+    unused tail of a preallocated cache, nor a copy of either. What is read is cast to the dtype of
+    ``q``, so that a cache of another dtype, as autocast leaves it, is not. Not differentiable.
+
+    Args:
+        q: Queries ``[B, Hq, n, D]``, the last ``n`` tokens of their rows.
+        k: Cache of keys ``[B, Hkv, S, D]``, with those of the queries' own tokens.
+        v: Cache of values ``[B, Hkv, S, D]``.
+        selected: Blocks, int32 ``[B, Hkv, n, W]``, ascending, -1 for unused slots, counted from
+            each row's first token.
+        start: Cache slot of each row's first token, int64 ``[B]``.
+        end: One past the slot of each row's last token, int64 ``[B]``.
+        block_size: Keys per block.
+        scale: Factor on the dot products.
+
+    Returns:
+        ``[B, Hq, n, D]`` in the dtype of ``q``; 0 for a query without blocks.
+    """
+    B, Hq, n, D = q.shape
+    outs = []
+    for b, (first, last) in enumerate(zip(start.tolist(), end.tolist(), strict=True)):
+        for i in range(n):
+            lists = visible_lists(selected[b, :, i].tolist(), last - n + i - first, block_size)
+            outs.append(attend_to_lists(q[b, :, i], k[b], v[b], lists, first, block_size, scale))
+    return torch.stack(outs).view(B, n, Hq, D).transpose(1, 2).contiguous()
+
+
+@attend_cached_blocks.register_fake
+def _(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    selected: Tensor,
+    start: Tensor,
+    end: Tensor,
+    block_size: int,
+    scale: float,
+) -> Tensor:
+    return q.new_empty(q.shape)
+
+
+@attend_cached_blocks.register_kernel("cuda")
+def _(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    selected: Tensor,
+    start: Tensor,
+    end: Tensor,
+    block_size: int,
+    scale: float,
+) -> Tensor:
+    from infllm_flex_ops.block_attention.kernels.attend_cached_blocks import launch
+
+    return launch(q, k, v, selected, start, end, block_size, scale)
+
+
+refuse_gradients(
+    attend_cached_blocks,
+    "attend_cached_blocks is not differentiable: to train, attend without a cache",
+)
+
+
+class VisibleList(NamedTuple):
+    """Blocks that a KV head attends to, and how many keys they show: all but those after it."""
+
+    blocks: list[int]
+    num_keys: int
+
+
+def visible_lists(lists: list[list[int]], position: int, block_size: int) -> list[VisibleList]:
+    """Take what is not used, and what a query at ``position`` does not see, out of its lists."""
+    visible = []
+    for listed in lists:
+        blocks = [block for block in listed if 0 <= block * block_size <= position]
+        num_keys = sum(min(block_size, position + 1 - block * block_size) for block in blocks)
+        visible.append(VisibleList(blocks, num_keys))
+    return visible
+
+
+def attend_to_lists(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    lists: list[VisibleList],
+    first: int,
+    block_size: int,
+    scale: float,
+) -> Tensor:
+    """Attend from one query ``[Hq, D]`` to lists by KV head, whose blocks begin at slot ``first``.
+
+    All heads at once if they see equally many keys: so it is with what ``select_cached_blocks``
+    lists.
+    """
+    Hq, D = q.shape
+    num_keys = {one.num_keys for one in lists}
+    if len(num_keys) > 1:
+        heads = zip(q.chunk(len(lists)), k.split(1), v.split(1), lists, strict=True)
+        outs = [
+            attend_to_lists(one_q, one_k, one_v, [own], first, block_size, scale)
+            for one_q, one_k, one_v, own in heads
+        ]
+        return torch.cat(outs)
+    (count,) = num_keys
+    if count == 0:
+        return torch.zeros_like(q)
+    begins = torch.tensor([[first + block * block_size for block in one.blocks] for one in lists])
+    slots = (begins[:, :, None] + torch.arange(block_size)).flatten(1)[:, :count]
+    keys, values = _gather(k, slots), _gather(v, slots)
+    if not k.dtype == v.dtype == q.dtype:
+        keys, values = keys.to(q.dtype), values.to(q.dtype)
+    rows = q.reshape(1, len(lists), -1, D)
+    out = F.scaled_dot_product_attention(rows, keys, values, scale=scale)
+    return out.view(Hq, D)
+
+
+def _gather(x: Tensor, slots: Tensor) -> Tensor:
+    """Copy the rows ``slots [H, L]`` of ``x [H, S, D]``: ``[1, H, L, D]``."""
+    H, S, D = x.shape
+    between, within, _ = x.stride()
+    if H > 1 and (not within or between % within):
+        return torch.stack([x[h].index_select(0, slots[h]) for h in range(H)])[None]
+    step = between // within if H > 1 else 0  # from head to head, in rows
+    rows = x.as_strided(((H - 1) * step + S, D), x.stride()[1:])
+    index = slots if H == 1 else slots + torch.arange(0, H * step, step)[:, None]
+    return rows.index_select(0, index.flatten()).view(1, H, -1, D)

@@ -1,0 +1,48 @@
+"""Keep nan and inf among keys and values from rows that do not see them."""
+
+import torch
+from torch import Tensor
+
+from infllm_flex_ops.block_attention.attend_blocks import attend_blocks
+
+
+@torch.library.custom_op("infllm_flex::redo_special_heads", mutates_args=("out",))
+def redo_special_heads(
+    out: Tensor, q: Tensor, k: Tensor, v: Tensor, selected: Tensor, block_size: int, scale: float
+) -> None:
+    """Overwrite the attention of heads whose keys or values are not all finite, in place.
+
+    Attention by tiles multiplies unseen values by zero, and zero times nan is nan. Here every row
+    reads only what it sees. No gradient flows.
+
+    Args:
+        out: Attention over the selected blocks ``[B, Hq, Sq, D]``; kept where all is finite.
+        q: Queries ``[B, Hq, Sq, D]``, the last ``Sq`` of ``Skv`` positions.
+        k: Keys ``[B, Hkv, Skv, D]``.
+        v: Values ``[B, Hkv, Skv, D]``.
+        selected: int32 ``[B, Hkv, Sq, K]``, ascending, -1 for unused slots.
+        block_size: Keys per block.
+        scale: Factor on the dot products.
+    """
+    finite = (k.isfinite() & v.isfinite()).flatten(2).all(-1)
+    groups = q.shape[1] // k.shape[1]
+    for b, h in (~finite).nonzero().tolist():
+        at, group = (slice(b, b + 1), slice(h, h + 1)), slice(h * groups, (h + 1) * groups)
+        heads = (x[at] for x in (k, v, selected))
+        out[b, group] = attend_blocks(q[b : b + 1, group], *heads, block_size, scale)[0][0]
+
+
+@redo_special_heads.register_fake
+def _(
+    out: Tensor, q: Tensor, k: Tensor, v: Tensor, selected: Tensor, block_size: int, scale: float
+) -> None:
+    return None
+
+
+@redo_special_heads.register_kernel("cuda")
+def _(
+    out: Tensor, q: Tensor, k: Tensor, v: Tensor, selected: Tensor, block_size: int, scale: float
+) -> None:
+    from infllm_flex_ops.block_attention.kernels.attend_blocks import redo_special_heads as launch
+
+    launch(out, q, k, v, selected, block_size, scale)

@@ -1,0 +1,1 @@
+"""Stage 2: lists of the blocks that a tile of queries loads."""

@@ -1,0 +1,65 @@
+"""Deal out a choice of blocks: what a whole tile shares goes to the tile, the rest stays behind."""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from infllm_flex_ops.block_lists.tile_blocks import tile_blocks
+from infllm_flex_ops.block_lists.union_lists import union_width
+
+
+@torch.library.custom_op("infllm_flex::share_blocks", mutates_args=())
+def share_blocks(
+    selected: Tensor, kv_len: int, block_size: int, tile_tokens: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    """List the blocks that every token of a tile selected and sees whole; leave the others.
+
+    Args:
+        selected: int32 ``[B, Hkv, Sq, K]``, ascending, -1 for unused slots.
+        kv_len: Keys in the sequence; the queries are its last ``Sq`` positions.
+        block_size: Keys per block.
+        tile_tokens: Tokens per tile, 1 to 64. The last tile may hold fewer.
+
+    Returns:
+        Three int32 tensors, W the smaller of K and the blocks in the sequence.
+        ``num [B, Hkv, Nq]`` and ``idx [B, Hkv, Nq, W]``: the shared blocks, ascending, zero past
+        their count. ``rest [B, Hkv, Sq, K]``: each token's other blocks, but those that begin after
+        it, ascending, -1 in unused slots.
+    """
+    Sq, K = selected.shape[2:]
+    num_blocks = -(-kv_len // block_size)
+    width = union_width(K, tile_tokens, num_blocks)
+    _, _, _, num, idx = tile_blocks(selected, kv_len, block_size, tile_tokens, width)
+    idx = idx[..., : min(K, num_blocks)].contiguous()
+
+    tiles = F.pad(selected, (0, 0, 0, -Sq % tile_tokens), value=-1)
+    tiles = tiles.unflatten(2, (-1, tile_tokens)).flatten(3)  # [B, Hkv, Nq, tile_tokens * K]
+    slot = torch.arange(idx.shape[3], device=idx.device)
+    listed = torch.where(slot < num[..., None], idx, torch.iinfo(torch.int32).max)
+    at = torch.searchsorted(listed, tiles.contiguous(), out_int32=True)
+    is_shared = listed.gather(3, at.clamp(max=idx.shape[3] - 1).long()) == tiles
+    is_shared = is_shared.unflatten(3, (tile_tokens, K)).flatten(2, 3)[:, :, :Sq]
+    position = torch.arange(kv_len - Sq, kv_len, device=selected.device)[:, None]
+    stays = ~is_shared & (selected >= 0) & (selected * block_size <= position)
+    place = torch.where(stays, stays.cumsum(-1) - 1, K)  # the spare slot takes what goes
+    rest = selected.new_full((*selected.shape[:3], K + 1), -1)
+    return num, idx, rest.scatter_(3, place, selected)[..., :K].contiguous()
+
+
+@share_blocks.register_fake
+def _(
+    selected: Tensor, kv_len: int, block_size: int, tile_tokens: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    B, Hkv, Sq, K = selected.shape
+    num = selected.new_empty(B, Hkv, (Sq + tile_tokens - 1) // tile_tokens)
+    width = union_width(K, 1, (kv_len + block_size - 1) // block_size)
+    return num, selected.new_empty(*num.shape, width), selected.new_empty(selected.shape)
+
+
+@share_blocks.register_kernel("cuda")
+def _(
+    selected: Tensor, kv_len: int, block_size: int, tile_tokens: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    from infllm_flex_ops.block_lists.kernels.share_blocks import launch
+
+    return launch(selected, kv_len, block_size, tile_tokens)

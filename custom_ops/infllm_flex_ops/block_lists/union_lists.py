@@ -1,0 +1,54 @@
+"""What the tiles of ``attend_blocks`` walk: the union of their tokens' blocks."""
+
+import math
+
+import torch
+from torch import Tensor
+
+from infllm_flex_ops.block_lists.tile_blocks import MAX_TILE_TOKENS, tile_blocks
+
+_TILE_ROWS = 64  # on the CPU; more rows would load more of each other's blocks
+
+
+def union_width(num_slots: int, tile_tokens: int, num_blocks: int) -> int:
+    """Bound the blocks that a tile's tokens select together, whatever they are: a static size."""
+    widest = tile_tokens * num_slots
+    if isinstance(num_blocks, int) and isinstance(widest, int):
+        return min(num_blocks, widest)  # torch 2.11 cannot trace sym_min of plain numbers
+    return torch.sym_min(num_blocks, widest)
+
+
+def list_blocks(
+    selected: Tensor, kv_len: int, block_size: int, tile_tokens: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Unite the choices of a tile's tokens.
+
+    Args:
+        selected: int32 ``[B, Hkv, Sq, K]``, ascending, -1 for unused slots.
+        kv_len: Keys in the sequence; the queries are its last ``Sq`` positions.
+        block_size: Keys per block.
+        tile_tokens: Tokens per tile.
+
+    Returns:
+        Blocks per tile, int32 ``[B, Hkv, Nq]``; the blocks, int32 ``[B, Hkv, Nq, W]``, ascending;
+        their membership words as from ``tile_blocks``, alike.
+    """
+    num_blocks = -(-kv_len // block_size)
+    width = union_width(selected.shape[3], tile_tokens, num_blocks)
+    lists = tile_blocks(selected, kv_len, block_size, tile_tokens, width, separate_full=False)
+    return lists[0], lists[1], lists[2]
+
+
+def choose_tile_tokens(num_groups: int, rows: int = _TILE_ROWS, most: int = MAX_TILE_TOKENS) -> int:
+    """Choose the tokens of tiles with about so many rows; a token has one row per query head."""
+    return min(most, max(1, rows // num_groups))
+
+
+def fit_unit(tile_tokens: int, unit: int | None) -> int:
+    """Shrink tiles so that a whole number of them makes the unit in which sequences are laid out.
+
+    Then no tile holds two sequences, whose bits would depend on each other.
+    """
+    if unit is None:
+        return tile_tokens
+    return math.gcd(unit, 1 << (tile_tokens.bit_length() - 1))

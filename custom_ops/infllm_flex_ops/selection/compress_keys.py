@@ -1,0 +1,73 @@
+"""Mean-pool keys into compressed keys (the paper's "semantic kernels")."""
+
+import torch
+from torch import Tensor
+
+from infllm_flex_ops.transforms import register_vmap
+
+
+def num_windows(length: int, kernel_size: int, kernel_stride: int) -> int:
+    """Count the whole pooling windows in ``length`` tokens.
+
+    Branch-free, so that a symbolic length stays symbolic under ``torch.compile``.
+    """
+    return torch.sym_max(0, (length - kernel_size) // kernel_stride + 1)
+
+
+@torch.library.custom_op("infllm_flex::compress_keys", mutates_args=())
+def compress_keys(k: Tensor, kernel_size: int, kernel_stride: int) -> Tensor:
+    """Average overlapping windows of keys; a trailing partial window is dropped.
+
+    Sums run in a fixed order, strides first and windows of strides after, so that the bits of a
+    window depend on its keys alone: not on the length, the batch, or the window's place.
+
+    Args:
+        k: Keys ``[B, Hkv, S, D]``.
+        kernel_size: Window length in tokens, a multiple of ``kernel_stride``.
+        kernel_stride: Distance between window starts in tokens.
+
+    Returns:
+        Compressed keys ``[B, Hkv, C, D]`` in the dtype of ``k``, accumulated in at least float32,
+        with ``C = max(0, (S - kernel_size) // kernel_stride + 1)``. No gradient flows.
+    """
+    return average_windows(
+        k, num_windows(k.shape[2], kernel_size, kernel_stride), kernel_size, kernel_stride
+    )
+
+
+def average_windows(k: Tensor, C: int, kernel_size: int, kernel_stride: int) -> Tensor:
+    """Average the first ``C`` windows of ``k [B, Hkv, S, D]``, which holds them all, in its dtype.
+
+    The one place that says in which order keys are summed.
+    """
+    B, Hkv, _, D = k.shape
+    if C == 0:
+        return k.new_empty(B, Hkv, 0, D)
+    strides_per_window = kernel_size // kernel_stride
+    num_strides = C + strides_per_window - 1
+    accumulate = torch.promote_types(k.dtype, torch.float32)
+    tokens = k[:, :, : num_strides * kernel_stride].to(accumulate)
+    tokens = tokens.unflatten(2, (num_strides, kernel_stride))  # [B, Hkv, C', kernel_stride, D]
+    stride_sums = tokens[:, :, :, 0].clone(memory_format=torch.contiguous_format)
+    for offset in range(1, kernel_stride):
+        stride_sums += tokens[:, :, :, offset]
+    window_sums = stride_sums[:, :, :C].clone(memory_format=torch.contiguous_format)
+    for offset in range(1, strides_per_window):
+        window_sums += stride_sums[:, :, offset : offset + C]
+    return (window_sums / kernel_size).to(k.dtype)
+
+
+register_vmap(compress_keys)
+
+
+@compress_keys.register_fake
+def _(k: Tensor, kernel_size: int, kernel_stride: int) -> Tensor:
+    B, Hkv, S, D = k.shape
+    return k.new_empty(B, Hkv, num_windows(S, kernel_size, kernel_stride), D)
+
+
+@compress_keys.register_kernel("cuda")
+def _(k: Tensor, kernel_size: int, kernel_stride: int) -> Tensor:
+    from infllm_flex_ops.selection.kernels.compress_keys import launch
+
+    return launch(k, kernel_size, kernel_stride)

@@ -1,0 +1,54 @@
+"""Average the queries of each group, to score blocks with one query per group."""
+
+import torch
+from torch import Tensor
+
+from infllm_flex_ops.transforms import register_vmap
+from infllm_flex_ops.without_autocast import without_autocast
+
+
+@torch.library.custom_op("infllm_flex::pool_queries", mutates_args=())
+@without_autocast
+def pool_queries(q: Tensor, num_kv_heads: int, float8: bool) -> Tensor:
+    """Average the query heads that share a KV head, in at least float32.
+
+    For ``float8`` a pooled query is scaled by the power of two that brings its largest number
+    between 128 and 256. Its dot products keep their order, nothing overflows, little underflows.
+
+    Args:
+        q: Queries ``[B, Hq, S, D]``.
+        num_kv_heads: ``Hkv``, which divides ``Hq``.
+        float8: Round to e4m3 instead of to the dtype of ``q``.
+
+    Returns:
+        Pooled queries ``[B, Hkv, S, D]``, contiguous, in the dtype of ``q`` or ``float8_e4m3fn``.
+        No gradient flows.
+    """
+    accumulate = torch.promote_types(q.dtype, torch.float32)
+    pooled = q.unflatten(1, (num_kv_heads, -1)).mean(2, dtype=accumulate)
+    if not float8:
+        return pooled.to(q.dtype).contiguous()
+    exponent = torch.frexp(pooled.abs().amax(-1, keepdim=True)).exponent  # largest < 2 ** exponent
+    return round_to_float8(torch.ldexp(pooled, 8 - exponent)).contiguous()
+
+
+def round_to_float8(x: Tensor) -> Tensor:
+    """Round to e4m3, which has no infinity: what lies beyond its largest number becomes that."""
+    largest = torch.finfo(torch.float8_e4m3fn).max
+    return x.clamp(-largest, largest).to(torch.float8_e4m3fn)
+
+
+@pool_queries.register_fake
+def _(q: Tensor, num_kv_heads: int, float8: bool) -> Tensor:
+    B, _, S, D = q.shape
+    return q.new_empty(B, num_kv_heads, S, D, dtype=torch.float8_e4m3fn if float8 else q.dtype)
+
+
+@pool_queries.register_kernel("cuda")
+def _(q: Tensor, num_kv_heads: int, float8: bool) -> Tensor:
+    from infllm_flex_ops.selection.kernels.pool_queries import launch
+
+    return launch(q, num_kv_heads, float8)
+
+
+register_vmap(pool_queries)

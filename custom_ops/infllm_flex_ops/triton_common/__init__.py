@@ -1,0 +1,1 @@
+"""Triton code that kernels of several stages share."""

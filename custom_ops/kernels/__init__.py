@@ -1,1 +1,0 @@
-"""Triton kernels and their launchers, which are imported only when an operator runs on CUDA."""

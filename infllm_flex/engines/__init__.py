@@ -1,0 +1,1 @@
+"""The engines that attend to selected blocks: the fused operator and FlexAttention."""

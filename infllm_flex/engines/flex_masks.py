@@ -1,0 +1,175 @@
+"""Turn selected blocks into FlexAttention's BlockMask."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.nn.attention.flex_attention import BlockMask
+
+import infllm_flex_ops
+from infllm_flex.config import InfLLMConfig
+from infllm_flex_ops.block_lists.tile_blocks import check_tile_tokens
+from infllm_flex_ops.block_lists.union_lists import union_width
+
+_MaskMod = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
+
+_CPU_TILE_ROWS = 4  # FlexAttention's CPU code is as fast on 4 rows as on 64, with less union
+_GPU_TILE_ROWS = 16  # the least that tensor cores take; more tokens a tile, more union
+
+
+def choose_tile_tokens(num_groups: int, device: torch.device) -> int:
+    """Choose how many tokens share a tile.
+
+    A tile loads the union of its tokens' blocks, so few tokens mean little waste; too few rows
+    leave the matrix units idle.
+
+    Args:
+        num_groups: Query heads per KV head, ``G``; a tile has tokens x G rows.
+        device: Where attention runs.
+    """
+    rows = _GPU_TILE_ROWS if device.type == "cuda" else _CPU_TILE_ROWS
+    if device.type == "cuda":
+        tokens = 1  # rows must divide into matrix instructions of 16
+        while tokens * num_groups % rows:
+            tokens *= 2
+        return tokens
+    return -(-rows // num_groups)
+
+
+def build_block_mask(
+    selected: Tensor,
+    config: InfLLMConfig,
+    *,
+    kv_len: int,
+    num_groups: int,
+    first: int | None = None,
+    tile_tokens: int | None = None,
+    backward: bool = False,
+) -> BlockMask:
+    """Let every query see its selected blocks, causally, through FlexAttention.
+
+    The query group is folded into the sequence: row ``token * G + head`` of a query
+    ``[B, Hkv, Sq * G, D]``. Blocks that all tokens of a tile selected and see whole are listed as
+    full; in the others ``mask_mod`` decides, which is exact by itself: FlexAttention gives the same
+    result without the lists. No table of all (query, key) or (tile, block) pairs is made.
+
+    Args:
+        selected: int32 ``[B, Hkv, Sq, K]``, ascending, -1 for unused slots.
+        config: Sparsity settings.
+        kv_len: Keys in the sequence, ``Skv``.
+        num_groups: Query heads per KV head, ``G``.
+        first: Position of the first query. Defaults to ``Skv - Sq``: they are the last positions.
+        tile_tokens: Tokens per tile, 1 to 64; ``None`` chooses by device and group.
+        backward: Also list the tiles of each block, which FlexAttention's backward walks. Their
+            rows are as wide as the number of tiles.
+
+    Returns:
+        A BlockMask of ``[B, Hkv, Sq * G, Skv]``, ``BLOCK_SIZE = (tile_tokens * G, block_size)``.
+
+    Raises:
+        ValueError: ``selected`` is not int32 of four dimensions, or ``tile_tokens`` out of range.
+    """
+    if selected.dim() != 4 or selected.dtype != torch.int32:
+        raise ValueError(
+            f"selected must be int32 [B, Hkv, Sq, K], got {selected.dtype} "
+            f"of shape {tuple(selected.shape)}"
+        )
+    if tile_tokens is None:
+        tile_tokens = choose_tile_tokens(num_groups, selected.device)
+    check_tile_tokens(tile_tokens)
+    Sq = selected.shape[2]
+    num_blocks = (kv_len + config.block_size - 1) // config.block_size
+    width = union_width(selected.shape[3], tile_tokens, num_blocks)
+    first = kv_len - Sq if first is None else first
+    kv_num, kv_idx, _, full_num, full_idx = infllm_flex_ops.tile_blocks(
+        selected, first + Sq, config.block_size, tile_tokens, width
+    )
+    q_num = q_idx = full_q_num = full_q_idx = None
+    if backward:
+        q_num, q_idx = infllm_flex_ops.transpose_blocks(kv_num, kv_idx, num_blocks)
+        full_q_num, full_q_idx = infllm_flex_ops.transpose_blocks(full_num, full_idx, num_blocks)
+    if selected.device.type == "cpu":
+        kv_idx, full_idx = (_widen(idx, num_blocks) for idx in (kv_idx, full_idx))
+    return BlockMask(
+        seq_lengths=(Sq * num_groups, kv_len),
+        kv_num_blocks=kv_num,
+        kv_indices=kv_idx,
+        full_kv_num_blocks=full_num,
+        full_kv_indices=full_idx,
+        q_num_blocks=q_num,
+        q_indices=q_idx,
+        full_q_num_blocks=full_q_num,
+        full_q_indices=full_q_idx,
+        BLOCK_SIZE=(tile_tokens * num_groups, config.block_size),
+        mask_mod=_selected_and_causal(selected, first, num_groups, config.block_size, num_blocks),
+    )
+
+
+def _widen(idx: Tensor, num_blocks: int) -> Tensor:
+    """View lists ``[B, Hkv, Nq, W]`` as ``[B, Hkv, Nq, num_blocks]`` without the memory.
+
+    FlexAttention's CPU code insists on lists as wide as the sequence has blocks, and reads only
+    the counted slots; so rows may run into the next one's.
+    """
+    B, Hkv, Nq, W = idx.shape
+    flat = F.pad(idx.reshape(-1), (0, num_blocks))
+    return flat.as_strided((B, Hkv, Nq, num_blocks), (Hkv * Nq * W, Nq * W, W, 1))
+
+
+def _selected_and_causal(
+    selected: Tensor, first: int, num_groups: int, block_size: int, num_blocks: int
+) -> _MaskMod:
+    """Make the exact ``mask_mod``: is the key's block among the token's own, and its past?"""
+    directory, words = _pack_choice(selected, num_blocks)
+    # A tensor, since a captured number that changes from call to call would be compiled anew.
+    first_position = torch.full((1,), first, dtype=torch.int32, device=selected.device)
+    last_word = selected.shape[3] - 1
+
+    def mask_mod(b: Tensor, h: Tensor, q_idx: Tensor, kv_idx: Tensor) -> Tensor:
+        token = q_idx // num_groups
+        block = kv_idx // block_size
+        bit = (block >> 4) & 15
+        entry = directory[b, h, token, block >> 8]
+        word = (entry >> 16) + _count_bits((entry << (16 - bit)) & 0xFFFF)
+        members = words[b, h, token, word.clamp(max=last_word)]
+        chosen = (entry >> bit) & (members >> (block & 15)) & 1
+        return (chosen != 0) & (kv_idx <= token + first_position[0])
+
+    return mask_mod
+
+
+def _pack_choice(selected: Tensor, num_blocks: int) -> tuple[Tensor, Tensor]:
+    """Make ``selected [B, Hkv, Sq, K]`` answer "is this block chosen?" in two look-ups.
+
+    A bit per (token, block) would be a table of all pairs. So 16 blocks share a word, kept only
+    where a bit is set, and 16 words an entry of the directory: which words are kept (low half), and
+    how many precede them (high half).
+
+    Returns:
+        ``directory`` int32 ``[B, Hkv, Sq, ceil(Nkv / 256)]`` and ``words`` int32
+        ``[B, Hkv, Sq, K]``, of which only 16 bits are used, so that shifts meet no sign.
+    """
+    chosen = selected >= 0
+    group = selected >> 4
+    opens = chosen & (group != F.pad(group[..., :-1], (1, 0), value=-1))
+    word = (opens.cumsum(-1) - 1).clamp_(min=0)
+    bits = chosen.int() << (selected & 15)
+    words = torch.zeros_like(selected).scatter_add_(-1, word, bits)
+
+    entry = (group >> 4).clamp_(min=0).long()
+    shape = (*selected.shape[:3], (num_blocks + 255) // 256)
+    kept = selected.new_zeros(shape).scatter_add_(-1, entry, opens.int() << (group & 15))
+    count = selected.new_zeros(shape).scatter_add_(-1, entry, opens.int())
+    preceding = count.cumsum(-1, dtype=torch.int32) - count
+    return kept | preceding << 16, words
+
+
+def _count_bits(x: Tensor) -> Tensor:
+    """Count the set bits of 16-bit numbers, pairs first, then fours, then eights."""
+    x = x - ((x >> 1) & 0x5555)
+    x = (x & 0x3333) + ((x >> 2) & 0x3333)
+    x = (x + (x >> 4)) & 0x0F0F
+    return (x * 0x0101 >> 8) & 31

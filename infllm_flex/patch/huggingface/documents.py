@@ -1,0 +1,204 @@
+"""The sequences in a batch as transformers hands it over: by mask, by bounds, or by positions."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+import infllm_flex_ops
+from infllm_flex.batches import has_values, is_recorded, require
+from infllm_flex.config import InfLLMConfig
+from infllm_flex.layout import Layout, lay_out, layout_unit
+from infllm_flex.patch.huggingface.told import Told, never_goes_back
+
+_GAP = (
+    "attention_mask must hold one run of ones per row, or position_ids that restart at 0 where "
+    "another begins"
+)
+_BOUNDS = "cu_seq_lens_q must ascend from 0 to the length, and cu_seq_lens_k be the same"
+_CONTRADICTION = "position_ids must restart only where cu_seq_lens_q lets a document begin"
+_NO_ROOM = (
+    "position_ids restart more often than a compiled graph has room for: pass the bounds of the "
+    "documents as cu_seq_lens_q"
+)
+# Whether the last batch read held several sequences. It only says what to do while waiting.
+_was_packed = False
+
+
+class Sequences:
+    """Which tokens of a batch begin a sequence, and which are padding.
+
+    Attributes:
+        opens: bool ``[B, S]``, whether a sequence starts at this token.
+        is_real: bool ``[B, S]``, false at padding.
+        limit: No row holds more of them; None where only the device knows.
+    """
+
+    def __init__(
+        self, opens: Tensor, is_real: Tensor, gaps: Tensor | None, limit: int | None
+    ) -> None:
+        self.opens = opens
+        self.is_real = is_real
+        self.limit = limit
+        self._gaps = gaps  # tokens that go on with a sequence after padding within it
+        self._layouts: dict[int, Layout] = {}
+
+    def layout(self, config: InfLLMConfig) -> Layout:
+        """Lay them out for the blocks of ``config``."""
+        unit = layout_unit(config)
+        if unit not in self._layouts:
+            self._layouts[unit] = self._lay_out(unit)
+        return self._layouts[unit]
+
+    def _lay_out(self, unit: int) -> Layout:
+        S, opens = self.opens.shape[1], self.opens
+        if self._gaps is not None:
+            opens = require(~self._gaps.any(-1), _GAP, opens)
+        if self.limit is not None:  # every start moves up by at most unit - 1
+            room = (self.limit + (self._gaps is not None)) * (unit - 1)
+        else:
+            room = max(S // 4, 8 * unit)
+        kv_len = (S + room + unit - 1) // unit * unit
+        layout = lay_out(opens, self.is_real, unit, kv_len, S)
+        if self.limit is None:
+            fits = ((layout.place >= 0) == self.is_real).all()
+            checked = layout.place + infllm_flex_ops.zero_if(fits, _NO_ROOM).long()
+            layout = dataclasses.replace(layout, place=checked)
+        return layout
+
+    def isolate(self, mask: Tensor | None) -> Tensor | None:
+        """Take other sequences out of a mask for dense attention, where it lets them in.
+
+        Args:
+            mask: bool or additive ``[B, 1, S, S]``, or None for causal.
+        """
+        if self.limit == 1:
+            return mask
+        sequence = self.opens.cumsum(-1)
+        same = (sequence[:, :, None] == sequence[:, None])[:, None]
+        if mask is None:
+            return same & torch.ones_like(same).tril()
+        if mask.dtype is torch.bool:
+            return mask & same
+        return mask.masked_fill(~same, torch.finfo(mask.dtype).min)
+
+
+def find_sequences(
+    query: Tensor, told: Told, meanwhile: Callable[[], None] | None = None
+) -> Sequences | None:
+    """Read the sequences of a call; None for one whole sequence per row.
+
+    Eager, it waits for the device once per forward, as transformers itself does; in a graph, never.
+
+    Args:
+        query: ``[B, Hq, S, D]``.
+        told: About the call.
+        meanwhile: Gives the device work for as long as it is waited for, in vain if there are
+            several sequences; not called where there were several the last time.
+    """
+    padding, positions, bounds, same_bounds, _, forward = told
+    if padding is None and positions is None and bounds is None:
+        return None
+    B, S = query.shape[0], query.shape[2]
+    if is_recorded(query):
+        return _read(B, S, told)
+
+    def read() -> Sequences | None:
+        global _was_packed
+        sequences = _read(B, S, told, None if _was_packed else meanwhile)
+        _was_packed = sequences is not None
+        return sequences
+
+    if forward is None:
+        return read()
+    tensors = (padding, positions, bounds, same_bounds)
+    return forward.recall(("sequences", B), tensors, read)
+
+
+def _read(
+    B: int, S: int, told: Told, meanwhile: Callable[[], None] | None = None
+) -> Sequences | None:
+    padding, positions, bounds, same_bounds, *_ = told
+    first = next(x for x in (padding, positions, bounds) if x is not None)
+    device, recorded = first.device, is_recorded(first)
+    if positions is not None and not recorded and not has_values(positions):
+        positions = None
+        if padding is None and bounds is None:
+            return None
+    lone = None if recorded else told.only_positions
+    if lone is not None and _wait_for(never_goes_back(lone), meanwhile):
+        return None  # as it mostly is, and quickly told
+    everything = torch.ones(B, S, dtype=torch.bool, device=device)
+    is_real = everything if padding is None else padding != 0
+    follows = is_real & F.pad(is_real[:, :-1], (1, 0))  # a real token after another
+    opens = is_real & (is_real.long().cumsum(-1) == 1)
+    after_padding = is_real & ~follows & ~opens
+    restarts = torch.zeros_like(opens)
+    if positions is not None:
+        restarts = _restarts(positions.expand(B, S), is_real, after_padding)
+    limit: int | None = 1
+    if bounds is not None:
+        opens = opens | (_open_at(bounds, same_bounds, B, S) & is_real)
+        opens = require((opens | ~restarts).all(-1), _CONTRADICTION, opens)
+        limit = bounds.shape[0] - 1 + (padding is not None)
+    elif positions is not None:
+        opens = opens | restarts
+        limit = None if recorded else max(1, int(opens.sum(-1).max()))
+    if padding is None and limit == 1:
+        return None
+    return Sequences(opens, is_real, None if padding is None else after_padding & ~opens, limit)
+
+
+def _restarts(positions: Tensor, is_real: Tensor, after_padding: Tensor) -> Tensor:
+    """Mark the real tokens that positions say a document begins with: bool ``[B, S]``.
+
+    Those whose position lies before that of the last real token. In a row that has any, 0 after 0
+    is one more, behind a document of one token; and 0 after padding is one in any row.
+
+    Args:
+        positions: ``[B, S]``.
+        is_real: bool ``[B, S]``.
+        after_padding: bool ``[B, S]``, real tokens behind padding behind real ones.
+    """
+    token = torch.arange(positions.shape[1], device=positions.device)
+    last_real = torch.where(is_real, token, -1).cummax(-1).values
+    before = F.pad(last_real[:, :-1], (1, 0), value=-1)
+    step = positions - positions.gather(-1, before.clamp(min=0))
+    follows = is_real & (before >= 0)
+    back = follows & (step < 0)
+    at_zero = follows & (positions == 0)
+    return back | (at_zero & (step == 0) & back.any(-1, keepdim=True)) | (at_zero & after_padding)
+
+
+def _wait_for(flag: Tensor, meanwhile: Callable[[], None] | None) -> bool:
+    """Read a flag; what ``meanwhile`` gives the device to do comes after it, and is not waited for.
+
+    On one H100 the device else idles for 0.2 ms until the host has told it how to go on.
+    """
+    if meanwhile is None or not flag.is_cuda:
+        return bool(flag)
+    read = torch.empty_like(flag, device="cpu", pin_memory=True).copy_(flag, non_blocking=True)
+    is_read = torch.cuda.Event()
+    is_read.record()
+    meanwhile()
+    is_read.synchronize()
+    return bool(read)
+
+
+def _open_at(bounds: Tensor, same_bounds: Tensor | None, B: int, S: int) -> Tensor:
+    """Mark where ``bounds [N + 1]`` let a document start: bool ``[1, S]``."""
+    if B != 1 or bounds.dim() != 1:
+        raise ValueError(
+            f"cu_seq_lens_q packs documents in one row: expected [N + 1] and a batch of 1, "
+            f"got {list(bounds.shape)} and a batch of {B}"
+        )
+    right = (bounds.diff() >= 0).all() & (bounds[0] == 0) & (bounds[-1] == S)
+    if same_bounds is not None and same_bounds is not bounds:
+        right = right & (same_bounds == bounds).all()
+    opens = torch.zeros(S + 1, dtype=torch.bool, device=bounds.device)
+    opens = opens.scatter(0, bounds[:-1].long().clamp(0, S), True)[None, :S]
+    return require(right[None], _BOUNDS, opens)

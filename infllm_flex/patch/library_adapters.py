@@ -1,0 +1,170 @@
+"""The ways into models of projects that keep their attention in one replaceable place.
+
+Told by structure, so that copies and forks are served, and none of the projects is imported.
+Against the generic way, only the place itself is intercepted, its length is known before, and what
+the layer's own settings forbid is known when patching.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor, nn
+
+from infllm_flex.patch import code_inspection as code
+from infllm_flex.patch.class_swap import Members, original_class
+from infllm_flex.patch.intercept import run_intercepted
+from infllm_flex.patch.sdpa_adapter import layer_of, why_not_swapped
+
+
+@dataclass(frozen=True)
+class Seam:
+    """One place where a project's models attend.
+
+    Attributes:
+        name: As `describe` shows it.
+        recognises: Whether a module, under its name in the model, has such a place.
+        why_left: Why a recognised layer cannot be sparse; None when it can.
+        members: What the swapped class overrides.
+    """
+
+    name: str
+    recognises: Callable[[str, nn.Module], bool]
+    why_left: Callable[[nn.Module], str | None]
+    members: Members
+
+
+def find_seam(name: str, module: nn.Module) -> Seam | None:
+    """The seam that a module, under its name in the model, is made for."""
+    return next((seam for seam in SEAMS if seam.recognises(name, module)), None)
+
+
+def _serve(
+    module: nn.Module,
+    inner: Callable[..., Any],
+    length: int,
+    *args: Any,
+    kv_heads: int | None = None,
+    **kwargs: Any,
+) -> Any:
+    """Call the layer's own code, intercepted where the sequence is long enough."""
+    layer = layer_of(module)
+    if layer.attends_densely(length):
+        return inner(*args, **kwargs)
+    what = original_class(module).__name__
+    return run_intercepted(layer, what, inner, *args, kv_heads=kv_heads, **kwargs)
+
+
+# torchtune: `self._attention_call(q, k, v, mask=..., ...)`, a function on the instance.
+
+
+def _is_torchtune(name: str, module: nn.Module) -> bool:
+    return callable(vars(module).get("_attention_call"))
+
+
+def _torchtune_left(module: nn.Module) -> str | None:
+    return "not causal" if getattr(module, "is_causal", True) is False else None
+
+
+def _torchtune_members(original: Any) -> dict[str, Any]:
+    # A property goes before what is stored on the instance, which stays there as it is.
+    def attention_call(self: nn.Module) -> Callable[..., Any]:
+        inner = self.__dict__["_attention_call"]
+
+        def call(q: Tensor, k: Tensor, v: Tensor, *args: Any, **kwargs: Any) -> Any:
+            return _serve(self, inner, k.shape[2], q, k, v, *args, **kwargs)
+
+        return call
+
+    return {"_attention_call": property(attention_call)}
+
+
+# litgpt: `self.scaled_dot_product_attention(q, k, v, mask)`, a method.
+
+
+def _is_litgpt(name: str, module: nn.Module) -> bool:
+    return callable(getattr(original_class(module), "scaled_dot_product_attention", None))
+
+
+def _litgpt_left(module: nn.Module) -> str | None:
+    config = getattr(module, "config", None)
+    if (cap := getattr(config, "attention_logit_softcapping", None)) is not None:
+        return f"logits soft-capped at {cap:g}"
+    if getattr(module, "apply_sliding_window_attention", False):
+        return f"sliding window {getattr(config, 'sliding_window_size', '')}"
+    return None
+
+
+def _litgpt_members(original: Any) -> dict[str, Any]:
+    inner = original.scaled_dot_product_attention
+
+    def method(self: nn.Module, q: Tensor, k: Tensor, v: Tensor, *args: Any, **kwargs: Any) -> Any:
+        return _serve(self, inner, k.shape[2], self, q, k, v, *args, **kwargs)
+
+    return {"scaled_dot_product_attention": method}
+
+
+# torchtitan: `self.inner_attention(q, k, v, ...)`, a module without parameters.
+
+
+def _is_torchtitan(name: str, module: nn.Module) -> bool:
+    own = name.rpartition(".")[2] == "inner_attention"
+    return own and next(module.parameters(), None) is None
+
+
+def _torchtitan_left(module: nn.Module) -> str | None:
+    if not code.calls_sdpa(module):
+        return f"{original_class(module).__name__}, a masked kernel: build it with SDPA instead"
+    return why_not_swapped(module)
+
+
+def _torchtitan_members(original: Any) -> dict[str, Any]:
+    inner = original.forward
+
+    def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        # Its tensors are [B, H, S, D] or [B, S, H, D], by version: the call inside knows.
+        layer = layer_of(self)
+        if layer.is_inside_block():
+            return inner(self, *args, **kwargs)
+        return run_intercepted(layer, original.__name__, inner, self, *args, **kwargs)
+
+    return {"forward": forward}
+
+
+# x-transformers: `self.attend(q, k, v, mask=..., ...)`, a module that is told what it is.
+
+
+def _is_x_transformers(name: str, module: nn.Module) -> bool:
+    return {"causal", "flash"} <= vars(module).keys() and hasattr(module, "flash_attn")
+
+
+def _x_transformers_left(module: Any) -> str | None:
+    if not module.causal:
+        return "not causal"
+    if not module.flash:
+        return "softmax written by hand: build it with attn_flash=True"
+    if getattr(module, "add_zero_kv", False):
+        return "a zero key before the first"
+    return why_not_swapped(module)
+
+
+def _x_transformers_members(original: Any) -> dict[str, Any]:
+    inner = original.forward
+
+    def forward(self: nn.Module, q: Tensor, k: Tensor, v: Tensor, *args: Any, **kwargs: Any) -> Any:
+        # It expands the key heads on its own, so here they are still to be counted.
+        return _serve(self, inner, k.shape[2], self, q, k, v, *args, kv_heads=k.shape[1], **kwargs)
+
+    return {"forward": forward}
+
+
+SEAMS = (
+    Seam("torchtune's _attention_call", _is_torchtune, _torchtune_left, _torchtune_members),
+    Seam("litgpt's method", _is_litgpt, _litgpt_left, _litgpt_members),
+    Seam("torchtitan's inner_attention", _is_torchtitan, _torchtitan_left, _torchtitan_members),
+    Seam(
+        "x-transformers' Attend", _is_x_transformers, _x_transformers_left, _x_transformers_members
+    ),
+)

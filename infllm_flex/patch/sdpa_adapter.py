@@ -1,0 +1,68 @@
+"""The way into any module whose code calls ``F.scaled_dot_product_attention``."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import nn
+
+from infllm_flex.patch import code_inspection as code
+from infllm_flex.patch.class_swap import runs_own_forward
+from infllm_flex.patch.intercept import run_intercepted
+from infllm_flex.patch.layer_state import PatchedLayer, get_layer
+
+NAME = "F.scaled_dot_product_attention"
+
+
+def recognises(module: nn.Module) -> bool:
+    """Whether the module is an attention layer of this kind."""
+    return code.calls_sdpa(module)
+
+
+def why_left(module: nn.Module) -> str | None:
+    """Why the layer cannot be sparse, as far as its code tells; None when nothing speaks against.
+
+    What the code does not tell, the first forward does: a call that is not causal, or none at all,
+    is an error there.
+    """
+    if code.never_causal(module):
+        return "not causal"
+    if code.mentions(module, "alibi") and _alibi_is_on(module):
+        return "ALiBi"
+    if getattr(module, "indexer", None) is not None:
+        return "the model's own sparse indexer"
+    return why_not_swapped(module)
+
+
+def why_not_swapped(module: nn.Module) -> str | None:
+    """Why giving the module another class would have no effect; None when it has."""
+    if not runs_own_forward(module):
+        return "a forward set on the instance: patch before that"
+    return None
+
+
+def _alibi_is_on(module: nn.Module) -> bool:
+    places: tuple[Any, ...] = (module, getattr(module, "config", None))
+    for place in places:
+        if hasattr(place, "alibi"):
+            return place.alibi is not None and place.alibi is not False
+    return True
+
+
+def members(original: Any) -> dict[str, Any]:
+    """What the swapped class overrides: the whole forward."""
+
+    def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        layer = layer_of(self)
+        if layer.is_inside_block():
+            return original.forward(self, *args, **kwargs)
+        return run_intercepted(layer, original.__name__, original.forward, self, *args, **kwargs)
+
+    return {"forward": forward}
+
+
+def layer_of(module: nn.Module) -> PatchedLayer:
+    """The record of a module of a swapped class, which has one."""
+    layer = get_layer(module)
+    assert layer is not None
+    return layer

@@ -1,0 +1,137 @@
+"""What one call of ``F.scaled_dot_product_attention`` asks for, and its sparse answer."""
+
+from __future__ import annotations
+
+from typing import NamedTuple, cast
+
+import torch.nn.functional as F
+from torch import Tensor
+
+from infllm_flex.attention import attend_in_layout, infllm_attention
+from infllm_flex.batches import is_recorded
+from infllm_flex.chunks import attend_chunk
+from infllm_flex.patch.causal_masks import keys_so_far, require_causal, require_equal
+from infllm_flex.patch.errors import UnsupportedModelError
+from infllm_flex.patch.forward import current_forward
+from infllm_flex.patch.head_dims import unserved_head_dims
+from infllm_flex.patch.heads import regroup
+from infllm_flex.patch.huggingface.documents import Sequences, find_sequences
+from infllm_flex.patch.huggingface.told import refuse_leak, require_told_again, what_is_told
+from infllm_flex.patch.layer_state import PatchedLayer
+
+
+class SdpaCall(NamedTuple):
+    """The arguments of ``F.scaled_dot_product_attention``, by its own names and defaults."""
+
+    query: Tensor
+    key: Tensor
+    value: Tensor
+    attn_mask: Tensor | None = None
+    dropout_p: float = 0.0
+    is_causal: bool = False
+    scale: float | None = None
+    enable_gqa: bool = False
+
+    @property
+    def is_bidirectional(self) -> bool:
+        """Whether a query sees keys after itself. One query alone is the last of its sequence."""
+        return not self.is_causal and self.attn_mask is None and self.query.shape[-2] > 1
+
+
+def attend(layer: PatchedLayer, call: SdpaCall, kv_heads: int | None = None) -> Tensor | None:
+    """Answer a call sparsely where it is long enough.
+
+    Documents that a transformers model was told of never see each other, though a layer that calls
+    SDPA itself is not told of them.
+
+    Args:
+        layer: The record of the layer that calls.
+        call: Query ``[B, Hq, Sq, D]``, key and value ``[B, Hkv, Skv, D]``, or with the key heads
+            expanded to the query heads; the rest as SDPA takes it.
+        kv_heads: Key/value heads, where the caller knows better than the record.
+
+    Returns:
+        ``[B, Hq, Sq, D]``, or None where the call is dense and SDPA's to answer, untouched.
+
+    Raises:
+        UnsupportedModelError: This is not plain causal attention.
+        NotImplementedError: Attention dropout at sparse length.
+    """
+    if call.is_bidirectional:
+        raise UnsupportedModelError(
+            "F.scaled_dot_product_attention was called without is_causal=True or a mask, which is "
+            "not causal: only causal language models can be sparse; name the causal layers of this "
+            "model by attention_modules="
+        )
+    call, sequences = _read_documents(layer, call)
+    if layer.attends_densely(call.key.shape[-2]):
+        return None if sequences is None else _attend_densely(call, sequences)
+    if call.query.dim() != 4:
+        raise UnsupportedModelError(
+            "sparse attention needs [B, H, S, D] queries, keys and values, got shape "
+            f"{tuple(call.query.shape)}: call infllm_flex.infllm_attention in the model's own code"
+        )
+    heads_left = unserved_head_dims(call.key.shape[-1], call.value.shape[-1])
+    if heads_left is not None:
+        raise UnsupportedModelError(
+            f"sparse attention cannot serve {heads_left}: run it inside infllm_flex.dense(model), "
+            "or leave the layer out by attention_modules="
+        )
+    if sequences is None:
+        length = keys_so_far(call.query, call.key, call.attn_mask, call.is_causal)
+    else:
+        length = call.key.shape[-2]
+    if layer.attends_densely(length):
+        return None
+    if call.dropout_p > 0:
+        raise NotImplementedError(
+            f"sparse attention cannot serve attention dropout ({call.dropout_p:g}) yet: got "
+            f"{length} keys; set it to 0, or run inside infllm_flex.dense(model)"
+        )
+    query = call.query
+    if sequences is None:
+        query = require_causal(query, call.attn_mask)
+    elif call.attn_mask is not None:  # that of the forward, or a causal one that lets them leak
+        isolated, causal = sequences.isolate(call.attn_mask), sequences.isolate(None)
+        query = require_equal(query, cast(Tensor, isolated), cast(Tensor, causal))
+    # What lies beyond is the unused room of a preallocated cache.
+    key, value = call.key[:, :, :length], call.value[:, :, :length]
+    heads = regroup(layer, query, key, value, kv_heads)
+    if sequences is None:
+        attend = attend_chunk if query.shape[2] < length else infllm_attention
+        out = attend(heads.query, heads.key, heads.value, layer.config, scale=call.scale)
+    else:
+        layout = sequences.layout(layer.config)
+        out = attend_in_layout(
+            heads.query, heads.key, heads.value, layer.config, layout, scale=call.scale
+        )
+    return heads.restore(out)
+
+
+def _read_documents(layer: PatchedLayer, call: SdpaCall) -> tuple[SdpaCall, Sequences | None]:
+    """The sequences of a call, by what the model around the layer was told; None for one per row.
+
+    Returns:
+        The call, in a graph with the check that nothing leaks where it would take a mask to see.
+    """
+    if call.query.dim() != 4:
+        return call, None
+    if call.attn_mask is None and current_forward() is None and not layer.was_packed_by_model:
+        return call, None  # nobody could tell: spare a hand-written model the questions
+    told = what_is_told(call.query, call.key, call.attn_mask, {})
+    positions = told.only_positions
+    is_dense = layer.attends_densely(call.key.shape[-2])
+    if is_dense and call.attn_mask is None and positions is not None and is_recorded(positions):
+        return call._replace(query=refuse_leak(call.query, positions)), None
+    sequences = find_sequences(call.query, told)
+    forward = current_forward()
+    if sequences is not None and forward is not None and not is_recorded(call.query):
+        forward.mark(call.attn_mask)
+    require_told_again(layer, told, sequences)
+    return call, sequences
+
+
+def _attend_densely(call: SdpaCall, sequences: Sequences) -> Tensor:
+    mask = sequences.isolate(call.attn_mask)
+    isolated = call._replace(attn_mask=mask, is_causal=False)
+    return F.scaled_dot_product_attention(**isolated._asdict())

@@ -1,0 +1,186 @@
+"""Nothing is timed that is wrong: the judges that speak before the clock starts."""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib.util
+import subprocess
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from benchmarking.inputs import QKV, make_qkv, with_gradients
+from benchmarking.settings import BenchmarkSettings, Heads
+from infllm_flex import reference
+from infllm_flex.attention import infllm_attention
+from infllm_flex.config import InfLLMConfig
+from infllm_flex.decoding import CompressedKeys, decode_attention, select_cached
+from infllm_flex.selection import default_scale, select_blocks
+
+_ROOT = Path(__file__).parents[2]
+_QUERIES = 40  # last ones of the sequence, which the slow reference computes too
+# Scores so near may change places: sums of exponentials as a share of themselves, dot products as
+# a share of the row's largest one. They are summed in another order, and of rounded means.
+_TIE = {torch.float32: 1e-4, torch.bfloat16: 5e-2, torch.float16: 1e-2}
+_POOLED_TIE = {torch.float32: 1e-5, torch.bfloat16: 2e-2, torch.float16: 2e-3}
+_FLOAT8_TIE = 3e-2  # a mean next to the middle of two numbers becomes either, an eighth apart
+_FLOAT8_WINDOW_TIE = 8e-2  # means of windows are rounded twice, to the dtype of the keys before
+
+
+class IncorrectError(RuntimeError):
+    """The operators are wrong here; the message says which and by how much."""
+
+
+def run_tests(arguments: Sequence[str]) -> None:
+    """Run pytest in a process of its own.
+
+    Args:
+        arguments: Of pytest, seen from the root of the repository.
+
+    Raises:
+        IncorrectError: A test fails, none ran, or pytest is not installed.
+    """
+    if importlib.util.find_spec("pytest") is None:
+        raise IncorrectError("run.tests asks for pytest, which is not installed")
+    command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", *arguments]
+    ended = subprocess.run(command, cwd=_ROOT, capture_output=True, text=True)
+    if ended.returncode:
+        said = "\n".join((ended.stdout + ended.stderr).splitlines()[-12:])
+        raise IncorrectError(f"{' '.join(arguments)} ended with {ended.returncode}:\n{said}")
+
+
+def check_operators(settings: BenchmarkSettings, heads: Heads) -> None:
+    """Compare choice, output and gradients with the float64 reference at a small length.
+
+    Device, dtype, heads and attention settings are those of the run.
+
+    Args:
+        settings: The run; ``variants`` are not looked at.
+        heads: ``Hq`` and ``Hkv``.
+
+    Raises:
+        IncorrectError: They differ by more than rounding.
+    """
+    config = settings.attention
+    S = max((config.num_selected + 16) * config.block_size, config.dense_len)
+    qkv = make_qkv(settings, heads, S, "independent")
+    selected = select_blocks(qkv.query, qkv.key, config)
+    _check_choice("select_blocks", qkv, selected, config)
+    for engine in settings.engines:
+        _check_attention(qkv, selected, dataclasses.replace(config, engine=engine))
+    if any(case.mode == "decode" for case in settings.cases.values()):
+        _check_step(qkv, config)
+
+
+def _check_choice(op: str, qkv: QKV, selected: Tensor, config: InfLLMConfig) -> None:
+    """Forced blocks must be chosen, others score as well as the least that the reference chooses.
+
+    Looks at the last queries of ``selected [B, Hkv, n, K]``, which are the last of the sequence.
+    """
+    num_queries = min(_QUERIES, selected.shape[2])
+    query, key = qkv.query[:1, :, -num_queries:].cpu(), qkv.key[:1].cpu()
+    ours, S = selected[0, :, -num_queries:].cpu(), key.shape[2]
+    G, scale = query.shape[1] // key.shape[1], default_scale(query)
+    expected = reference.select_blocks(query, key, config, scale=scale)[0]
+    for h in range(key.shape[1]):
+        group = query[0, h * G : (h + 1) * G]
+        scores = reference.score_blocks(group, key[0, h], config, scale=scale)
+        for s, token in enumerate(range(S - num_queries, S)):
+            theirs, chosen = set(expected[h, s].tolist()), ours[h, s].tolist()
+            if len(chosen) != len(expected[h, s]) or chosen != sorted(set(chosen)):
+                raise IncorrectError(f"{op}: {chosen} is not an ascending choice")
+            wrong, missed = set(chosen) - theirs, theirs - set(chosen)
+            if not wrong:
+                continue
+            best, least = (scores[s, sorted(x)] for x in (missed, wrong))
+            own = token // config.block_size
+            lacks_forced = any(reference.is_forced(block, own, config) for block in missed)
+            highest = least.min() + _tie(scores[s], least.min(), config, query.dtype)
+            if lacks_forced or bool(best.max() > highest):
+                raise IncorrectError(
+                    f"{op}: token {token} of head {h} has {sorted(wrong)} chosen instead of "
+                    f"{sorted(missed)}"
+                )
+
+
+def _tie(scores: Tensor, score: Tensor, config: InfLLMConfig, dtype: torch.dtype) -> Tensor:
+    """How far above ``score`` another of the row's ``scores`` may lie and yet rank below it."""
+    if not config.pool_queries:
+        return score * _TIE[dtype]
+    largest = scores[scores.isfinite()].abs().max()
+    if config.score_dtype == "same":
+        return largest * _POOLED_TIE[dtype]
+    return largest * (_FLOAT8_TIE if config.kernel_size == 1 else _FLOAT8_WINDOW_TIE)
+
+
+def _check_step(qkv: QKV, config: InfLLMConfig) -> None:
+    """Judge the choice and the output of a decode step, whose token is the last one."""
+    query, key, value = qkv
+    step, S, scale = query[:, :, -1:], key.shape[2], default_scale(query)
+    keys = CompressedKeys(config, key)
+    keys.append(key, S)
+    selected = select_cached(step, keys, capacity=S, key=key)
+    if bool((selected[..., config.num_selected :] >= 0).any()):
+        raise IncorrectError(f"select_cached: more than {config.num_selected} blocks are chosen")
+    _check_choice("select_cached", qkv, selected[..., : config.num_selected], config)
+    mask = reference.attention_mask(selected, config.block_size, S).to(query.device)
+    actual = decode_attention(step, key, value, keys)
+    exact = reference.masked_attention(step, key, value, mask, scale=scale)
+    _check_error("decoding", actual, exact, _plain(step, key, value, mask))
+
+
+def _check_attention(qkv: QKV, selected: Tensor, config: InfLLMConfig) -> None:
+    scale, block_size = default_scale(qkv.query), config.block_size
+    mask = reference.attention_mask(selected[:, :, -_QUERIES:], block_size, qkv.key.shape[2])
+    mask = mask.to(qkv.query.device)
+    grad_out = torch.zeros_like(qkv.query)
+    grad_out[:, :, -_QUERIES:] = torch.randn_like(grad_out[:, :, -_QUERIES:])
+
+    with torch.no_grad():
+        inference = infllm_attention(*qkv, config, selected=selected)[:, :, -_QUERIES:]
+    ours = _run(qkv, lambda q, k, v: infllm_attention(q, k, v, config, selected=selected), grad_out)
+    exact = _run(
+        QKV(*(x.double() for x in qkv)),
+        lambda q, k, v: reference.masked_attention(q[:, :, -_QUERIES:], k, v, mask, scale=scale),
+        grad_out[:, :, -_QUERIES:].double(),
+    )
+    plain = _run(
+        qkv,
+        lambda q, k, v: _plain(q[:, :, -_QUERIES:], k, v, mask),
+        grad_out[:, :, -_QUERIES:],
+    )
+    for name, actual, true, same in zip(
+        ("output", "dq", "dk", "dv"), ours, exact, plain, strict=True
+    ):
+        _check_error(f"{config.engine}, {name}", actual[:, :, -len(true[0, 0]) :], true, same)
+    _check_error(f"{config.engine}, output without gradients", inference, exact[0], plain[0])
+
+
+def _run(
+    qkv: QKV, attend: Callable[[Tensor, Tensor, Tensor], Tensor], grad_out: Tensor
+) -> list[Tensor]:
+    """The output at the last queries, and the gradients."""
+    leaves = with_gradients(qkv)
+    out = attend(*leaves)
+    gradients = torch.autograd.grad(out, leaves, grad_out)
+    return [out.detach()[:, :, -_QUERIES:], *gradients]
+
+
+def _plain(q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
+    """Masked attention by plain operations in the run's precision: the error that is allowed."""
+    G = q.shape[1] // k.shape[1]
+    k, v, mask = (x.repeat_interleave(G, dim=1) for x in (k, v, mask))
+    with torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH):
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
+
+
+def _check_error(what: str, actual: Tensor, exact: Tensor, plain: Tensor) -> None:
+    error, allowed = ((x.double() - exact).abs().max().item() for x in (actual, plain))
+    rounding = torch.finfo(actual.dtype).eps * exact.abs().max().item()
+    limit = 3 * (allowed + rounding)
+    if not error <= limit:
+        raise IncorrectError(f"infllm_attention ({what}): error {error:.3g}, allowed {limit:.3g}")

@@ -1,0 +1,121 @@
+"""Dense causal attention, the fastest there is on the device: what sparse has to beat."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Collection
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.nn.attention.flex_attention import BlockMask, flex_attention
+
+from benchmarking.inputs import QKV
+
+_CUDA_BACKENDS = {
+    "sdpa_cudnn": SDPBackend.CUDNN_ATTENTION,
+    "sdpa_flash": SDPBackend.FLASH_ATTENTION,
+    "sdpa_efficient": SDPBackend.EFFICIENT_ATTENTION,
+}
+_MAX_GRAPHS = 200
+_BLOCK = 128
+
+
+class Baseline(NamedTuple):
+    """An attention over given tensors, and those of them that collect gradients."""
+
+    attend: Callable[[], Tensor]
+    qkv: QKV
+
+
+def dense_attentions(
+    qkv: QKV, names: Collection[str] = ()
+) -> tuple[dict[str, Baseline], dict[str, str]]:
+    """Find the dense attentions that serve these tensors.
+
+    Args:
+        qkv: Their device, dtype and shape decide.
+        names: Which of them to look for; none: all.
+
+    Returns:
+        The attentions by name, and the reasons of those that do not serve.
+    """
+    if qkv.query.device.type != "cuda":
+        return {"sdpa": Baseline(lambda: _sdpa(qkv), qkv)}, {}
+    wanted = {name: _with_backend(backend, qkv) for name, backend in _CUDA_BACKENDS.items()}
+    wanted["flex_dense"] = Baseline(_dense_flex(qkv), qkv)
+    serving, failing = {}, {}
+    for name, dense in wanted.items():
+        if names and name not in names:
+            continue
+        try:
+            with warnings.catch_warnings():  # SDPA explains at length why it declines
+                warnings.simplefilter("ignore")
+                dense.attend()
+            serving[name] = dense
+        except (RuntimeError, NotImplementedError) as error:
+            failing[name] = str(error).splitlines()[0]
+    return serving, failing
+
+
+def _sdpa(qkv: QKV) -> Tensor:
+    is_grouped = qkv.query.shape[1] != qkv.key.shape[1]
+    return F.scaled_dot_product_attention(*qkv, is_causal=True, enable_gqa=is_grouped)
+
+
+def _with_backend(backend: SDPBackend, qkv: QKV) -> Baseline:
+    query, key, value = qkv
+    if backend == SDPBackend.EFFICIENT_ATTENTION:  # knows no groups: hand it one key per query
+        G = query.shape[1] // key.shape[1]
+        qkv = QKV(query, *(_repeated(x, G) for x in (key, value)))
+
+    def attend() -> Tensor:
+        with sdpa_kernel(backend):
+            return _sdpa(qkv)
+
+    return Baseline(attend, qkv)
+
+
+def _repeated(x: Tensor, G: int) -> Tensor:
+    """Repeat heads outside of what is timed, as a leaf of its own: the baseline's advantage."""
+    return x.detach().repeat_interleave(G, dim=1).requires_grad_(x.requires_grad)
+
+
+def _dense_flex(qkv: QKV) -> Callable[[], Tensor]:
+    S, device = qkv.query.shape[2], qkv.query.device
+    compiled = torch.compile(flex_attention, dynamic=False)
+    block_mask = None
+
+    def attend() -> Tensor:
+        nonlocal block_mask
+        if block_mask is None:
+            block_mask = _causal_blocks(S, device)
+        # Every shape is a graph. Beyond PyTorch's limit it would run uncompiled.
+        with torch._dynamo.config.patch(
+            recompile_limit=_MAX_GRAPHS, fail_on_recompile_limit_hit=True
+        ):
+            return compiled(*qkv, block_mask=block_mask, enable_gqa=True)
+
+    return attend
+
+
+def _causal_blocks(S: int, device: torch.device) -> BlockMask:
+    """Write the causal mask down: to derive it from ``mask_mod`` takes memory or compiling."""
+    block = torch.arange(-(-S // _BLOCK), dtype=torch.int32, device=device)
+    num_blocks = len(block)
+    square = (1, 1, num_blocks, num_blocks)
+    return BlockMask.from_kv_blocks(
+        kv_num_blocks=torch.ones_like(block).view(1, 1, -1),
+        kv_indices=block[:, None].expand(square).contiguous(),  # the diagonal, once
+        full_kv_num_blocks=block.view(1, 1, -1),
+        full_kv_indices=block.expand(square).contiguous(),
+        BLOCK_SIZE=_BLOCK,
+        mask_mod=_causal,
+        seq_lengths=(S, S),
+    )
+
+
+def _causal(b: Tensor, h: Tensor, q_idx: Tensor, kv_idx: Tensor) -> Tensor:
+    return q_idx >= kv_idx

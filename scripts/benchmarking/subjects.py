@@ -1,0 +1,144 @@
+"""What a case compares: each stage of the sparse attention, their sum, and dense attention."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Iterable
+
+import torch
+from torch import Tensor
+
+import infllm_flex_ops
+from benchmarking.decode import decode_subjects
+from benchmarking.dense import Baseline, dense_attentions
+from benchmarking.inputs import QKV, make_qkv, with_gradients
+from benchmarking.nsa import nsa_attentions
+from benchmarking.settings import BenchmarkSettings, CaseSettings, Heads
+from benchmarking.stages import RecordedLists
+from benchmarking.timing import Subject
+from infllm_flex.attention import infllm_attention
+from infllm_flex.config import InfLLMConfig
+from infllm_flex.selection import default_scale, select_blocks
+from infllm_flex_ops.block_lists import union_lists
+from infllm_flex_ops.block_lists.tile_blocks import MAX_TILE_TOKENS
+
+
+def make_subjects(
+    settings: BenchmarkSettings, heads: Heads, S: int, case: CaseSettings
+) -> tuple[list[Subject], dict[str, str]]:
+    """Prepare everything that is timed at one shape.
+
+    Args:
+        settings: The run.
+        heads: ``Hq`` and ``Hkv``.
+        S: Tokens.
+        case: Kind of queries, with gradients or without.
+
+    Returns:
+        The subjects, and which other attentions do not serve here and why.
+    """
+    if case.mode == "decode":
+        return decode_subjects(settings, heads, S, case)
+    qkv = make_qkv(settings, heads, S, case.inputs)
+    grad_out = None
+    if case.mode == "forward+backward":
+        grad_out = torch.randn_like(qkv.query)
+        qkv = with_gradients(qkv)
+    subjects = []
+    for name, config in settings.attentions.items():
+        stages = _stages(qkv, config, settings.engines, grad_out)
+        subjects += [dataclasses.replace(stage, settings=name) for stage in stages]
+    if case.tile_rows:
+        subjects += _tilings(qkv, settings.attention, case.tile_rows, grad_out)
+    attentions, failing = dense_attentions(qkv, case.baselines)
+    subjects += [
+        Subject("dense", name, _graded(dense.attend, grad_out), _backward(dense.qkv, grad_out))
+        for name, dense in attentions.items()
+    ]
+    if qkv.query.is_cuda:
+        attentions, lacking = nsa_attentions(qkv, settings.attention, case.baselines)
+        subjects += _nsa(attentions, grad_out)
+        failing |= lacking
+    return subjects, failing
+
+
+def _stages(
+    qkv: QKV, config: InfLLMConfig, engines: Iterable[str], grad_out: Tensor | None
+) -> list[Subject]:
+    """The choice, and all that follows it by each engine."""
+    selected = select_blocks(qkv.query, qkv.key, config)
+    subjects = [Subject("select_blocks", "", lambda: select_blocks(qkv.query, qkv.key, config))]
+    for engine in engines:
+        subjects += _sparse(qkv, selected, dataclasses.replace(config, engine=engine), grad_out)
+    return subjects
+
+
+def _sparse(
+    qkv: QKV, selected: Tensor, config: InfLLMConfig, grad_out: Tensor | None
+) -> list[Subject]:
+    """The lists, the attention over them, and everything together, by one engine."""
+    attend = _graded(lambda: infllm_attention(*qkv, config, selected=selected), grad_out)
+    everything = _graded(lambda: infllm_attention(*qkv, config), grad_out)
+    lists = RecordedLists(attend)
+
+    def attend_only() -> Tensor:
+        with lists.ready():
+            return attend()
+
+    backward = _backward(qkv, grad_out)
+    return [
+        Subject("build_lists", config.engine, lists.build),
+        Subject("attend", config.engine, attend_only, backward),
+        Subject("infllm_attention", config.engine, everything, backward),
+    ]
+
+
+def _nsa(attentions: dict[str, Baseline], grad_out: Tensor | None) -> list[Subject]:
+    """Sparse attentions of others, ``[B, S, H, D]``."""
+    by_token = None if grad_out is None else grad_out.transpose(1, 2).contiguous()
+    return [
+        Subject("nsa", name, _graded(nsa.attend, by_token), _backward(nsa.qkv, by_token))
+        for name, nsa in attentions.items()
+    ]
+
+
+def _tilings(
+    qkv: QKV, config: InfLLMConfig, tile_rows: tuple[int, ...], grad_out: Tensor | None
+) -> list[Subject]:
+    """The operator with tiles of other sizes than its rule chooses."""
+    selected = select_blocks(qkv.query, qkv.key, config)
+    groups = qkv.query.shape[1] // qkv.key.shape[1]
+    own = (selected >= 0).sum(-1).float().mean()
+    subjects = []
+    for rows in tile_rows:
+        tokens = rows // groups
+        if not 1 <= tokens <= MAX_TILE_TOKENS:
+            continue
+        lists = union_lists.list_blocks(selected, qkv.key.shape[2], config.block_size, tokens)
+        inflation = (lists[0].float().mean() / own).item()
+
+        def attend(tokens: int = tokens) -> Tensor:
+            scale = default_scale(qkv.query)
+            out, _ = infllm_flex_ops.attend_blocks(*qkv, selected, config.block_size, scale, tokens)
+            return out
+
+        variant = f"{rows} rows, u = {inflation:.2f}"
+        forward, backward = _graded(attend, grad_out), _backward(qkv, grad_out)
+        subjects.append(Subject("attend_blocks", variant, forward, backward))
+    return subjects
+
+
+def _graded(forward: Callable[[], Tensor], grad_out: Tensor | None) -> Callable[[], Tensor]:
+    """Run ``forward`` with gradients only where a backward follows."""
+
+    def run() -> Tensor:
+        with torch.set_grad_enabled(grad_out is not None):
+            return forward()
+
+    return run
+
+
+def _backward(qkv: QKV, grad_out: Tensor | None) -> Callable[[Tensor], object] | None:
+    if grad_out is None:
+        return None
+    return lambda out: torch.autograd.grad(out, qkv, grad_out)

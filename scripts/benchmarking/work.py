@@ -1,0 +1,110 @@
+"""How much arithmetic and memory traffic a call needs at least."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+from benchmarking.settings import BenchmarkSettings, FloorSettings, Heads
+from infllm_flex.config import InfLLMConfig
+
+_PRODUCTS = {"forward": 2.0, "backward": 5.0, "forward+backward": 7.0}
+_PASSES = {"forward": 1, "backward": 3, "forward+backward": 4}
+
+
+class Work(NamedTuple):
+    """Operations, a multiplication and an addition two, and bytes read and written.
+
+    Attributes:
+        flops: All operations.
+        bytes: Read and written.
+        float8_flops: Those of the operations that multiply float8 numbers.
+    """
+
+    flops: float
+    bytes: float
+    float8_flops: float = 0.0
+
+    def __add__(self, other: object) -> Work:
+        """Both after one another."""
+        if not isinstance(other, Work):
+            return NotImplemented
+        return Work(*(a + b for a, b in zip(self, other, strict=True)))
+
+    def floor_ms(self, floor: FloorSettings) -> float:
+        """Milliseconds that a device at its limits needs."""
+        products = (self.flops - self.float8_flops) / floor.tflops
+        products += self.float8_flops / (floor.float8_tflops or floor.tflops)
+        return 1e3 * max(products, self.bytes / floor.terabytes) / 1e12
+
+
+def work_of(op: str, mode: str, settings: BenchmarkSettings, heads: Heads, S: int) -> Work | None:
+    """What an operation needs at least; None where nothing useful can be said.
+
+    Args:
+        op: As in the CSV.
+        mode: ``"forward"``, ``"backward"``, ``"forward+backward"`` or ``"decode"``.
+        settings: The run; the operation is that of ``attention``.
+        heads: ``Hq`` and ``Hkv``.
+        S: Tokens.
+    """
+    if mode == "decode":
+        return _work_of_step(op, settings, heads, S)
+    B, D, config = settings.shapes.batch, settings.shapes.head_dim, settings.attention
+    element = 4 if settings.run.dtype == "float32" else 2
+    rows = 2 * B * (heads.query + heads.kv) * S * D * element  # q, k, v and the output
+    if op == "select_blocks":
+        queries_and_keys = rows / 2
+        scores = _scores(config, heads, B * S * D * _scored_keys(config, S) / 2)
+        return scores + Work(0.0, queries_and_keys)
+    if op == "infllm_attention":
+        select = work_of("select_blocks", "forward", settings, heads, S)
+        attend = work_of("attend", mode, settings, heads, S)
+        if select is None or attend is None or mode == "backward":
+            return attend
+        return select + attend
+    own = visible_pairs(config, S)
+    pairs = {"attend": own, "attend_blocks": own, "dense": S * (S + 1) / 2}.get(op)
+    if pairs is None:
+        return None
+    return Work(2.0 * _PRODUCTS[mode] * B * heads.query * D * pairs, float(rows * _PASSES[mode]))
+
+
+def _work_of_step(op: str, settings: BenchmarkSettings, heads: Heads, S: int) -> Work | None:
+    """Of one token over ``S`` cached ones: every key that counts is read once, and its value."""
+    B, D, config = settings.shapes.batch, settings.shapes.head_dim, settings.attention
+    element = 4 if settings.run.dtype == "float32" else 2
+    key_bytes = B * heads.kv * D * element
+    scored = _scored_keys(config, S)
+    select = _scores(config, heads, B * D * scored) + Work(0.0, key_bytes * scored)
+
+    def attend(num_keys: int) -> Work:
+        keys_and_values = 2.0 * num_keys
+        return Work(2.0 * B * heads.query * D * keys_and_values, key_bytes * keys_and_values)
+
+    return {
+        "select_blocks": select,
+        "infllm_attention": select + attend(min(S, config.num_selected * config.block_size)),
+        "dense": attend(S),
+    }.get(op)
+
+
+def _scored_keys(config: InfLLMConfig, S: int) -> float:
+    """Keys that the last query's scores take: compressed ones, and coarse ones as normaliser."""
+    has_coarse = config.lse == "coarse" and not config.pool_queries
+    return (1.25 if has_coarse else 1.0) * S / config.kernel_stride
+
+
+def _scores(config: InfLLMConfig, heads: Heads, products: float) -> Work:
+    """Operations of so many products per head: one head scores for its group where pooled."""
+    flops = 2.0 * products * (heads.kv if config.pool_queries else heads.query)
+    return Work(flops, 0.0, flops if config.score_dtype == "float8" else 0.0)
+
+
+def visible_pairs(config: InfLLMConfig, S: int) -> float:
+    """Pairs of a token and a key that it attends to, per head."""
+    block, budget = config.block_size, config.num_selected
+    pairs = 0.0
+    for own in range(-(-S // block)):
+        tokens = min(block, S - own * block)
+        pairs += tokens * min(own, budget - 1) * block + tokens * (tokens + 1) / 2
+    return pairs

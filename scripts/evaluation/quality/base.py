@@ -1,0 +1,195 @@
+"""The pretrained model: found, checked before any work, and kept as a folder of the run."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+
+from evaluation.quality.settings import BaseSettings
+from infllm_flex.patch import UnsupportedModelError, patch_model
+from infllm_flex.training.atomic_folder import clear_leftovers, publish
+from infllm_flex.training.model import quiet_transformers
+
+
+class BaseError(ValueError):
+    """The base cannot be used; the message says why, in one line."""
+
+
+class Source(NamedTuple):
+    """Where the base lies: a folder, and the GGUF file in it, if it is one."""
+
+    folder: Path
+    gguf_file: str | None
+
+
+def find(settings: BaseSettings) -> Source:
+    """Find the folder of the base.
+
+    Raises:
+        BaseError: There is none.
+    """
+    if settings.package is not None:
+        return _in_package(settings.package)
+    if settings.folder is not None:
+        return Source(settings.folder, settings.gguf_file)
+    from infllm_flex.training.model_config import find_on_hub
+
+    assert settings.hub is not None  # settings hold exactly one of the three
+    try:
+        return Source(find_on_hub(settings.hub, "main", settings.download, "base"), None)
+    except ValueError as error:
+        raise BaseError(str(error)) from error
+
+
+def check(settings: BaseSettings, source: Source, longest: int) -> None:
+    """Refuse a base that cannot be tuned and judged, by its configuration alone.
+
+    Args:
+        settings: The ``base`` section.
+        source: What `find` found.
+        longest: Tokens of the longest sequence.
+
+    Raises:
+        BaseError: transformers does not know it, no layer can be sparse, or it is too short.
+    """
+    with quiet_transformers() as transformers:
+        config = _read_config(transformers, source)
+        _set_positions(config, settings, longest)
+        try:
+            with torch.device("meta"):
+                model = transformers.AutoModelForCausalLM.from_config(
+                    config, trust_remote_code=False
+                )
+        except (ValueError, KeyError) as error:
+            raise BaseError(f"base: {source.folder} is no causal LM: {_line(error)}") from error
+    try:
+        patch_model(model)
+    except UnsupportedModelError as error:
+        raise BaseError(f"base: {type(model).__name__} cannot be sparse: {_line(error)}") from error
+
+
+def prepare(settings: BaseSettings, source: Source, longest: int, folder: Path) -> None:
+    """Publish the base as a transformers folder with safetensors weights, unless it is there.
+
+    Args:
+        settings: The ``base`` section.
+        source: What `find` found.
+        longest: Tokens of the longest sequence.
+        folder: To make.
+    """
+    if folder.exists():
+        return
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    clear_leftovers(folder.parent, folder.name)
+    with quiet_transformers() as transformers:
+        options: dict[str, Any] = {"local_files_only": True, "trust_remote_code": False}
+        if source.gguf_file is not None:
+            options["gguf_file"] = source.gguf_file
+        config = _read_config(transformers, source)
+        _set_positions(config, settings, longest)
+        model = transformers.AutoModelForCausalLM.from_pretrained(
+            source.folder, config=config, dtype=torch.float32, **options
+        )
+        tokenizer = transformers.AutoTokenizer.from_pretrained(source.folder, **options)
+        model.config.architectures = [type(model).__name__]
+        publish(folder, lambda aside: _save(model, tokenizer, aside))
+
+
+def load_tokenizer(folder: Path) -> Any:
+    """The fast tokenizer of a model folder.
+
+    Raises:
+        BaseError: It has none.
+    """
+    with quiet_transformers() as transformers:
+        tokenizer = transformers.AutoTokenizer.from_pretrained(
+            folder, local_files_only=True, trust_remote_code=False
+        )
+    if not getattr(tokenizer, "is_fast", False):
+        raise BaseError(f"base: the tokenizer in {folder} has no tokenizer.json")
+    return tokenizer
+
+
+def _save(model: Any, tokenizer: Any, folder: Path) -> None:
+    # Not by save_pretrained, which refuses a model that was read from a GGUF file.
+    from safetensors.torch import save_file
+
+    tensors: dict[str, torch.Tensor] = {}
+    seen = set()
+    for name, value in model.state_dict(keep_vars=True).items():
+        if id(value) not in seen:  # tied weights load under their first name
+            seen.add(id(value))
+            tensors[name] = value.detach().contiguous()
+    save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+    config = json.loads(model.config.to_json_string(use_diff=True))
+    config.pop("quantization_config", None)  # the weights are float32 now
+    (folder / "config.json").write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
+    tokenizer.save_pretrained(folder)
+
+
+def _in_package(package: str) -> Source:
+    spec = importlib.util.find_spec(package) if package.isidentifier() else None
+    places = list(spec.submodule_search_locations or []) if spec else []
+    if not places:
+        raise BaseError(
+            f"base.package: {package} is not installed: pip install 'infllm-flex[quality]', or "
+            "give base.folder"
+        )
+    files = sorted(Path(places[0]).glob("*.gguf"))
+    if len(files) != 1:
+        raise BaseError(
+            f"base.package: expected one .gguf file in {places[0]}, got {len(files)}: give "
+            "base.folder and base.gguf_file"
+        )
+    return Source(files[0].parent, files[0].name)
+
+
+def _read_config(transformers: Any, source: Source) -> Any:
+    from infllm_flex.training.model_config import read_config
+
+    if source.gguf_file is None:
+        try:
+            return read_config(transformers, source.folder)
+        except (ValueError, OSError) as error:
+            raise BaseError(f"base: {source.folder}: {_line(error)}") from error
+    if importlib.util.find_spec("gguf") is None:
+        raise BaseError("base: GGUF files are read with gguf: pip install 'infllm-flex[quality]'")
+    try:
+        return transformers.AutoConfig.from_pretrained(
+            source.folder, gguf_file=source.gguf_file, local_files_only=True
+        )
+    except (ValueError, OSError, KeyError) as error:
+        where = source.folder / source.gguf_file
+        raise BaseError(f"base: {where} cannot be read: {_line(error)}") from error
+
+
+def _set_positions(config: Any, settings: BaseSettings, longest: int) -> None:
+    known = getattr(config, "max_position_embeddings", longest)
+    if settings.rope_theta is not None:
+        parameters = getattr(config, "rope_parameters", None) or {}
+        if parameters.get("rope_type", "default") != "default":
+            raise BaseError(
+                f"base.rope_theta: expected a plain rotary embedding, the base has "
+                f"{parameters['rope_type']}: leave rope_theta out"
+            )
+        config.rope_parameters = {
+            **parameters,
+            "rope_type": "default",
+            "rope_theta": settings.rope_theta,
+        }
+        known = max(known, longest)
+    known = settings.positions or known
+    if known < longest:
+        raise BaseError(
+            f"base: it has positions for {known} tokens, {longest} are asked for: set "
+            "base.rope_theta and base.positions to let it reach further"
+        )
+    config.max_position_embeddings = known
+
+
+def _line(error: BaseException) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]

@@ -1,0 +1,70 @@
+"""Long generation: a program executed step by step, each line of the answer from lines before."""
+
+from __future__ import annotations
+
+from random import Random
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from evaluation.quality.names import STEPS
+from evaluation.quality.rows import Row
+from evaluation.quality.scoring import Scorer
+from evaluation.quality.settings import QualitySettings
+from evaluation.quality.tasks import Maker
+from evaluation.quality.words import Vocabulary
+
+
+def judge_generation(
+    settings: QualitySettings, scorer: Scorer, vocabulary: Vocabulary, text: Tensor, seed: int
+) -> dict[str, Any]:
+    """Let a model run programs by itself, greedily, and compare line by line.
+
+    Weights are in bfloat16 on a GPU. Arguments as of `judge_retrieval`.
+
+    Returns:
+        ``hits``: of every program, 0 or 1 for each line; ``tokens``: generated for each.
+    """
+    judge = settings.judge
+    maker = Maker(vocabulary, text, settings.length + 1, True, settings.tuning.questions)
+    rows = [maker.row(STEPS, Random(f"generate/{seed}/{n}")) for n in range(judge.programs)]
+    # Prompts of one length need no padding: the text before the first fact gives way.
+    shortest = min(_prompt_end(row) for row in rows)
+    longest = max(len(row.tokens) - _prompt_end(row) for row in rows)
+    if scorer.is_half:
+        scorer.model.to(torch.bfloat16)
+    hits: list[list[int]] = []
+    for first in range(0, len(rows), judge.generation_batch):
+        some = rows[first : first + judge.generation_batch]
+        prompts = [row.tokens[_prompt_end(row) - shortest : _prompt_end(row)] for row in some]
+        for row, made in zip(some, _generate(scorer, torch.stack(prompts), longest), strict=True):
+            hits.append(_lines_right(row, made, vocabulary))
+    return {"hits": hits, "tokens": longest}
+
+
+def _prompt_end(row: Row) -> int:
+    return row.questions[0].answer.start
+
+
+def _generate(scorer: Scorer, prompts: Tensor, tokens: int) -> Tensor:
+    ids = prompts.to(scorer.device)
+    with torch.no_grad():
+        made = scorer.model.generate(
+            ids,
+            attention_mask=torch.ones_like(ids),
+            do_sample=False,
+            max_new_tokens=tokens,
+            min_new_tokens=tokens,  # the end of a text is no way out
+            pad_token_id=0,
+        )
+    return made[:, ids.shape[1] :].cpu()
+
+
+def _lines_right(row: Row, made: Tensor, vocabulary: Vocabulary) -> list[int]:
+    """Whether each line of the answer is what it should be, wherever it ends."""
+    answers = [row.tokens[q.answer.start : q.answer.end].tolist() for q in row.questions]
+    expected = [vocabulary.decode(answer).strip("\n") for answer in answers]
+    lines = vocabulary.decode(made.tolist()).strip("\n").split("\n")
+    lines += [""] * (len(expected) - len(lines))
+    return [int(line == right) for line, right in zip(lines, expected, strict=False)]

@@ -1,0 +1,103 @@
+"""What every variant is trained on: plain text and tasks, a function of seed and number alone."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterable
+from random import Random
+
+import torch
+from torch import Tensor
+
+from evaluation.quality.rows import stretch
+from evaluation.quality.settings import TuningSettings
+from evaluation.quality.tasks import Maker
+from evaluation.quality.words import Vocabulary
+from infllm_flex.training.data import Batch, Sampler
+from infllm_flex.training.data.store import TokenStore
+from infllm_flex.training.settings import StageSettings
+
+
+class Mixture:
+    """The text of `infllm_flex.training.loop.train`.
+
+    Args:
+        store: Tokens of the text.
+        vocabulary: What facts are made of.
+        tuning: Says how much of what.
+
+    Attributes:
+        identity: Equal exactly for equal samples.
+        vocabulary: Token numbers are below this.
+    """
+
+    def __init__(self, store: TokenStore, vocabulary: Vocabulary, tuning: TuningSettings) -> None:
+        self._store, self._words, self._tuning = store, vocabulary, tuning
+        what = [tuning.tasks, tuning.task_share, tuning.emphasis, tuning.questions]
+        described = json.dumps([store.identity, what])
+        self.identity = hashlib.sha256(described.encode()).hexdigest()
+        self.vocabulary = store.vocabulary
+
+    def sampler(self, name: str, stage: StageSettings, seed: int) -> Sampler:
+        """The samples of a stage.
+
+        Raises:
+            ValueError: The text is too short for one.
+        """
+        sampler = MixtureSampler(
+            self._store.train.tokens, self._words, self._tuning, stage.max_length, seed
+        )
+        sampler.check()
+        return sampler
+
+
+class MixtureSampler:
+    """Finds samples by number, whatever was asked for before.
+
+    Args:
+        text: Tokens ``[N]``.
+        vocabulary: What facts are made of.
+        tuning: Says how much of what.
+        length: Tokens of a sample.
+        seed: Of the run.
+    """
+
+    def __init__(
+        self,
+        text: Tensor,
+        vocabulary: Vocabulary,
+        tuning: TuningSettings,
+        length: int,
+        seed: int,
+    ) -> None:
+        self._text, self._tuning, self._length, self._seed = text, tuning, length, seed
+        self._maker = Maker(vocabulary, text, length + 1, False, tuning.questions)
+
+    def check(self) -> None:
+        """Make one sample of each task.
+
+        Raises:
+            ValueError: The text or the length is too short for one.
+        """
+        for task in self._tuning.tasks:
+            self._maker.row(task, Random(0))
+
+    def batch(self, indices: Iterable[int]) -> Batch:
+        """The samples of ``indices``, one per row."""
+        parts = [self._sample(index) for index in indices]
+        tokens = torch.stack([tokens for tokens, _ in parts])
+        weights = torch.stack([weights for _, weights in parts])
+        ids, labels = tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous()
+        return Batch(ids, labels, weights=weights[:, 1:].contiguous())
+
+    def _sample(self, index: int) -> tuple[Tensor, Tensor]:
+        random, tuning = Random(f"{self._seed}/{index}"), self._tuning
+        weights = torch.ones(self._length + 1)
+        if random.random() >= tuning.task_share:
+            return stretch(random, self._text, self._length + 1).long(), weights
+        task = random.choices(list(tuning.tasks), list(tuning.tasks.values()))[0]
+        row = self._maker.row(task, random)
+        answer = row.is_answer()
+        weights[answer] += tuning.emphasis * self._length / int(answer.sum())
+        return row.tokens, weights

@@ -1,0 +1,114 @@
+"""The comparison as text for the terminal."""
+
+from __future__ import annotations
+
+from evaluation.quality.arms import DENSE, Arm
+from evaluation.quality.nats import buckets
+from evaluation.quality.results import Results
+from evaluation.quality.statistics import Interval
+from evaluation.quality.verdicts import ABLE, closed, kept
+from evaluation.table import format_table
+
+
+def report(results: Results) -> str:
+    """All tables that something is known for."""
+    parts = [_answers(results), _kept(results), _nats(results), _shares(results)]
+    found = [part for part in parts if part]
+    return "\n\n".join(found) if found else "nothing is judged yet"
+
+
+def _answers(results: Results) -> str:
+    tasks = results.tasks()
+    some = list(dict.fromkeys([*results.arms("retrieval"), *results.arms("generation")]))
+    if not some:
+        return ""
+    rows = [
+        [*_head(results, arm), *(_number(results.accuracy(task, arm)) for task in tasks)]
+        for arm in some
+    ]
+    return (
+        f"Right answers at {results.settings.length} tokens, trained->run where the two differ\n\n"
+        + format_table(["variant", "visible", *tasks], rows)
+    )
+
+
+def _kept(results: Results) -> str:
+    rows: list[list[str]] = []
+    remarks: list[str] = []
+    dense = Arm(DENSE, DENSE)
+    tasks = [task for task in results.tasks() if results.accuracy(task, dense) >= ABLE]
+    unable = [task for task in results.tasks() if results.accuracy(task, dense) < ABLE]
+    for arm in results.arms("retrieval"):
+        cells = []
+        for task in tasks:
+            found = kept(results, arm, task)
+            mark = ""
+            if found is not None and found.remark:
+                if found.remark not in remarks:
+                    remarks.append(found.remark)
+                mark = f" ({remarks.index(found.remark) + 1})"
+            cells.append(_interval(found.share if found else None) + mark)
+        if any(cells):
+            rows.append([*_head(results, arm), *cells])
+    if not rows and not unable:
+        return ""
+    lines = [f"({number}) {remark}" for number, remark in enumerate(remarks, start=1)]
+    if unable:
+        lines.append(f"Left out, as dense answers less than half: {', '.join(unable)}")
+    return (
+        "Kept of the dense model's right answers, with the 95 % interval over seeds and "
+        "sequences\n\n"
+        + format_table(["variant", "visible", *tasks], rows)
+        + ("\n\n" + "\n".join(lines) if lines else "")
+    )
+
+
+def _nats(results: Results) -> str:
+    some = results.arms("nats")
+    if not some:
+        return ""
+    names = [str(bucket) for bucket in buckets(results.settings.length)]
+    rows = []
+    for arm in some:
+        means = [results.nats(name, arm) for name in names]
+        cells = [f"{mean[0].mean():.3f}" if mean else "" for mean in means]
+        rows.append([*_head(results, arm), *cells, _interval(closed(results, arm))])
+    return "Nats per token of held-out text, by position\n\n" + format_table(
+        ["variant", "visible", *names, "gap window-dense closed"], rows
+    )
+
+
+def _shares(results: Results) -> str:
+    some = results.arms("shares")
+    if not some:
+        return ""
+    kinds = ("attention", "attention_best", "attention_window", "needle", "needle_best")
+    rows = []
+    for arm in some:
+        found = [
+            results.found[arm, seed, "shares"]["layers"] for seed in results.seeds("shares", arm)
+        ]
+        cells = []
+        for kind in kinds:
+            values = [value for layers in found for value in layers.get(kind, {}).values()]
+            cells.append(_number(sum(values) / len(values)) if values else "")
+        rows.append([*_head(results, arm), *cells])
+    return (
+        "Share of dense attention in the chosen blocks, in the best as many, in the window; and of "
+        "the attention on needles\n(mean over layers; by layer in the CSV)\n\n"
+        + format_table(["variant", "visible", *kinds], rows)
+    )
+
+
+def _head(results: Results, arm: Arm) -> list[str]:
+    return [arm.name, f"{results.visible(arm) / results.settings.length:.1%}"]
+
+
+def _number(value: float) -> str:
+    return "" if value != value else f"{value:.3f}"
+
+
+def _interval(found: Interval | None) -> str:
+    if found is None or found.value != found.value:
+        return ""
+    return f"{found.value:.3f} [{found.low:.3f} {found.high:.3f}]"

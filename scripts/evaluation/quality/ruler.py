@@ -1,0 +1,107 @@
+"""RULER by ``lm-eval`` on a model as it attends: the tasks that need no download."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import importlib.util
+import io
+import logging
+import random
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from evaluation.quality.arms import Way
+from evaluation.quality.base import load_tokenizer
+from evaluation.quality.parts import SkippedError
+from evaluation.quality.settings import QualitySettings
+from infllm_flex.training.model import load_model
+
+_NEEDED = ("lm_eval", "nltk", "wonderwords", "scipy")
+
+
+def judge_ruler(
+    settings: QualitySettings, model: Path, way: Way, device: torch.device, seed: int
+) -> dict[str, Any]:
+    """Let a model generate answers to RULER's prompts; one at a time, so that none is padded.
+
+    Args:
+        settings: The whole comparison.
+        model: Its folder.
+        way: How it attends.
+        device: Where it computes; weights are in bfloat16 on a GPU.
+        seed: Of the prompts.
+
+    Returns:
+        By ``task@length``: ``hits``, for each prompt a list with the share of right answers.
+
+    Raises:
+        SkippedError: A package is missing.
+    """
+    missing = [name for name in _NEEDED if importlib.util.find_spec(name) is None]
+    if missing:
+        raise SkippedError(f"RULER needs {', '.join(missing)}: pip install 'infllm-flex[quality]'")
+    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+    network = load_model(model, dtype).to(device).eval()
+    tasks: dict[str, Any] = {}
+    with way.on(network), _no_sentences():
+        for length in settings.judge.ruler_lengths:
+            samples = _evaluate(settings, network, model, length, seed)
+            for task, some in samples.items():
+                scores = [[float(sample[str(length)])] for sample in some]
+                tasks[f"{task}@{length}"] = {"hits": scores}
+    return {"tasks": tasks}
+
+
+def _evaluate(
+    settings: QualitySettings, network: Any, model: Path, length: int, seed: int
+) -> dict[str, list[dict[str, Any]]]:
+    from lm_eval.evaluator import evaluate
+    from lm_eval.models.huggingface import HFLM
+
+    logging.getLogger("lm_eval").setLevel(logging.ERROR)
+    judge = settings.judge
+    base = settings.run.folder / "base"  # whose tokenizer all models have
+    with contextlib.redirect_stdout(io.StringIO()):
+        found = evaluate(
+            lm=HFLM(
+                pretrained=network,
+                tokenizer=load_tokenizer(model),
+                max_length=network.config.max_position_embeddings,
+                batch_size=1,
+            ),
+            task_dict=_prompts(judge.ruler_tasks, length, str(base), seed),
+            limit=judge.ruler_items,
+            bootstrap_iters=0,
+        )
+    samples: dict[str, list[dict[str, Any]]] = found["samples"]
+    return {task: sorted(some, key=lambda s: s["doc_id"]) for task, some in samples.items()}
+
+
+@functools.cache
+def _prompts(tasks: tuple[str, ...], length: int, tokenizer: str, seed: int) -> Any:
+    """The tasks with their prompts, made once for all models: it takes longer than to answer."""
+    import numpy
+    from lm_eval.tasks import TaskManager
+
+    random.seed(seed)
+    numpy.random.seed(seed)
+    manager = TaskManager(metadata={"max_seq_lengths": [length], "tokenizer": tokenizer})
+    return manager.load(list(tasks))
+
+
+@contextlib.contextmanager
+def _no_sentences() -> Any:
+    """Keep the tasks from downloading a cutter of sentences, which only those of essays use."""
+    import nltk
+
+    with tempfile.TemporaryDirectory() as aside:
+        (Path(aside) / "tokenizers" / "punkt_tab").mkdir(parents=True)
+        nltk.data.path.insert(0, aside)
+        try:
+            yield
+        finally:
+            nltk.data.path.remove(aside)

@@ -1,0 +1,221 @@
+"""Doing the parts of a comparison, each once, in one process or in several that share a folder."""
+
+from __future__ import annotations
+
+import gc
+import importlib.metadata
+import os
+import shutil
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import torch
+
+from benchmarking.results import describe_environment
+from evaluation.quality import base, text
+from evaluation.quality.arms import Arm, arms, ways
+from evaluation.quality.generation import judge_generation
+from evaluation.quality.mixture import Mixture
+from evaluation.quality.nats import judge_nats
+from evaluation.quality.parts import Folder, Part, SkippedError
+from evaluation.quality.plan import judge_name
+from evaluation.quality.retrieval import judge_retrieval
+from evaluation.quality.scoring import Scorer
+from evaluation.quality.settings import QualitySettings
+from evaluation.quality.tuning import training_settings, tune
+from evaluation.quality.words import Vocabulary
+from infllm_flex.training.data.store import TokenStore
+from infllm_flex.training.run_folder import CHECKPOINTS, MODEL
+
+Say = Callable[[str], None]
+
+
+class StoppedError(Exception):
+    """A signal came, or the time was up; what is finished is kept."""
+
+    def __init__(self, signal: int) -> None:
+        super().__init__("stopped; the same command goes on from the last finished part")
+        self.status = 128 + signal
+
+
+@dataclass
+class Workshop:
+    """The parts of one comparison in one process.
+
+    Attributes:
+        settings: The whole comparison.
+        device: Where it computes.
+        source: Where the base lies; None once it is in the folder.
+        say: Takes lines for the user.
+    """
+
+    settings: QualitySettings
+    device: torch.device
+    source: base.Source | None
+    say: Say
+
+    def __post_init__(self) -> None:
+        self.folder = Folder(self.settings.run.folder)
+        # transformers warns of workers that begin after its tokenizer has used threads.
+        os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
+
+    def do(self, wanted: Sequence[Part], everything: Sequence[Part]) -> list[Part]:
+        """Do what is not done, and wait for other processes where all that is left needs them.
+
+        Args:
+            wanted: What this process may do, with all that it needs.
+            everything: All parts, in order.
+
+        Returns:
+            What of ``wanted`` was skipped.
+
+        Raises:
+            StoppedError: A signal came.
+        """
+        by_name = {part.name: part for part in everything}
+        skipped: set[str] = set()
+        while True:
+            left = [part for part in wanted if self.folder.result(part) is None]
+            left = [part for part in left if part.name not in skipped]
+            ready = [part for part in left if self._is_ready(part, by_name)]
+            if any(self._try(part, skipped) for part in ready):
+                continue
+            # What this process cannot do now, another one may be doing.
+            waited = [by_name[name] for part in left for name in self._missing(part, by_name)]
+            if not any(self._wait(part) for part in [*ready, *waited]):
+                return [part for part in wanted if self.folder.result(part) is None]
+
+    def _missing(self, part: Part, by_name: dict[str, Part]) -> list[str]:
+        return [name for name in part.needs if self.folder.result(by_name[name]) is None]
+
+    def _is_ready(self, part: Part, by_name: dict[str, Part]) -> bool:
+        return not self._missing(part, by_name)
+
+    def _wait(self, part: Part) -> bool:
+        """Wait while another process works on a part; whether one did."""
+        with self.folder.claim(part) as mine:
+            if mine:
+                return False
+        with self.folder.claim(part, wait=True):
+            return True
+
+    def _try(self, part: Part, skipped: set[str]) -> bool:
+        with self.folder.claim(part) as mine:
+            if not mine:
+                return False
+            if self.folder.result(part) is not None:
+                return True  # by another process, meanwhile
+            self.folder.begin(part)
+            started = time.perf_counter()
+            self.say(f"{part.name} ...")
+            try:
+                result = self._work(part)
+            except SkippedError as reason:
+                self.say(f"{part.name} skipped: {reason}")
+                skipped.add(part.name)
+                return True
+            finally:
+                gc.collect()  # a model that was trained is in a cycle with its own forward
+                if self.device.type == "cuda":
+                    torch.cuda.empty_cache()
+            self.folder.finish(part, {**result, "environment": self._environment()})
+            self.say(f"{part.name} done in {time.perf_counter() - started:.0f} s")
+            return True
+
+    def _environment(self) -> dict[str, str]:
+        found = describe_environment(self.device)
+        found["transformers"] = importlib.metadata.version("transformers")
+        return found | ({"commit": self.settings.run.commit} if self.settings.run.commit else {})
+
+    def _work(self, part: Part) -> dict[str, Any]:
+        kind, _, rest = part.name.partition(":")
+        if kind == "base":
+            if self.source is not None:
+                base.prepare(self.settings.base, self.source, self._longest, self._base)
+            return {}
+        if kind == "text":
+            text.prepare(self.settings.text, self._base, self._text)
+            store = text.open_text(self._text)
+            return {"train": len(store.train.tokens), "held_out": len(store.held_out.tokens)}
+        if kind == "train":
+            name, _, seed = rest.partition(":")
+            return self._train(name, int(seed))
+        return self._judge(part)
+
+    def _train(self, name: str, seed: int) -> dict[str, Any]:
+        way, folder = ways(self.settings)[name], self._model_folder(name, seed)
+        recipe = training_settings(self.settings, way, seed, self._base, folder, self.device)
+        mixture = Mixture(self._store, self._vocabulary, self.settings.tuning)
+        started = time.perf_counter()
+        outcome = tune(recipe, way, mixture, f"{name} {seed}")
+        if outcome.signal:
+            raise StoppedError(outcome.signal)
+        shutil.rmtree(folder / CHECKPOINTS)  # the model is what is left of it
+        return {"seconds": time.perf_counter() - started}
+
+    def _judge(self, part: Part) -> dict[str, Any]:
+        arm, seed, group = self._arm(part)
+        model = self._model_folder(arm.tuned, seed) / MODEL
+        way = ways(self.settings)[arm.run]
+        if group == "ruler":
+            from evaluation.quality.ruler import judge_ruler
+
+            return judge_ruler(self.settings, model, way, self.device, seed)
+        if group == "shares":
+            from evaluation.quality.shares import judge_shares
+
+            words, held_out = self._maker_parts
+            return judge_shares(self.settings, model, way, self.device, words, held_out, seed)
+        scorer = Scorer(model, self.device)
+        with way.on(scorer.model):
+            if group == "nats":
+                return judge_nats(self.settings, scorer, self._store)
+            words, held_out = self._maker_parts
+            judge = judge_retrieval if group == "retrieval" else judge_generation
+            return judge(self.settings, scorer, words, held_out, seed)
+
+    def _arm(self, part: Part) -> tuple[Arm, int, str]:
+        for arm in arms(self.settings):
+            for seed in self.settings.run.seeds:
+                for group in self.settings.judge.groups:
+                    if judge_name(arm, seed, group) == part.name:
+                        return arm, seed, group
+        raise AssertionError(part.name)
+
+    @property
+    def _base(self) -> Any:
+        return self.folder.path / "base"
+
+    @property
+    def _text(self) -> Any:
+        return self.folder.path / "text"
+
+    def _model_folder(self, name: str, seed: int) -> Any:
+        return self.folder.path / "models" / f"{name}-{seed}"
+
+    @property
+    def _longest(self) -> int:
+        return longest(self.settings)
+
+    @cached_property
+    def _store(self) -> TokenStore:
+        return text.open_text(self._text)
+
+    @cached_property
+    def _vocabulary(self) -> Vocabulary:
+        return Vocabulary(base.load_tokenizer(self._base))
+
+    @property
+    def _maker_parts(self) -> tuple[Vocabulary, torch.Tensor]:
+        return self._vocabulary, self._store.held_out.tokens
+
+
+def longest(settings: QualitySettings) -> int:
+    """Tokens of the longest sequence that a model will see."""
+    lengths = [settings.tuning.length, settings.length]
+    if "ruler" in settings.judge.groups:
+        lengths += settings.judge.ruler_lengths
+    return max(lengths)
