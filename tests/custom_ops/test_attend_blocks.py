@@ -4,6 +4,7 @@ import torch
 from infllm_flex import reference
 from infllm_flex_ops import attend_blocks
 from infllm_flex_ops.block_attention import tile_chunks
+from infllm_flex_ops.block_attention.attend_blocks import build_lists
 from infllm_flex_ops.block_lists import union_lists
 from tests.inputs import make_qkv, make_selected
 from tests.tolerance import assert_within_rounding
@@ -124,6 +125,26 @@ def test_tiles_divide_the_unit_of_a_layout(tile_tokens, unit, tokens):
     assert unit % union_lists.fit_unit(tile_tokens, unit) == 0
 
 
+@pytest.mark.parametrize("unit", [None, 48])
+@pytest.mark.parametrize(("shape", "tile_tokens"), SHAPES[:3])
+def test_lists_built_beforehand_give_the_same_bits_and_gradients(shape, tile_tokens, unit):
+    (q, k, v), selected, _ = make_case(shape, tile_tokens)
+    lists = build_lists(q, k, selected, BLOCK, unit=unit)
+    grad_out = torch.randn(q.shape, generator=torch.Generator().manual_seed(1))
+
+    def itself(q, k, v):
+        return attend_blocks(q, k, v, selected, BLOCK, 0.25, None, unit)[0]
+
+    def ready(q, k, v):
+        tokens, *built = lists
+        return attend_blocks(q, k, v, selected, BLOCK, 0.25, tokens, unit, *built)[0]
+
+    out, grads = gradients(itself, (q, k, v), grad_out)
+    ready_out, ready_grads = gradients(ready, (q, k, v), grad_out)
+    for x, y in zip((out, *grads), (ready_out, *ready_grads), strict=True):
+        assert torch.equal(x, y)
+
+
 def test_keeps_the_layout_of_the_query():
     (q, k, v), _, rest = make_case({"S": 90, "Hq": 4, "Hkv": 2, "D": 16}, 4)
     token_major = q.transpose(1, 2).contiguous().transpose(1, 2)
@@ -132,11 +153,13 @@ def test_keeps_the_layout_of_the_query():
     assert torch.equal(out, attend_blocks(q, k, v, *rest)[0])
 
 
-def test_is_registered_right():
-    qkv, _, rest = make_case({"S": 40, "Hq": 4, "Hkv": 2, "D": 8}, 4)
+@pytest.mark.parametrize("ready", [False, True])
+def test_is_registered_right(ready):
+    qkv, selected, rest = make_case({"S": 40, "Hq": 4, "Hkv": 2, "D": 8}, 4)
+    lists = build_lists(*qkv[:2], selected, BLOCK, 4)[1:] if ready else ()
     torch.library.opcheck(
         torch.ops.infllm_flex.attend_blocks.default,
-        (*(x.requires_grad_() for x in qkv), *rest),
+        (*(x.requires_grad_() for x in qkv), *rest, *((None, *lists) if ready else ())),
     )
 
 

@@ -1,6 +1,6 @@
 """Attend from tiles of queries to their listed blocks, with gradients, on any device."""
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -11,6 +11,42 @@ from infllm_flex_ops.block_lists import union_lists
 from infllm_flex_ops.in_parallel import in_parallel
 from infllm_flex_ops.transforms import register_gradients, register_vmap
 from infllm_flex_ops.without_autocast import without_autocast
+
+
+class ForwardLists(NamedTuple):
+    """The blocks of each tile, as ``union_lists.list_blocks`` returns them.
+
+    Attributes:
+        tile_tokens: Tokens per tile.
+        num: Blocks per tile, int32 ``[B, Hkv, Nq]``.
+        idx: The blocks, int32 ``[B, Hkv, Nq, W]``, ascending.
+        words: Membership words ``[B, Hkv, Nq, W]``.
+    """
+
+    tile_tokens: int
+    num: Tensor
+    idx: Tensor
+    words: Tensor
+
+
+def build_lists(
+    q: Tensor,
+    k: Tensor,
+    selected: Tensor,
+    block_size: int,
+    tile_tokens: int | None = None,
+    unit: int | None = None,
+) -> ForwardLists:
+    """Build the lists that ``attend_blocks`` walks; arguments as there."""
+    if tile_tokens is None and q.is_cuda:
+        from infllm_flex_ops.block_attention.kernels.attend_blocks import choose_tile_tokens
+
+        tile_tokens = choose_tile_tokens(q, k, block_size)
+    elif tile_tokens is None:
+        tile_tokens = union_lists.choose_tile_tokens(q.shape[1] // k.shape[1])
+    tile_tokens = union_lists.fit_unit(tile_tokens, unit)
+    lists = union_lists.list_blocks(selected, k.shape[2], block_size, tile_tokens)
+    return ForwardLists(tile_tokens, *lists)
 
 
 @torch.library.custom_op("infllm_flex::attend_blocks", mutates_args=())
@@ -24,6 +60,9 @@ def attend_blocks(
     scale: float,
     tile_tokens: int | None = None,
     unit: int | None = None,
+    num: Tensor | None = None,
+    idx: Tensor | None = None,
+    words: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Softmax attention of every query over the keys of its own blocks, causally.
 
@@ -39,6 +78,10 @@ def attend_blocks(
         scale: Factor on the dot products.
         tile_tokens: Tokens per tile, 1 to 64; None lets the device's rule choose.
         unit: Where sequences begin at multiples of so many tokens, no tile holds two of them.
+        num: The first of three lists that ``build_lists`` has built for tiles of ``tile_tokens``;
+            None builds them here. The backward builds its own, for tiles of its own size.
+        idx: The second.
+        words: The third.
 
     Returns:
         Output ``[B, Hq, Sq, D]`` in the dtype and layout of ``q``, and its natural log-sum-exp, at
@@ -48,9 +91,8 @@ def attend_blocks(
     accumulate = torch.promote_types(q.dtype, torch.float32)
     out = torch.empty_like(q)
     lse = q.new_empty(q.shape[:3], dtype=accumulate)
-    tile_tokens = tile_tokens or union_lists.choose_tile_tokens(q.shape[1] // k.shape[1])
-    tile_tokens = union_lists.fit_unit(tile_tokens, unit)
-    num, idx, words = union_lists.list_blocks(selected, k.shape[2], block_size, tile_tokens)
+    if num is None or idx is None or words is None or tile_tokens is None:
+        tile_tokens, num, idx, words = build_lists(q, k, selected, block_size, tile_tokens, unit)
     lists = TileLists(num, idx, words, block_size, tile_tokens)
     for head in heads(q, k):
         keys, values = (head.blocks(x, block_size, accumulate) for x in (k, v))
@@ -88,6 +130,9 @@ def _(
     scale: float,
     tile_tokens: int | None = None,
     unit: int | None = None,
+    num: Tensor | None = None,
+    idx: Tensor | None = None,
+    words: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     accumulate = torch.promote_types(q.dtype, torch.float32)
     return torch.empty_like(q), q.new_empty(q.shape[:3], dtype=accumulate)
@@ -103,12 +148,15 @@ def _(
     scale: float,
     tile_tokens: int | None = None,
     unit: int | None = None,
+    num: Tensor | None = None,
+    idx: Tensor | None = None,
+    words: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    from infllm_flex_ops.block_attention.kernels.attend_blocks import choose_tile_tokens, launch
+    from infllm_flex_ops.block_attention.kernels.attend_blocks import launch
 
-    tile_tokens = union_lists.fit_unit(tile_tokens or choose_tile_tokens(q, k, block_size), unit)
-    lists = union_lists.list_blocks(selected, k.shape[2], block_size, tile_tokens)
-    return launch(q, k, v, *lists, block_size, tile_tokens, scale)
+    if num is None or idx is None or words is None or tile_tokens is None:
+        tile_tokens, num, idx, words = build_lists(q, k, selected, block_size, tile_tokens, unit)
+    return launch(q, k, v, num, idx, words, block_size, tile_tokens, scale)
 
 
 def _save_for_backward(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
@@ -116,12 +164,14 @@ def _save_for_backward(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, 
     out, lse = output
     ctx.mark_non_differentiable(lse)
     ctx.save_for_backward(q, k, v, out, lse, selected)
-    ctx.settings = settings
+    ctx.num_settings = len(settings)
+    block_size, scale, tile_tokens, unit, num = (*settings, None, None, None)[:5]
+    ctx.settings = block_size, scale, tile_tokens if num is None else None, unit
 
 
 def _backward(ctx: Any, grad_out: Tensor, grad_lse: Tensor) -> tuple[Tensor | None, ...]:
     grads = attend_blocks_backward(grad_out, *ctx.saved_tensors, *ctx.settings)
-    return *grads, *(None,) * (1 + len(ctx.settings))
+    return *grads, *(None,) * (1 + ctx.num_settings)
 
 
 register_gradients(attend_blocks, _save_for_backward, _backward)

@@ -4,6 +4,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from infllm_flex_ops.transforms import register_vmap
+
 MAX_TILE_TOKENS = 64  # a tile's tokens have one bit each in a word
 _CHUNK_ENTRIES = 4 << 20  # (tile, block) pairs looked at together; bounds memory at any length
 
@@ -95,6 +97,9 @@ def tile_blocks(
         full_num.view(shape),
         full_idx.view(*shape, full_width),
     )
+
+
+register_vmap(tile_blocks)
 
 
 @tile_blocks.register_fake
