@@ -1,4 +1,4 @@
-"""torchtitan takes the attention of its models from the override, and each document its own."""
+"""torchtitan builds its models with the attention of examples/torchtitan_override.py."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from tests.training.runs import ATTENTION
 
 pytest.importorskip("torchtitan", reason="not among the dependencies: pip install torchtitan")
 
-TARGET = "scripts.torchtitan_override.sparse_attention"
+TARGET = "torchtitan_override.sparse_attention"
 SETTINGS = {
     "kernel_size": 4,
     "kernel_stride": 2,
@@ -28,10 +28,10 @@ SETTINGS = {
 
 @pytest.fixture(scope="module", autouse=True)
 def _on_the_path():
-    root = str(Path(__file__).parents[2])
-    sys.path.insert(0, root)
+    folder = str(Path(__file__).parents[1] / "examples")
+    sys.path.insert(0, folder)
     yield
-    sys.path.remove(root)
+    sys.path.remove(folder)
 
 
 def overridden(settings):

@@ -1,12 +1,12 @@
 """InfLLM-V2 attention for torchtitan, through its override point, without changing a line of it.
 
-With torchtitan 0.3 installed, this repository on the path, and a configuration whose
-model has ``attn_backend="varlen"``:
+With torchtitan 0.3 installed, this folder on the path, and a configuration whose model has
+``attn_backend="varlen"``:
 
-    torchrun --nproc-per-node 8 -m torchtitan.train --module llama3 --config <one of its configs> \
-        --override.imports 'scripts.torchtitan_override.sparse_attention={"dense_len": 8192}'
+    PYTHONPATH=examples torchrun --nproc-per-node 8 -m torchtitan.train --module llama3 --config C \
+        --override.imports 'torchtitan_override.sparse_attention={"dense_len": 8192}'
 
-torchtitan packs documents; each attends by its own length, densely or sparsely.
+torchtitan packs documents. Each document is dense or sparse by its own length.
 """
 
 from __future__ import annotations
@@ -22,11 +22,11 @@ import infllm_flex as ifx
 
 
 class SparseAttention(VarlenAttention):
-    """Stands where torchtitan's attention over packed documents was."""
+    """Replaces torchtitan's attention over packed documents."""
 
     @dataclass(kw_only=True, slots=True)
     class Config(VarlenAttention.Config):
-        """torchtitan's, and the settings of `InfLLMConfig` by name."""
+        """torchtitan's own fields, and the settings of `InfLLMConfig` by name."""
 
         settings: dict[str, Any] = field(default_factory=dict)
 
@@ -46,8 +46,8 @@ class SparseAttention(VarlenAttention):
         scale: float | None = None,
         **_: Any,
     ) -> Tensor:
-        """Attend within each document; all are ``[B, S, heads, D]``, as is the result."""
-        # One row of all documents behind one another, which may not cross the rows of the batch.
+        """Attend within each document; inputs and result are ``[B, S, heads, D]``."""
+        # Rows become one row. No document crosses the end of a row, so the bounds stay right.
         query, key, value = (
             x.flatten(0, 1).transpose(0, 1)[None] for x in (q_BLNH, k_BLNH, v_BLNH)
         )
@@ -60,5 +60,5 @@ class SparseAttention(VarlenAttention):
 @override(target=VarlenAttention.Config, exact=True, description="InfLLM-V2 sparse attention")
 def sparse_attention(config: VarlenAttention.Config, **settings: Any) -> SparseAttention.Config:
     """Replace attention; ``settings`` are those of `InfLLMConfig`, by name."""
-    ifx.InfLLMConfig.from_dict(settings)  # a mistake is named before the model is built
+    ifx.InfLLMConfig.from_dict(settings)  # raises here, before the model is built
     return derive(config, SparseAttention.Config, settings=settings)
