@@ -1,7 +1,7 @@
 """The definition of InfLLM-V2 in float64, slow and plain: the judge of everything else.
 
-Follows the numbered steps of "What InfLLM-V2 computes" in README one query at a time, and shares
-no code with the operators it judges. For tests and for readers; use small sizes.
+It follows the rule in docs/architecture.md, one query at a time, and shares no code with the
+operators it judges. For tests and for readers; use small sizes.
 """
 
 from __future__ import annotations

@@ -11,16 +11,21 @@ Row = dict[str, str]
 
 _HEAD = """# Models
 
-Written by `scripts/families.py`; do not edit. Every type in the causal LM mapping of
-transformers {versions}: {counts}.
+`scripts/families.py` writes this page; do not edit it. It covers every type in the causal LM
+mapping of transformers {versions}: {counts}.
 
-A type is built tiny with random weights, patched, and held against itself unpatched: below
-`dense_len` bit for bit (forward, gradients, padding on either side, greedy generation); with every
-block selected within rounding (the same, beyond `dense_len`, and step by step and in chunks over
-a cache that grows past `dense_len`); documents packed by `cu_seq_lens` or `position_ids` against
-each alone; sparse steps, padded rows and packed documents against one sparse forward; and undone,
-bit for bit. What a type does not do unpatched is not asked of it; `docs/results/families.csv` has
-it by type.
+Each type is built tiny with random weights, patched, and compared:
+
+- below `dense_len` with the unpatched model, bit for bit: forward, gradients, padding on either
+  side, greedy generation;
+- with every block selected, beyond `dense_len`, with the unpatched model, within rounding: the
+  same, and step by step and in chunks over a cache that grows past `dense_len`;
+- documents packed by `cu_seq_lens` or `position_ids` with each document alone;
+- sparse steps, padded rows and packed documents with one sparse forward pass;
+- after `unpatch_model`, with the unpatched model, bit for bit.
+
+A comparison that the unpatched model cannot make is left out; `docs/results/families.csv` lists
+those by type. `sound` means that every comparison that was made holds.
 """
 _SECTIONS = (
     ("fault", "At fault", "faults"),
