@@ -4,9 +4,9 @@ import torch
 from torch import Tensor
 
 from infllm_flex_ops.block_attention.attend_cached_blocks import attend_to_lists, visible_lists
+from infllm_flex_ops.dispatch import without_autocast
 from infllm_flex_ops.selection.block_scores import Rule, Windows, pick_lists
 from infllm_flex_ops.selection.select_cached_blocks import score_blocks
-from infllm_flex_ops.without_autocast import without_autocast
 
 
 @without_autocast

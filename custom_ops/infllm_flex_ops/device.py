@@ -6,6 +6,8 @@ import warnings
 import torch
 from torch import Tensor
 
+from infllm_flex_ops import torch_private
+
 FLOAT8_CAPABILITY = 89  # Ada: from here on tensor cores multiply float8
 _GLUON_VERSIONS = ((3, 6), (3, 7))
 
@@ -15,16 +17,13 @@ def compute_capability(x: Tensor) -> int:
     return device_capability(x.device)
 
 
+@torch_private.constant_to_graphs
 def device_capability(device: torch.device) -> int:
     """The same of a device; a constant to graphs."""
     if device.type != "cuda":
         return 0
     major, minor = torch.cuda.get_device_capability(device)
     return major * 10 + minor
-
-
-# What torch.compiler.assume_constant_result says, without importing Dynamo.
-device_capability._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def knows_float8(x: Tensor) -> bool:

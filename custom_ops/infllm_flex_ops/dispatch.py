@@ -1,24 +1,109 @@
-"""When to call the plain functions behind the operators, rather than the operators."""
+"""Register the operators ``infllm_flex::*``, and call them.
 
+An operator is registered in these steps, in the file of its name:
+
+1. `define_operator` on a function of plain tensor operations. The function is the definition: it
+   runs on the CPU, and the kernels are judged against it.
+2. ``register_fake`` on a function that makes empty outputs, for compilers.
+3. `cuda_launcher`, which names the module of the Triton kernels.
+4. What transforms do to it, from `infllm_flex_ops.transforms`: ``register_gradients`` or
+   ``refuse_gradients``, and ``register_vmap`` if every tensor has a batch dimension.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib
 from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 from torch import Tensor
 
+from infllm_flex_ops import torch_private
+
+if TYPE_CHECKING:
+    from torch.library import CustomOpDef  # type: ignore[attr-defined]
+
+_Function = TypeVar("_Function", bound=Callable[..., Any])
+
+
+def define_operator(
+    *, mutates_args: tuple[str, ...] = ()
+) -> Callable[[Callable[..., Any]], CustomOpDef]:
+    """Make a function the definition of the operator ``infllm_flex::<its name>``.
+
+    Autocast is off inside the function. The operator keeps the function in its attribute
+    ``plain``, for `skip_dispatcher`.
+
+    Args:
+        mutates_args: Names of the arguments that the function writes to.
+
+    Returns:
+        A decorator for a function whose first argument is a tensor.
+    """
+
+    def define(function: Callable[..., Any]) -> CustomOpDef:
+        body = without_autocast(function)
+        name = f"infllm_flex::{function.__name__}"
+        op = torch.library.custom_op(name, body, mutates_args=mutates_args)
+        op.plain = body  # type: ignore[attr-defined]
+        return op
+
+    return define
+
+
+def cuda_launcher(op: CustomOpDef, module: str, function: str = "launch") -> None:
+    """Run an operator on CUDA by a function that is imported at its first call.
+
+    Triton is thereby imported only where there is a GPU to launch on. The operator keeps what
+    imports the function in its attribute ``launcher``.
+
+    Args:
+        op: The operator.
+        module: The module of its kernels, below ``infllm_flex_ops``.
+        function: Name of a function there, which takes the operator's arguments.
+    """
+
+    @functools.cache
+    def find() -> Callable[..., Any]:
+        return getattr(importlib.import_module(f"infllm_flex_ops.{module}"), function)
+
+    @op.register_kernel("cuda")
+    def launch(*args: Any) -> Any:
+        return find()(*args)
+
+    op.launcher = find  # type: ignore[attr-defined]
+
+
+def without_autocast(function: _Function) -> _Function:
+    """Switch autocast off inside a function: its precision is part of its definition.
+
+    Args:
+        function: Its first argument is a tensor.
+    """
+
+    @functools.wraps(function)
+    def run(first: Tensor, *args: Any, **kwargs: Any) -> Any:
+        if not torch.is_autocast_enabled(first.device.type):
+            return function(first, *args, **kwargs)
+        with torch.autocast(first.device.type, enabled=False):
+            return function(first, *args, **kwargs)
+
+    return run  # type: ignore[return-value]
+
 
 def is_plain_on_cpu(x: Tensor) -> bool:
-    """Whether the dispatcher would add nothing but its own time.
+    """Whether the dispatcher would only take time: no graph, gradients, transform or GPU.
 
-    It has work to do for a graph, gradients, a transform of ``torch.func`` or a GPU.
-    A decode step is so short on the CPU that dispatching its operators would take a fifth of it.
+    On the CPU, dispatching the operators of a decode step would take a fifth of the step.
     """
     plain = type(x) is Tensor and x.is_cpu and not torch.is_grad_enabled()
     if not plain or torch.compiler.is_compiling():
         return False
-    return not torch._C._are_functorch_transforms_active()
+    return not torch_private.are_transforms_active()
 
 
-def past_dispatcher(op: Callable[..., Any], x: Tensor) -> Callable[..., Any]:
-    """The definition of an operator if ``x``, one of its arguments, is plain; else itself."""
-    return getattr(op, "_init_fn", op) if is_plain_on_cpu(x) else op
+def skip_dispatcher(op: CustomOpDef, x: Tensor) -> Callable[..., Any]:
+    """Return the definition of an operator if its argument ``x`` is plain, else the operator."""
+    return op.plain if is_plain_on_cpu(x) else op  # type: ignore[attr-defined]

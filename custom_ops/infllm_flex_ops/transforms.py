@@ -1,21 +1,23 @@
 """What PyTorch's transforms (``backward``, ``torch.func``, forward-mode AD) do to an operator."""
 
+from __future__ import annotations
+
 from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
-from torch._functorch.utils import enable_single_level_autograd_function
-from torch._library.custom_ops import CustomOpDef
 from torch.autograd import forward_ad
-from torch.autograd.forward_ad import _set_fwd_grad_enabled
-from torch.autograd.function import _SingleLevelFunction
 from torch.library import Library
 
-# More specific than the key "Autograd", which `CustomOpDef` takes and whose kernel refuses
+from infllm_flex_ops import torch_private
+
+if TYPE_CHECKING:
+    from torch.library import CustomOpDef  # type: ignore[attr-defined]
+
+# More specific than the key "Autograd", which `custom_op` takes and whose kernel refuses
 # torch.func and drops tangents. Other devices keep that one.
 _KEYS = ("AutogradCPU", "AutogradCUDA", "AutogradMeta")
-_below_autograd = torch._C._AutoDispatchBelowAutograd
 _LIBRARY = Library("infllm_flex", "FRAGMENT")
 
 
@@ -24,43 +26,53 @@ def register_gradients(
     setup_context: Callable[[Any, tuple[Any, ...], Any], None],
     backward: Callable[..., Any],
 ) -> None:
-    """Give an operator gradients in reverse mode, also to ``torch.func``; refuse forward mode.
+    """Give an operator gradients in reverse mode, also in ``torch.func``; refuse forward mode.
 
     Args:
-        op: All its arguments are positional.
+        op: Takes all its arguments by position.
         setup_context: Called with the context, the arguments and the output. Arguments that equal
             their default may be missing.
         backward: Called with the context and the gradients of the outputs; returns a gradient or
             None for each argument that ``setup_context`` was given.
     """
+    name = op.plain.__name__  # type: ignore[attr-defined]
 
-    class Gradients(_SingleLevelFunction):
+    class Gradients(torch_private.single_level_function()):  # type: ignore[misc]
         apply: Any
 
         @staticmethod
         def forward(ctx: Any, *args: Any) -> Any:
-            # A Function's forward switches both modes off, but the transforms further out, which
-            # the operator is on its way to, have not had their turn yet.
-            with torch.enable_grad(), _set_fwd_grad_enabled(True), _below_autograd():
+            # A Function's forward switches both modes off. The outer transforms, which the
+            # operator is dispatched to next, still need them.
+            with (
+                torch.enable_grad(),
+                torch_private.forward_mode_enabled(),
+                torch_private.below_autograd(),
+            ):
                 output = op(*args)
             setup_context(ctx, args, output)
             return output
 
-    Gradients.backward = staticmethod(backward)  # type: ignore[method-assign]
-    Gradients.__name__ = f"GradientsOf_{op._name}"
+    Gradients.backward = staticmethod(backward)
+    Gradients.__name__ = f"GradientsOf_{name}"
 
     def call(*args: Any) -> Any:
-        refuse_forward_mode(op._name, *args)
-        if not (torch.is_grad_enabled() and torch._C._any_requires_grad(*args)):
-            with _below_autograd():
+        refuse_forward_mode(name, *args)
+        if not (torch.is_grad_enabled() and _any_requires_grad(args)):
+            with torch_private.below_autograd():
                 return op(*args)
-        if not torch._C._are_functorch_transforms_active():
+        if not torch_private.are_transforms_active():
             return Gradients.apply(*args)
-        with enable_single_level_autograd_function():  # the dispatcher calls once for each level
+        # The dispatcher calls once for each level.
+        with torch_private.single_level_functions_allowed():
             return Gradients.apply(*args)
 
     for key in _KEYS:
-        _LIBRARY.impl(op._name, call, key)
+        _LIBRARY.impl(name, call, key)
+
+
+def _any_requires_grad(args: tuple[Any, ...]) -> bool:
+    return any(isinstance(x, Tensor) and x.requires_grad for x in args)
 
 
 def refuse_forward_mode(name: str, *args: Any) -> None:
@@ -73,11 +85,11 @@ def refuse_forward_mode(name: str, *args: Any) -> None:
 
 
 def refuse_gradients(op: CustomOpDef, reason: str) -> None:
-    """Refuse gradients of an operator in either mode, in words a user understands.
+    """Refuse gradients of an operator in either mode.
 
     Args:
-        op: All its arguments are positional.
-        reason: What there is no derivative of, and what to do.
+        op: Takes all its arguments by position.
+        reason: The error's text: what has no derivative, and what to do.
     """
 
     def save_nothing(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
@@ -90,8 +102,8 @@ def refuse_gradients(op: CustomOpDef, reason: str) -> None:
 
 
 def is_transformed(*tensors: Tensor) -> bool:
-    """Whether ``torch.func`` or forward-mode AD is at work, which compiled code would not see."""
-    if torch._C._are_functorch_transforms_active():
+    """Whether ``torch.func`` or forward-mode AD is running, which compiled code would ignore."""
+    if torch_private.are_transforms_active():
         return True
     return any(forward_ad.unpack_dual(x).tangent is not None for x in tensors)
 

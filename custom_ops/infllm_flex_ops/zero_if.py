@@ -3,8 +3,11 @@
 import torch
 from torch import Tensor
 
+from infllm_flex_ops import torch_private
+from infllm_flex_ops.dispatch import define_operator
 
-@torch.library.custom_op("infllm_flex::zero_if", mutates_args=())
+
+@define_operator()
 def zero_if(condition: Tensor, message: str) -> Tensor:
     """Zero where the condition holds; else an error, on the device without waiting for it.
 
@@ -18,7 +21,7 @@ def zero_if(condition: Tensor, message: str) -> Tensor:
     Returns:
         float32 ``[]``.
     """
-    torch._assert_async(condition, message)
+    torch_private.assert_async(condition, message)
     return torch.zeros((), device=condition.device)
 
 

@@ -11,7 +11,7 @@ from torch import Tensor
 import infllm_flex_ops
 from infllm_flex.autocast import attention_dtype
 from infllm_flex.config import InfLLMConfig
-from infllm_flex_ops.dispatch import past_dispatcher
+from infllm_flex_ops.dispatch import skip_dispatcher
 from infllm_flex_ops.selection.block_scores import COLUMNS
 from infllm_flex_ops.selection.compress_keys import num_windows
 
@@ -98,7 +98,7 @@ class CompressedKeys:
             self._count(num_new, start, end)
             return
         key = key.detach()
-        past_dispatcher(infllm_flex_ops.append_windows, key)(
+        skip_dispatcher(infllm_flex_ops.append_windows, key)(
             key,
             self.compressed,
             None if self.coarse is self.compressed else self.coarse,

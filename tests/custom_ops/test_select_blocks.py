@@ -193,7 +193,7 @@ def test_memory_is_linear_in_the_length():
     """No tensor of the definition outgrows one tile's scores, whatever the length."""
     args = arguments(4096)
     with WatchTensors() as watch:
-        definition.select_blocks._init_fn(*args)
+        definition.select_blocks.plain(*args)
     q = args[0]
     C, rows = args[1].shape[2], definition._TILE_ROWS
     assert 0 < watch.largest_bytes <= max(q.numel(), rows * (C + 1)) * 8

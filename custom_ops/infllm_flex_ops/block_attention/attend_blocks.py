@@ -8,9 +8,9 @@ from torch import Tensor
 from infllm_flex_ops.block_attention.attend_blocks_backward import attend_blocks_backward
 from infllm_flex_ops.block_attention.tile_chunks import Head, TileLists, heads
 from infllm_flex_ops.block_lists import union_lists
+from infllm_flex_ops.dispatch import cuda_launcher, define_operator
 from infllm_flex_ops.in_parallel import in_parallel
 from infllm_flex_ops.transforms import register_gradients, register_vmap
-from infllm_flex_ops.without_autocast import without_autocast
 
 
 class ForwardLists(NamedTuple):
@@ -49,8 +49,7 @@ def build_lists(
     return ForwardLists(tile_tokens, *lists)
 
 
-@torch.library.custom_op("infllm_flex::attend_blocks", mutates_args=())
-@without_autocast
+@define_operator()
 def attend_blocks(
     q: Tensor,
     k: Tensor,
@@ -121,42 +120,12 @@ def attend_blocks(
 
 
 @attend_blocks.register_fake
-def _(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    selected: Tensor,
-    block_size: int,
-    scale: float,
-    tile_tokens: int | None = None,
-    unit: int | None = None,
-    num: Tensor | None = None,
-    idx: Tensor | None = None,
-    words: Tensor | None = None,
-) -> tuple[Tensor, Tensor]:
+def _(q: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
     accumulate = torch.promote_types(q.dtype, torch.float32)
     return torch.empty_like(q), q.new_empty(q.shape[:3], dtype=accumulate)
 
 
-@attend_blocks.register_kernel("cuda")
-def _(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    selected: Tensor,
-    block_size: int,
-    scale: float,
-    tile_tokens: int | None = None,
-    unit: int | None = None,
-    num: Tensor | None = None,
-    idx: Tensor | None = None,
-    words: Tensor | None = None,
-) -> tuple[Tensor, Tensor]:
-    from infllm_flex_ops.block_attention.kernels.attend_blocks import launch
-
-    if num is None or idx is None or words is None or tile_tokens is None:
-        tile_tokens, num, idx, words = build_lists(q, k, selected, block_size, tile_tokens, unit)
-    return launch(q, k, v, num, idx, words, block_size, tile_tokens, scale)
+cuda_launcher(attend_blocks, "block_attention.kernels.attend_blocks", "attend")
 
 
 def _save_for_backward(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:

@@ -1,17 +1,18 @@
 """The gradients of ``attend_blocks``, an operator of their own so that compilers can trace it."""
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
 from infllm_flex_ops.block_attention.tile_chunks import Head, TileLists, heads
 from infllm_flex_ops.block_lists import union_lists
+from infllm_flex_ops.dispatch import cuda_launcher, define_operator
 from infllm_flex_ops.in_parallel import in_parallel
 from infllm_flex_ops.transforms import refuse_gradients, register_vmap
-from infllm_flex_ops.without_autocast import without_autocast
 
 
-@torch.library.custom_op("infllm_flex::attend_blocks_backward", mutates_args=())
-@without_autocast
+@define_operator()
 def attend_blocks_backward(
     grad_out: Tensor,
     q: Tensor,
@@ -89,33 +90,14 @@ def attend_blocks_backward(
 
 @attend_blocks_backward.register_fake
 def _(
-    grad_out: Tensor, q: Tensor, k: Tensor, v: Tensor, *rest: object
+    grad_out: Tensor, q: Tensor, k: Tensor, v: Tensor, *rest: Any
 ) -> tuple[Tensor, Tensor, Tensor]:
     return torch.empty_like(q), k.new_empty(k.shape), v.new_empty(v.shape)
 
 
-@attend_blocks_backward.register_kernel("cuda")
-def _(
-    grad_out: Tensor,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    out: Tensor,
-    lse: Tensor,
-    selected: Tensor,
-    block_size: int,
-    scale: float,
-    tile_tokens: int | None = None,
-    unit: int | None = None,
-) -> tuple[Tensor, Tensor, Tensor]:
-    from infllm_flex_ops.block_attention.kernels.attend_blocks_backward import (
-        choose_tile_tokens,
-        launch,
-    )
-
-    tile_tokens = union_lists.fit_unit(tile_tokens or choose_tile_tokens(q, k), unit)
-    lists = union_lists.list_blocks(selected, k.shape[2], block_size, tile_tokens)
-    return launch(grad_out, q, k, v, out, lse, *lists, block_size, tile_tokens, scale)
+cuda_launcher(
+    attend_blocks_backward, "block_attention.kernels.attend_blocks_backward", "differentiate"
+)
 
 
 refuse_gradients(

@@ -1,17 +1,16 @@
 """Attend from the queries of a decode step to their blocks of a key/value cache, in place."""
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from infllm_flex_ops.dispatch import cuda_launcher, define_operator
 from infllm_flex_ops.transforms import refuse_gradients
-from infllm_flex_ops.without_autocast import without_autocast
 
 
-@torch.library.custom_op("infllm_flex::attend_cached_blocks", mutates_args=())
-@without_autocast
+@define_operator()
 def attend_cached_blocks(
     q: Tensor,
     k: Tensor,
@@ -52,33 +51,11 @@ def attend_cached_blocks(
 
 
 @attend_cached_blocks.register_fake
-def _(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    selected: Tensor,
-    start: Tensor,
-    end: Tensor,
-    block_size: int,
-    scale: float,
-) -> Tensor:
+def _(q: Tensor, *rest: Any) -> Tensor:
     return q.new_empty(q.shape)
 
 
-@attend_cached_blocks.register_kernel("cuda")
-def _(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    selected: Tensor,
-    start: Tensor,
-    end: Tensor,
-    block_size: int,
-    scale: float,
-) -> Tensor:
-    from infllm_flex_ops.block_attention.kernels.attend_cached_blocks import launch
-
-    return launch(q, k, v, selected, start, end, block_size, scale)
+cuda_launcher(attend_cached_blocks, "block_attention.kernels.attend_cached_blocks")
 
 
 refuse_gradients(

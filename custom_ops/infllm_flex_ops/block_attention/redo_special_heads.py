@@ -1,12 +1,14 @@
 """Keep nan and inf among keys and values from rows that do not see them."""
 
-import torch
+from typing import Any
+
 from torch import Tensor
 
 from infllm_flex_ops.block_attention.attend_blocks import attend_blocks
+from infllm_flex_ops.dispatch import cuda_launcher, define_operator
 
 
-@torch.library.custom_op("infllm_flex::redo_special_heads", mutates_args=("out",))
+@define_operator(mutates_args=("out",))
 def redo_special_heads(
     out: Tensor, q: Tensor, k: Tensor, v: Tensor, selected: Tensor, block_size: int, scale: float
 ) -> None:
@@ -33,16 +35,8 @@ def redo_special_heads(
 
 
 @redo_special_heads.register_fake
-def _(
-    out: Tensor, q: Tensor, k: Tensor, v: Tensor, selected: Tensor, block_size: int, scale: float
-) -> None:
+def _(out: Tensor, *rest: Any) -> None:
     return None
 
 
-@redo_special_heads.register_kernel("cuda")
-def _(
-    out: Tensor, q: Tensor, k: Tensor, v: Tensor, selected: Tensor, block_size: int, scale: float
-) -> None:
-    from infllm_flex_ops.block_attention.kernels.attend_blocks import redo_special_heads as launch
-
-    launch(out, q, k, v, selected, block_size, scale)
+cuda_launcher(redo_special_heads, "block_attention.kernels.attend_blocks", "redo_special_heads")

@@ -6,9 +6,10 @@ from torch import Tensor
 
 from infllm_flex_ops.block_lists.tile_blocks import tile_blocks
 from infllm_flex_ops.block_lists.union_lists import union_width
+from infllm_flex_ops.dispatch import cuda_launcher, define_operator
 
 
-@torch.library.custom_op("infllm_flex::share_blocks", mutates_args=())
+@define_operator()
 def share_blocks(
     selected: Tensor, kv_len: int, block_size: int, tile_tokens: int
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -56,10 +57,4 @@ def _(
     return num, selected.new_empty(*num.shape, width), selected.new_empty(selected.shape)
 
 
-@share_blocks.register_kernel("cuda")
-def _(
-    selected: Tensor, kv_len: int, block_size: int, tile_tokens: int
-) -> tuple[Tensor, Tensor, Tensor]:
-    from infllm_flex_ops.block_lists.kernels.share_blocks import launch
-
-    return launch(selected, kv_len, block_size, tile_tokens)
+cuda_launcher(share_blocks, "block_lists.kernels.share_blocks")

@@ -4,6 +4,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from infllm_flex_ops.dispatch import cuda_launcher, define_operator
 from infllm_flex_ops.transforms import register_vmap
 
 MAX_TILE_TOKENS = 64  # a tile's tokens have one bit each in a word
@@ -30,7 +31,7 @@ def word_dtype(tile_tokens: int) -> torch.dtype:
     return torch.int32 if tile_tokens <= 32 else torch.int64
 
 
-@torch.library.custom_op("infllm_flex::tile_blocks", mutates_args=())
+@define_operator()
 def tile_blocks(
     selected: Tensor,
     kv_len: int,
@@ -120,18 +121,7 @@ def _(
     return num, idx, words, torch.empty_like(num), full_idx
 
 
-@tile_blocks.register_kernel("cuda")
-def _(
-    selected: Tensor,
-    kv_len: int,
-    block_size: int,
-    tile_tokens: int,
-    width: int,
-    separate_full: bool = True,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    from infllm_flex_ops.block_lists.kernels.tile_blocks import launch
-
-    return launch(selected, kv_len, block_size, tile_tokens, width, separate_full)
+cuda_launcher(tile_blocks, "block_lists.kernels.tile_blocks")
 
 
 def _split_own_lists(

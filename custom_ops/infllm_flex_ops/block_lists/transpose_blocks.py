@@ -3,8 +3,10 @@
 import torch
 from torch import Tensor
 
+from infllm_flex_ops.dispatch import cuda_launcher, define_operator
 
-@torch.library.custom_op("infllm_flex::transpose_blocks", mutates_args=())
+
+@define_operator()
 def transpose_blocks(num: Tensor, idx: Tensor, num_blocks: int) -> tuple[Tensor, Tensor]:
     """List, for each block, the tiles whose list holds it.
 
@@ -39,8 +41,4 @@ def _(num: Tensor, idx: Tensor, num_blocks: int) -> tuple[Tensor, Tensor]:
     return idx.new_empty(B, Hkv, num_blocks), idx.new_empty(B, Hkv, num_blocks, Nq)
 
 
-@transpose_blocks.register_kernel("cuda")
-def _(num: Tensor, idx: Tensor, num_blocks: int) -> tuple[Tensor, Tensor]:
-    from infllm_flex_ops.block_lists.kernels.transpose_blocks import launch
-
-    return launch(num, idx, num_blocks)
+cuda_launcher(transpose_blocks, "block_lists.kernels.transpose_blocks")

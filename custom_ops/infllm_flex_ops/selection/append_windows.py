@@ -2,15 +2,13 @@
 
 from typing import Any
 
-import torch
 from torch import Tensor
 
+from infllm_flex_ops.dispatch import cuda_launcher, define_operator
 from infllm_flex_ops.selection.compress_keys import average_windows
 
 
-@torch.library.custom_op(
-    "infllm_flex::append_windows", mutates_args=("compressed", "coarse", "start", "end")
-)
+@define_operator(mutates_args=("compressed", "coarse", "start", "end"))
 def append_windows(
     k: Tensor,
     compressed: Tensor,
@@ -84,8 +82,4 @@ def _(k: Tensor, compressed: Tensor, coarse: Tensor | None, *rest: Any) -> None:
     return None
 
 
-@append_windows.register_kernel("cuda")
-def _(k: Tensor, compressed: Tensor, coarse: Tensor | None, *rest: Any) -> None:
-    from infllm_flex_ops.selection.kernels.append_windows import launch
-
-    launch(k, compressed, coarse, *rest)
+cuda_launcher(append_windows, "selection.kernels.append_windows")

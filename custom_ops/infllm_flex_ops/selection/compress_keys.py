@@ -3,6 +3,7 @@
 import torch
 from torch import Tensor
 
+from infllm_flex_ops.dispatch import cuda_launcher, define_operator
 from infllm_flex_ops.transforms import register_vmap
 
 
@@ -14,7 +15,7 @@ def num_windows(length: int, kernel_size: int, kernel_stride: int) -> int:
     return torch.sym_max(0, (length - kernel_size) // kernel_stride + 1)
 
 
-@torch.library.custom_op("infllm_flex::compress_keys", mutates_args=())
+@define_operator()
 def compress_keys(k: Tensor, kernel_size: int, kernel_stride: int) -> Tensor:
     """Average overlapping windows of keys; a trailing partial window is dropped.
 
@@ -66,8 +67,4 @@ def _(k: Tensor, kernel_size: int, kernel_stride: int) -> Tensor:
     return k.new_empty(B, Hkv, num_windows(S, kernel_size, kernel_stride), D)
 
 
-@compress_keys.register_kernel("cuda")
-def _(k: Tensor, kernel_size: int, kernel_stride: int) -> Tensor:
-    from infllm_flex_ops.selection.kernels.compress_keys import launch
-
-    return launch(k, kernel_size, kernel_stride)
+cuda_launcher(compress_keys, "selection.kernels.compress_keys")

@@ -3,12 +3,11 @@
 import torch
 from torch import Tensor
 
+from infllm_flex_ops.dispatch import cuda_launcher, define_operator
 from infllm_flex_ops.transforms import register_vmap
-from infllm_flex_ops.without_autocast import without_autocast
 
 
-@torch.library.custom_op("infllm_flex::pool_queries", mutates_args=())
-@without_autocast
+@define_operator()
 def pool_queries(q: Tensor, num_kv_heads: int, float8: bool) -> Tensor:
     """Average the query heads that share a KV head, in at least float32.
 
@@ -44,11 +43,7 @@ def _(q: Tensor, num_kv_heads: int, float8: bool) -> Tensor:
     return q.new_empty(B, num_kv_heads, S, D, dtype=torch.float8_e4m3fn if float8 else q.dtype)
 
 
-@pool_queries.register_kernel("cuda")
-def _(q: Tensor, num_kv_heads: int, float8: bool) -> Tensor:
-    from infllm_flex_ops.selection.kernels.pool_queries import launch
-
-    return launch(q, num_kv_heads, float8)
+cuda_launcher(pool_queries, "selection.kernels.pool_queries")
 
 
 register_vmap(pool_queries)

@@ -7,6 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from infllm_flex_ops.dispatch import cuda_launcher, define_operator
 from infllm_flex_ops.in_parallel import in_parallel
 from infllm_flex_ops.selection.block_scores import (
     Rule,
@@ -18,13 +19,11 @@ from infllm_flex_ops.selection.block_scores import (
     weigh_windows,
 )
 from infllm_flex_ops.transforms import register_vmap
-from infllm_flex_ops.without_autocast import without_autocast
 
 _TILE_ROWS = 512  # query rows (tokens x group) scored at a time: memory is rows x C
 
 
-@torch.library.custom_op("infllm_flex::select_blocks", mutates_args=())
-@without_autocast
+@define_operator()
 def select_blocks(
     q: Tensor,
     compressed: Tensor,
@@ -133,42 +132,7 @@ def _(
     return q.new_empty(q.shape[0], compressed.shape[1], q.shape[2], K, dtype=torch.int32)
 
 
-@select_blocks.register_kernel("cuda")
-def _(
-    q: Tensor,
-    compressed: Tensor,
-    coarse: Tensor,
-    kv_len: int,
-    kernel_size: int,
-    kernel_stride: int,
-    coarse_size: int,
-    coarse_stride: int,
-    block_size: int,
-    init_blocks: int,
-    local_blocks: int,
-    num_selected: int,
-    scale: float,
-    documents: Tensor | None = None,
-) -> Tensor:
-    from infllm_flex_ops.selection.kernels.select_blocks import launch
-
-    check_parts(documents, kv_len, q.shape[2])
-    return launch(
-        q,
-        compressed,
-        coarse,
-        kv_len,
-        kernel_size,
-        kernel_stride,
-        coarse_size,
-        coarse_stride,
-        block_size,
-        init_blocks,
-        local_blocks,
-        num_selected,
-        scale,
-        documents,
-    )
+cuda_launcher(select_blocks, "selection.kernels.select_blocks")
 
 
 def check_parts(documents: Tensor | None, kv_len: int, num_queries: int) -> None:

@@ -3,14 +3,13 @@
 import torch
 from torch import Tensor
 
+from infllm_flex_ops.dispatch import cuda_launcher, define_operator
 from infllm_flex_ops.selection.block_scores import Rule, Windows
 from infllm_flex_ops.selection.select_blocks import check_parts, list_sequences, select_in_sequence
 from infllm_flex_ops.transforms import register_vmap
-from infllm_flex_ops.without_autocast import without_autocast
 
 
-@torch.library.custom_op("infllm_flex::select_blocks_pooled", mutates_args=())
-@without_autocast
+@define_operator()
 def select_blocks_pooled(
     q: Tensor,
     compressed: Tensor,
@@ -88,32 +87,7 @@ def _(
     return q.new_empty(*q.shape[:3], K, dtype=torch.int32)
 
 
-@select_blocks_pooled.register_kernel("cuda")
-def _(
-    q: Tensor,
-    compressed: Tensor,
-    kv_len: int,
-    window: int,
-    block_size: int,
-    init_blocks: int,
-    local_blocks: int,
-    num_selected: int,
-    documents: Tensor | None = None,
-) -> Tensor:
-    from infllm_flex_ops.selection.kernels.select_blocks.pooled import launch
-
-    check_parts(documents, kv_len, q.shape[2])
-    return launch(
-        q,
-        compressed,
-        kv_len,
-        window,
-        block_size,
-        init_blocks,
-        local_blocks,
-        num_selected,
-        documents,
-    )
+cuda_launcher(select_blocks_pooled, "selection.kernels.select_blocks.pooled")
 
 
 register_vmap(select_blocks_pooled)

@@ -6,6 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from infllm_flex_ops.dispatch import cuda_launcher, define_operator
 from infllm_flex_ops.selection.block_scores import (
     Rule,
     Windows,
@@ -16,11 +17,9 @@ from infllm_flex_ops.selection.block_scores import (
     weigh_windows,
 )
 from infllm_flex_ops.selection.select_blocks import tokens_per_tile
-from infllm_flex_ops.without_autocast import without_autocast
 
 
-@torch.library.custom_op("infllm_flex::select_cached_blocks", mutates_args=())
-@without_autocast
+@define_operator()
 def select_cached_blocks(
     q: Tensor,
     compressed: Tensor,
@@ -100,11 +99,7 @@ def _(q: Tensor, compressed: Tensor, *rest: Any) -> Tensor:
     return q.new_empty(q.shape[0], compressed.shape[1], q.shape[2], width, dtype=torch.int32)
 
 
-@select_cached_blocks.register_kernel("cuda")
-def _(q: Tensor, *rest: Any) -> Tensor:
-    from infllm_flex_ops.selection.kernels.select_cached_blocks import launch
-
-    return launch(q, *rest)
+cuda_launcher(select_cached_blocks, "selection.kernels.select_cached_blocks")
 
 
 def select_for_row(

@@ -5,14 +5,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from infllm_flex_ops.dispatch import cuda_launcher, define_operator
 from infllm_flex_ops.selection.block_scores import Rule, Windows, list_all
 from infllm_flex_ops.selection.pool_queries import pool_queries, round_to_float8
 from infllm_flex_ops.selection.select_cached_blocks import select_for_row
-from infllm_flex_ops.without_autocast import without_autocast
 
 
-@torch.library.custom_op("infllm_flex::select_cached_blocks_pooled", mutates_args=())
-@without_autocast
+@define_operator()
 def select_cached_blocks_pooled(
     q: Tensor,
     compressed: Tensor,
@@ -80,8 +79,4 @@ def _(q: Tensor, compressed: Tensor, *rest: Any) -> Tensor:
     return q.new_empty(q.shape[0], compressed.shape[1], q.shape[2], width, dtype=torch.int32)
 
 
-@select_cached_blocks_pooled.register_kernel("cuda")
-def _(q: Tensor, *rest: Any) -> Tensor:
-    from infllm_flex_ops.selection.kernels.select_cached_blocks.pooled import launch
-
-    return launch(q, *rest)
+cuda_launcher(select_cached_blocks_pooled, "selection.kernels.select_cached_blocks.pooled")

@@ -23,6 +23,27 @@ _GROUP_ROWS = 64  # of a warpgroup, of which two divide a tile
 _GROUP_KEYS = 64  # keys per block that they were measured with
 
 
+def attend(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    selected: Tensor,
+    block_size: int,
+    scale: float,
+    tile_tokens: int | None = None,
+    unit: int | None = None,
+    num: Tensor | None = None,
+    idx: Tensor | None = None,
+    words: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """List the blocks of every tile, unless the lists are given, and attend to them."""
+    if num is None or idx is None or words is None or tile_tokens is None:
+        tile_tokens = tile_tokens or choose_tile_tokens(q, k, block_size)
+        tile_tokens = union_lists.fit_unit(tile_tokens, unit)
+        num, idx, words = union_lists.list_blocks(selected, k.shape[2], block_size, tile_tokens)
+    return launch(q, k, v, num, idx, words, block_size, tile_tokens, scale)
+
+
 def launch(
     q: Tensor,
     k: Tensor,

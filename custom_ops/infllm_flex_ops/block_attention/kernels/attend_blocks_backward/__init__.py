@@ -31,6 +31,25 @@ _BOXED_ROWS = 64  # of a step for dk and dv, where the copy engine fetches them
 _MIN_PROGRAMS = 1024
 
 
+def differentiate(
+    grad_out: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    selected: Tensor,
+    block_size: int,
+    scale: float,
+    tile_tokens: int | None = None,
+    unit: int | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """List the blocks of every tile, and sum the gradients over them."""
+    tile_tokens = union_lists.fit_unit(tile_tokens or choose_tile_tokens(q, k), unit)
+    lists = union_lists.list_blocks(selected, k.shape[2], block_size, tile_tokens)
+    return launch(grad_out, q, k, v, out, lse, *lists, block_size, tile_tokens, scale)
+
+
 def launch(
     grad_out: Tensor,
     q: Tensor,

@@ -18,6 +18,7 @@ from infllm_flex_ops.selection.kernels.select_blocks.workspace import (
     chunk,
     split,
 )
+from infllm_flex_ops.selection.select_blocks import check_parts
 from infllm_flex_ops.triton_common.descriptors import describe, describe_strided, has_boxes
 
 _LSE_BYTES = 64 << 20
@@ -41,6 +42,7 @@ def launch(
 ) -> Tensor:
     """Fill the rows that take every block directly, and score the others chunk by chunk."""
     B, _, Sq, _ = q.shape
+    check_parts(documents, kv_len, Sq)
     Hkv = compressed.shape[1]
     num_blocks = triton.cdiv(kv_len, block_size)
     if num_blocks > MAX_BLOCKS:

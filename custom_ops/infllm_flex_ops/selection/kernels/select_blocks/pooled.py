@@ -17,6 +17,7 @@ from infllm_flex_ops.selection.kernels.select_blocks.workspace import (
     chunk,
     split,
 )
+from infllm_flex_ops.selection.select_blocks import check_parts
 from infllm_flex_ops.triton_common.dot_in_parts import dot_in_parts
 
 _MAX_SLOTS = 256  # windows of a block, which one step scores together
@@ -166,6 +167,7 @@ def launch(
 ) -> Tensor:
     """Fill the rows that take every block directly; score and pick the others chunk by chunk."""
     B, Hkv, Sq, D = q.shape
+    check_parts(documents, kv_len, Sq)
     num_blocks = triton.cdiv(kv_len, block_size)
     _check_size(num_blocks, block_size, window)
     K = min(num_selected, num_blocks)

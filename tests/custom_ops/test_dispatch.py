@@ -1,0 +1,66 @@
+"""Every operator is registered completely, and its definition can be called past the dispatcher."""
+
+import inspect
+from importlib.util import find_spec
+
+import pytest
+import torch
+
+import infllm_flex_ops
+from infllm_flex_ops.dispatch import define_operator, skip_dispatcher, without_autocast
+
+OPERATORS = [getattr(infllm_flex_ops, name) for name in infllm_flex_ops.__all__]
+WITHOUT_A_KERNEL = ["zero_if"]
+
+
+@pytest.mark.parametrize("op", OPERATORS, ids=lambda op: op.plain.__name__)
+def test_an_operator_has_the_name_of_its_definition(op):
+    overload = getattr(torch.ops.infllm_flex, op.plain.__name__).default
+    arguments = [argument.name for argument in overload._schema.arguments]
+    assert arguments == list(inspect.signature(op.plain).parameters)
+
+
+@pytest.mark.skipif(not find_spec("triton"), reason="needs Triton")
+@pytest.mark.parametrize("op", OPERATORS, ids=lambda op: op.plain.__name__)
+def test_the_launcher_takes_the_arguments_of_the_operator(op):
+    name = op.plain.__name__
+    assert hasattr(op, "launcher") == (name not in WITHOUT_A_KERNEL)
+    if name not in WITHOUT_A_KERNEL:
+        expected = inspect.signature(op.plain).parameters.values()
+        found = inspect.signature(op.launcher()).parameters.values()
+        assert [(x.name, x.default) for x in found] == [(x.name, x.default) for x in expected]
+
+
+def test_a_definition_is_called_directly_only_where_the_dispatcher_adds_nothing():
+    op, x = infllm_flex_ops.compress_keys, torch.ones(1, 1, 32, 4)
+    assert skip_dispatcher(op, x) is op
+    with torch.no_grad():
+        assert skip_dispatcher(op, x) is op.plain
+        assert skip_dispatcher(op, torch.nn.Parameter(x)) is op
+        assert skip_dispatcher(op, x.to("meta")) is op
+        found = []
+        torch.func.vmap(lambda y: found.append(skip_dispatcher(op, y)) or y)(x)
+    assert found == [op]
+
+
+def test_a_definition_is_computed_in_its_own_precision_inside_autocast():
+    @without_autocast
+    def multiply(x, y):
+        return x @ y
+
+    x = torch.randn(8, 8, generator=torch.Generator().manual_seed(0))
+    with torch.autocast("cpu", torch.bfloat16):
+        assert (x @ x).dtype == torch.bfloat16
+        assert multiply(x, y=x).dtype == torch.float32
+    assert torch.equal(multiply(x, x), x @ x)
+
+
+def test_an_operator_may_write_to_its_arguments():
+    @define_operator(mutates_args=("x",))
+    def fill_for_a_test(x: torch.Tensor, value: float) -> None:
+        x.fill_(value)
+
+    x = torch.zeros(3)
+    fill_for_a_test(x, 2.0)
+    assert x.tolist() == [2.0, 2.0, 2.0]
+    assert torch.ops.infllm_flex.fill_for_a_test.default._schema.is_mutable
