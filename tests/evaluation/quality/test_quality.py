@@ -148,7 +148,7 @@ def test_what_cannot_be_done_here_is_skipped_with_a_word(config):
     status, out, err = run(config, *added, "--parts", "judge:dense:0:ruler")
     assert status == 0, err
     if "skipped" in err:  # without lm-eval
-        assert "pip install 'infllm-flex[quality]'" in err
+        assert "pip install '.[quality]'" in err
         assert "skipped: judge:dense:0:ruler" in out
 
 
