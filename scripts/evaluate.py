@@ -117,7 +117,7 @@ def model_configs(model: Any) -> list[InfLLMConfig]:
     """The settings of the sparse layers."""
     from infllm_flex.patch.huggingface import patched_layers
 
-    return [layer.config for layer in patched_layers(model).values() if layer.left is None]
+    return [layer.config for layer in patched_layers(model).values() if layer.skip_reason is None]
 
 
 def row(name: str, report: SelectionReport) -> list[str]:

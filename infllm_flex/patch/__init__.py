@@ -1,4 +1,4 @@
-"""`patch_model` and what belongs to it; each way into a model is a module of its own."""
+"""`patch_model` and its companions. Each kind of model is served by an adapter, one module each."""
 
 from infllm_flex.patch.api import dense, patch_model, unpatch_model
 from infllm_flex.patch.errors import UnsupportedModelError

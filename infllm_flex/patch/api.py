@@ -11,13 +11,13 @@ from typing import Any, TypeVar
 import torch
 from torch import nn
 
-from infllm_flex.patch import discovery as ladder
-from infllm_flex.patch.dense_blocks import inside_block
-from infllm_flex.patch.discovery import Found
-from infllm_flex.patch.example_run import Example, watch_example
-from infllm_flex.patch.heads import check_kv_heads, count_heads
+from infllm_flex.patch import discovery
+from infllm_flex.patch.dense_context import dense_context
+from infllm_flex.patch.discovery import AttentionModule
+from infllm_flex.patch.example_run import Example, record_example
+from infllm_flex.patch.head_groups import check_kv_heads, count_heads
 from infllm_flex.patch.layer_state import get_layer
-from infllm_flex.patch.modules import Names, resolve_modules
+from infllm_flex.patch.module_names import Names, resolve_modules
 from infllm_flex.patch.settings import Settings, resolve_config
 from infllm_flex.patch.unsupported import (
     reject_scripted,
@@ -84,15 +84,15 @@ def patch_model(
     reject_scripted(model)
     check_kv_heads(num_key_value_heads)
     named = None if attention_modules is None else resolve_modules(model, attention_modules)
-    seen = None if example_inputs is None else _watch_densely(model, example_inputs)
-    layers = ladder.find_layers(model, named, seen)
+    seen = None if example_inputs is None else _record_densely(model, example_inputs)
+    layers = discovery.find_layers(model, named, seen)
     reject_unsupported(model, layers, named)
     model_configs = [
         getattr(m, "config", None) for m in (model, *(f.module for f in layers.values()))
     ]
     resolved = resolve_config(config, overrides, model_configs, _device_of(model))
-    ladder.attach(model, layers, resolved.config, num_key_value_heads)
-    for layer in ladder.patched_layers(model).values():
+    discovery.attach(model, layers, resolved.config, num_key_value_heads)
+    for layer in discovery.patched_layers(model).values():
         layer.origin = resolved.origin
     _log_decisions(model, layers)
     _log_how_to_save(model)
@@ -104,9 +104,9 @@ def _device_of(model: nn.Module) -> torch.device | None:
     return next((weight.device for weight in model.parameters()), None)
 
 
-def _watch_densely(model: nn.Module, example: Example) -> dict[nn.Module, str | None]:
-    with inside_block(ladder.patched_layers(model).values()):
-        return watch_example(model, example)
+def _record_densely(model: nn.Module, example: Example) -> dict[nn.Module, str | None]:
+    with dense_context(discovery.patched_layers(model).values()):
+        return record_example(model, example)
 
 
 def unpatch_model(model: _Model) -> _Model:
@@ -126,7 +126,7 @@ def unpatch_model(model: _Model) -> _Model:
     """
     require_module(model)
     require_not_traced("unpatch_model")
-    if not ladder.detach(model):
+    if not discovery.detach(model):
         raise ValueError(f"{type(model).__name__} is not patched: there is nothing to undo")
     return model
 
@@ -147,23 +147,25 @@ def dense(model: nn.Module) -> Iterator[None]:
         ValueError: ``model`` is not patched.
     """
     require_module(model)
-    layers = list(ladder.patched_layers(model).values())
+    layers = list(discovery.patched_layers(model).values())
     if not layers:
         raise ValueError(f"{type(model).__name__} is not patched: it is dense already")
-    with inside_block(layers):
+    with dense_context(layers):
         yield
 
 
-def _log_decisions(model: nn.Module, layers: Mapping[str, Found]) -> None:
-    left = Counter(found.left for found in layers.values() if found.left is not None)
-    sparse = next(found.module for found in layers.values() if found.left is None)
-    reasons = "; ".join(f"{count} left as they were: {reason}" for reason, count in left.items())
+def _log_decisions(model: nn.Module, layers: Mapping[str, AttentionModule]) -> None:
+    skipped = Counter(
+        found.skip_reason for found in layers.values() if found.skip_reason is not None
+    )
+    sparse = next(found.module for found in layers.values() if found.skip_reason is None)
+    reasons = "; ".join(f"{count} left as they were: {reason}" for reason, count in skipped.items())
     layer = get_layer(sparse)
     assert layer is not None
     _log.info(
         "%s: %d of %d attention layers sparse from %d tokens on (settings: %s)%s",
         type(model).__name__,
-        len(layers) - sum(left.values()),
+        len(layers) - sum(skipped.values()),
         len(layers),
         max(layer.config.dense_len, 1),
         layer.origin,
@@ -182,10 +184,10 @@ def _log_how_to_save(model: nn.Module) -> None:
 
 
 def _log_where_it_pays(
-    model: nn.Module, layers: Mapping[str, Found], num_key_value_heads: int | None
+    model: nn.Module, layers: Mapping[str, AttentionModule], num_key_value_heads: int | None
 ) -> None:
     """Say from which length sparse attention is faster than dense, if ``dense_len`` is less."""
-    module = next(found.module for found in layers.values() if found.left is None)
+    module = next(found.module for found in layers.values() if found.skip_reason is None)
     query_heads, kv_heads = count_heads(module, model, num_key_value_heads)
     device = _device_of(model)
     if device is None:

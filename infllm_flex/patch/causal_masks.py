@@ -19,7 +19,7 @@ _NOT_CAUSAL = (
 _REFUSAL = f"the model passes {_NOT_CAUSAL}"
 
 
-def keys_so_far(query: Tensor, key: Tensor, mask: Tensor | None, is_causal: bool) -> int:
+def count_visible_keys(query: Tensor, key: Tensor, mask: Tensor | None, is_causal: bool) -> int:
     """Count the keys that the last query sees, which are the first ones.
 
     Args:
@@ -43,7 +43,7 @@ def keys_so_far(query: Tensor, key: Tensor, mask: Tensor | None, is_causal: bool
                 "served by torch.compile at sparse length: decode without it, or compile inside "
                 "infllm_flex.dense(model)"
             )
-        return kv_len  # `require_causal` puts the check into the graph
+        return kv_len  # `assert_causal` puts the check into the graph
     visible = _visible(mask)
     last = int(visible[..., -1, :].sum(-1).max())
     if last < q_len or not bool(_is_causal_prefix(visible, last, q_len)):
@@ -51,7 +51,7 @@ def keys_so_far(query: Tensor, key: Tensor, mask: Tensor | None, is_causal: bool
     return last
 
 
-def require_causal(query: Tensor, mask: Tensor | None) -> Tensor:
+def assert_causal(query: Tensor, mask: Tensor | None) -> Tensor:
     """Put the check of a mask into a graph that is being compiled, where it cannot be read.
 
     Returns:
@@ -64,7 +64,7 @@ def require_causal(query: Tensor, mask: Tensor | None) -> Tensor:
     return query + infllm_flex_ops.zero_if(plain, _REFUSAL).to(query.dtype)
 
 
-def require_equal(query: Tensor, mask: Tensor, expected: Tensor) -> Tensor:
+def assert_equal_mask(query: Tensor, mask: Tensor, expected: Tensor) -> Tensor:
     """Raise unless a mask shows what is expected; in a graph, put the check into it.
 
     Args:

@@ -16,20 +16,20 @@ from typing import Any
 from torch import nn
 
 # From the class of a module to the members that its subclass overrides.
-Members = Callable[[Any], dict[str, Any]]
+Overrides = Callable[[Any], dict[str, Any]]
 
 
-def swap_class(module: nn.Module, way: str, members: Members) -> None:
+def swap_class(module: nn.Module, adapter: str, overrides: Overrides) -> None:
     """Give the module the subclass of its class that ``members`` makes; it may have it already.
 
     Raises:
         TypeError: Python cannot give this module another class (a ``ScriptModule``).
     """
-    if swapped_way(module) == way:
+    if swapped_adapter(module) == adapter:
         return
     restore_class(module)
     cls: Any = type(module)
-    _set_class(module, _subclass(cls, way, members))
+    _set_class(module, _subclass(cls, adapter, overrides))
 
 
 def restore_class(module: nn.Module) -> bool:
@@ -41,9 +41,9 @@ def restore_class(module: nn.Module) -> bool:
     Raises:
         ValueError: Something has put a further class on top since.
     """
-    if swapped_way(module) is None:
+    if swapped_adapter(module) is None:
         return False
-    if "_infllm_way" not in vars(type(module)):
+    if "_infllm_adapter" not in vars(type(module)):
         raise ValueError(
             f"the class of a patched layer was replaced since: {type(module).__name__} "
             "(by fully_shard?); unpatch before sharding, or attend densely inside "
@@ -53,9 +53,9 @@ def restore_class(module: nn.Module) -> bool:
     return True
 
 
-def swapped_way(module: nn.Module) -> str | None:
+def swapped_adapter(module: nn.Module) -> str | None:
     """The way that the module's class was swapped for; None where it has its own class."""
-    return getattr(type(module), "_infllm_way", None)
+    return getattr(type(module), "_infllm_adapter", None)
 
 
 def original_class(module: nn.Module) -> type:
@@ -86,30 +86,30 @@ def _set_class(module: nn.Module, cls: Any) -> None:
 
 
 @functools.cache
-def _subclass(original: Any, way: str, members: Members) -> type:
-    """One subclass per class and way, so that equal layers compile to one graph."""
+def _subclass(original: Any, adapter: str, overrides: Overrides) -> type:
+    """One subclass per class and adapter, so that equal layers compile to one graph."""
 
     def reduce(self: nn.Module, protocol: Any) -> tuple[Any, ...]:
         # The subclass has no importable name: a pickle holds the original and how to get here.
         function, arguments, *rest = original.__reduce_ex__(self, protocol)
         if function is copyreg.__newobj__:  # type: ignore[attr-defined]
-            return _new, (original, way, members), *rest
+            return _new, (original, adapter, overrides), *rest
         return function, arguments, *rest
 
     body = {
-        **members(original),
+        **overrides(original),
         "__reduce_ex__": reduce,
         "__module__": original.__module__,
         "__qualname__": original.__qualname__,
         "__doc__": original.__doc__,
         "_infllm_original": original,
-        "_infllm_way": way,
+        "_infllm_adapter": adapter,
     }
     # The same name: it is what sharding rules and printed models go by.
     return type(original)(original.__name__, (original,), body)
 
 
-def _new(original: Any, way: str, members: Members) -> nn.Module:
+def _new(original: Any, adapter: str, overrides: Overrides) -> nn.Module:
     """An empty module of the swapped class, as ``pickle`` and ``copy`` want it."""
-    cls: Any = _subclass(original, way, members)
+    cls: Any = _subclass(original, adapter, overrides)
     return cls.__new__(cls)

@@ -1,11 +1,11 @@
-"""The ways into a model, in order: the first that recognises a module takes it.
+"""Find the attention layers of a model. Three adapters are asked in order; the first match serves.
 
 1. transformers' attention registry (`infllm_flex.patch.huggingface`)
-2. the one place where a known project's layers attend (`infllm_flex.patch.library_adapters`)
+2. known libraries that attend in one place (`infllm_flex.patch.library_adapters`)
 3. any call of ``F.scaled_dot_product_attention`` (`infllm_flex.patch.sdpa_adapter`)
 
-A module that the user names, or that was seen attending, enters at the third, whatever its code
-says.
+The third also serves modules that the user names or that attended under the user's example,
+whatever their code says.
 """
 
 from __future__ import annotations
@@ -16,13 +16,11 @@ from typing import NamedTuple
 from torch import nn
 
 from infllm_flex.config import InfLLMConfig
-from infllm_flex.patch import huggingface
-from infllm_flex.patch import library_adapters as seams
-from infllm_flex.patch import sdpa_adapter as generic
-from infllm_flex.patch.class_swap import Members, restore_class, swap_class, swapped_way
-from infllm_flex.patch.forward import note_forwards_of, stop_noting_forwards_of
-from infllm_flex.patch.head_dims import why_heads_left
-from infllm_flex.patch.heads import count_heads
+from infllm_flex.patch import huggingface, sdpa_adapter
+from infllm_flex.patch.class_swap import Overrides, restore_class, swap_class, swapped_adapter
+from infllm_flex.patch.forward_context import install_forward_hooks, remove_forward_hooks
+from infllm_flex.patch.head_dims import head_dim_skip_reason
+from infllm_flex.patch.head_groups import count_heads
 from infllm_flex.patch.layer_state import (
     NOT_PATCHED,
     PatchedLayer,
@@ -30,81 +28,83 @@ from infllm_flex.patch.layer_state import (
     remove_layer,
     set_layer,
 )
+from infllm_flex.patch.library_adapters import find_library_adapter
 
 TRANSFORMERS = "transformers"
 
 
-class Found(NamedTuple):
-    """An attention layer and the way to it.
+class AttentionModule(NamedTuple):
+    """An attention layer and the adapter that serves it.
 
     Attributes:
         module: The layer.
-        way: Its name, as `describe` shows it.
-        left: Why it stays as it is; None if it can be sparse.
-        members: What its swapped class overrides; None for transformers, which need none.
+        adapter: Name of the adapter, as `describe` shows it.
+        skip_reason: Why the layer cannot be sparse; None if it can.
+        overrides: The members that its swapped class overrides; None for transformers, which needs
+            no swapped class.
     """
 
     module: nn.Module
-    way: str
-    left: str | None
-    members: Members | None = None
+    adapter: str
+    skip_reason: str | None
+    overrides: Overrides | None = None
 
 
 def find_layers(
     model: nn.Module,
     named: Collection[nn.Module] | None = None,
     seen: Mapping[nn.Module, str | None] | None = None,
-) -> dict[str, Found]:
-    """All attention layers that any way leads to, by name, in the order of ``named_modules``.
+) -> dict[str, AttentionModule]:
+    """Find all attention layers that some adapter serves, by name, in ``named_modules`` order.
 
     Args:
         model: The model.
-        named: Modules the user says attend; no others are looked for.
-        seen: Modules that attended under the user's example, and why each cannot be sparse; takes
-            the place of what their code says.
+        named: Modules that the user names as attention layers; no others are looked for.
+        seen: Modules that attended under the user's example, each with its skip reason or None.
+            They replace what the code of the modules says.
     """
     by_registry = huggingface.attention_layers(model)
-    windows = huggingface.windows_from_above(model)
-    found: dict[str, Found] = {}
+    windows = huggingface.inherited_windows(model)
+    found: dict[str, AttentionModule] = {}
     for name, module in model.named_modules():
         if named is not None and module not in named and name not in by_registry:
             continue
         if name in by_registry:
-            left = huggingface.why_left(module)
+            reason = huggingface.find_skip_reason(module)
             if named is not None and module not in named:
-                left = "not among attention_modules"
-            elif left is None and module in windows:
-                left = f"sliding window {windows[module]}"
-            found[name] = Found(module, TRANSFORMERS, left)
-        elif (seam := seams.find_seam(name, module)) is not None:
-            left = seam.why_left(module) or why_heads_left(module)
-            found[name] = Found(module, seam.name, left, seam.members)
+                reason = "not among attention_modules"
+            elif reason is None and module in windows:
+                reason = f"sliding window {windows[module]}"
+            found[name] = AttentionModule(module, TRANSFORMERS, reason)
+        elif (library := find_library_adapter(name, module)) is not None:
+            reason = library.find_skip_reason(module) or head_dim_skip_reason(module)
+            found[name] = AttentionModule(module, library.name, reason, library.overrides)
         elif named is not None or _attends(module, seen):
-            left = _why_left(module, named, seen) or why_heads_left(module)
-            found[name] = Found(module, generic.NAME, left, generic.members)
+            reason = _sdpa_skip_reason(module, named, seen) or head_dim_skip_reason(module)
+            found[name] = AttentionModule(module, sdpa_adapter.NAME, reason, sdpa_adapter.overrides)
     return found if named is not None else _innermost(found)
 
 
 def _attends(module: nn.Module, seen: Mapping[nn.Module, str | None] | None) -> bool:
     if seen is not None:
         return module in seen
-    return swapped_way(module) == generic.NAME or generic.recognises(module)
+    return swapped_adapter(module) == sdpa_adapter.NAME or sdpa_adapter.recognises(module)
 
 
-def _why_left(
+def _sdpa_skip_reason(
     module: nn.Module,
     named: Collection[nn.Module] | None,
     seen: Mapping[nn.Module, str | None] | None,
 ) -> str | None:
     if seen is not None and module in seen:
-        return seen[module] or generic.why_not_swapped(module)
-    if named is not None or swapped_way(module) == generic.NAME:
-        return generic.why_not_swapped(module)
-    return generic.why_left(module)
+        return seen[module] or sdpa_adapter.swap_skip_reason(module)
+    if named is not None or swapped_adapter(module) == sdpa_adapter.NAME:
+        return sdpa_adapter.swap_skip_reason(module)
+    return sdpa_adapter.find_skip_reason(module)
 
 
-def _innermost(found: dict[str, Found]) -> dict[str, Found]:
-    """Leave out what reaches attention by way of a module inside it."""
+def _innermost(found: dict[str, AttentionModule]) -> dict[str, AttentionModule]:
+    """Drop modules that attend only through a module inside them."""
     outer = {name[:end] for name in found for end in _ends_of_parents(name)}
     return {name: layer for name, layer in found.items() if name not in outer}
 
@@ -115,45 +115,54 @@ def _ends_of_parents(name: str) -> list[int]:
 
 
 def attach(
-    model: nn.Module, layers: Mapping[str, Found], config: InfLLMConfig, kv_heads: int | None
+    model: nn.Module,
+    layers: Mapping[str, AttentionModule],
+    config: InfLLMConfig,
+    kv_heads: int | None,
 ) -> None:
-    """Make the layers that can be sparse so, and note at the others why they are left.
+    """Make the supported layers sparse, and record at the others why they stay dense.
 
     Args:
-        model: The model around them.
-        layers: What `find_layers` found, one of them at least without a reason to be left.
-        config: Settings for all of them.
-        kv_heads: Key/value heads, where the user says.
+        model: The model around the layers.
+        layers: The result of `find_layers`; at least one layer has no skip reason.
+        config: Settings for all layers.
+        kv_heads: Key/value heads, where the user gives them.
     """
-    for module in model.modules():  # what an earlier call had patched and this one does not
-        if swapped_way(module) is not None and not any(module is f.module for f in layers.values()):
+    modules = {found.module for found in layers.values()}
+    for module in model.modules():
+        # An earlier call may have patched layers that this one does not.
+        if swapped_adapter(module) is not None and module not in modules:
             restore_class(module)
             remove_layer(module)
-    by_registry = {name: f for name, f in layers.items() if f.members is None}
-    huggingface.attach(model, {f.module: f.left for f in by_registry.values()}, config)
+    by_registry = {f.module: f.skip_reason for f in layers.values() if f.overrides is None}
+    huggingface.attach(model, by_registry, config)
     for found in layers.values():
-        if found.members is None:
+        if found.overrides is None:
             continue
         query_heads, own_kv_heads = count_heads(found.module, model, kv_heads)
-        record = PatchedLayer(
-            config, left=found.left, way=found.way, query_heads=query_heads, kv_heads=own_kv_heads
+        layer = PatchedLayer(
+            config,
+            skip_reason=found.skip_reason,
+            adapter=found.adapter,
+            query_heads=query_heads,
+            kv_heads=own_kv_heads,
         )
-        set_layer(found.module, record)
-        if found.left is None:
-            swap_class(found.module, found.way, found.members)
+        set_layer(found.module, layer)
+        if found.skip_reason is None:
+            swap_class(found.module, found.adapter, found.overrides)
         else:
             restore_class(found.module)
-    note_forwards_of(model)
+    install_forward_hooks(model)
 
 
 def patched_layers(model: nn.Module) -> dict[str, PatchedLayer]:
-    """The records of all layers that go through this package, by module name."""
+    """The records of all patched layers, by module name."""
     through_registry = huggingface.patched_layers(model)
     layers: dict[str, PatchedLayer] = {}
     for name, module in model.named_modules():
         if name in through_registry:
             layers[name] = through_registry[name]
-        elif swapped_way(module) is not None and (layer := get_layer(module)) is not None:
+        elif swapped_adapter(module) is not None and (layer := get_layer(module)) is not None:
             layers[name] = layer
     return layers
 
@@ -165,19 +174,19 @@ def detach(model: nn.Module) -> bool:
         Whether there was anything to undo.
 
     Raises:
-        ValueError: A patched layer has been given yet another class; nothing was undone.
+        ValueError: Another class replaced that of a patched layer; nothing was undone.
     """
-    swapped = [module for module in model.modules() if swapped_way(module) is not None]
+    swapped = [module for module in model.modules() if swapped_adapter(module) is not None]
     undone = [restore_class(module) for module in sorted(swapped, key=_is_covered, reverse=True)]
     undone.append(huggingface.detach(model))
-    stop_noting_forwards_of(model)
+    remove_forward_hooks(model)
     for module in model.modules():
         layer = get_layer(module)
-        if layer is not None and layer.left != NOT_PATCHED:
+        if layer is not None and layer.skip_reason != NOT_PATCHED:
             remove_layer(module)
     return any(undone)
 
 
 def _is_covered(module: nn.Module) -> bool:
-    """Whether another class lies over the swapped one, which refuses to be restored."""
-    return "_infllm_way" not in vars(type(module))
+    """Whether another class lies over the swapped one, so that it cannot be restored."""
+    return "_infllm_adapter" not in vars(type(module))

@@ -2,8 +2,8 @@
 
 
 class UnsupportedModelError(ValueError):
-    """No attention layer of a model can be made sparse, or one attends in a way that cannot be.
+    """No attention layer of a model can be sparse, or one layer attends in an unsupported way.
 
-    Raised when patching wherever that can be told then, else by the first forward that shows it.
-    The message names what was found, what was tried and what to do next, on one line.
+    `patch_model` raises it where the model shows this without running; otherwise the first forward
+    does. The message says on one line what was found, what was tried and what to do next.
     """

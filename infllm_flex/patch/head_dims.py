@@ -12,7 +12,7 @@ _KEY_NAMES = ("qk_head_dim", "head_dim", "head_size", "attention_head_size", "ke
 _VALUE_NAMES = ("v_head_dim", "value_head_dim", "head_v_dim")
 
 
-def unserved_head_dims(key_dim: int, value_dim: int) -> str | None:
+def unsupported_head_dims(key_dim: int, value_dim: int) -> str | None:
     """What is wrong with the size of a head, in a few words; None if nothing is.
 
     Args:
@@ -26,7 +26,7 @@ def unserved_head_dims(key_dim: int, value_dim: int) -> str | None:
     return None
 
 
-def why_heads_left(module: nn.Module) -> str | None:
+def head_dim_skip_reason(module: nn.Module) -> str | None:
     """The same of an attention layer, by its attributes and projections; None where none tells."""
     key_dim = _first(module, _KEY_NAMES)
     if key_dim is None:
@@ -34,7 +34,7 @@ def why_heads_left(module: nn.Module) -> str | None:
     value_dim = _first(module, _VALUE_NAMES)
     if value_dim is None:
         value_dim = _project_ratio(module, key_dim)
-    return unserved_head_dims(key_dim, value_dim)
+    return unsupported_head_dims(key_dim, value_dim)
 
 
 def _first(module: nn.Module, names: tuple[str, ...]) -> int | None:

@@ -1,4 +1,4 @@
-"""What a patched attention layer remembers: one record, an ordinary attribute of the module."""
+"""The record of a patched attention layer: one object, an ordinary attribute of the module."""
 
 from __future__ import annotations
 
@@ -10,50 +10,53 @@ from typing import Any
 from torch import Tensor, nn
 
 from infllm_flex.config import InfLLMConfig
-from infllm_flex.patch.dense_blocks import DenseBlocks, Switchable
+from infllm_flex.patch.dense_context import DenseSwitch, OpenContexts
 
 _ATTRIBUTE = "infllm_layer"
-NOT_PATCHED = "not patched"  # why a layer is left that nobody asked to be sparse
+NOT_PATCHED = "not patched"  # skip reason of a layer that nobody asked to be sparse
 # Query, key, value and scale to the output, as `infllm_attention` takes and returns them.
 Attend = Callable[[Tensor, Tensor, Tensor, float | None], Tensor]
-# The number of a layer, from 0, to what attends in it.
+# The number of a layer, from 0, to its attention function.
 LayerAttend = Callable[[int], Attend]
 
 
 @dataclass
-class PatchedLayer(Switchable):
-    """The settings of one attention layer.
+class PatchedLayer(DenseSwitch):
+    """The settings and the memory of one attention layer.
 
-    It holds no tensor and no back reference, and lives in the module's ``__dict__``: checkpoints
-    and ``state_dict`` never see it, ``copy.deepcopy`` of the model carries it along, and two models
-    never share one.
+    It holds no tensor and no back reference, and lives in the module's ``__dict__``. Checkpoints
+    and ``state_dict`` never see it, ``copy.deepcopy`` of the model copies it, and two models never
+    share one.
 
     Attributes:
         config: Settings of the sparse attention.
-        dense_attention: The attention functions a transformers layer may have had before, by the
-            name of their implementation; none for layers whose own call is intercepted.
-        left: Why the layer stays as it was; None for a layer that turns sparse.
+        dense_attention: A transformers layer's possible previous attention functions, by the name
+            of their implementation. Empty for layers whose own SDPA call is intercepted.
+        skip_reason: Why the layer stays dense; None for a layer that turns sparse.
         reads_positions: Whether this layer checks ``position_ids`` on behalf of all others.
         was_packed_by_model: Whether it was ever trained on documents that only the model around it
-            was told of.
-        blocks: The ``dense`` blocks that the layer is inside, in each thread.
-        num_blocks: Their number in all threads.
-        way: How the layer is reached.
+            knew of.
+        last_batch_was_packed: Whether the last batch read held several sequences in a row. It only
+            decides whether to launch a speculative dense call.
+        open_contexts: The ``dense`` contexts that the layer is in, per thread.
+        num_contexts: Their number in all threads.
+        adapter: Name of the adapter that serves the layer.
         query_heads: Query heads of the whole layer, where the model says; None elsewhere.
-        kv_heads: Key/value heads before the model expands them to the query heads, alike.
-        head_order: How it expands them, once a call has shown it (`infllm_flex.patch.heads`).
+        kv_heads: Key/value heads before the model expands them to the query heads; None likewise.
+        head_order: How the model expands them, once a call has shown it (`patch.head_groups`).
         origin: Where the settings come from, in words.
-        attend: What attends in the layer's place, inside an ``attend_through`` block.
+        attend: The function that replaces the layer's attention inside ``attend_through``.
     """
 
     config: InfLLMConfig
     dense_attention: Mapping[str, Callable[..., Any]] = field(default_factory=dict)
-    left: str | None = None
+    skip_reason: str | None = None
     reads_positions: bool = True
     was_packed_by_model: bool = False
-    blocks: DenseBlocks = field(default_factory=DenseBlocks, compare=False)
-    num_blocks: int = 0
-    way: str = "transformers"
+    last_batch_was_packed: bool = False
+    open_contexts: OpenContexts = field(default_factory=OpenContexts, compare=False)
+    num_contexts: int = 0
+    adapter: str = "transformers"
     query_heads: int | None = None
     kv_heads: int | None = None
     head_order: str | None = None
@@ -61,26 +64,28 @@ class PatchedLayer(Switchable):
     attend: Attend | None = None
 
     def __deepcopy__(self, memo: dict[int, Any]) -> PatchedLayer:
-        return dataclasses.replace(self, **_outside_blocks())
+        return dataclasses.replace(self, **_outside_contexts())
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**vars(self), **_outside_blocks(), "blocks": None}
+        return {**vars(self), **_outside_contexts(), "open_contexts": None}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        vars(self).update(state, blocks=DenseBlocks())
+        vars(self).update(state, open_contexts=OpenContexts())
 
     def ever_attends_sparsely(self, capacity: int) -> bool:
         """Whether a sequence of at most ``capacity`` keys may be sparse here."""
-        return self.left is None and not self.config.is_dense(capacity)
+        return self.skip_reason is None and not self.config.is_dense(capacity)
 
     def attends_densely(self, length: int) -> bool:
         """Whether the layer does what it did before patching, at ``length`` keys."""
-        return self.left is not None or self.config.is_dense(length) or self.is_inside_block()
+        if self.skip_reason is not None or self.config.is_dense(length):
+            return True
+        return self.is_in_dense_context()
 
 
-def _outside_blocks() -> dict[str, Any]:
-    """What a copy is made with: no block would ever end for it."""
-    return {"blocks": DenseBlocks(), "num_blocks": 0, "attend": None}
+def _outside_contexts() -> dict[str, Any]:
+    """Fields of a copy: no open context would ever end for it."""
+    return {"open_contexts": OpenContexts(), "num_contexts": 0, "attend": None}
 
 
 def get_layer(module: nn.Module) -> PatchedLayer | None:
@@ -94,12 +99,12 @@ def set_layer(module: nn.Module, layer: PatchedLayer) -> None:
     if existing is None:
         setattr(module, _ATTRIBUTE, layer)
     else:
-        # The same object: a block around this call holds on to it, to end it.
-        kept = {name: getattr(existing, name) for name in _outside_blocks()}
+        # Keep the object: an open context holds a reference to it.
+        kept = {name: getattr(existing, name) for name in _outside_contexts()}
         vars(existing).update({**vars(layer), **kept})
 
 
 def remove_layer(module: nn.Module) -> None:
-    """Take the record of a module away."""
+    """Delete the record of a module."""
     if get_layer(module) is not None:
         delattr(module, _ATTRIBUTE)

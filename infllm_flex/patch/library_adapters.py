@@ -1,6 +1,6 @@
 """The ways into models of projects that keep their attention in one replaceable place.
 
-Told by structure, so that copies and forks are served, and none of the projects is imported.
+Recognised by structure, so that copies and forks are served, and none of the projects is imported.
 Against the generic way, only the place itself is intercepted, its length is known before, and what
 the layer's own settings forbid is known when patching.
 """
@@ -13,32 +13,32 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from infllm_flex.patch import code_inspection as code
-from infllm_flex.patch.class_swap import Members, original_class
-from infllm_flex.patch.intercept import run_intercepted
-from infllm_flex.patch.sdpa_adapter import layer_of, why_not_swapped
+from infllm_flex.patch import code_inspection
+from infllm_flex.patch.class_swap import Overrides, original_class
+from infllm_flex.patch.sdpa_adapter import layer_of, swap_skip_reason
+from infllm_flex.patch.sdpa_interception import run_intercepted
 
 
 @dataclass(frozen=True)
-class Seam:
+class LibraryAdapter:
     """One place where a project's models attend.
 
     Attributes:
         name: As `describe` shows it.
         recognises: Whether a module, under its name in the model, has such a place.
-        why_left: Why a recognised layer cannot be sparse; None when it can.
-        members: What the swapped class overrides.
+        find_skip_reason: Why a recognised layer cannot be sparse; None when it can.
+        overrides: What the swapped class overrides.
     """
 
     name: str
     recognises: Callable[[str, nn.Module], bool]
-    why_left: Callable[[nn.Module], str | None]
-    members: Members
+    find_skip_reason: Callable[[nn.Module], str | None]
+    overrides: Overrides
 
 
-def find_seam(name: str, module: nn.Module) -> Seam | None:
+def find_library_adapter(name: str, module: nn.Module) -> LibraryAdapter | None:
     """The seam that a module, under its name in the model, is made for."""
-    return next((seam for seam in SEAMS if seam.recognises(name, module)), None)
+    return next((adapter for adapter in LIBRARY_ADAPTERS if adapter.recognises(name, module)), None)
 
 
 def _serve(
@@ -64,11 +64,11 @@ def _is_torchtune(name: str, module: nn.Module) -> bool:
     return callable(vars(module).get("_attention_call"))
 
 
-def _torchtune_left(module: nn.Module) -> str | None:
+def _torchtune_skip_reason(module: nn.Module) -> str | None:
     return "not causal" if getattr(module, "is_causal", True) is False else None
 
 
-def _torchtune_members(original: Any) -> dict[str, Any]:
+def _torchtune_overrides(original: Any) -> dict[str, Any]:
     # A property goes before what is stored on the instance, which stays there as it is.
     def attention_call(self: nn.Module) -> Callable[..., Any]:
         inner = self.__dict__["_attention_call"]
@@ -88,7 +88,7 @@ def _is_litgpt(name: str, module: nn.Module) -> bool:
     return callable(getattr(original_class(module), "scaled_dot_product_attention", None))
 
 
-def _litgpt_left(module: nn.Module) -> str | None:
+def _litgpt_skip_reason(module: nn.Module) -> str | None:
     config = getattr(module, "config", None)
     if (cap := getattr(config, "attention_logit_softcapping", None)) is not None:
         return f"logits soft-capped at {cap:g}"
@@ -97,7 +97,7 @@ def _litgpt_left(module: nn.Module) -> str | None:
     return None
 
 
-def _litgpt_members(original: Any) -> dict[str, Any]:
+def _litgpt_overrides(original: Any) -> dict[str, Any]:
     inner = original.scaled_dot_product_attention
 
     def method(self: nn.Module, q: Tensor, k: Tensor, v: Tensor, *args: Any, **kwargs: Any) -> Any:
@@ -114,19 +114,19 @@ def _is_torchtitan(name: str, module: nn.Module) -> bool:
     return own and next(module.parameters(), None) is None
 
 
-def _torchtitan_left(module: nn.Module) -> str | None:
-    if not code.calls_sdpa(module):
+def _torchtitan_skip_reason(module: nn.Module) -> str | None:
+    if not code_inspection.calls_sdpa(module):
         return f"{original_class(module).__name__}, a masked kernel: build it with SDPA instead"
-    return why_not_swapped(module)
+    return swap_skip_reason(module)
 
 
-def _torchtitan_members(original: Any) -> dict[str, Any]:
+def _torchtitan_overrides(original: Any) -> dict[str, Any]:
     inner = original.forward
 
     def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
         # Its tensors are [B, H, S, D] or [B, S, H, D], by version: the call inside knows.
         layer = layer_of(self)
-        if layer.is_inside_block():
+        if layer.is_in_dense_context():
             return inner(self, *args, **kwargs)
         return run_intercepted(layer, original.__name__, inner, self, *args, **kwargs)
 
@@ -140,17 +140,17 @@ def _is_x_transformers(name: str, module: nn.Module) -> bool:
     return {"causal", "flash"} <= vars(module).keys() and hasattr(module, "flash_attn")
 
 
-def _x_transformers_left(module: Any) -> str | None:
+def _x_transformers_skip_reason(module: Any) -> str | None:
     if not module.causal:
         return "not causal"
     if not module.flash:
         return "softmax written by hand: build it with attn_flash=True"
     if getattr(module, "add_zero_kv", False):
         return "a zero key before the first"
-    return why_not_swapped(module)
+    return swap_skip_reason(module)
 
 
-def _x_transformers_members(original: Any) -> dict[str, Any]:
+def _x_transformers_overrides(original: Any) -> dict[str, Any]:
     inner = original.forward
 
     def forward(self: nn.Module, q: Tensor, k: Tensor, v: Tensor, *args: Any, **kwargs: Any) -> Any:
@@ -160,11 +160,21 @@ def _x_transformers_members(original: Any) -> dict[str, Any]:
     return {"forward": forward}
 
 
-SEAMS = (
-    Seam("torchtune's _attention_call", _is_torchtune, _torchtune_left, _torchtune_members),
-    Seam("litgpt's method", _is_litgpt, _litgpt_left, _litgpt_members),
-    Seam("torchtitan's inner_attention", _is_torchtitan, _torchtitan_left, _torchtitan_members),
-    Seam(
-        "x-transformers' Attend", _is_x_transformers, _x_transformers_left, _x_transformers_members
+LIBRARY_ADAPTERS = (
+    LibraryAdapter(
+        "torchtune's _attention_call", _is_torchtune, _torchtune_skip_reason, _torchtune_overrides
+    ),
+    LibraryAdapter("litgpt's method", _is_litgpt, _litgpt_skip_reason, _litgpt_overrides),
+    LibraryAdapter(
+        "torchtitan's inner_attention",
+        _is_torchtitan,
+        _torchtitan_skip_reason,
+        _torchtitan_overrides,
+    ),
+    LibraryAdapter(
+        "x-transformers' Attend",
+        _is_x_transformers,
+        _x_transformers_skip_reason,
+        _x_transformers_overrides,
     ),
 )

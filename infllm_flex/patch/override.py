@@ -1,4 +1,4 @@
-"""Attention in other hands, for sequences that no process holds whole."""
+"""Replace the attention of every patched layer (context parallelism uses this)."""
 
 from __future__ import annotations
 
@@ -14,30 +14,30 @@ from infllm_flex.patch.unsupported import require_module
 
 @contextmanager
 def attend_through(model: nn.Module, attend: LayerAttend) -> Iterator[None]:
-    """Hand the attention of every layer to another function inside the block, dense or sparse.
+    """Replace the attention of every layer by another function inside the block, at any length.
 
-    For callers who hold sequences in another way than whole, as context parallelism does, or who
-    choose blocks in another way. What the model makes of masks and positions is not looked at.
+    Context parallelism needs this because no process holds a whole sequence; other selections of
+    blocks can be tried with it. The model's masks and position ids are not looked at.
 
     Args:
         model: A patched transformers model.
-        attend: The function of each layer, by the layer's number from 0. It takes queries, keys
-            and values after the rotary embedding and the factor on their products, None for the
-            usual one, and returns the output, as `infllm_attention` does.
+        attend: Maps a layer's number, from 0, to its function. The function takes queries, keys and
+            values after the rotary embedding, and the factor on the dot products (None for the
+            default one). It returns the output, as `infllm_attention` does.
 
     Raises:
-        ValueError: ``model`` is not patched, or a layer was left as it was.
+        ValueError: ``model`` is not patched, or one of its layers cannot be sparse.
     """
     require_module(model)
     layers = huggingface.patched_layers(model)
     if not layers:
         raise ValueError(
-            f"{type(model).__name__} is not patched through transformers' registry: no layer to "
-            "hand over"
+            f"{type(model).__name__} is not patched through transformers' registry: there is no "
+            "layer whose attention could be replaced"
         )
     for name, module in huggingface.attention_layers(model).items():
-        if (left := huggingface.why_left(module)) is not None:
-            raise ValueError(f"{name} cannot attend otherwise than as it was made: {left}")
+        if (reason := huggingface.find_skip_reason(module)) is not None:
+            raise ValueError(f"the attention of {name} cannot be replaced: {reason}")
     for number, layer in enumerate(layers.values()):
         layer.attend = attend(number)
     try:

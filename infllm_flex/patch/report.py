@@ -1,4 +1,4 @@
-"""What became of each attention layer, as rows and as a table."""
+"""What happened to each attention layer, as rows and as a table."""
 
 from __future__ import annotations
 
@@ -7,8 +7,8 @@ from typing import NamedTuple
 from torch import nn
 
 from infllm_flex.config import InfLLMConfig
-from infllm_flex.patch import discovery as ladder
-from infllm_flex.patch.discovery import Found
+from infllm_flex.patch import discovery
+from infllm_flex.patch.discovery import AttentionModule
 from infllm_flex.patch.layer_state import PatchedLayer, get_layer
 from infllm_flex.patch.unsupported import require_module
 
@@ -17,13 +17,13 @@ class LayerRow(NamedTuple):
     """One attention layer.
 
     Attributes:
-        name: Of the module, as in ``named_modules``.
-        patched_through: The way into the layer, ``"transformers"`` or another; empty if the layer
-            does not go through this package.
+        name: Name of the module, as in ``named_modules``.
+        patched_through: Name of the adapter, such as ``"transformers"``; empty if the layer is not
+            patched.
         sparse: Whether the layer is sparse at ``dense_len`` and beyond.
-        status: The same in words, and why not.
-        config: The settings of a layer that is sparse at ``dense_len``; None of others.
-        origin: Where they come from, in words.
+        status: The same in words, with the reason if it is not.
+        config: Settings of a layer that is sparse at ``dense_len``; None for others.
+        origin: Where the settings come from, in words.
     """
 
     name: str
@@ -54,10 +54,10 @@ class LayerTable(tuple[LayerRow, ...]):
 
 
 def describe(model: nn.Module) -> LayerTable:
-    """Say of each attention layer how it was patched, and whether it is sparse or why not.
+    """List the attention layers of a model: how each was patched, whether it is sparse or why not.
 
     Args:
-        model: Any model, patched or not; layers that cannot be told as such are not listed.
+        model: Any model, patched or not. Layers that no adapter recognises are not listed.
 
     Returns:
         One row per attention layer, in the order of ``named_modules``.
@@ -66,34 +66,34 @@ def describe(model: nn.Module) -> LayerTable:
         TypeError: ``model`` is no ``torch.nn.Module``.
     """
     require_module(model)
-    patched = ladder.patched_layers(model)
-    found = ladder.find_layers(model)
+    patched = discovery.patched_layers(model)
+    found = discovery.find_layers(model)
     rows = {}
     for name, module in model.named_modules():
         if name in found or name in patched or get_layer(module) is not None:
-            rows[name] = _row(name, patched.get(name), _why_left(module, found.get(name)))
+            rows[name] = _row(name, patched.get(name), _find_skip_reason(module, found.get(name)))
     return LayerTable(rows.values())
 
 
-def _why_left(module: nn.Module, found: Found | None) -> str | None:
-    # What patching decided goes before what the code of the layer says by itself.
+def _find_skip_reason(module: nn.Module, found: AttentionModule | None) -> str | None:
+    # The decision made when patching precedes what the layer's code says now.
     layer = get_layer(module)
     if layer is not None:
-        return layer.left
-    return None if found is None else found.left
+        return layer.skip_reason
+    return None if found is None else found.skip_reason
 
 
-def _row(name: str, layer: PatchedLayer | None, left: str | None) -> LayerRow:
-    way = "" if layer is None else layer.way
-    if left is not None:
-        return LayerRow(name, way, False, f"{left}: left as it was")
+def _row(name: str, layer: PatchedLayer | None, skip_reason: str | None) -> LayerRow:
+    adapter = "" if layer is None else layer.adapter
+    if skip_reason is not None:
+        return LayerRow(name, adapter, False, f"{skip_reason}: left as it was")
     if layer is None:
         return LayerRow(name, "", False, "dense: not patched")
-    if layer.is_inside_block():
-        return LayerRow(name, way, False, "dense: inside infllm_flex.dense()")
+    if layer.is_in_dense_context():
+        return LayerRow(name, adapter, False, "dense: inside infllm_flex.dense()")
     config = layer.config
     status = (
         f"sparse from {max(config.dense_len, 1)} tokens on: "
         f"{config.num_selected} blocks of {config.block_size}"
     )
-    return LayerRow(name, way, True, status, config, layer.origin)
+    return LayerRow(name, adapter, True, status, config, layer.origin)

@@ -6,35 +6,35 @@ from typing import Any
 
 from torch import nn
 
-from infllm_flex.patch import code_inspection as code
+from infllm_flex.patch import code_inspection
 from infllm_flex.patch.class_swap import runs_own_forward
-from infllm_flex.patch.intercept import run_intercepted
 from infllm_flex.patch.layer_state import PatchedLayer, get_layer
+from infllm_flex.patch.sdpa_interception import run_intercepted
 
 NAME = "F.scaled_dot_product_attention"
 
 
 def recognises(module: nn.Module) -> bool:
     """Whether the module is an attention layer of this kind."""
-    return code.calls_sdpa(module)
+    return code_inspection.calls_sdpa(module)
 
 
-def why_left(module: nn.Module) -> str | None:
+def find_skip_reason(module: nn.Module) -> str | None:
     """Why the layer cannot be sparse, as far as its code tells; None when nothing speaks against.
 
     What the code does not tell, the first forward does: a call that is not causal, or none at all,
     is an error there.
     """
-    if code.never_causal(module):
+    if code_inspection.never_causal(module):
         return "not causal"
-    if code.mentions(module, "alibi") and _alibi_is_on(module):
+    if code_inspection.mentions(module, "alibi") and _alibi_is_on(module):
         return "ALiBi"
     if getattr(module, "indexer", None) is not None:
         return "the model's own sparse indexer"
-    return why_not_swapped(module)
+    return swap_skip_reason(module)
 
 
-def why_not_swapped(module: nn.Module) -> str | None:
+def swap_skip_reason(module: nn.Module) -> str | None:
     """Why giving the module another class would have no effect; None when it has."""
     if not runs_own_forward(module):
         return "a forward set on the instance: patch before that"
@@ -49,12 +49,12 @@ def _alibi_is_on(module: nn.Module) -> bool:
     return True
 
 
-def members(original: Any) -> dict[str, Any]:
+def overrides(original: Any) -> dict[str, Any]:
     """What the swapped class overrides: the whole forward."""
 
     def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
         layer = layer_of(self)
-        if layer.is_inside_block():
+        if layer.is_in_dense_context():
             return original.forward(self, *args, **kwargs)
         return run_intercepted(layer, original.__name__, original.forward, self, *args, **kwargs)
 

@@ -10,13 +10,17 @@ from torch import Tensor
 from infllm_flex.attention import attend_in_layout, infllm_attention
 from infllm_flex.batches import is_recorded
 from infllm_flex.chunks import attend_chunk
-from infllm_flex.patch.causal_masks import keys_so_far, require_causal, require_equal
+from infllm_flex.patch.causal_masks import assert_causal, assert_equal_mask, count_visible_keys
 from infllm_flex.patch.errors import UnsupportedModelError
-from infllm_flex.patch.forward import current_forward
-from infllm_flex.patch.head_dims import unserved_head_dims
-from infllm_flex.patch.heads import regroup
+from infllm_flex.patch.forward_context import current_forward
+from infllm_flex.patch.head_dims import unsupported_head_dims
+from infllm_flex.patch.head_groups import regroup
 from infllm_flex.patch.huggingface.documents import Sequences, find_sequences
-from infllm_flex.patch.huggingface.told import refuse_leak, require_told_again, what_is_told
+from infllm_flex.patch.huggingface.sequence_info import (
+    assert_single_document,
+    read_sequence_info,
+    reject_recompute_without_info,
+)
 from infllm_flex.patch.layer_state import PatchedLayer
 
 
@@ -71,14 +75,14 @@ def attend(layer: PatchedLayer, call: SdpaCall, kv_heads: int | None = None) -> 
             "sparse attention needs [B, H, S, D] queries, keys and values, got shape "
             f"{tuple(call.query.shape)}: call infllm_flex.infllm_attention in the model's own code"
         )
-    heads_left = unserved_head_dims(call.key.shape[-1], call.value.shape[-1])
-    if heads_left is not None:
+    reason = unsupported_head_dims(call.key.shape[-1], call.value.shape[-1])
+    if reason is not None:
         raise UnsupportedModelError(
-            f"sparse attention cannot serve {heads_left}: run it inside infllm_flex.dense(model), "
+            f"sparse attention cannot serve {reason}: run it inside infllm_flex.dense(model), "
             "or leave the layer out by attention_modules="
         )
     if sequences is None:
-        length = keys_so_far(call.query, call.key, call.attn_mask, call.is_causal)
+        length = count_visible_keys(call.query, call.key, call.attn_mask, call.is_causal)
     else:
         length = call.key.shape[-2]
     if layer.attends_densely(length):
@@ -90,10 +94,10 @@ def attend(layer: PatchedLayer, call: SdpaCall, kv_heads: int | None = None) -> 
         )
     query = call.query
     if sequences is None:
-        query = require_causal(query, call.attn_mask)
+        query = assert_causal(query, call.attn_mask)
     elif call.attn_mask is not None:  # that of the forward, or a causal one that lets them leak
         isolated, causal = sequences.isolate(call.attn_mask), sequences.isolate(None)
-        query = require_equal(query, cast(Tensor, isolated), cast(Tensor, causal))
+        query = assert_equal_mask(query, cast(Tensor, isolated), cast(Tensor, causal))
     # What lies beyond is the unused room of a preallocated cache.
     key, value = call.key[:, :, :length], call.value[:, :, :length]
     heads = regroup(layer, query, key, value, kv_heads)
@@ -118,16 +122,16 @@ def _read_documents(layer: PatchedLayer, call: SdpaCall) -> tuple[SdpaCall, Sequ
         return call, None
     if call.attn_mask is None and current_forward() is None and not layer.was_packed_by_model:
         return call, None  # nobody could tell: spare a hand-written model the questions
-    told = what_is_told(call.query, call.key, call.attn_mask, {})
-    positions = told.only_positions
+    info = read_sequence_info(call.query, call.key, call.attn_mask, {})
+    positions = info.positions_only
     is_dense = layer.attends_densely(call.key.shape[-2])
     if is_dense and call.attn_mask is None and positions is not None and is_recorded(positions):
-        return call._replace(query=refuse_leak(call.query, positions)), None
-    sequences = find_sequences(call.query, told)
+        return call._replace(query=assert_single_document(call.query, positions)), None
+    sequences = find_sequences(call.query, info)
     forward = current_forward()
     if sequences is not None and forward is not None and not is_recorded(call.query):
         forward.mark(call.attn_mask)
-    require_told_again(layer, told, sequences)
+    reject_recompute_without_info(layer, info, sequences)
     return call, sequences
 
 

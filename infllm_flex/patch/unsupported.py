@@ -1,54 +1,24 @@
-"""What cannot be patched, said on one line: what was found, what was tried, what to do next."""
+"""Refuse models that cannot be patched, on one line: what was found, tried, and what to do next."""
 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Mapping
 
 import torch
 from torch import nn
 
-from infllm_flex.patch import code_inspection as code
+from infllm_flex.patch import code_inspection
 from infllm_flex.patch.class_swap import original_class
-from infllm_flex.patch.discovery import Found
+from infllm_flex.patch.discovery import AttentionModule
 from infllm_flex.patch.errors import UnsupportedModelError
+from infllm_flex.patch.skip_reasons import advice_for
 
 _TRIED = (
     "tried the registry of transformers, the attention of torchtune, litgpt, torchtitan and "
     "x-transformers, and calls of F.scaled_dot_product_attention; name the layers by "
     "attention_modules=, or, for causal full attention written by hand, call "
     "infllm_flex.infllm_attention in the model's own forward"
-)
-
-# What to do about a reason, by how it begins.
-_ADVICE = (
-    (
-        "sliding window",
-        "a window over the keys stays dense; where the model may attend to all of them, build it "
-        "with sliding_window=None, or with 'full_attention' among its layer_types",
-    ),
-    ("not causal", "only causal self-attention can be sparse"),
-    (
-        "logits soft-capped",
-        "sparse attention caps no logits; where the model may do without, set the cap to None "
-        "in its config",
-    ),
-    ("learned attention sinks", "sparse attention has no sinks: such a model stays dense"),
-    ("a position bias", "sparse attention adds nothing to its logits: such a model stays dense"),
-    ("a mask that", "sparse attention adds nothing to its logits: such a model stays dense"),
-    ("values of", "sparse attention needs values as wide as keys: such a model stays dense"),
-    ("heads of", "sparse attention serves heads of up to 256: wider ones stay dense"),
-    ("keys of another model", "a drafter stays dense: patch the model that it drafts for"),
-    ("indexed attention", "the model selects its keys itself: it is sparse already"),
-    ("the model's own sparse indexer", "the model selects its keys itself: it is sparse already"),
-    (
-        "a forward set on the instance",
-        "remove it before patching, or call infllm_flex.infllm_attention in it",
-    ),
-    (
-        "attn_implementation=",
-        "call model.set_attn_implementation('sdpa') before patching",
-    ),
 )
 
 
@@ -78,19 +48,19 @@ def reject_scripted(model: nn.Module) -> None:
 
 
 def reject_unsupported(
-    model: nn.Module, layers: Mapping[str, Found], named: Collection[nn.Module] | None
+    model: nn.Module, layers: Mapping[str, AttentionModule], named: Collection[nn.Module] | None
 ) -> None:
     """Raise an UnsupportedModelError unless some layer can be sparse, and every named one."""
     if named is not None:
         for name, found in layers.items():
-            if found.module in named and found.left is not None:
-                reason = "; ".join([found.left, *_advise([found.left])])
-                raise UnsupportedModelError(f"{name} cannot be sparse: {reason}")
-    if any(found.left is None for found in layers.values()):
+            if found.module in named and found.skip_reason is not None:
+                text = "; ".join([found.skip_reason, *advice_for([found.skip_reason])])
+                raise UnsupportedModelError(f"{name} cannot be sparse: {text}")
+    if any(found.skip_reason is None for found in layers.values()):
         return
     found_text = _describe(layers) if layers else _describe_others(model)
-    advice = _advise([str(found.left) for found in layers.values()])
-    if any(found.members is not None for found in layers.values()):  # told by their code alone
+    advice = advice_for([str(found.skip_reason) for found in layers.values()])
+    if any(found.overrides is not None for found in layers.values()):  # recognised by code alone
         advice.append("name the layers by attention_modules= where this is not so")
     what_to_do = "; ".join(advice or [_TRIED])
     raise UnsupportedModelError(
@@ -98,14 +68,8 @@ def reject_unsupported(
     )
 
 
-def _advise(reasons: Iterable[str]) -> list[str]:
-    """What to do about reasons, each piece of advice once."""
-    found = (words for reason in reasons for start, words in _ADVICE if reason.startswith(start))
-    return list(dict.fromkeys(found))
-
-
-def _describe(layers: Mapping[str, Found]) -> str:
-    counts = Counter(str(found.left) for found in layers.values())
+def _describe(layers: Mapping[str, AttentionModule]) -> str:
+    counts = Counter(str(found.skip_reason) for found in layers.values())
     return f"{len(layers)} attention layers, none of which can be sparse: " + ", ".join(
         f"{count} x {reason}" for reason, count in counts.items()
     )
@@ -115,6 +79,6 @@ def _describe_others(model: nn.Module) -> str:
     for module in model.modules():
         if isinstance(module, nn.MultiheadAttention):
             return "no attention layer but torch.nn.MultiheadAttention, whose kernel is its own"
-        if (name := code.other_attention(module)) is not None:
+        if (name := code_inspection.other_attention(module)) is not None:
             return f"no attention layer but {original_class(module).__name__}, which calls {name}"
     return "no attention layer (a model without attention has nothing to make sparse)"

@@ -58,7 +58,7 @@ def recorded_inputs(model: Any) -> Iterator[dict[str, LayerInputs]]:
         model: A patched transformers model.
     """
     inputs: dict[str, LayerInputs] = {}
-    layers = {n: layer for n, layer in patched_layers(model).items() if layer.left is None}
+    layers = {n: layer for n, layer in patched_layers(model).items() if layer.skip_reason is None}
     originals = {name: layer.dense_attention for name, layer in layers.items()}
 
     def recorder(name: str, original: Any) -> Any:

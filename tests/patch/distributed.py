@@ -12,14 +12,14 @@ from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
 import infllm_flex as ifx
+from tests.patch.library_models import TuneStyle
 from tests.patch.models import LONG, SETTINGS, build, tokens
-from tests.patch.outsiders import outsider
-from tests.patch.seam_models import TuneStyle
+from tests.patch.plain_models import plain_model
 
 WORLD = 2
 MODELS = {
-    "generic": outsider,
-    "torchtune": lambda: outsider(TuneStyle),
+    "generic": plain_model,
+    "torchtune": lambda: plain_model(TuneStyle),
     "transformers": build,
 }
 

@@ -316,7 +316,7 @@ def test_a_mask_moves_and_is_cut_like_a_tensor():
     assert torch.equal(lazy[:, :, :9], spelled[:, :, :9])
     assert lazy.shape == tuple(spelled.shape)
     moved = lazy.to("meta", non_blocking=True)
-    assert moved.padding.device == moved.spell_out().device == torch.device("meta")
+    assert moved.padding.device == moved.materialize().device == torch.device("meta")
     assert lazy.to(torch.float16).padding is lazy.padding
 
 

@@ -131,9 +131,9 @@ def test_an_offloaded_layer_keeps_no_room_behind():
         for ids in (tokens(90), tokens(1), tokens(1)):
             model(ids, **{CACHE: cache})
         layer = cache.layers[0]
-        assert layer._key_room is not None
+        assert layer._key_buffer is not None
         layer.offload()
-        assert layer._key_room is layer._value_room is None
+        assert layer._key_buffer is layer._value_buffer is None
         layer.prefetch()
         ours = model(tokens(2), **{CACHE: cache}).logits
         whole = torch.cat([tokens(90), tokens(1), tokens(1), tokens(2)], 1)
@@ -184,10 +184,10 @@ def test_a_hybrid_layer_grows_in_place_and_follows_what_is_done_to_it():
         for part in ids[:, :75].split([70, *[1] * 5], 1):
             model(part, **{CACHE: cache})
         hybrids = [x for x in cache.layers if getattr(x, "infllm_state", None) is not None]
-        rooms = [x._key_room for x in hybrids]
+        rooms = [x._key_buffer for x in hybrids]
         model(ids[:, 75:76], **{CACHE: cache})
         assert len(hybrids) == 2
-        assert rooms == [x._key_room for x in hybrids]
+        assert rooms == [x._key_buffer for x in hybrids]
         copied = copy.deepcopy(cache)
         assert not any("Followed" in type(x).__name__ for x in copied.layers)
         steps = []

@@ -11,8 +11,8 @@ from transformers import DynamicCache, StaticCache
 from transformers.cache_utils import DynamicLayer
 
 import infllm_flex as ifx
-from infllm_flex.patch.huggingface import room
-from infllm_flex.patch.huggingface.cache_layer import FollowedLayer
+from infllm_flex.patch.huggingface import growable_buffer
+from infllm_flex.patch.huggingface.cache_layer import TrackedDynamicLayer
 from tests.inputs import draw_normal
 from tests.patch.models import CACHE, SETTINGS, build, tokens
 
@@ -37,7 +37,7 @@ def begin(model, length=90, steps=3):
     step(model, cache, tokens(length))
     for seed in range(steps):
         step(model, cache, tokens(1 + seed % 2))
-    assert not steps or all(type(layer) is FollowedLayer for layer in cache.layers)
+    assert not steps or all(type(layer) is TrackedDynamicLayer for layer in cache.layers)
     return cache
 
 
@@ -119,12 +119,12 @@ def test_an_end_that_nobody_holds_is_written_again_without_a_copy(model, monkeyp
     """Drafts that are checked and dropped do not copy the cache each time."""
     made = []
 
-    class Counted(room.Room):
+    class Counted(growable_buffer.GrowableBuffer):
         def __init__(self, *args):
             made.append(args)
             super().__init__(*args)
 
-    monkeypatch.setattr("infllm_flex.patch.huggingface.cache_layer.Room", Counted)
+    monkeypatch.setattr("infllm_flex.patch.huggingface.cache_layer.GrowableBuffer", Counted)
     with torch.no_grad():
         cache = begin(model, steps=0)
         for _ in range(10):
@@ -287,9 +287,9 @@ def test_a_generation_never_reads_what_it_holds(model, monkeypatch):
     """Or every token would cost a copy of the cache."""
     read = []
     for name in ("keys", "values"):
-        own = getattr(FollowedLayer, name)
+        own = getattr(TrackedDynamicLayer, name)
         monkeypatch.setattr(
-            FollowedLayer,
+            TrackedDynamicLayer,
             name,
             property(lambda self, own=own: read.append(self) or own.fget(self), own.fset),
         )

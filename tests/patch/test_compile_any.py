@@ -7,16 +7,16 @@ from torch._dynamo.backends.common import aot_autograd
 from torch._dynamo.testing import CompileCounterWithBackend
 
 import infllm_flex as ifx
+from tests.patch.library_models import LIBRARY_MODELS
 from tests.patch.models import LONG, SETTINGS, SHORT, build, tokens
-from tests.patch.outsiders import CachedHeads, FusedHeads, outsider
-from tests.patch.seam_models import SEAMS
-from tests.patch.test_generic import assert_close, run
+from tests.patch.plain_models import CachedHeads, FusedHeads, plain_model
 from tests.patch.test_refusals import MASKS, Masked
+from tests.patch.test_sdpa_adapter import assert_close, run
 from tests.patch.test_training_loops import KINDS
 
 # Dynamo looks at the gradient of every input, and PyTorch warns that inner ones have none.
 pytestmark = pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor")
-WAYS = {"F.scaled_dot_product_attention": "repeated", **SEAMS}
+WAYS = {"F.scaled_dot_product_attention": "repeated", **LIBRARY_MODELS}
 
 
 @pytest.fixture(autouse=True)
@@ -48,7 +48,7 @@ class Compiled:
 @pytest.mark.parametrize("by_block", [False, True], ids=["whole", "by block"])
 @pytest.mark.parametrize("style", WAYS.values(), ids=WAYS)
 def test_one_graph_forward_and_backward(style, by_block):
-    model = ifx.patch_model(outsider(style, layers=1), SETTINGS)
+    model = ifx.patch_model(plain_model(style, layers=1), SETTINGS)
     eager = run(model, LONG)
     assert_close(run(Compiled(model, by_block), LONG), eager)
 
@@ -56,7 +56,7 @@ def test_one_graph_forward_and_backward(style, by_block):
 @pytest.mark.parametrize("make", WAYS.values(), ids=WAYS)
 def test_below_dense_len_the_graph_is_that_of_the_unpatched_model(make):
     # So that it costs nothing, which no timing shows as well.
-    model = outsider(make, layers=1)
+    model = plain_model(make, layers=1)
     assert graph_of(ifx.patch_model(model, SETTINGS)) == graph_of(ifx.unpatch_model(model))
 
 
@@ -93,7 +93,7 @@ def graph_of(model, **kwargs):
 
 @pytest.mark.parametrize("by_block", [False, True], ids=["whole", "by block"])
 def test_patching_and_unpatching_after_compiling_take_effect(by_block):
-    model = outsider(layers=1)
+    model = plain_model(layers=1)
     plain = model(tokens(LONG))
     compiled = Compiled(model, by_block)
     assert_close([compiled(tokens(LONG))], [plain])
@@ -112,7 +112,7 @@ def embed(model):
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_checkpointing_inside_the_graph(kind):
-    model = ifx.patch_model(outsider(layers=1), SETTINGS)
+    model = ifx.patch_model(plain_model(layers=1), SETTINGS)
     plain = run(model, LONG)
     model.checkpointing = KINDS[kind]
     assert_close(run(Compiled(model), LONG), plain)
@@ -120,22 +120,22 @@ def test_checkpointing_inside_the_graph(kind):
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_checkpointing_around_the_graph(kind):
-    model = ifx.patch_model(outsider(layers=1), SETTINGS)
+    model = ifx.patch_model(plain_model(layers=1), SETTINGS)
     plain = run(model, LONG)
     model.checkpointing = KINDS[kind]
     assert_close(run(Compiled(model, by_block=True), LONG), plain)
 
 
 def test_blocks_share_one_graph():
-    model = ifx.patch_model(outsider(layers=6), SETTINGS)
+    model = ifx.patch_model(plain_model(layers=6), SETTINGS)
     counter = CompileCounterWithBackend("eager")
     Compiled(model, by_block=True, backend=counter)(tokens(LONG))
     assert counter.frame_count == 1
 
 
 LENGTHS = {
-    "generic": (outsider, None),
-    "generic by block": (outsider, "h"),
+    "generic": (plain_model, None),
+    "generic by block": (plain_model, "h"),
     "transformers": (build, None),
 }
 
@@ -151,7 +151,7 @@ def test_fifty_lengths_take_at_most_four_graphs(case):
     else:
         for block in model.get_submodule(blocks):
             block.compile(fullgraph=True, backend=counter)
-    kwargs = {} if make is outsider else {"use_cache": False}
+    kwargs = {} if make is plain_model else {"use_cache": False}
     lengths = torch.randperm(80, generator=torch.Generator().manual_seed(0))[:50] + 60
     assert lengths.min() < SETTINGS["dense_len"] < lengths.max()
     for length in lengths.tolist():
@@ -171,8 +171,8 @@ class CompiledHelper(FusedHeads):
 
 
 def test_a_helper_that_is_compiled_by_itself():
-    model = ifx.patch_model(outsider(CompiledHelper, layers=1), SETTINGS)
-    theirs = run(ifx.patch_model(outsider("fused", layers=1), SETTINGS), LONG)
+    model = ifx.patch_model(plain_model(CompiledHelper, layers=1), SETTINGS)
+    theirs = run(ifx.patch_model(plain_model("fused", layers=1), SETTINGS), LONG)
     for _ in range(3):
         assert_close(run(model, LONG), theirs)
 
@@ -187,13 +187,13 @@ def test_a_causal_mask_is_checked_inside_the_graph():
 
 
 def test_wrong_heads_are_found_inside_the_graph():
-    model = ifx.patch_model(outsider(layers=1), SETTINGS, num_key_value_heads=2)
+    model = ifx.patch_model(plain_model(layers=1), SETTINGS, num_key_value_heads=2)
     with pytest.raises(RuntimeError, match="keys of 4 heads are not 2 expanded ones"):
         Compiled(model)(tokens(LONG))
 
 
 def test_cycled_heads_are_known_after_one_eager_run():
-    model = ifx.patch_model(outsider("cycled", layers=1), SETTINGS)
+    model = ifx.patch_model(plain_model("cycled", layers=1), SETTINGS)
     with pytest.raises(RuntimeError, match=r"run once without torch\.compile"):
         Compiled(model)(tokens(LONG))
     eager = model(tokens(LONG))
@@ -201,7 +201,7 @@ def test_cycled_heads_are_known_after_one_eager_run():
 
 
 def test_a_static_cache_at_sparse_length_is_refused_by_name():
-    model = ifx.patch_model(outsider(CachedHeads, layers=1), SETTINGS)
+    model = ifx.patch_model(plain_model(CachedHeads, layers=1), SETTINGS)
     with pytest.raises(
         Exception, match=r"a preallocated cache, cannot be served by torch\.compile"
     ):
@@ -211,6 +211,6 @@ def test_a_static_cache_at_sparse_length_is_refused_by_name():
 @pytest.mark.slow
 @pytest.mark.parametrize("length", [SHORT, LONG])
 def test_training_through_inductor(length):
-    model = ifx.patch_model(outsider("repeated", layers=1), SETTINGS)
+    model = ifx.patch_model(plain_model("repeated", layers=1), SETTINGS)
     model.checkpointing = KINDS["non-reentrant"]
     assert_close(run(Compiled(model, backend="inductor"), length), run(model, length))

@@ -9,7 +9,7 @@ from transformers import LlamaForCausalLM
 
 import infllm_flex as ifx
 from tests.patch.models import LONG, SETTINGS, build, enable_checkpointing, logits, tokens
-from tests.patch.outsiders import outsider
+from tests.patch.plain_models import plain_model
 
 INSIDE, OUTSIDE = True, False
 
@@ -55,9 +55,9 @@ class TestThreads:
             assert torch.equal(logits(model, LONG), logits(build(), LONG))
 
     def test_a_block_of_another_thread_makes_nothing_dense_here(self):
-        model = ifx.patch_model(outsider(), SETTINGS)
+        model = ifx.patch_model(plain_model(), SETTINGS)
         sparse = model(tokens(LONG))
-        plain = outsider()(tokens(LONG))
+        plain = plain_model()(tokens(LONG))
         opened, done = threading.Event(), threading.Event()
         device = default_device()
 
@@ -77,7 +77,7 @@ class TestThreads:
         assert torch.equal(outputs[0], plain)
         assert torch.equal(model(tokens(LONG)), sparse)
 
-    @pytest.mark.parametrize("make", [build, outsider], ids=["transformers", "by hand"])
+    @pytest.mark.parametrize("make", [build, plain_model], ids=["transformers", "by hand"])
     def test_compiled(self, make):
         torch.compiler.reset()
         model = make()
@@ -117,7 +117,7 @@ def hugging(**how):
 
 def by_hand(**how):
     torch.manual_seed(0)
-    model = outsider()
+    model = plain_model()
     model.checkpointing = how
     return model
 

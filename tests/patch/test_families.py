@@ -5,7 +5,7 @@ import torch
 from transformers import CLIPVisionConfig, GptOssConfig, LlavaConfig, LlavaForConditionalGeneration
 
 import infllm_flex as ifx
-from tests.patch.masked import masked_sdpa
+from tests.patch.masked_sdpa import masked_sdpa
 from tests.patch.models import (
     CONFIGS,
     EVERYTHING,

@@ -78,11 +78,11 @@ def test_a_mask_that_a_hook_writes_to_is_never_taken_for_what_it_was(dense_len):
 
 def test_what_a_mask_would_be_costs_no_table(monkeypatch):
     model = ifx.patch_model(build(), SETTINGS)
-    told = []
-    look_at_masks_of(model, lambda m: told.append((m.dtype, m.device, m.shape, m.ndim)))
+    seen = []
+    look_at_masks_of(model, lambda m: seen.append((m.dtype, m.device, m.shape, m.ndim)))
     monkeypatch.setattr("transformers.masking_utils.sdpa_mask", None)
     model(IDS, attention_mask=PADDED)
-    assert told[0] == (torch.bool, torch.device("cpu"), (3, 1, S, S), 4)
+    assert seen[0] == (torch.bool, torch.device("cpu"), (3, 1, S, S), 4)
 
 
 def test_at_sparse_length_hooks_may_look_at_the_mask():
@@ -155,10 +155,13 @@ def test_any_other_mask_given_whole_is_refused_compiled_or_not(mask, both_ways):
 
 
 def test_a_mask_given_whole_is_looked_at_once_for_all_layers(monkeypatch):
-    from infllm_flex.patch.huggingface import unsupported
 
-    look, calls = unsupported.is_plain_causal, []
-    monkeypatch.setattr(unsupported, "is_plain_causal", lambda mask: calls.append(1) or look(mask))
+    from infllm_flex.patch.huggingface import unsupported_calls
+
+    look, calls = unsupported_calls.is_plain_causal, []
+    monkeypatch.setattr(
+        unsupported_calls, "is_plain_causal", lambda mask: calls.append(1) or look(mask)
+    )
     model = ifx.patch_model(build(), SETTINGS)
     mask = CAUSAL.clone()
     model(IDS, attention_mask=mask)

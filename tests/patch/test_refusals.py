@@ -9,7 +9,7 @@ from torch import nn
 
 import infllm_flex as ifx
 from tests.patch.models import LONG, SETTINGS, SHORT, tokens
-from tests.patch.outsiders import WIDTH, Block, Decoder, FusedHeads, RepeatedHeads, outsider
+from tests.patch.plain_models import WIDTH, Block, Decoder, FusedHeads, RepeatedHeads, plain_model
 
 
 class Bidirectional(FusedHeads):
@@ -84,11 +84,11 @@ class Indexed(FusedHeads):
 
 
 NEVER = {
-    "an encoder": (lambda: outsider(Bidirectional), "2 x not causal"),
-    "a flag on the instance": (lambda: outsider(Flagged), "2 x not causal"),
+    "an encoder": (lambda: plain_model(Bidirectional), "2 x not causal"),
+    "a flag on the instance": (lambda: plain_model(Flagged), "2 x not causal"),
     "a diffusion model": (Diffusion, "1 x not causal"),
-    "ALiBi": (lambda: outsider(Alibi), "2 x ALiBi"),
-    "its own indexer": (lambda: outsider(Indexed), "2 x the model's own sparse indexer"),
+    "ALiBi": (lambda: plain_model(Alibi), "2 x ALiBi"),
+    "its own indexer": (lambda: plain_model(Indexed), "2 x the model's own sparse indexer"),
     "a convolution": (lambda: nn.Conv2d(1, 1, 3), "found no attention layer .*; tried"),
     "PyTorch's encoder": (
         lambda: nn.TransformerEncoderLayer(16, 2),
@@ -109,7 +109,7 @@ def test_what_can_never_be_sparse_is_refused_when_patching(made):
 
 
 def test_softmax_written_by_hand_is_found_at_the_first_forward():
-    model = ifx.patch_model(outsider("fused", flash=False), SETTINGS)
+    model = ifx.patch_model(plain_model("fused", flash=False), SETTINGS)
     with pytest.raises(
         ifx.UnsupportedModelError,
         match=r"FusedHeads attended without torch\.nn\.functional\.scaled_dot_product_attention "
@@ -119,13 +119,13 @@ def test_softmax_written_by_hand_is_found_at_the_first_forward():
 
 
 def test_softmax_written_by_hand_is_found_when_patching_with_an_example():
-    model = outsider("fused", flash=False)
+    model = plain_model("fused", flash=False)
     with pytest.raises(ifx.UnsupportedModelError, match="no attention layer but FusedHeads"):
         ifx.patch_model(model, SETTINGS, example_inputs=tokens(8))
 
 
 def test_attention_to_the_future_is_found_at_the_first_forward():
-    model = ifx.patch_model(outsider(Hidden), SETTINGS)
+    model = ifx.patch_model(plain_model(Hidden), SETTINGS)
     with pytest.raises(ifx.UnsupportedModelError, match="which is not causal: only causal"):
         model(tokens(SHORT))
 
@@ -160,16 +160,16 @@ def test_masks_beyond_causal_are_refused_at_length(mask, additive):
 
 
 def test_a_bias_is_refused_at_length_or_by_the_example():
-    model = ifx.patch_model(outsider(Biased), SETTINGS)
+    model = ifx.patch_model(plain_model(Biased), SETTINGS)
     model(tokens(SHORT))
     with pytest.raises(ifx.UnsupportedModelError, match="ALiBi or another bias"):
         model(tokens(LONG))
     with pytest.raises(ifx.UnsupportedModelError, match="2 x a bias on its logits"):
-        ifx.patch_model(outsider(Biased), SETTINGS, example_inputs=[tokens(8)])
+        ifx.patch_model(plain_model(Biased), SETTINGS, example_inputs=[tokens(8)])
 
 
 def test_dropout_is_refused_at_length():
-    model = ifx.patch_model(outsider(), SETTINGS).train()
+    model = ifx.patch_model(plain_model(), SETTINGS).train()
     for block in model.h:
         block.attn.dropout = 0.1
     with pytest.raises(NotImplementedError, match=r"attention dropout \(0\.1\) yet: got 128 keys"):
@@ -180,7 +180,7 @@ class TestAttentionModules:
     def mixed(self):
         """A bidirectional layer before a causal one, told apart by running them alone."""
         causal = iter([False, True])
-        return outsider(lambda: Hidden(causal=next(causal)))
+        return plain_model(lambda: Hidden(causal=next(causal)))
 
     @pytest.mark.parametrize("names", ["h.1.attn", ["*.1.attn"], "module"])
     def test_only_those_named_are_patched(self, names):
@@ -194,7 +194,7 @@ class TestAttentionModules:
         assert not torch.equal(model(tokens(LONG)), plain)
 
     def test_a_class_names_all_its_modules(self):
-        model = ifx.patch_model(outsider(), SETTINGS, attention_modules=FusedHeads)
+        model = ifx.patch_model(plain_model(), SETTINGS, attention_modules=FusedHeads)
         assert [row.sparse for row in ifx.describe(model)] == [True, True]
 
     def test_an_example_tells_the_layers_apart(self):
@@ -208,7 +208,7 @@ class TestAttentionModules:
         assert [row.sparse for row in ifx.describe(model)] == [False, True]
 
     def test_an_example_leaves_the_model_as_it_was(self):
-        model = outsider().train()
+        model = plain_model().train()
         model.h[0].eval()
         before = [(m.training, len(m._forward_hooks)) for m in model.modules()]
         ifx.patch_model(model, SETTINGS, example_inputs=tokens(8))
@@ -217,16 +217,16 @@ class TestAttentionModules:
 
     def test_a_name_that_no_module_has(self):
         with pytest.raises(ValueError, match=r"has no 'h\.1\.atn' \(did you mean 'h\.1\.attn'\?\)"):
-            ifx.patch_model(outsider(), attention_modules=["h.1.atn"])
+            ifx.patch_model(plain_model(), attention_modules=["h.1.atn"])
         with pytest.raises(ValueError, match="Decoder has no RepeatedHeads"):
-            ifx.patch_model(outsider(), attention_modules=RepeatedHeads)
+            ifx.patch_model(plain_model(), attention_modules=RepeatedHeads)
         with pytest.raises(ValueError, match="must name at least one module, got none"):
-            ifx.patch_model(outsider(), attention_modules=[])
+            ifx.patch_model(plain_model(), attention_modules=[])
         with pytest.raises(TypeError, match="must hold names, classes or modules, got int"):
-            ifx.patch_model(outsider(), attention_modules=[3])
+            ifx.patch_model(plain_model(), attention_modules=[3])
 
     def test_a_named_module_that_cannot_be(self):
-        model = outsider()
+        model = plain_model()
         model.h[1].attn.forward = model.h[0].attn.forward
         with pytest.raises(
             ifx.UnsupportedModelError, match=r"h\.1\.attn cannot be sparse: a forward"
@@ -234,7 +234,7 @@ class TestAttentionModules:
             ifx.patch_model(model, SETTINGS, attention_modules=["h.*.attn"])
 
     def test_a_module_that_never_attends(self):
-        model = ifx.patch_model(outsider(), SETTINGS, attention_modules="h.0.mlp")
+        model = ifx.patch_model(plain_model(), SETTINGS, attention_modules="h.0.mlp")
         with pytest.raises(ifx.UnsupportedModelError, match="Sequential attended without"):
             model(tokens(SHORT))
 
@@ -262,7 +262,7 @@ class TestWhileTracing:
             torch.export.export(Careless(FusedHeads), (tokens(8),), strict=False)
 
     def test_by_jit(self, function):
-        model = outsider()
+        model = plain_model()
 
         def careless(x):
             function(model)
@@ -284,13 +284,13 @@ def test_torchscript():
 
 def test_unpatching_what_was_never_patched():
     with pytest.raises(ValueError, match=r"^Decoder is not patched: there is nothing to undo$"):
-        ifx.unpatch_model(outsider())
-    with pytest.raises(ValueError, match="Decoder is not patched"), ifx.dense(outsider()):
+        ifx.unpatch_model(plain_model())
+    with pytest.raises(ValueError, match="Decoder is not patched"), ifx.dense(plain_model()):
         pass
 
 
 def test_unpatching_after_another_class_was_put_on_top():
-    model = ifx.patch_model(outsider(), SETTINGS)
+    model = ifx.patch_model(plain_model(), SETTINGS)
     attn = model.h[1].attn
     attn.__class__ = type("FSDPFusedHeads", (type(attn),), {})
     with pytest.raises(

@@ -8,7 +8,7 @@ from torch import nn
 
 import infllm_flex as ifx
 from tests.patch.models import CONFIGS, LONG, SETTINGS, build, logits, tokens
-from tests.patch.outsiders import outsider
+from tests.patch.plain_models import plain_model
 from tests.patch.test_training_loops import CountSelections
 
 STEPS, LAYERS = 2, 2
@@ -110,7 +110,7 @@ def test_lora_of_peft_on_another_model():
     peft = pytest.importorskip("peft")
     model = peft.inject_adapter_in_model(
         peft.LoraConfig(r=4, target_modules=["c_attn"], init_lora_weights=False),
-        ifx.patch_model(outsider(), SETTINGS),
+        ifx.patch_model(plain_model(), SETTINGS),
     )
     with CountSelections() as selections:
         model(tokens(LONG)).sum().backward()
@@ -121,7 +121,7 @@ def test_lora_of_peft_on_another_model():
 
 MODELS = {
     "transformers": (lambda: build(), lambda model: logits(model, LONG)),
-    "generic": (outsider, lambda model: model(tokens(LONG)).detach()),
+    "generic": (plain_model, lambda model: model(tokens(LONG)).detach()),
 }
 
 
@@ -161,7 +161,7 @@ class TestTorchao:
 
 
 def test_the_models_here_have_so_many_layers():
-    assert CONFIGS["llama"]().num_hidden_layers == LAYERS == len(outsider().h)
+    assert CONFIGS["llama"]().num_hidden_layers == LAYERS == len(plain_model().h)
 
 
 def assert_close(ours, theirs):

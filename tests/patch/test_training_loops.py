@@ -10,10 +10,10 @@ from torch.utils.checkpoint import CheckpointPolicy, create_selective_checkpoint
 
 import infllm_flex as ifx
 import infllm_flex_ops
+from tests.patch.library_models import LIBRARY_MODELS
 from tests.patch.models import LONG, SETTINGS, SHORT, build, equal, loss_and_gradients, tokens
-from tests.patch.outsiders import outsider
-from tests.patch.seam_models import SEAMS
-from tests.patch.test_generic import assert_close, run
+from tests.patch.plain_models import plain_model
+from tests.patch.test_sdpa_adapter import assert_close, run
 
 SELECT = torch.ops.infllm_flex.select_blocks.default
 ATTEND = torch.ops.infllm_flex.attend_blocks.default
@@ -32,7 +32,7 @@ KINDS = {
         "context_fn": functools.partial(create_selective_checkpoint_contexts, save_selection),
     },
 }
-MODELS = {"F.scaled_dot_product_attention": "fused", **SEAMS}
+MODELS = {"F.scaled_dot_product_attention": "fused", **LIBRARY_MODELS}
 
 
 class CountSelections(TorchDispatchMode):
@@ -48,7 +48,7 @@ class CountSelections(TorchDispatchMode):
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("style", MODELS.values(), ids=MODELS)
 def test_checkpointing_gives_the_same_gradients(style, kind):
-    model = ifx.patch_model(outsider(style), SETTINGS)
+    model = ifx.patch_model(plain_model(style), SETTINGS)
     plain = run(model, LONG)
     model.checkpointing = KINDS[kind]
     assert equal(run(model, LONG), plain)
@@ -56,7 +56,7 @@ def test_checkpointing_gives_the_same_gradients(style, kind):
 
 @pytest.mark.parametrize(("kind", "times"), {**dict.fromkeys(KINDS, 2), "selective": 1}.items())
 def test_the_selection_is_made_again_or_saved(kind, times):
-    model = ifx.patch_model(outsider(), SETTINGS)
+    model = ifx.patch_model(plain_model(), SETTINGS)
     model.checkpointing = KINDS[kind]
     with CountSelections() as selections:
         run(model, LONG)
@@ -70,7 +70,7 @@ def first_alone(selected):
 
 @pytest.mark.parametrize("kind", ["reentrant", "non-reentrant"])
 def test_a_selection_made_again_differently_would_show(kind, monkeypatch):
-    model = ifx.patch_model(outsider(), SETTINGS)
+    model = ifx.patch_model(plain_model(), SETTINGS)
     plain = run(model, LONG)
     model.checkpointing = KINDS[kind]
     calls = []
@@ -94,7 +94,7 @@ def test_a_selection_made_again_differently_would_show(kind, monkeypatch):
 
 
 def test_accumulated_gradients_are_those_of_the_whole_batch():
-    model = ifx.patch_model(outsider(), SETTINGS)
+    model = ifx.patch_model(plain_model(), SETTINGS)
     batch = tokens(LONG, batch=4)
     whole = gradients_of(model, [batch])
     assert_close(gradients_of(model, batch.split(1)), whole)
@@ -111,7 +111,7 @@ def gradients_of(model, parts):
 @pytest.mark.parametrize("style", ["fused", "repeated"])
 def test_autocast(style):
     # The second's rotary embedding leaves float32 queries and keys beside bfloat16 values.
-    model = ifx.patch_model(outsider(style), SETTINGS)
+    model = ifx.patch_model(plain_model(style), SETTINGS)
     exact = run(model, LONG)
     with torch.autocast("cpu", torch.bfloat16):
         ours = run(model, LONG)
@@ -136,10 +136,10 @@ def test_autocast_of_a_transformers_model():
 
 @pytest.mark.filterwarnings("ignore:While compiling, we found certain side effects")
 @pytest.mark.parametrize("strict", [False, True])
-@pytest.mark.parametrize("make", [outsider, build], ids=["generic", "transformers"])
+@pytest.mark.parametrize("make", [plain_model, build], ids=["generic", "transformers"])
 def test_export_of_a_fixed_length(make, strict):
     model = ifx.patch_model(make(), SETTINGS)
-    kwargs = {} if make is outsider else {"use_cache": False, "return_dict": False}
+    kwargs = {} if make is plain_model else {"use_cache": False, "return_dict": False}
     for length in (SHORT, LONG):
         program = torch.export.export(model, (tokens(length),), kwargs, strict=strict)
         ours = program.module()(tokens(length), **kwargs)

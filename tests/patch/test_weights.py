@@ -8,7 +8,7 @@ import infllm_flex as ifx
 from tests.minicpm import folders
 from tests.patch.gguf_files import write_llama
 from tests.patch.models import CONFIGS, LONG, SETTINGS, SHORT, build, equal, logits, tokens
-from tests.patch.outsiders import Decoder, FusedHeads
+from tests.patch.plain_models import Decoder, FusedHeads
 
 PLACES = {
     "model.embed_tokens": "cpu",

@@ -12,19 +12,19 @@ from collections.abc import Mapping
 from torch import nn
 
 from infllm_flex.config import InfLLMConfig
-from infllm_flex.patch.huggingface.cache import deliver_cache_to, stop_delivering_cache_to
-from infllm_flex.patch.huggingface.config_view import PREVIOUS, is_view
-from infllm_flex.patch.huggingface.instance_forward import stop_expecting_calls
-from infllm_flex.patch.huggingface.layers import (
+from infllm_flex.patch.huggingface.attention_layers import (
     attention_layers,
+    find_skip_reason,
     implementation,
-    layer_for,
+    inherited_windows,
     layer_of,
-    why_left,
-    windows_from_above,
+    make_layer,
 )
+from infllm_flex.patch.huggingface.cache_hook import install_cache_hook, remove_cache_hook
+from infllm_flex.patch.huggingface.config_swap import install_views, remove_views
+from infllm_flex.patch.huggingface.config_view import PREVIOUS_NAMES, is_view
+from infllm_flex.patch.huggingface.instance_forward import remove_call_hook
 from infllm_flex.patch.huggingface.registry import register, register_when_imported
-from infllm_flex.patch.huggingface.switch import switch_off, switch_on
 from infllm_flex.patch.layer_state import (
     NOT_PATCHED,
     PatchedLayer,
@@ -37,10 +37,10 @@ __all__ = [
     "attach",
     "attention_layers",
     "detach",
+    "find_skip_reason",
+    "inherited_windows",
     "patched_layers",
     "register_when_imported",
-    "why_left",
-    "windows_from_above",
 ]
 
 
@@ -52,16 +52,16 @@ def attach(model: nn.Module, layers: Mapping[nn.Module, str | None], config: Inf
         layers: Its layers, each with why it is left, or None.
         config: Settings for all of them.
     """
-    sparse = [module for module, left in layers.items() if left is None]
+    sparse = [module for module, reason in layers.items() if reason is None]
     if not sparse:
         return
     register()
-    switch_on(model, sparse)
-    for module, left in layers.items():
-        layer = layer_for(module, config, left, reads_positions=module is sparse[0])
+    install_views(model, sparse)
+    for module, reason in layers.items():
+        layer = make_layer(module, config, reason, reads_positions=module is sparse[0])
         set_layer(module, layer)
     for module in sparse:
-        deliver_cache_to(module)
+        install_cache_hook(module)
 
 
 def patched_layers(model: nn.Module) -> dict[str, PatchedLayer]:
@@ -69,9 +69,9 @@ def patched_layers(model: nn.Module) -> dict[str, PatchedLayer]:
     layers = {
         name: layer_of(module)
         for name, module in attention_layers(model).items()
-        if implementation(module) in PREVIOUS and not _is_bystander(module)
+        if implementation(module) in PREVIOUS_NAMES and not _is_bystander(module)
     }
-    return {name: layer for name, layer in layers.items() if layer.left != NOT_PATCHED}
+    return {name: layer for name, layer in layers.items() if layer.skip_reason != NOT_PATCHED}
 
 
 def _is_bystander(module: nn.Module) -> bool:
@@ -85,13 +85,13 @@ def detach(model: nn.Module) -> bool:
     Returns:
         Whether there was anything to undo.
     """
-    undone, staying = switch_off(model)
+    undone, staying = remove_views(model)
     for module in attention_layers(model).values():
         undone = undone or get_layer(module) is not None
-        stop_delivering_cache_to(module)
-        stop_expecting_calls(module)
+        remove_cache_hook(module)
+        remove_call_hook(module)
         if module not in staying:
             remove_layer(module)
     for module in staying:
-        layer_of(module).left = NOT_PATCHED
+        layer_of(module).skip_reason = NOT_PATCHED
     return undone

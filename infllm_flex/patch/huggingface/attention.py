@@ -11,22 +11,31 @@ from torch import Tensor, nn
 from infllm_flex.attention import attend_in_layout, infllm_attention
 from infllm_flex.autocast import as_autocast
 from infllm_flex.batches import is_recorded, require
-from infllm_flex.patch.head_dims import unserved_head_dims
-from infllm_flex.patch.huggingface.cache import KEYWORD, cache_layer
+from infllm_flex.patch.head_dims import unsupported_head_dims
+from infllm_flex.patch.huggingface.attention_layers import layer_of
+from infllm_flex.patch.huggingface.cache_hook import KEYWORD, cache_layer
 from infllm_flex.patch.huggingface.cache_state import is_static
-from infllm_flex.patch.huggingface.decode import attend_cached, cut_mask, follow_static
-from infllm_flex.patch.huggingface.documents import Sequences, find_sequences
-from infllm_flex.patch.huggingface.instance_forward import note_call
-from infllm_flex.patch.huggingface.layers import IN_CHUNKS, layer_of
-from infllm_flex.patch.huggingface.masks import LazyMask, spell_out
-from infllm_flex.patch.huggingface.told import (
-    NOTHING,
-    refuse_leak,
-    require_told_again,
-    what_is_told,
+from infllm_flex.patch.huggingface.cached_attention import (
+    attend_cached,
+    trim_mask,
+    update_static_state,
 )
-from infllm_flex.patch.huggingface.unsupported import Call, find_obstacle, guard_recorded
+from infllm_flex.patch.huggingface.documents import Sequences, find_sequences
+from infllm_flex.patch.huggingface.instance_forward import record_call
+from infllm_flex.patch.huggingface.masks import LazyMask, materialize
+from infllm_flex.patch.huggingface.sequence_info import (
+    NO_INFO,
+    assert_single_document,
+    read_sequence_info,
+    reject_recompute_without_info,
+)
+from infllm_flex.patch.huggingface.unsupported_calls import (
+    AttentionCall,
+    assert_supported_in_graph,
+    find_unsupported,
+)
 from infllm_flex.patch.layer_state import Attend, PatchedLayer, get_layer
+from infllm_flex.patch.skip_reasons import CHUNKED
 
 _CHUNKS = (
     "documents over a cache must not begin within the chunks of a layer of chunked attention: "
@@ -73,14 +82,14 @@ def attention_forward(
     is_new = get_layer(module) is None
     layer = layer_of(module)
     if not torch.compiler.is_compiling() and "forward" in vars(module):
-        note_call(module)
+        record_call(module)
     if layer.attend is not None:
         return _attend(layer.attend, query, key, value, scaling)
     cached = cache_layer(kwargs.pop(KEYWORD, None), module, key)
     length = key.shape[2]
     if is_static(cached) and layer.ever_attends_sparsely(length):
-        attention_mask = spell_out(attention_mask)
-        length = follow_static(cached, query, key, value, attention_mask, layer.config)
+        attention_mask = materialize(attention_mask)
+        length = update_static_state(cached, query, key, value, attention_mask, layer.config)
     sequences, is_dense = None, layer.attends_densely(length)
     if is_new and not is_dense and query.shape[2] != length:
         raise NotImplementedError(
@@ -99,40 +108,46 @@ def attention_forward(
 
     # Mostly there is one sequence per row: what follows from that keeps the device busy until it is
     # known. Not in training, where autograd would record what is in vain.
-    guesses: list[tuple[Tensor, Tensor | None]] = []
+    speculative_output: list[tuple[Tensor, Tensor | None]] = []
     may_guess = is_dense and dropout == 0.0 and not torch.is_grad_enabled()
-    told = NOTHING
+    info = NO_INFO
     if query.shape[2] > 1 and getattr(module, "is_causal", True):
-        told = what_is_told(query, key, attention_mask, kwargs, layer)
-        lone = told.only_positions if _is_plain(attention_mask) else None
+        info = read_sequence_info(query, key, attention_mask, kwargs, layer)
+        lone = info.positions_only if _is_plain(attention_mask) else None
         if is_dense and lone is not None and is_recorded(query):
             if layer.reads_positions:  # one layer checks for all: they get the same
-                query = refuse_leak(query, lone)
+                query = assert_single_document(query, lone)
         else:
-            meanwhile = (lambda: guesses.append(attend_densely(None))) if may_guess else None
-            sequences = find_sequences(query, told, meanwhile)
-            require_told_again(layer, told, sequences)
+            overlap = (
+                (lambda: speculative_output.append(attend_densely(None))) if may_guess else None
+            )
+            sequences = find_sequences(query, info, overlap)
+            reject_recompute_without_info(layer, info, sequences)
     if is_dense:
-        return guesses[0] if guesses and sequences is None else attend_densely(sequences)
+        return (
+            speculative_output[0]
+            if speculative_output and sequences is None
+            else attend_densely(sequences)
+        )
     decoding = cached is not None and query.shape[2] < length
     if length < key.shape[2]:  # a preallocated cache, and how far it is filled
         key, value = key[:, :, :length], value[:, :, :length]
-        attention_mask = cut_mask(spell_out(attention_mask), query, length)
-        told = what_is_told(query, key, attention_mask, kwargs)
-        sequences = find_sequences(query, told)
-    call = Call(query, key, attention_mask, sequences, told.positions)
-    obstacle = unserved_head_dims(key.shape[3], value.shape[3])
-    obstacle = obstacle or find_obstacle(call, dropout, kwargs, decoding)
+        attention_mask = trim_mask(materialize(attention_mask), query, length)
+        info = read_sequence_info(query, key, attention_mask, kwargs)
+        sequences = find_sequences(query, info)
+    call = AttentionCall(query, key, attention_mask, sequences, info.positions)
+    obstacle = unsupported_head_dims(key.shape[3], value.shape[3])
+    obstacle = obstacle or find_unsupported(call, dropout, kwargs, decoding)
     if obstacle is not None:
         raise NotImplementedError(
             f"sparse attention cannot serve {obstacle} yet: got {key.shape[2]} keys; stay below "
             f"dense_len = {layer.config.dense_len}, or run inside infllm_flex.dense(model)"
         )
     if decoding:
-        mask = spell_out(attention_mask)
+        mask = materialize(attention_mask)
         out = attend_cached(layer, cached, query, key, value, mask, scaling)
         return out.transpose(1, 2).contiguous(), None
-    query = guard_recorded(call)
+    query = assert_supported_in_graph(call)
 
     def sparse(q: Tensor, k: Tensor, v: Tensor, scale: float | None) -> Tensor:
         if sequences is None:
@@ -174,11 +189,11 @@ def _dense_mask(
     mask: LazyMask | Tensor | None, sequences: Sequences | None, layer: PatchedLayer
 ) -> Tensor | None:
     """The mask for the layer's previous function."""
-    tensor = spell_out(mask)
+    tensor = materialize(mask)
     if sequences is None:
         return tensor
     isolated = sequences.isolate(tensor)
-    in_chunks = layer.left == IN_CHUNKS and tensor is not None and tensor.dtype is torch.bool
+    in_chunks = layer.skip_reason == CHUNKED and tensor is not None and tensor.dtype is torch.bool
     if in_chunks and isolated is not None:
         # Such a mask must have been made for these documents, whose chunks begin where they do.
         apart = (isolated == tensor) | ~sequences.is_real[:, None, :, None]

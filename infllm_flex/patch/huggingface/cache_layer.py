@@ -12,14 +12,14 @@ from torch import Tensor
 from transformers import cache_utils
 from transformers.cache_utils import DynamicLayer
 
-from infllm_flex.patch.huggingface.room import Room, can_extend
+from infllm_flex.patch.huggingface.growable_buffer import GrowableBuffer, can_extend
 
-__all__ = ["FollowedLayer", "followed_class"]
+__all__ = ["TrackedDynamicLayer", "tracked_class"]
 
-_OURS = ("infllm_state", "_key_room", "_value_room", "_returned")
+_OURS = ("infllm_state", "_key_buffer", "_value_buffer", "_returned")
 
 
-class FollowedLayer(DynamicLayer):
+class TrackedDynamicLayer(DynamicLayer):
     """`DynamicLayer`, made of one by assigning its class, so that whoever holds it holds this.
 
     Keys and values grow in place, in rooms that only this layer writes. Whoever reads ``keys`` or
@@ -36,35 +36,35 @@ class FollowedLayer(DynamicLayer):
 
     infllm_state: Any = None
     _plain_class: type[DynamicLayer] = DynamicLayer
-    _key_room: Room | None = None
-    _value_room: Room | None = None
+    _key_buffer: GrowableBuffer | None = None
+    _value_buffer: GrowableBuffer | None = None
     _returned: weakref.ref[Tensor] | None = None
 
     @property
     def keys(self) -> Tensor | None:
         """The keys so far, ``[B, Hkv, S, D]``, to keep or to change."""
         self.infllm_state = None
-        if self._key_room is not None:
+        if self._key_buffer is not None:
             self.__dict__["keys"] = _own(self.__dict__["keys"])
-            self._key_room = None
+            self._key_buffer = None
         return self.__dict__["keys"]
 
     @keys.setter
     def keys(self, keys: Tensor | None) -> None:
-        self.infllm_state = self._key_room = None
+        self.infllm_state = self._key_buffer = None
         self.__dict__["keys"] = keys
 
     @property
     def values(self) -> Tensor | None:
         """The values so far, ``[B, Hkv, S, D]``, to keep or to change."""
-        if self._value_room is not None:
+        if self._value_buffer is not None:
             self.__dict__["values"] = _own(self.__dict__["values"])
-            self._value_room = None
+            self._value_buffer = None
         return self.__dict__["values"]
 
     @values.setter
     def values(self, values: Tensor | None) -> None:
-        self._value_room = None
+        self._value_buffer = None
         self.__dict__["values"] = values
 
     def infllm_holds(self, key: Tensor) -> bool:
@@ -86,14 +86,14 @@ class FollowedLayer(DynamicLayer):
         keys, values = held["keys"], held["values"]
         grows = keys is not None and values is not None and not torch.is_grad_enabled()
         if not grows or not can_extend(keys, key_states) or not can_extend(values, value_states):
-            with self._following():
+            with self._tracking():
                 return self._plain().update(key_states, value_states, *args, **kwargs)
         state = self._current_state()
-        self._key_room = Room.extend(self._key_room, keys, key_states)
-        self._value_room = Room.extend(self._value_room, values, value_states)
-        held["keys"], held["values"] = self._key_room.held, self._value_room.held
+        self._key_buffer = GrowableBuffer.extend(self._key_buffer, keys, key_states)
+        self._value_buffer = GrowableBuffer.extend(self._value_buffer, values, value_states)
+        held["keys"], held["values"] = self._key_buffer.held, self._value_buffer.held
         if state is not None:
-            state.belong_to(held["keys"])
+            state.bind(held["keys"])
         return held["keys"], held["values"]
 
     def get_seq_length(self) -> int:
@@ -103,35 +103,35 @@ class FollowedLayer(DynamicLayer):
 
     def crop(self, *args: Any, **kwargs: Any) -> None:
         """Remove the last tokens."""
-        rooms = self._key_room, self._value_room
-        with self._following() as state:
+        rooms = self._key_buffer, self._value_buffer
+        with self._tracking() as state:
             self._plain().crop(*args, **kwargs)
             if state is not None:
                 kept = min(state.num_slots, self.get_seq_length())
                 state.compressed_keys.crop(state.num_slots - kept)
                 state.num_slots = kept
-        self._key_room, self._value_room = rooms
+        self._key_buffer, self._value_buffer = rooms
         for room, name in zip(rooms, ("keys", "values"), strict=True):
             if room is not None:
                 room.held = self.__dict__[name]
 
     def reorder_cache(self, beam_idx: Any) -> None:
         """Permute the rows of the batch."""
-        with self._following() as state:
+        with self._tracking() as state:
             self._plain().reorder_cache(beam_idx)
             if state is not None:
                 state.compressed_keys.select(beam_idx)
 
     def batch_repeat_interleave(self, repeats: int) -> None:
         """Repeat every row, next to itself."""
-        with self._following() as state:
+        with self._tracking() as state:
             self._plain().batch_repeat_interleave(repeats)
             if state is not None:
                 state.compressed_keys.repeat(repeats)
 
     def batch_select_indices(self, indices: Tensor) -> None:
         """Keep some rows."""
-        with self._following() as state:
+        with self._tracking() as state:
             self._plain().batch_select_indices(indices)
             if state is not None:
                 state.compressed_keys.select(indices)
@@ -140,18 +140,18 @@ class FollowedLayer(DynamicLayer):
         """Move keys and values to the CPU; the compressed keys, a twentieth of them, stay."""
         keys = self.__dict__["keys"]
         self._returned = None if keys is None else weakref.ref(keys)
-        with self._following():
+        with self._tracking():
             self._plain().offload()
 
     def prefetch(self) -> None:
         """Move keys and values back."""
-        with self._following():
+        with self._tracking():
             self._plain().prefetch()
 
     def reset(self) -> None:
         """Forget all tokens."""
         self._plain().reset()
-        self.infllm_state = self._key_room = self._value_room = self._returned = None
+        self.infllm_state = self._key_buffer = self._value_buffer = self._returned = None
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         """Copy and pickle as a plain layer, with keys and values that are alone in their memory."""
@@ -169,33 +169,33 @@ class FollowedLayer(DynamicLayer):
     def _current_state(self) -> Any:
         """The state, if it belongs to what the layer holds; else None, from now on."""
         state = self.infllm_state
-        if state is not None and not state.belongs_to(self.__dict__["keys"]):
+        if state is not None and not state.is_bound_to(self.__dict__["keys"]):
             self.infllm_state = state = None
         return state
 
     @contextmanager
-    def _following(self) -> Iterator[Any]:
+    def _tracking(self) -> Iterator[Any]:
         """Replace keys and values inside the block, and change the state in the same way."""
         state = self._current_state()
-        self._key_room = self._value_room = None
+        self._key_buffer = self._value_buffer = None
         yield state
         if state is not None:
-            state.belong_to(self.__dict__["keys"])
+            state.bind(self.__dict__["keys"])
 
 
 def _own(held: Tensor) -> Tensor:
     return held.clone(memory_format=torch.contiguous_format)
 
 
-def followed_class(kind: type) -> type | None:
+def tracked_class(kind: type) -> type | None:
     """The class to give to a layer of class ``kind``; None where its keys do not simply grow.
 
     Hybrid layers hold the state of a recurrence beside keys and values: theirs is made here.
     """
-    if issubclass(kind, FollowedLayer):
+    if issubclass(kind, TrackedDynamicLayer):
         return kind
     if kind is DynamicLayer:
-        return FollowedLayer
+        return TrackedDynamicLayer
     if kind is getattr(cache_utils, "LinearAttentionAndFullAttentionLayer", None):
-        return type("FollowedHybridLayer", (FollowedLayer, kind), {"_plain_class": kind})
+        return type("TrackedHybridLayer", (TrackedDynamicLayer, kind), {"_plain_class": kind})
     return None

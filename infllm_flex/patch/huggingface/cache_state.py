@@ -22,17 +22,17 @@ def is_static(layer: Any) -> bool:
 
 
 @functools.cache
-def _followed(kind: type) -> type | None:
+def _tracked(kind: type) -> type | None:
     """The same kind of layer, but one whose state follows what is done to it."""
-    from infllm_flex.patch.huggingface.cache_layer import followed_class
+    from infllm_flex.patch.huggingface.cache_layer import tracked_class
 
-    return followed_class(kind)
+    return tracked_class(kind)
 
 
-def follow_class(layer: Any) -> bool:
+def track_layer(layer: Any) -> bool:
     """Make the state of a growing layer follow it from now on; False for other layers."""
     kind: type = type(layer)
-    followed = _followed(kind)
+    followed = _tracked(kind)
     if followed is not None and followed is not type(layer):
         layer.__class__ = followed
     return followed is not None
@@ -64,11 +64,11 @@ class State:
         no_padding = torch.zeros(1, dtype=torch.int64, device=key.device)
         return cls(CompressedKeys(config, key), keys, no_padding)
 
-    def belong_to(self, keys: Tensor) -> None:
+    def bind(self, keys: Tensor) -> None:
         """Note that the compressed keys are those of ``keys`` as they are now."""
         self.keys, self.version = keys, _version(keys)
 
-    def belongs_to(self, keys: Tensor | None, changes: int = 0) -> bool:
+    def is_bound_to(self, keys: Tensor | None, changes: int = 0) -> bool:
         """Whether they are those of ``keys``, but for at most so many changes in place."""
         if self.keys is not keys:
             return False
@@ -107,26 +107,26 @@ def compressed_keys_of(
         config: Sparsity settings.
     """
     if is_static(layer):
-        return _follow_static(layer, key, num_new, start, config)
-    if not torch.compiler.is_compiling() and follow_class(layer):
-        return _follow_dynamic(layer, key, start, config)
+        return _update_static(layer, key, num_new, start, config)
+    if not torch.compiler.is_compiling() and track_layer(layer):
+        return _update_dynamic(layer, key, start, config)
     keys = CompressedKeys(config, key)
     keys.append(key, key.shape[2], start=start)
     return keys
 
 
-def _follow_dynamic(
+def _update_dynamic(
     layer: Any, key: Tensor, start: Tensor | None, config: InfLLMConfig
 ) -> CompressedKeys:
     state, keys = layer.infllm_state, layer.__dict__["keys"]
     if (
         state is None
-        or not state.belongs_to(keys)
+        or not state.is_bound_to(keys)
         or not state.serves(key, config)
         or not _may_write(state)
     ):
         state = layer.infllm_state = State.begin(config, key, keys)
-        state.belong_to(keys)
+        state.bind(keys)
     start = state.no_padding if start is None else start
     state.compressed_keys.append(key, key.shape[2] - state.num_slots, start=start)
     state.num_slots = key.shape[2]
@@ -138,7 +138,7 @@ def _may_write(state: State) -> bool:
     return torch.is_inference_mode_enabled() or not state.compressed_keys.end.is_inference()
 
 
-def _follow_static(
+def _update_static(
     layer: Any, key: Tensor, num_new: int, start: Tensor | None, config: InfLLMConfig
 ) -> CompressedKeys:
     state: State | None = getattr(layer, _ATTRIBUTE, None)
@@ -151,10 +151,10 @@ def _follow_static(
         num_new = key.shape[2]  # all there are
     # A call writes its new keys at once. Unseen here: changes that a user makes between two steps
     # that are compiled whole.
-    elif not compiling and not state.belongs_to(layer.keys, changes=1):
+    elif not compiling and not state.is_bound_to(layer.keys, changes=1):
         num_new = key.shape[2]
     if not compiling:
-        state.belong_to(layer.keys)
+        state.bind(layer.keys)
     keys = state.compressed_keys
     start = state.no_padding if start is None else start
     keys.append(key, num_new, start=start, end=layer.cumulative_length)

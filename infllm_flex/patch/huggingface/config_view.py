@@ -15,8 +15,8 @@ from typing import Any
 
 # The attention implementation a model had before -> the name it has while patched. The previous one
 # stays readable from the name, so that undoing needs no memory of it.
-NAMES = {"sdpa": "infllm_flex", "eager": "infllm_flex_eager"}
-PREVIOUS = {name: previous for previous, name in NAMES.items()}
+PATCHED_NAMES = {"sdpa": "infllm_flex", "eager": "infllm_flex_eager"}
+PREVIOUS_NAMES = {name: previous for previous, name in PATCHED_NAMES.items()}
 
 _INTERNAL = "_attn_implementation_internal"  # where transformers keeps the name
 
@@ -30,9 +30,9 @@ class ConfigView:
     """
 
     # Not in the `__dict__`, which belongs to the original.
-    __slots__ = ("_infllm_masked", "_infllm_name", "_infllm_original", "_infllm_parts")
+    __slots__ = ("_infllm_for_masks", "_infllm_name", "_infllm_original", "_infllm_parts")
     _infllm_class: Any  # of the original
-    _infllm_masked: bool
+    _infllm_for_masks: bool
     _infllm_name: str | None
     _infllm_original: Any
     _infllm_parts: Mapping[str, Any]
@@ -48,7 +48,7 @@ class ConfigView:
     def _attn_implementation(self) -> str | None:
         own: str | None = self._attn_implementation_internal  # type: ignore[attr-defined]
         name = self._infllm_name
-        return own if name is None else NAMES.get(own, name)  # type: ignore[arg-type]
+        return own if name is None else PATCHED_NAMES.get(own, name)  # type: ignore[arg-type]
 
     @_attn_implementation.setter
     def _attn_implementation(self, value: Any) -> None:
@@ -56,7 +56,7 @@ class ConfigView:
 
     def __setattr__(self, key: str, value: Any) -> None:
         if key == _INTERNAL:
-            ours = value in PREVIOUS
+            ours = value in PREVIOUS_NAMES
             object.__setattr__(self, "_infllm_name", value if ours else None)
             if ours:
                 return
@@ -72,10 +72,10 @@ class ConfigView:
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Any:
         original, parts = copy.deepcopy((self._infllm_original, self._infllm_parts), memo)
-        return view_of(original, self._infllm_name, parts, masked=self._infllm_masked)
+        return view_of(original, self._infllm_name, parts, masked=self._infllm_for_masks)
 
     def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
-        state = (self._infllm_name, self._infllm_parts, self._infllm_masked)
+        state = (self._infllm_name, self._infllm_parts, self._infllm_for_masks)
         return view_of, (self._infllm_original, *state)
 
 
@@ -100,7 +100,7 @@ def view_of(
     object.__setattr__(view, "_infllm_original", original)
     object.__setattr__(view, "_infllm_name", name)
     object.__setattr__(view, "_infllm_parts", parts)
-    object.__setattr__(view, "_infllm_masked", masked)
+    object.__setattr__(view, "_infllm_for_masks", masked)
     return view
 
 
@@ -119,14 +119,14 @@ def with_parts(view: Any) -> list[Any]:
     return [view, *(each for part in view._infllm_parts.values() for each in with_parts(part))]
 
 
-def is_masked(view: Any) -> bool:
+def is_used_for_masks(view: Any) -> bool:
     """Whether a module makes masks by this view."""
-    return bool(view._infllm_masked)
+    return bool(view._infllm_for_masks)
 
 
-def mark_masked(view: Any) -> None:
+def mark_used_for_masks(view: Any) -> None:
     """Note that a module makes masks by this view."""
-    object.__setattr__(view, "_infllm_masked", True)
+    object.__setattr__(view, "_infllm_for_masks", True)
 
 
 def rename_view(view: Any, name: str) -> None:

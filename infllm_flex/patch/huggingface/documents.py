@@ -13,7 +13,7 @@ import infllm_flex_ops
 from infllm_flex.batches import has_values, is_recorded, require
 from infllm_flex.config import InfLLMConfig
 from infllm_flex.layout import Layout, lay_out, layout_unit
-from infllm_flex.patch.huggingface.told import Told, never_goes_back
+from infllm_flex.patch.huggingface.sequence_info import SequenceInfo, never_decreases
 
 _GAP = (
     "attention_mask must hold one run of ones per row, or position_ids that restart at 0 where "
@@ -88,7 +88,7 @@ class Sequences:
 
 
 def find_sequences(
-    query: Tensor, told: Told, meanwhile: Callable[[], None] | None = None
+    query: Tensor, info: SequenceInfo, overlap: Callable[[], None] | None = None
 ) -> Sequences | None:
     """Read the sequences of a call; None for one whole sequence per row.
 
@@ -96,20 +96,20 @@ def find_sequences(
 
     Args:
         query: ``[B, Hq, S, D]``.
-        told: About the call.
-        meanwhile: Gives the device work for as long as it is waited for, in vain if there are
+        info: What the call tells.
+        overlap: Gives the device work for as long as it is waited for, in vain if there are
             several sequences; not called where there were several the last time.
     """
-    padding, positions, bounds, same_bounds, _, forward = told
+    padding, positions, bounds, same_bounds, _, forward = info
     if padding is None and positions is None and bounds is None:
         return None
     B, S = query.shape[0], query.shape[2]
     if is_recorded(query):
-        return _read(B, S, told)
+        return _read(B, S, info)
 
     def read() -> Sequences | None:
         global _was_packed
-        sequences = _read(B, S, told, None if _was_packed else meanwhile)
+        sequences = _read(B, S, info, None if _was_packed else overlap)
         _was_packed = sequences is not None
         return sequences
 
@@ -120,17 +120,17 @@ def find_sequences(
 
 
 def _read(
-    B: int, S: int, told: Told, meanwhile: Callable[[], None] | None = None
+    B: int, S: int, info: SequenceInfo, overlap: Callable[[], None] | None = None
 ) -> Sequences | None:
-    padding, positions, bounds, same_bounds, *_ = told
+    padding, positions, bounds, same_bounds, *_ = info
     first = next(x for x in (padding, positions, bounds) if x is not None)
     device, recorded = first.device, is_recorded(first)
     if positions is not None and not recorded and not has_values(positions):
         positions = None
         if padding is None and bounds is None:
             return None
-    lone = None if recorded else told.only_positions
-    if lone is not None and _wait_for(never_goes_back(lone), meanwhile):
+    lone = None if recorded else info.positions_only
+    if lone is not None and _wait_for(never_decreases(lone), overlap):
         return None  # as it mostly is, and quickly told
     everything = torch.ones(B, S, dtype=torch.bool, device=device)
     is_real = everything if padding is None else padding != 0
@@ -174,17 +174,17 @@ def _restarts(positions: Tensor, is_real: Tensor, after_padding: Tensor) -> Tens
     return back | (at_zero & (step == 0) & back.any(-1, keepdim=True)) | (at_zero & after_padding)
 
 
-def _wait_for(flag: Tensor, meanwhile: Callable[[], None] | None) -> bool:
+def _wait_for(flag: Tensor, overlap: Callable[[], None] | None) -> bool:
     """Read a flag; what ``meanwhile`` gives the device to do comes after it, and is not waited for.
 
     On one H100 the device else idles for 0.2 ms until the host has told it how to go on.
     """
-    if meanwhile is None or not flag.is_cuda:
+    if overlap is None or not flag.is_cuda:
         return bool(flag)
     read = torch.empty_like(flag, device="cpu", pin_memory=True).copy_(flag, non_blocking=True)
     is_read = torch.cuda.Event()
     is_read.record()
-    meanwhile()
+    overlap()
     is_read.synchronize()
     return bool(read)
 

@@ -27,7 +27,7 @@ _running = threading.local()
 _judged: weakref.WeakKeyDictionary[nn.Module, tuple[Any, bool]] = weakref.WeakKeyDictionary()
 
 
-def why_unreached(module: nn.Module) -> str | None:
+def unreached_reason(module: nn.Module) -> str | None:
     """Why our attention function cannot be reached, in a few words; None where it may be."""
     own = vars(module).get("forward")
     if own is None:
@@ -87,19 +87,19 @@ def _is_filled(cell: Any) -> bool:
         return False
 
 
-def expect_call(module: nn.Module) -> None:
+def watch_call(module: nn.Module) -> None:
     """Before a forward of a sparse layer with a forward of its own: have it watched.
 
     Raises:
         UnsupportedModelError: It was set since patching, and cannot reach our function.
     """
     layer = get_layer(module)
-    if layer is None or layer.left is not None:
+    if layer is None or layer.skip_reason is not None:
         return
     own = vars(module)["forward"]
     known = _judged.get(module)
     if known is None or known[0]() is not own:
-        if why_unreached(module) is not None:
+        if unreached_reason(module) is not None:
             raise UnsupportedModelError(
                 f"{type(module).__name__} was patched to be sparse, but has {_REASON}: unpatch the "
                 "model before setting it, or call infllm_flex.infllm_attention there"
@@ -114,14 +114,14 @@ def expect_call(module: nn.Module) -> None:
     _running.unreached = module
 
 
-def note_call(module: nn.Module) -> None:
+def record_call(module: nn.Module) -> None:
     """Our attention function was called for a layer."""
     if getattr(_running, "unreached", None) is module:
         _running.unreached = None
 
 
-def stop_expecting_calls(module: nn.Module) -> None:
-    """Undo what `expect_call` did."""
+def remove_call_hook(module: nn.Module) -> None:
+    """Undo what `watch_call` did."""
     for key, hook in list(module._forward_hooks.items()):
         if hook is _require_call:
             del module._forward_hooks[key]

@@ -10,11 +10,11 @@ import torch
 from torch import Tensor
 
 from infllm_flex.batches import has_values, is_recorded
-from infllm_flex.patch.forward import current_forward, note_masks
-from infllm_flex.patch.huggingface.stand_in import StandIn
+from infllm_flex.patch.forward_context import begin_unhooked_forward, current_forward
+from infllm_flex.patch.huggingface.tensor_proxy import TensorProxy
 
 
-class LazyMask(StandIn):
+class LazyMask(TensorProxy):
     """What ``sdpa_mask`` would make of its arguments, for a call without earlier keys.
 
     A long padded or packed batch attends sparsely and needs no table of all pairs; whether it will,
@@ -32,7 +32,7 @@ class LazyMask(StandIn):
         self._device = torch.device(arguments.get("device", "cpu"))
         self._tensor: Tensor | None = None
         self._verdict: bool | None = None
-        self._is_handed_out = False
+        self._is_exposed = False
         self.dtype = torch.bool
 
     @property
@@ -64,23 +64,23 @@ class LazyMask(StandIn):
             moved.padding = None if self.padding is None else self.padding.to(device)
         return moved
 
-    def hand_out(self) -> Tensor:
+    def to_tensor(self) -> Tensor:
         """The mask spelled out, for code that is not ours and may change it."""
-        tensor = self.spell_out()
+        tensor = self.materialize()
         if tensor is None:
             raise TypeError("a plain causal mask is None to transformers: there is no tensor")
-        self._is_handed_out = True
+        self._is_exposed = True
         return tensor.to(self.dtype)
 
     def is_edited(self) -> bool:
         """Whether the mask was changed in place since it was spelled out. Reads it if it may be."""
-        if not self._is_handed_out or torch.compiler.is_compiling():
+        if not self._is_exposed or torch.compiler.is_compiling():
             return False
         again = copy.copy(self)
         again._tensor = None
-        return not torch.equal(cast(Tensor, self.spell_out()), cast(Tensor, again.spell_out()))
+        return not torch.equal(cast(Tensor, self.materialize()), cast(Tensor, again.materialize()))
 
-    def spell_out(self) -> Tensor | None:
+    def materialize(self) -> Tensor | None:
         """What ``sdpa_mask`` returns: None for plain causal, else bool ``[B, 1, S, S]``."""
         from transformers.masking_utils import sdpa_mask
 
@@ -98,7 +98,7 @@ class LazyMask(StandIn):
             self._verdict = bool(verdict())
         return self._verdict
 
-    def separates(self, opens: Tensor, is_real: Tensor) -> Tensor:
+    def isolates_documents(self, opens: Tensor, is_real: Tensor) -> Tensor:
         """Whether the mask is causal within the sequences, from lines through it: bool ``[]``.
 
         What each query sees just before and after itself, of its sequence's first token and of the
@@ -136,9 +136,9 @@ class LazyMask(StandIn):
         return (right | ~is_real).all().to(self._device)
 
 
-def spell_out(mask: LazyMask | Tensor | None) -> Tensor | None:
+def materialize(mask: LazyMask | Tensor | None) -> Tensor | None:
     """The tensor that a mask is, or stands for."""
-    return mask.spell_out() if isinstance(mask, LazyMask) else mask
+    return mask.materialize() if isinstance(mask, LazyMask) else mask
 
 
 def causal_mask(**arguments: Any) -> LazyMask | Tensor | None:
@@ -150,7 +150,7 @@ def causal_mask(**arguments: Any) -> LazyMask | Tensor | None:
     from transformers.masking_utils import causal_mask_function, sdpa_mask
 
     arguments = _without_long_window(arguments)
-    note_masks()
+    begin_unhooked_forward()
     length, padding = arguments.get("q_length"), arguments.get("attention_mask")
     lazily = (
         length is not None

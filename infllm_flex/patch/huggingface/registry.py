@@ -6,7 +6,7 @@ from infllm_flex.patch.huggingface.attention import (
     attention_forward,
     attention_forward_of_eager,
 )
-from infllm_flex.patch.huggingface.config_view import NAMES
+from infllm_flex.patch.huggingface.config_view import PATCHED_NAMES
 from infllm_flex.patch.huggingface.masks import causal_mask
 from infllm_flex.when_imported import when_imported
 
@@ -20,9 +20,9 @@ def register() -> None:
     from transformers.masking_utils import AttentionMaskInterface
     from transformers.modeling_utils import AttentionInterface
 
-    AttentionInterface.register(NAMES["sdpa"], attention_forward)
-    AttentionInterface.register(NAMES["eager"], attention_forward_of_eager)
-    for name in NAMES.values():
+    AttentionInterface.register(PATCHED_NAMES["sdpa"], attention_forward)
+    AttentionInterface.register(PATCHED_NAMES["eager"], attention_forward_of_eager)
+    for name in PATCHED_NAMES.values():
         AttentionMaskInterface.register(name, causal_mask)
 
 

@@ -12,33 +12,33 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from infllm_flex.patch.huggingface.cache_state import follow_class, is_static
-from infllm_flex.patch.huggingface.instance_forward import expect_call
+from infllm_flex.patch.huggingface.cache_state import is_static, track_layer
+from infllm_flex.patch.huggingface.instance_forward import watch_call
 
 KEYWORD = "infllm_cache"
 # What attention layers call their cache, by version and family.
 _CACHE_NAMES = ("cache", "past_key_values", "layer_past", "past_key_value")
 
 
-def deliver_cache_to(module: nn.Module) -> None:
+def install_cache_hook(module: nn.Module) -> None:
     """Have the attention function of ``module`` called with its cache, as ``infllm_cache``."""
-    if _deliver_cache not in module._forward_pre_hooks.values():
-        module.register_forward_pre_hook(_deliver_cache, with_kwargs=True)
+    if _pass_cache_on not in module._forward_pre_hooks.values():
+        module.register_forward_pre_hook(_pass_cache_on, with_kwargs=True)
 
 
-def stop_delivering_cache_to(module: nn.Module) -> None:
-    """Undo `deliver_cache_to`. By the hook itself: a copied model has hooks, but no handles."""
+def remove_cache_hook(module: nn.Module) -> None:
+    """Undo `install_cache_hook`. By the hook itself: a copied model has hooks, but no handles."""
     for key, hook in list(module._forward_pre_hooks.items()):
-        if hook is _deliver_cache:
+        if hook is _pass_cache_on:
             del module._forward_pre_hooks[key]
             module._forward_pre_hooks_with_kwargs.pop(key, None)
 
 
-def _deliver_cache(
+def _pass_cache_on(
     module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
     if not torch.compiler.is_compiling() and "forward" in vars(module):
-        expect_call(module)
+        watch_call(module)
     for name in _CACHE_NAMES:
         cache = kwargs.get(name)
         if cache is not None:
@@ -77,7 +77,7 @@ def cache_layer(cache: object, module: nn.Module, key: Tensor) -> Any:
             return layer
     if getattr(cache, "offloading", False) and not torch.compiler.is_compiling():
         for layer in layers:
-            follow_class(layer)  # so that it remembers, from now on, what it returns
+            track_layer(layer)  # so that it remembers, from now on, what it returns
     # How far a preallocated cache is filled is the same in all layers that were updated so far.
     return own if is_static(own) else UNKNOWN_LAYER
 

@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from tests.patch.outsiders import WIDTH
+from tests.patch.plain_models import WIDTH
 
 
 def split_heads(x, *sizes):
@@ -149,7 +149,7 @@ class Attend(nn.Module):
         return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=self.causal)
 
 
-SEAMS = {
+LIBRARY_MODELS = {
     "torchtune's _attention_call": TuneStyle,
     "litgpt's method": GptStyle,
     "torchtitan's inner_attention": lambda: TitanStyle(HeadsFirst),

@@ -28,7 +28,7 @@ from tests.patch.models import (
     logits,
     tokens,
 )
-from tests.patch.outsiders import WIDTH, FusedHeads, outsider
+from tests.patch.plain_models import WIDTH, FusedHeads, plain_model
 
 _SIZE = {
     "vocab_size": 64,
@@ -124,10 +124,10 @@ class TestHeads:
         with pytest.raises(
             ifx.UnsupportedModelError, match="2 x values of 32 per head, keys of 16"
         ):
-            ifx.patch_model(outsider(Wide), SETTINGS)
+            ifx.patch_model(plain_model(Wide), SETTINGS)
         with pytest.raises(ifx.UnsupportedModelError, match="values of 8 per head, keys of 16"):
-            ifx.patch_model(outsider(Narrow), SETTINGS, example_inputs=tokens(8))
-        model = ifx.patch_model(outsider(Narrow), SETTINGS)
+            ifx.patch_model(plain_model(Narrow), SETTINGS, example_inputs=tokens(8))
+        model = ifx.patch_model(plain_model(Narrow), SETTINGS)
         model(tokens(SHORT))
         with pytest.raises(
             ifx.UnsupportedModelError, match="values of 8 per head, keys of 16: run"

@@ -9,7 +9,12 @@ import torch
 from torch import Tensor
 
 import infllm_flex_ops
-from infllm_flex.patch.forward import Forward, current_forward, forward_of, is_backward
+from infllm_flex.patch.forward_context import (
+    ForwardContext,
+    current_forward,
+    forward_of,
+    is_backward,
+)
 from infllm_flex.patch.huggingface.masks import LazyMask
 from infllm_flex.patch.layer_state import PatchedLayer
 
@@ -27,7 +32,7 @@ _NOT_TOLD_AGAIN = (
 )
 
 
-class Told(NamedTuple):
+class SequenceInfo(NamedTuple):
     """What a call tells about its sequences.
 
     Attributes:
@@ -44,24 +49,24 @@ class Told(NamedTuple):
     bounds: Tensor | None = None
     same_bounds: Tensor | None = None
     by_layer: bool = True
-    forward: Forward | None = None
+    forward: ForwardContext | None = None
 
     @property
-    def only_positions(self) -> Tensor | None:
+    def positions_only(self) -> Tensor | None:
         """The positions, where nothing else would tell of documents."""
         return self.positions if self.padding is None and self.bounds is None else None
 
 
-NOTHING = Told()
+NO_INFO = SequenceInfo()
 
 
-def what_is_told(
+def read_sequence_info(
     query: Tensor,
     key: Tensor,
     mask: LazyMask | Tensor | None,
     kwargs: Mapping[str, Any],
     layer: PatchedLayer | None = None,
-) -> Told:
+) -> SequenceInfo:
     """What a call, or the forward of the model around it, tells about its sequences.
 
     Args:
@@ -73,7 +78,7 @@ def what_is_told(
     """
     S = query.shape[2]
     if key.shape[2] != S or S == 1:
-        return NOTHING
+        return NO_INFO
     padding = mask.padding if isinstance(mask, LazyMask) else None
     bounds, same_bounds = kwargs.get("cu_seq_lens_q"), kwargs.get("cu_seq_lens_k")
     given = kwargs.get("position_ids")
@@ -82,16 +87,16 @@ def what_is_told(
     forward = forward_of((given, bounds, padding, mask), layer)
     if forward is not None:
         if positions is None and _is_of_text(forward.positions, S):
-            positions = _beside(query, forward.positions)
+            positions = _on_device_of(query, forward.positions)
         elif positions is not None and forward.counts_up:
             if not torch.compiler.is_compiling():
                 forward.mark(positions)
             positions = None
-        bounds = _beside(query, forward.bounds) if bounds is None else bounds
-    return Told(padding, positions, bounds, same_bounds, by_layer, forward)
+        bounds = _on_device_of(query, forward.bounds) if bounds is None else bounds
+    return SequenceInfo(padding, positions, bounds, same_bounds, by_layer, forward)
 
 
-def _beside(query: Tensor, x: Tensor | None) -> Tensor | None:
+def _on_device_of(query: Tensor, x: Tensor | None) -> Tensor | None:
     """The same on the device of the layer, where a model is spread over several."""
     return x if x is None or x.device == query.device else x.to(query.device)
 
@@ -101,28 +106,30 @@ def _is_of_text(positions: Tensor | None, length: int) -> bool:
     return positions is not None and positions.dim() == 2 and positions.shape[-1] == length
 
 
-def refuse_leak(query: Tensor, positions: Tensor) -> Tensor:
+def assert_single_document(query: Tensor, positions: Tensor) -> Tensor:
     """The query, and in the graph the check that no row of positions restarts.
 
     Taking the mask down for a graph's every call would cost all those that are not packed.
     """
-    return query + infllm_flex_ops.zero_if(never_goes_back(positions), _LEAK)
+    return query + infllm_flex_ops.zero_if(never_decreases(positions), _LEAK)
 
 
-def never_goes_back(positions: Tensor) -> Tensor:
+def never_decreases(positions: Tensor) -> Tensor:
     """Whether positions ascend or stay in every row, so that each is one sequence: bool ``[]``."""
     return (positions.diff(dim=-1) >= 0).all()
 
 
-def require_told_again(layer: PatchedLayer, told: Told, sequences: Sequences | None) -> None:
+def reject_recompute_without_info(
+    layer: PatchedLayer, info: SequenceInfo, sequences: Sequences | None
+) -> None:
     """Refuse to recompute a layer that has been given documents, and is not told of them again.
 
     Args:
         layer: The record of the layer.
-        told: About the call.
+        info: What the call tells.
         sequences: What was found in it.
     """
-    if told.by_layer or torch.compiler.is_compiling():
+    if info.by_layer or torch.compiler.is_compiling():
         return
     forward = current_forward()
     if sequences is not None and forward is not None:

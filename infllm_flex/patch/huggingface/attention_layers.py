@@ -13,15 +13,24 @@ from torch import nn
 
 from infllm_flex.config import InfLLMConfig
 from infllm_flex.patch.code_inspection import names
-from infllm_flex.patch.head_dims import why_heads_left
-from infllm_flex.patch.huggingface.cache import deliver_cache_to
-from infllm_flex.patch.huggingface.config_view import NAMES, PREVIOUS, is_view
-from infllm_flex.patch.huggingface.instance_forward import why_unreached
+from infllm_flex.patch.head_dims import head_dim_skip_reason
+from infllm_flex.patch.huggingface.cache_hook import install_cache_hook
+from infllm_flex.patch.huggingface.config_view import PATCHED_NAMES, PREVIOUS_NAMES, is_view
+from infllm_flex.patch.huggingface.instance_forward import unreached_reason
 from infllm_flex.patch.layer_state import NOT_PATCHED, PatchedLayer, get_layer, set_layer
 from infllm_flex.patch.settings import read_own
+from infllm_flex.patch.skip_reasons import (
+    LEARNED_MASK,
+    NOT_CAUSAL,
+    OTHER_KEYS,
+    OWN_INDEXER,
+    POSITION_BIAS,
+    SINKS,
+    sliding_window,
+    soft_capped,
+)
 
 _FULL = ("full_attention", "hybrid")  # hybrid: beside a state space model in the same layer
-IN_CHUNKS = "chunked attention"  # what `why_left` says of Llama 4's layers
 _MAKES_MASKS = re.compile(r"create_\w*mask")
 
 
@@ -57,34 +66,34 @@ def _undecorated_forward(module: nn.Module) -> Callable[..., Any]:
     return inspect.unwrap(type(module).forward)
 
 
-def why_left(module: nn.Module) -> str | None:
+def find_skip_reason(module: nn.Module) -> str | None:
     """Why an attention layer cannot be sparse, in a few words; None when it can."""
     config: Any = module.config
     if not (getattr(module, "is_causal", True) and getattr(config, "is_causal", True)):
-        return "not causal"
+        return NOT_CAUSAL
     if getattr(module, "is_cross_attention", False):
         return "cross-attention"
     if (window := _sliding_window(module)) is not None:
-        return f"sliding window {window}"
+        return sliding_window(window)
     if _has_no_keys(config):
-        return "keys of another model"
+        return OTHER_KEYS
     if (layer_type := _layer_type(module)) not in (None, *_FULL):
         return str(layer_type).replace("_", " ")
     if (cap := getattr(config, "attn_logit_softcapping", None)) is not None:
-        return f"logits soft-capped at {cap:g}"
+        return soft_capped(cap)
     if getattr(module, "sinks", None) is not None:
-        return "learned attention sinks"
+        return SINKS
     if getattr(module, "indexer", None) is not None:
-        return "the model's own sparse indexer"
+        return OWN_INDEXER
     if hasattr(module, "prepare_dynamic_mask"):  # Doge: weights of the keys, added to logits
-        return "a mask that the layer learns"
+        return LEARNED_MASK
     if _passes(module, "position_bias"):
-        return "a position bias on its logits"
-    if (heads := why_heads_left(module)) is not None:
+        return POSITION_BIAS
+    if (heads := head_dim_skip_reason(module)) is not None:
         return heads
-    if (unreached := why_unreached(module)) is not None:
+    if (unreached := unreached_reason(module)) is not None:
         return unreached
-    if (previous := previous_implementation(module)) not in NAMES:
+    if (previous := previous_implementation(module)) not in PATCHED_NAMES:
         return f"attn_implementation={previous!r}, not 'sdpa' or 'eager'"
     return None
 
@@ -111,7 +120,7 @@ def _sliding_window(module: nn.Module) -> int | None:
     return None if never else window
 
 
-def windows_from_above(model: nn.Module) -> dict[nn.Module, int]:
+def inherited_windows(model: nn.Module) -> dict[nn.Module, int]:
     """Windows in the masks that a model makes for layers which are not told of them.
 
     BLT's config has one window for both its local parts, whose own configs lack it.
@@ -160,14 +169,14 @@ def implementation(module: nn.Module) -> str:
 def previous_implementation(module: nn.Module) -> str:
     """The same as before patching."""
     name = implementation(module)
-    return PREVIOUS.get(name, name)
+    return PREVIOUS_NAMES.get(name, name)
 
 
-def layer_for(
-    module: nn.Module, config: InfLLMConfig, left: str | None, **fields: Any
+def make_layer(
+    module: nn.Module, config: InfLLMConfig, skip_reason: str | None, **fields: Any
 ) -> PatchedLayer:
     """A new record for an attention layer, with the attention functions that it had before."""
-    return PatchedLayer(config, _dense_attention(module), left, **fields)
+    return PatchedLayer(config, _dense_attention(module), skip_reason, **fields)
 
 
 def _dense_attention(module: nn.Module) -> dict[str, Callable[..., Any]]:
@@ -175,7 +184,7 @@ def _dense_attention(module: nn.Module) -> dict[str, Callable[..., Any]]:
     from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
     eager = _undecorated_forward(module).__globals__.get("eager_attention_forward")
-    return {name: ALL_ATTENTION_FUNCTIONS.get(name, eager) for name in NAMES}
+    return {name: ALL_ATTENTION_FUNCTIONS.get(name, eager) for name in PATCHED_NAMES}
 
 
 def layer_of(module: nn.Module) -> PatchedLayer:
@@ -194,9 +203,9 @@ def layer_of(module: nn.Module) -> PatchedLayer:
             )
         device = next((weight.device for weight in module.parameters()), None)
         config, origin = read_own(module.config, device)
-        left = NOT_PATCHED if is_view(module.config) else why_left(module)
-        layer = layer_for(module, config, left, origin=origin)
+        skip_reason = NOT_PATCHED if is_view(module.config) else find_skip_reason(module)
+        layer = make_layer(module, config, skip_reason, origin=origin)
         set_layer(module, layer)
-        if layer.left is None:
-            deliver_cache_to(module)  # from the next call on; the cache's first needs no state
+        if layer.skip_reason is None:
+            install_cache_hook(module)  # from the next call on; the cache's first needs no state
     return layer

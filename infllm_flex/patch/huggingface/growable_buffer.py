@@ -8,7 +8,7 @@ from torch import Tensor
 _LEAST = 64  # tokens
 
 
-class Room:
+class GrowableBuffer:
     """A tensor whose beginning is what one cache layer holds, and whose end is free.
 
     Slots that were handed out are not written again while anyone else holds a tensor of this
@@ -27,7 +27,7 @@ class Room:
         self.held = self._memory[:, :, :S]
 
     @classmethod
-    def extend(cls, room: Room | None, held: Tensor, new: Tensor) -> Room:
+    def extend(cls, room: GrowableBuffer | None, held: Tensor, new: Tensor) -> GrowableBuffer:
         """Put ``new`` behind ``held``: in their room if it may be written, else in a new one."""
         begin = held.shape[2]
         length = begin + new.shape[2]

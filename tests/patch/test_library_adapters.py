@@ -1,4 +1,4 @@
-"""Models with a known seam: taken there, told before the first forward when they cannot be."""
+"""Models with a known library: taken there, told before the first forward when they cannot be."""
 
 import copy
 import pickle
@@ -7,11 +7,8 @@ import pytest
 import torch
 
 import infllm_flex as ifx
-from tests.patch.masked import masked_sdpa
-from tests.patch.models import EVERYTHING, LONG, SETTINGS, SHORT, equal, tokens
-from tests.patch.outsiders import outsider
-from tests.patch.seam_models import (
-    SEAMS,
+from tests.patch.library_models import (
+    LIBRARY_MODELS,
     GptStyle,
     HeadsFirst,
     MaskedKernel,
@@ -21,30 +18,33 @@ from tests.patch.seam_models import (
     TuneStyle,
     XStyle,
 )
-from tests.patch.test_generic import assert_close, run, traces
+from tests.patch.masked_sdpa import masked_sdpa
+from tests.patch.models import EVERYTHING, LONG, SETTINGS, SHORT, equal, tokens
+from tests.patch.plain_models import plain_model
+from tests.patch.test_sdpa_adapter import assert_close, run, traces
 
 
-@pytest.mark.parametrize("seam", SEAMS)
+@pytest.mark.parametrize("library", LIBRARY_MODELS)
 class TestSeams:
-    def test_is_told_by_its_structure(self, seam):
-        model = ifx.patch_model(outsider(SEAMS[seam]), SETTINGS)
-        assert {row.patched_through for row in ifx.describe(model)} == {seam}
+    def test_is_told_by_its_structure(self, library):
+        model = ifx.patch_model(plain_model(LIBRARY_MODELS[library]), SETTINGS)
+        assert {row.patched_through for row in ifx.describe(model)} == {library}
         assert [row.sparse for row in ifx.describe(model)] == [True, True]
 
-    def test_below_dense_len_every_bit_is_that_of_the_unpatched_model(self, seam):
-        model = outsider(SEAMS[seam])
+    def test_below_dense_len_every_bit_is_that_of_the_unpatched_model(self, library):
+        model = plain_model(LIBRARY_MODELS[library])
         plain = run(model, SHORT)
         ifx.patch_model(model, SETTINGS)
         assert equal(run(model, SHORT), plain)
 
-    def test_with_every_block_selected_sparse_equals_dense(self, seam):
-        model = outsider(SEAMS[seam])
+    def test_with_every_block_selected_sparse_equals_dense(self, library):
+        model = plain_model(LIBRARY_MODELS[library])
         plain = run(model, LONG)
         ifx.patch_model(model, EVERYTHING)
         assert_close(run(model, LONG), plain)
 
-    def test_at_length_groups_attend_to_their_selected_blocks(self, seam, monkeypatch):
-        model = outsider(SEAMS[seam])
+    def test_at_length_groups_attend_to_their_selected_blocks(self, library, monkeypatch):
+        model = plain_model(LIBRARY_MODELS[library])
         plain = run(model, LONG)
         ours = run(ifx.patch_model(model, SETTINGS), LONG)
         kv_heads = []
@@ -58,8 +58,8 @@ class TestSeams:
         assert kv_heads == [2, 2]
         assert (ours[0] - plain[0]).abs().max() > 1e-2
 
-    def test_unpatching_leaves_no_trace(self, seam):
-        model = outsider(SEAMS[seam])
+    def test_unpatching_leaves_no_trace(self, library):
+        model = plain_model(LIBRARY_MODELS[library])
         plain, before = run(model, LONG), traces(model)
         ifx.patch_model(model, SETTINGS)
         with ifx.dense(model):
@@ -68,8 +68,8 @@ class TestSeams:
         assert traces(model) == before
         assert equal(run(model, LONG), plain)
 
-    def test_a_deep_copy_is_patched_and_independent(self, seam):
-        model = ifx.patch_model(outsider(SEAMS[seam]), SETTINGS)
+    def test_a_deep_copy_is_patched_and_independent(self, library):
+        model = ifx.patch_model(plain_model(LIBRARY_MODELS[library]), SETTINGS)
         sparse = model(tokens(LONG))
         twin = copy.deepcopy(model)
         ifx.unpatch_model(model)
@@ -77,13 +77,13 @@ class TestSeams:
 
 
 def test_a_pickled_model_is_patched():
-    model = ifx.patch_model(outsider(GptStyle), SETTINGS)
+    model = ifx.patch_model(plain_model(GptStyle), SETTINGS)
     assert torch.equal(pickle.loads(pickle.dumps(model))(tokens(LONG)), model(tokens(LONG)))
 
 
 def test_tokens_before_heads():
-    model = outsider(lambda: TitanTokensFirst(TokensFirst))
-    same = ifx.patch_model(outsider(lambda: TitanStyle(HeadsFirst)), SETTINGS)
+    model = plain_model(lambda: TitanTokensFirst(TokensFirst))
+    same = ifx.patch_model(plain_model(lambda: TitanStyle(HeadsFirst)), SETTINGS)
     ifx.patch_model(model, SETTINGS)
     torch.testing.assert_close(model(tokens(LONG)), same(tokens(LONG)))
 
@@ -104,12 +104,12 @@ def test_what_a_layer_cannot_be_sparse_for_is_told_when_patching(made):
     with pytest.raises(
         ifx.UnsupportedModelError, match=f"2 attention layers, none .* 2 x .*{reason}"
     ):
-        ifx.patch_model(outsider(make), SETTINGS)
+        ifx.patch_model(plain_model(make), SETTINGS)
 
 
 def test_layers_that_can_be_are_and_the_others_stay(caplog):
     windows = iter([True, False])
-    model = outsider(lambda: GptStyle(window=next(windows)))
+    model = plain_model(lambda: GptStyle(window=next(windows)))
     plain = run(model, LONG)
     with caplog.at_level("INFO", logger="infllm_flex"):
         ifx.patch_model(model, EVERYTHING)

@@ -14,7 +14,7 @@ from torch import Tensor
 import infllm_flex_ops
 from infllm_flex.batches import has_values, is_recorded
 from infllm_flex.patch.causal_masks import is_plain_causal
-from infllm_flex.patch.forward import recall
+from infllm_flex.patch.forward_context import recall
 from infllm_flex.patch.huggingface.documents import Sequences
 from infllm_flex.patch.huggingface.masks import LazyMask
 
@@ -31,7 +31,7 @@ _INSTEAD = "stay below dense_len, or run inside infllm_flex.dense(model)"
 _MASK = "an attention mask beyond causal, padded and packed (a 4-D mask, prefixes, blocks)"
 
 
-class Call(NamedTuple):
+class AttentionCall(NamedTuple):
     """A call without earlier keys, and the sequences of its batch.
 
     Attributes:
@@ -49,13 +49,13 @@ class Call(NamedTuple):
     positions: Tensor | None
 
 
-def find_obstacle(
-    call: Call, dropout: float, kwargs: Mapping[str, Any], decoding: bool = False
+def find_unsupported(
+    call: AttentionCall, dropout: float, kwargs: Mapping[str, Any], decoding: bool = False
 ) -> str | None:
     """What about a call cannot be served; None if all of it can.
 
     Args:
-        call: The call; its mask is judged by `guard_recorded` where no value can be read.
+        call: The call. `assert_supported_in_graph` judges its mask where values cannot be read.
         dropout: Probability.
         kwargs: The other keywords of the call.
         decoding: Whether a cache holds keys from before this call; `attend_cached` judges the mask.
@@ -80,7 +80,7 @@ def find_obstacle(
     if not _can_read(call.query) or call.mask is None:
         return None
     if isinstance(call.mask, LazyMask):
-        served = call.mask.is_plain or call.mask.is_known(lambda: _separates(call))
+        served = call.mask.is_plain or call.mask.is_known(lambda: _isolates_documents(call))
         served = served and not call.mask.is_edited()
     else:
         mask = call.mask
@@ -88,7 +88,7 @@ def find_obstacle(
     return None if served else _MASK
 
 
-def guard_recorded(call: Call) -> Tensor:
+def assert_supported_in_graph(call: AttentionCall) -> Tensor:
     """Put the check of the mask into a graph, where its values cannot be read.
 
     Returns:
@@ -97,7 +97,7 @@ def guard_recorded(call: Call) -> Tensor:
     query, mask = call.query, call.mask
     if _can_read(query) or mask is None or (isinstance(mask, LazyMask) and mask.is_plain):
         return query
-    served = _separates(call) if isinstance(mask, LazyMask) else is_plain_causal(mask)
+    served = _isolates_documents(call) if isinstance(mask, LazyMask) else is_plain_causal(mask)
     words = f"sparse attention cannot serve {_MASK} yet: {_INSTEAD}"
     return query + infllm_flex_ops.zero_if(served, words)
 
@@ -106,7 +106,7 @@ def _can_read(x: Tensor) -> bool:
     return not is_recorded(x) and has_values(x)
 
 
-def _separates(call: Call) -> Tensor:
+def _isolates_documents(call: AttentionCall) -> Tensor:
     """Whether a mask is causal within the sequences, or within what transformers takes for them.
 
     It lets a document begin wherever positions do anything else than go on by one; such a mask
@@ -114,11 +114,11 @@ def _separates(call: Call) -> Tensor:
     """
     assert isinstance(call.mask, LazyMask)
     opens, is_real = _marks(call.query, call.sequences)
-    served = call.mask.separates(opens, is_real)
+    served = call.mask.isolates_documents(opens, is_real)
     if call.positions is None or call.mask.padding is not None:
         return served
     jumps = torch.nn.functional.pad(call.positions.diff(dim=-1) != 1, (1, 0), value=True)
-    return served | call.mask.separates(jumps.expand_as(opens), is_real)
+    return served | call.mask.isolates_documents(jumps.expand_as(opens), is_real)
 
 
 def _marks(query: Tensor, sequences: Sequences | None) -> tuple[Tensor, Tensor]:

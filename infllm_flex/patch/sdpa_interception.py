@@ -18,11 +18,11 @@ _SDPA = F.scaled_dot_product_attention
 _UNFLATTEN = torch.Tensor.unflatten
 
 
-class Intercept(TorchFunctionMode):
+class SdpaInterceptor(TorchFunctionMode):
     """While active in this thread, SDPA calls are sparse where the layer says so.
 
-    Made anew for every call of a layer: what it counts is then no state of the model, which a
-    recomputation under activation checkpointing, or another thread, could disturb.
+    Each call of a layer makes its own, so that the count of calls is no state of the model. Another
+    thread, or a recomputation under activation checkpointing, could disturb such a state.
 
     Attributes:
         calls: SDPA calls seen so far.
@@ -37,7 +37,7 @@ class Intercept(TorchFunctionMode):
     def __torch_function__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
     ) -> Any:
-        # Every torch function of the layer comes by here, so the usual way through is short.
+        # Every torch function of the layer passes here, so the common path is short.
         kwargs = kwargs or {}
         if func is _SDPA:
             self.calls += 1
@@ -45,37 +45,37 @@ class Intercept(TorchFunctionMode):
             if out is not None:
                 return out
         elif func is _UNFLATTEN:
-            # Written in Python with a `super()` that Dynamo cannot follow from in here.
+            # The method is Python code with a `super()` that Dynamo cannot trace inside a mode.
             func = torch.unflatten
         return func(*args, **kwargs)
 
 
 def run_intercepted(
     layer: PatchedLayer,
-    what: str,
+    owner: str,
     function: Callable[..., _Result],
     /,
     *args: Any,
     kv_heads: int | None = None,
     **kwargs: Any,
 ) -> _Result:
-    """Call a function with its SDPA calls intercepted, and make sure that there were any.
+    """Call a function with its SDPA calls intercepted, and require that there is at least one.
 
     Args:
         layer: The record of the layer.
-        what: What the function belongs to, for the error.
+        owner: Name of the function's class, for the error.
         function: The layer's own code.
         args: Its arguments.
         kv_heads: Key/value heads, where the caller knows better than the record.
         kwargs: Its keywords.
 
     Raises:
-        UnsupportedModelError: It attended without ``F.scaled_dot_product_attention``.
+        UnsupportedModelError: The function attended without ``F.scaled_dot_product_attention``.
     """
-    mode = Intercept(layer, kv_heads)
+    mode = SdpaInterceptor(layer, kv_heads)
     if torch.compiler.is_dynamo_compiling():
-        # Entering a mode counts as a side effect, which Dynamo refuses inside a checkpointed
-        # region. This one is over when the region is, so the check is lifted for it alone.
+        # Dynamo refuses side effects inside a checkpointed region, and entering a mode counts as
+        # one. This mode ends with the region, so the check is lifted for it alone.
         unchecked = torch._dynamo.utils._disable_side_effect_safety_checks_for_current_subtracer
         unchecked(mode.__enter__)
         try:
@@ -87,7 +87,7 @@ def run_intercepted(
             out = function(*args, **kwargs)
     if mode.calls == 0:
         raise UnsupportedModelError(
-            f"{what} attended without torch.nn.functional.scaled_dot_product_attention (softmax "
+            f"{owner} attended without torch.nn.functional.scaled_dot_product_attention (softmax "
             "written by hand, or another kernel), so its attention cannot be made sparse from "
             "outside: call infllm_flex.infllm_attention there, or name other attention_modules"
         )

@@ -9,17 +9,17 @@ from torch import Tensor
 from torch.utils._pytree import tree_map
 
 
-class StandIn:
+class TensorProxy:
     """Becomes its tensor in any attribute, operator or torch function that it does not know."""
 
-    def hand_out(self) -> Tensor:
+    def to_tensor(self) -> Tensor:
         """The tensor, for code that is not ours and may change it."""
         raise NotImplementedError
 
     def __getattr__(self, name: str) -> Any:
         if name.startswith("__"):
             raise AttributeError(name)
-        return getattr(self.hand_out(), name)
+        return getattr(self.to_tensor(), name)
 
     @classmethod
     def __torch_function__(
@@ -31,14 +31,14 @@ class StandIn:
 
 
 def _operator(name: str) -> Callable[..., Any]:
-    def apply(self: StandIn, *args: Any) -> Any:
-        return getattr(self.hand_out(), name)(*map(_as_tensor, args))
+    def apply(self: TensorProxy, *args: Any) -> Any:
+        return getattr(self.to_tensor(), name)(*map(_as_tensor, args))
 
     return apply
 
 
 def _as_tensor(x: Any) -> Any:
-    return x.hand_out() if isinstance(x, StandIn) else x
+    return x.to_tensor() if isinstance(x, TensorProxy) else x
 
 
 # Python looks operators up on the class.
@@ -46,5 +46,5 @@ _BINARY = ("add", "sub", "mul", "truediv", "and", "or", "xor")
 _OPERATORS = ("getitem", "setitem", "len", "iter", "bool", "invert", "neg", "abs", "matmul")
 _COMPARISONS = ("eq", "ne", "lt", "le", "gt", "ge")
 for _name in (*_BINARY, *(f"r{name}" for name in _BINARY), *_OPERATORS, *_COMPARISONS):
-    setattr(StandIn, f"__{_name}__", _operator(f"__{_name}__"))
-StandIn.__hash__ = object.__hash__  # type: ignore[method-assign]
+    setattr(TensorProxy, f"__{_name}__", _operator(f"__{_name}__"))
+TensorProxy.__hash__ = object.__hash__  # type: ignore[method-assign]

@@ -9,26 +9,26 @@ from typing import Any
 from torch import nn
 
 from infllm_flex.patch.errors import UnsupportedModelError
-from infllm_flex.patch.huggingface.config_view import (
-    NAMES,
-    PREVIOUS,
-    is_masked,
-    is_view,
-    mark_masked,
-    original_config,
-    rename_view,
-    view_of,
-    with_parts,
-)
-from infllm_flex.patch.huggingface.layers import (
+from infllm_flex.patch.huggingface.attention_layers import (
     attention_layers,
     implementation,
     makes_masks,
     previous_implementation,
 )
+from infllm_flex.patch.huggingface.config_view import (
+    PATCHED_NAMES,
+    PREVIOUS_NAMES,
+    is_used_for_masks,
+    is_view,
+    mark_used_for_masks,
+    original_config,
+    rename_view,
+    view_of,
+    with_parts,
+)
 
 
-def switch_on(model: nn.Module, sparse: list[nn.Module]) -> None:
+def install_views(model: nn.Module, sparse: list[nn.Module]) -> None:
     """Have the attention layers of a model look up our function, and their masks be ours.
 
     A layer that stays as it was gets our masks, too, if it shares a config with one of ``sparse``.
@@ -44,9 +44,9 @@ def switch_on(model: nn.Module, sparse: list[nn.Module]) -> None:
     ours: dict[int, Any] = {}
     for module in sparse:
         original = original_config(module.config)
-        if id(original) in ours or original._attn_implementation in PREVIOUS:
+        if id(original) in ours or original._attn_implementation in PREVIOUS_NAMES:
             continue  # the config itself asks for us by name
-        name = NAMES[previous_implementation(module)]
+        name = PATCHED_NAMES[previous_implementation(module)]
         view = views.get(id(original)) or _make_view(original, name)
         rename_view(view, name)
         ours[id(original)] = view
@@ -59,7 +59,7 @@ def switch_on(model: nn.Module, sparse: list[nn.Module]) -> None:
                 module.config = view
                 if makes_masks(module):
                     for part in with_parts(view):
-                        mark_masked(part)
+                        mark_used_for_masks(part)
 
 
 def _views_within(model: nn.Module) -> dict[int, Any]:
@@ -93,8 +93,8 @@ def _view_for(original: Any, views: Mapping[int, Any]) -> Any:
     return view_of(original, None, parts) if parts else None
 
 
-def switch_off(model: nn.Module) -> tuple[bool, list[nn.Module]]:
-    """Undo `switch_on`, or ``attn_implementation="infllm_flex"``.
+def remove_views(model: nn.Module) -> tuple[bool, list[nn.Module]]:
+    """Undo `install_views`, or ``attn_implementation="infllm_flex"``.
 
     A view stays where only a part of a model is undone, and the masks are made outside of it: the
     attention layers must go on taking them.
@@ -113,11 +113,11 @@ def switch_off(model: nn.Module) -> tuple[bool, list[nn.Module]]:
     undone, staying = bool(holders), []
     for module in holders:
         view: Any = module.config
-        if module not in attends or id(view) in masked or not is_masked(view):
+        if module not in attends or id(view) in masked or not is_used_for_masks(view):
             module.config = original_config(view)
         else:
             staying.append(module)
-    if any(implementation(m) in PREVIOUS for m in attends if not is_view(m.config)):
+    if any(implementation(m) in PREVIOUS_NAMES for m in attends if not is_view(m.config)):
         _ask_no_more_by_name(model)
         undone = True
     return undone, staying
@@ -135,9 +135,9 @@ def _ask_no_more_by_name(model: nn.Module) -> None:
 
 
 def _name_previous(config: Any) -> None:
-    if config._attn_implementation in PREVIOUS:
+    if config._attn_implementation in PREVIOUS_NAMES:
         # The internal name: the public setter would overwrite the sub-configs.
-        config._attn_implementation_internal = PREVIOUS[config._attn_implementation]
+        config._attn_implementation_internal = PREVIOUS_NAMES[config._attn_implementation]
     for key in getattr(config, "sub_configs", None) or ():
         part = vars(config).get(key)
         if hasattr(part, "_attn_implementation"):

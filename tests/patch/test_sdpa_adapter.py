@@ -10,9 +10,9 @@ import torch.nn.functional as F
 from torch import nn
 
 import infllm_flex as ifx
-from tests.patch.masked import masked_sdpa
+from tests.patch.masked_sdpa import masked_sdpa
 from tests.patch.models import EVERYTHING, LONG, SETTINGS, SHORT, equal, tokens
-from tests.patch.outsiders import STYLES, Args, CachedHeads, RepeatedHeads, outsider
+from tests.patch.plain_models import STYLES, Args, CachedHeads, RepeatedHeads, plain_model
 
 
 def run(model, length):
@@ -26,19 +26,19 @@ def run(model, length):
 @pytest.mark.parametrize("style", STYLES)
 class TestStyles:
     def test_below_dense_len_every_bit_is_that_of_the_unpatched_model(self, style):
-        model = outsider(style)
+        model = plain_model(style)
         plain = run(model, SHORT)
         ifx.patch_model(model, SETTINGS)
         assert equal(run(model, SHORT), plain)
 
     def test_with_every_block_selected_sparse_equals_dense(self, style):
-        model = outsider(style)
+        model = plain_model(style)
         plain = run(model, LONG)
         ifx.patch_model(model, EVERYTHING)
         assert_close(run(model, LONG), plain)
 
     def test_at_length_groups_attend_to_their_selected_blocks(self, style, monkeypatch):
-        model = outsider(style)
+        model = plain_model(style)
         plain = run(model, LONG)
         ifx.patch_model(model, SETTINGS)
         ours = run(model, LONG)
@@ -55,7 +55,7 @@ class TestStyles:
         assert (ours[0] - plain[0]).abs().max() > 1e-2
 
     def test_unpatching_leaves_no_trace(self, style):
-        model = outsider(style)
+        model = plain_model(style)
         plain, before = run(model, LONG), traces(model)
         ifx.patch_model(model, SETTINGS)
         assert list(model.state_dict()) == before[1]
@@ -72,7 +72,7 @@ def traces(model):
 
 
 def test_a_deep_copy_uses_its_own_weights_and_settings():
-    model = ifx.patch_model(outsider(), SETTINGS)
+    model = ifx.patch_model(plain_model(), SETTINGS)
     sparse = model(tokens(LONG))
     twin = copy.deepcopy(model)
     ifx.unpatch_model(model)
@@ -83,18 +83,18 @@ def test_a_deep_copy_uses_its_own_weights_and_settings():
 
 
 def test_a_pickled_model_is_patched():
-    model = ifx.patch_model(outsider(), SETTINGS)
+    model = ifx.patch_model(plain_model(), SETTINGS)
     file = io.BytesIO()
     torch.save(model, file)
     file.seek(0)
     twins = (pickle.loads(pickle.dumps(model)), torch.load(file, weights_only=False))
     for twin in twins:
         assert torch.equal(twin(tokens(LONG)), model(tokens(LONG)))
-        assert type(ifx.unpatch_model(twin).h[0].attn) is type(outsider().h[0].attn)
+        assert type(ifx.unpatch_model(twin).h[0].attn) is type(plain_model().h[0].attn)
 
 
 def test_patching_again_changes_settings_and_layers():
-    model = ifx.patch_model(outsider(), SETTINGS)
+    model = ifx.patch_model(plain_model(), SETTINGS)
     once = model(tokens(LONG))
     assert torch.equal(ifx.patch_model(model, SETTINGS)(tokens(LONG)), once)
     assert not torch.equal(ifx.patch_model(model, SETTINGS, topk=3)(tokens(LONG)), once)
@@ -104,7 +104,7 @@ def test_patching_again_changes_settings_and_layers():
 
 
 def test_other_models_of_the_same_class_are_untouched():
-    model, other = outsider(), outsider()
+    model, other = plain_model(), plain_model()
     plain = other(tokens(LONG))
     ifx.patch_model(model, SETTINGS)
     model(tokens(LONG))
@@ -112,7 +112,7 @@ def test_other_models_of_the_same_class_are_untouched():
 
 
 def test_dense_inside_the_block():
-    model = outsider()
+    model = plain_model()
     plain = model(tokens(LONG))
     ifx.patch_model(model, SETTINGS)
     with ifx.dense(model):
@@ -121,7 +121,7 @@ def test_dense_inside_the_block():
 
 
 def test_printed_models_look_as_before():
-    model = outsider()
+    model = plain_model()
     before = repr(model)
     assert repr(ifx.patch_model(model, SETTINGS)) == before
 
@@ -138,7 +138,7 @@ class NoHint(RepeatedHeads):
 
 
 def test_heads_that_only_the_user_knows():
-    model, known = outsider(NoHint), outsider("repeated")
+    model, known = plain_model(NoHint), plain_model("repeated")
     with pytest.raises(
         ifx.UnsupportedModelError, match=r"copies of each other.*num_key_value_heads"
     ):
@@ -148,18 +148,18 @@ def test_heads_that_only_the_user_knows():
 
 
 def test_heads_that_the_user_has_wrong():
-    model = ifx.patch_model(outsider(), SETTINGS, num_key_value_heads=2)
+    model = ifx.patch_model(plain_model(), SETTINGS, num_key_value_heads=2)
     with pytest.raises(ifx.UnsupportedModelError, match="keys of 4 heads are not 2 expanded ones"):
         model(tokens(LONG))
 
 
 def test_a_number_of_heads_that_is_none():
     with pytest.raises(ValueError, match="num_key_value_heads must be a positive integer, got 0"):
-        ifx.patch_model(outsider(), num_key_value_heads=0)
+        ifx.patch_model(plain_model(), num_key_value_heads=0)
 
 
 def test_attributes_of_the_layer_go_before_the_config():
-    model = outsider(lambda: RepeatedHeads(Args(n_heads=4, n_kv_heads=1)))
+    model = plain_model(lambda: RepeatedHeads(Args(n_heads=4, n_kv_heads=1)))
     ifx.patch_model(model, SETTINGS)
     model(tokens(LONG))
     layer = model.h[0].attn.infllm_layer
@@ -175,13 +175,13 @@ class TestStaticCache:
             return torch.cat([model(ids[:, step], step) for step in steps], dim=1)
 
     def test_below_dense_len_every_bit_is_that_of_the_unpatched_model(self):
-        model = outsider(CachedHeads)
+        model = plain_model(CachedHeads)
         plain = self.decode(model, tokens(SHORT))
         ifx.patch_model(model, SETTINGS)
         assert torch.equal(self.decode(model, tokens(SHORT)), plain)
 
     def test_steps_past_dense_len_equal_one_forward(self):
-        model = ifx.patch_model(outsider(CachedHeads, layers=1), SETTINGS, dense_len=-1)
+        model = ifx.patch_model(plain_model(CachedHeads, layers=1), SETTINGS, dense_len=-1)
         whole = self.decode(model, tokens(LONG), prefill=LONG)
         assert_close([self.decode(model, tokens(LONG), prefill=100)], [whole])
         ifx.patch_model(model, SETTINGS)

@@ -111,7 +111,7 @@ def regroup(
             _require_distinct(layer, key)
         return Regrouped(query, key, value, None)
     count = query.shape[1] // groups
-    order, key = _read_order(layer, key, count)
+    order, key = _find_head_order(layer, key, count)
     if order == _RUNS:
         return Regrouped(query, key[:, ::groups], value[:, ::groups], None)
     return Regrouped(_transpose_heads(query, groups), key[:, :count], value[:, :count], count)
@@ -130,7 +130,7 @@ def _transpose_heads(x: Tensor, outer: int) -> Tensor:
     return x.unflatten(1, (outer, -1)).transpose(1, 2).flatten(1, 2)
 
 
-def _read_order(layer: PatchedLayer, key: Tensor, count: int) -> tuple[str, Tensor]:
+def _find_head_order(layer: PatchedLayer, key: Tensor, count: int) -> tuple[str, Tensor]:
     """How ``count`` heads were expanded, read off the last key, once per layer.
 
     In a graph that is being compiled nothing can be read: there the order is the one seen before,

@@ -26,14 +26,14 @@ _ATTRIBUTE = "infllm_forward"
 class _Running(threading.local):
     def __init__(self) -> None:
         # There in every thread from the start: a graph of one thread serves all others.
-        self.forward: Forward | None = None
-        self.masked: Forward | None = None
+        self.forward: ForwardContext | None = None
+        self.masked: ForwardContext | None = None
 
 
 _running = _Running()
 
 
-class Forward:
+class ForwardContext:
     """A forward that is running, or whose layers are recomputed in the backward pass.
 
     Attributes:
@@ -49,7 +49,7 @@ class Forward:
     def __init__(
         self,
         owner: nn.Module | None = None,
-        enclosing: Forward | None = None,
+        enclosing: ForwardContext | None = None,
         positions: Tensor | None = None,
         bounds: Tensor | None = None,
         counts_up: bool = False,
@@ -101,7 +101,7 @@ def _nothing() -> None:
     return None
 
 
-def current_forward() -> Forward | None:
+def current_forward() -> ForwardContext | None:
     """The innermost forward that runs in this thread."""
     return _running.forward
 
@@ -113,17 +113,17 @@ def is_backward() -> bool:
     return torch._C._current_graph_task_id() != -1
 
 
-def note_masks() -> None:
+def begin_unhooked_forward() -> None:
     """Take the layers that ask next for those of one forward, in a model that has no hooks.
 
     A model that only names us as its attn_implementation never came by here, but makes its masks
     before its layers run.
     """
     if current_forward() is None and not torch.compiler.is_compiling():
-        _running.masked = Forward()
+        _running.masked = ForwardContext()
 
 
-def forward_of(tensors: tuple[object, ...], layer: object = None) -> Forward | None:
+def forward_of(tensors: tuple[object, ...], layer: object = None) -> ForwardContext | None:
     """The forward in which a layer is asked: the running one, or the one that is recomputed.
 
     Args:
@@ -134,7 +134,7 @@ def forward_of(tensors: tuple[object, ...], layer: object = None) -> Forward | N
         for x in tensors:
             forward = getattr(x, _ATTRIBUTE, None)
             if forward is not None:
-                return cast(Forward, forward)
+                return cast(ForwardContext, forward)
     running = current_forward()
     if running is not None or layer is None or torch.compiler.is_compiling():
         return running
@@ -154,9 +154,9 @@ def recall(
     return answer() if forward is None else forward.recall(question, tensors, answer)
 
 
-def note_forwards_of(model: nn.Module) -> None:
+def install_forward_hooks(model: nn.Module) -> None:
     """Have every forward of ``model``, and of the models inside it, noted."""
-    stop_noting_forwards_of(model)
+    remove_forward_hooks(model)
     for module in model.modules():
         names = _arguments(module)
         if "position_ids" in names:
@@ -165,8 +165,8 @@ def note_forwards_of(model: nn.Module) -> None:
             module.register_forward_hook(_close, always_call=True)
 
 
-def stop_noting_forwards_of(model: nn.Module) -> None:
-    """Undo `note_forwards_of`. By the hooks: a copied model has them, but no handles."""
+def remove_forward_hooks(model: nn.Module) -> None:
+    """Undo `install_forward_hooks`. By the hooks: a copied model has them, but no handles."""
     for module in model.modules():
         for key, hook in list(module._forward_pre_hooks.items()):
             if isinstance(hook, functools.partial) and hook.func is _open:
@@ -203,7 +203,7 @@ def _open(
     positions = given.get("position_ids")
     # The models of transformers make positions that count up, unless another hook brings some.
     counts_up = is_known and positions is None and len(module._forward_pre_hooks) == 1
-    _running.forward = Forward(
+    _running.forward = ForwardContext(
         module, current_forward(), _of_text(positions), given.get("cu_seq_lens_q"), counts_up
     )
     if torch.compiler.is_compiling():

@@ -192,7 +192,7 @@ STYLES = {
 }
 
 
-def outsider(style="fused", layers=2, **options):
+def plain_model(style="fused", layers=2, **options):
     """A model with the same weights on every call, whose keys differ enough to choose among."""
     make = STYLES[style] if isinstance(style, str) else style
     torch.manual_seed(0)

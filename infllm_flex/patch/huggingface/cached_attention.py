@@ -36,7 +36,7 @@ def attend_cached(
 
     Args:
         layer: The record of the attention layer.
-        cached: The layer of the cache; `follow_static` has seen it if it is preallocated.
+        cached: The layer of the cache; `update_static_state` has seen it if it is preallocated.
         query: ``[B, Hq, n, D]``.
         key: ``[B, Hkv, S, D]``, as the cache returned them, as many as there are where that is
             known.
@@ -48,7 +48,7 @@ def attend_cached(
     through_state = _is_step(query, key, value, cached)
     preallocated = through_state and is_static(cached)
     if attention_mask is not None:
-        start = first_slots(attention_mask, key)
+        start = first_visible_slots(attention_mask, key)
         if layer.reads_positions:
             end = cached.cumulative_length if preallocated else key.shape[2]
             query = query + zero_if(_is_causal(attention_mask, start, end), _MASK)
@@ -63,7 +63,7 @@ def attend_cached(
     return decode_attention(query, key, value, keys, scale=scale)
 
 
-def follow_static(
+def update_static_state(
     cached: Any,
     query: Tensor,
     key: Tensor,
@@ -80,7 +80,7 @@ def follow_static(
     Raises:
         NotImplementedError: A compiled step that needs gradients.
     """
-    start = None if attention_mask is None else first_slots(attention_mask, key)
+    start = None if attention_mask is None else first_visible_slots(attention_mask, key)
     compressed_keys_of(cached, key, query.shape[2], start, config)
     is_step = _is_step(query, key, value, cached)
     return key.shape[2] if is_step else int(cached.cumulative_length)
@@ -99,7 +99,7 @@ def _is_step(query: Tensor, key: Tensor, value: Tensor, cached: Any) -> bool:
     return compiled or query.shape[2] <= _FEW
 
 
-def cut_mask(mask: Tensor | None, query: Tensor, length: int) -> LazyMask | Tensor | None:
+def trim_mask(mask: Tensor | None, query: Tensor, length: int) -> LazyMask | Tensor | None:
     """Cut the mask of a preallocated cache to the keys that there are.
 
     Args:
@@ -114,7 +114,7 @@ def cut_mask(mask: Tensor | None, query: Tensor, length: int) -> LazyMask | Tens
 
     n = query.shape[2]
     mask = mask[..., :length]
-    start = first_slots(mask, query)
+    start = first_visible_slots(mask, query)
     if length > n or not _is_causal(mask, start, n):
         return mask
     arguments = {
@@ -128,7 +128,7 @@ def cut_mask(mask: Tensor | None, query: Tensor, length: int) -> LazyMask | Tens
     return LazyMask(arguments, is_plain=True)
 
 
-def first_slots(mask: Tensor, key: Tensor) -> Tensor:
+def first_visible_slots(mask: Tensor, key: Tensor) -> Tensor:
     """Where each row's tokens begin, by what its last query sees: int64 ``[B]``.
 
     Args:
