@@ -15,9 +15,12 @@ PAGES = sorted(
 _CODE = re.compile(r"^```.*?^```", re.M | re.S)
 _LINK = re.compile(r"\]\(([^)\s]+)\)")
 _HEADING = re.compile(r"^#+ (.+)$", re.M)
+# Folders that code on a page begins with, and where they lie.
 _PATH = re.compile(
-    r"(?:scripts|configs|docs|tests|examples|custom_ops|infllm_flex|\.ci)/[\w./-]*\w"
+    r"(?<![\w/.-])(?:scripts|configs|docs|tests|examples|custom_ops|infllm_flex|\.ci"
+    r"|infllm_flex_ops|patch|engines|training)/[\w./-]*\w"
 )
+_ABOVE = (ROOT, ROOT / "custom_ops", ROOT / "infllm_flex")
 
 
 def anchors(page: Path) -> set[str]:
@@ -53,13 +56,8 @@ def test_paths_in_code_exist(page: Path) -> None:
     """Paths of this repository in code blocks and in code within a sentence are those of files."""
     text = page.read_text()
     code = "\n".join([*_CODE.findall(text), *re.findall(r"`([^`\n]+)`", _CODE.sub("", text))])
-    missing = {
-        path
-        for path in _PATH.findall(code)
-        if "NAME" not in path
-        and not (ROOT / path).exists()
-        and not (ROOT / "custom_ops" / path).exists()
-    }
+    paths = {path for path in _PATH.findall(code) if "NAME" not in path}
+    missing = {path for path in paths if not any((above / path).exists() for above in _ABOVE)}
     assert not missing
 
 
