@@ -10,6 +10,7 @@ from infllm_flex.autocast import as_autocast, attention_dtype
 from infllm_flex.batches import lay_out_batch
 from infllm_flex.config import InfLLMConfig
 from infllm_flex_ops.selection.pool_queries import round_to_float8
+from infllm_flex_ops.selection.rule import SelectionRule
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 MAX_HEAD_DIM = 256
@@ -87,39 +88,42 @@ def choose_blocks(
         int32 ``[B, Hkv, Sq, K]``, in blocks of ``key``.
     """
     query, key = query.detach(), key.detach()
+    rule = selection_rule(config, num_slots)
     if config.pool_queries:
         return infllm_flex_ops.select_blocks_pooled(
             infllm_flex_ops.pool_queries(query, key.shape[1], config.score_dtype == "float8"),
             compress_for_pooled(key, config),
-            kv_len=key.shape[2],
-            window=config.kernel_size,
-            block_size=config.block_size,
-            init_blocks=config.init_blocks,
-            local_blocks=config.local_blocks,
-            num_selected=config.num_selected if num_slots is None else num_slots,
-            documents=documents,
+            key.shape[2],
+            *rule.pooled,
+            documents,
         )
-    compressed = infllm_flex_ops.compress_keys(key, config.kernel_size, config.kernel_stride)
-    if config.lse == "exact":
-        coarse, coarse_size, coarse_stride = compressed, config.kernel_size, config.kernel_stride
-    else:
-        coarse_size, coarse_stride = config.coarse_size, config.coarse_stride
-        coarse = infllm_flex_ops.compress_keys(key, coarse_size, coarse_stride)
+    compressed = coarse = infllm_flex_ops.compress_keys(key, *rule.windows)
+    if rule.coarse_windows != rule.windows:
+        coarse = infllm_flex_ops.compress_keys(key, *rule.coarse_windows)
     return infllm_flex_ops.select_blocks(
-        query,
-        compressed,
-        coarse,
-        kv_len=key.shape[2],
-        kernel_size=config.kernel_size,
-        kernel_stride=config.kernel_stride,
-        coarse_size=coarse_size,
-        coarse_stride=coarse_stride,
-        block_size=config.block_size,
-        init_blocks=config.init_blocks,
-        local_blocks=config.local_blocks,
-        num_selected=config.num_selected if num_slots is None else num_slots,
-        scale=scale,
-        documents=documents,
+        query, compressed, coarse, key.shape[2], *rule, scale, documents
+    )
+
+
+def selection_rule(config: InfLLMConfig, num_selected: int | None = None) -> SelectionRule:
+    """Make the settings that decide which blocks a query selects, as the operators take them.
+
+    Args:
+        config: Sparsity settings.
+        num_selected: Another budget in blocks than that of the settings.
+    """
+    coarse_size, coarse_stride = config.coarse_size, config.coarse_stride
+    if config.lse == "exact":
+        coarse_size, coarse_stride = config.kernel_size, config.kernel_stride
+    return SelectionRule(
+        config.kernel_size,
+        config.kernel_stride,
+        coarse_size,
+        coarse_stride,
+        config.block_size,
+        config.init_blocks,
+        config.local_blocks,
+        config.num_selected if num_selected is None else num_selected,
     )
 
 

@@ -53,16 +53,22 @@ def define_operator(
     return define
 
 
-def cuda_launcher(op: CustomOpDef, module: str, function: str = "launch") -> None:
+def cuda_launcher(
+    op: CustomOpDef,
+    module: str,
+    function: str = "launch",
+    pack: Callable[..., tuple[Any, ...]] | None = None,
+) -> None:
     """Run an operator on CUDA by a function that is imported at its first call.
 
     Triton is thereby imported only where there is a GPU to launch on. The operator keeps what
-    imports the function in its attribute ``launcher``.
+    imports the function in its attribute ``launcher``, and ``pack``.
 
     Args:
         op: The operator.
         module: The module of its kernels, below ``infllm_flex_ops``.
         function: Name of a function there, which takes the operator's arguments.
+        pack: Groups the operator's arguments for that function, for example into a NamedTuple.
     """
 
     @functools.cache
@@ -71,9 +77,9 @@ def cuda_launcher(op: CustomOpDef, module: str, function: str = "launch") -> Non
 
     @op.register_kernel("cuda")
     def launch(*args: Any) -> Any:
-        return find()(*args)
+        return find()(*args) if pack is None else find()(*pack(*args))
 
-    op.launcher = find  # type: ignore[attr-defined]
+    op.launcher, op.pack = find, pack  # type: ignore[attr-defined]
 
 
 def without_autocast(function: _Function) -> _Function:

@@ -8,7 +8,7 @@ from torch import Tensor
 import infllm_flex_ops
 from infllm_flex.autocast import as_autocast, attention_dtype
 from infllm_flex.decoding.compressed_keys import CompressedKeys
-from infllm_flex.selection import check_query_and_key, default_scale
+from infllm_flex.selection import check_query_and_key, default_scale, selection_rule
 from infllm_flex_ops.decode_step import decode_step
 from infllm_flex_ops.dispatch import is_plain_on_cpu
 
@@ -60,8 +60,9 @@ def decode_attention(
             coarse,
             keys.start,
             keys.end,
-            **_rule(keys),
-            scale=scale,
+            selection_rule(keys.config),
+            keys.config.dense_len,
+            scale,
         )
     selected = select_cached(query, keys, capacity=key.shape[2], scale=scale, key=key)
     return infllm_flex_ops.attend_cached_blocks(
@@ -114,14 +115,10 @@ def select_cached(
             compressed,
             keys.start,
             keys.end,
-            window=config.kernel_size,
-            block_size=config.block_size,
-            init_blocks=config.init_blocks,
-            local_blocks=config.local_blocks,
-            num_selected=config.num_selected,
-            dense_len=config.dense_len,
-            width=width,
-            float8=config.score_dtype == "float8",
+            *selection_rule(config).pooled,
+            config.dense_len,
+            width,
+            config.score_dtype == "float8",
         )
     return infllm_flex_ops.select_cached_blocks(
         query.detach(),
@@ -129,9 +126,10 @@ def select_cached(
         coarse,
         keys.start,
         keys.end,
-        **_rule(keys),
-        width=width,
-        scale=default_scale(query) if scale is None else scale,
+        *selection_rule(config),
+        config.dense_len,
+        width,
+        default_scale(query) if scale is None else scale,
     )
 
 
@@ -141,20 +139,3 @@ def _windows(keys: CompressedKeys, query: Tensor) -> tuple[Tensor, Tensor]:
     if compressed.dtype == query.dtype:
         return compressed, coarse
     return compressed.to(query.dtype), coarse.to(query.dtype)
-
-
-def _rule(keys: CompressedKeys) -> dict[str, int]:
-    """The settings that both ways of a step take."""
-    config = keys.config
-    coarse_size, coarse_stride = keys.coarse_windows
-    return {
-        "kernel_size": config.kernel_size,
-        "kernel_stride": config.kernel_stride,
-        "coarse_size": coarse_size,
-        "coarse_stride": coarse_stride,
-        "block_size": config.block_size,
-        "init_blocks": config.init_blocks,
-        "local_blocks": config.local_blocks,
-        "num_selected": config.num_selected,
-        "dense_len": config.dense_len,
-    }

@@ -12,8 +12,8 @@ import infllm_flex_ops
 from infllm_flex.autocast import attention_dtype
 from infllm_flex.config import InfLLMConfig
 from infllm_flex_ops.dispatch import skip_dispatcher
-from infllm_flex_ops.selection.block_scores import COLUMNS
 from infllm_flex_ops.selection.compress_keys import num_windows
+from infllm_flex_ops.selection.rule import COLUMNS
 
 # Products over the windows are as wide as a whole tile of queries sees, which may end so many
 # tokens after the last one, and take whole groups of columns.
@@ -62,13 +62,6 @@ class CompressedKeys:
     def scores_keys(self) -> bool:
         """Whether blocks are chosen by the cache's own keys, of which nothing is kept here."""
         return self.config.pool_queries and self.config.kernel_size == 1
-
-    @property
-    def coarse_windows(self) -> tuple[int, int]:
-        """Size and step in tokens of the windows that ``coarse`` holds."""
-        if self.coarse is self.compressed:
-            return self.config.kernel_size, self.config.kernel_stride
-        return self.config.coarse_size, self.config.coarse_stride
 
     @torch.no_grad()
     def append(

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from infllm_flex.decoding import select_cached
+from infllm_flex.selection import selection_rule
 from infllm_flex_ops import append_windows, attend_cached_blocks, select_cached_blocks
 from tests.custom_ops.cached import make_cache
 from tests.custom_ops.harness import (
@@ -26,7 +27,7 @@ pytestmark = pytest.mark.filterwarnings("ignore:.* encountered in:RuntimeWarning
 
 from infllm_flex_ops.block_attention.kernels.attend_cached_blocks import launch as launch_attend  # noqa: E402
 from infllm_flex_ops.selection.kernels.append_windows import launch as launch_append  # noqa: E402
-from infllm_flex_ops.selection.kernels.select_cached_blocks import launch as launch_select  # noqa: E402
+from tests.custom_ops.selection_launches import launch_select_cached  # noqa: E402
 
 ROWS = [(0, 230), (3, 230), (150, 230), (229, 230), (230, 230), (0, 17)]
 
@@ -72,11 +73,9 @@ def test_append_takes_counters_over(
 def _select_case(n: int, shape: dict[str, Any], **settings: Any) -> list[Any]:
     config = small_config(**settings)
     q, _, _, state = make_cache(config, ROWS, 240, n=n, whole_numbers=True, **shape)
-    windows = (config.kernel_size, config.kernel_stride, *state.coarse_windows)
-    rule = (config.block_size, config.init_blocks, config.local_blocks, config.num_selected)
     width = max(config.num_selected, -(-min(config.dense_len - 1, 240) // config.block_size))
     tensors = (q, state.compressed, state.coarse, state.start, state.end)
-    return [*tensors, *windows, *rule, config.dense_len, width, 0.25]
+    return [*tensors, *selection_rule(config), config.dense_len, width, 0.25]
 
 
 @pytest.mark.parametrize("n", [1, 6])
@@ -97,13 +96,13 @@ def test_select_chooses_what_the_definition_chooses(
     n: int, shape: dict[str, Any], settings: dict[str, Any]
 ) -> None:
     args = _select_case(n, shape, **settings)
-    assert torch.equal(run_on_device(launch_select, *args), select_cached_blocks(*args))
+    assert torch.equal(run_on_device(launch_select_cached, *args), select_cached_blocks(*args))
 
 
 @pytest.mark.parametrize("dtype", DTYPES[1:], ids=str)
 def test_select_in_half_precision(dtype: torch.dtype) -> None:
     args = _select_case(2, {"dtype": dtype, "Hq": 10})
-    assert torch.equal(run_on_device(launch_select, *args), select_cached_blocks(*args))
+    assert torch.equal(run_on_device(launch_select_cached, *args), select_cached_blocks(*args))
 
 
 def test_select_joins_many_runs_and_splits(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -115,7 +114,7 @@ def test_select_joins_many_runs_and_splits(monkeypatch: pytest.MonkeyPatch) -> N
     for programs, runs in ((1, 64), (1024, 64), (1024, 2)):
         monkeypatch.setattr(kernels, "_PROGRAMS", programs)
         monkeypatch.setattr(kernels, "_MAX_RUNS", runs)
-        assert torch.equal(run_on_device(launch_select, *args), expected)
+        assert torch.equal(run_on_device(launch_select_cached, *args), expected)
 
 
 def _attend_case(n: int, dtype: torch.dtype = torch.float32, **shape: int) -> list[Any]:
@@ -191,7 +190,7 @@ def test_any_strides() -> None:
     for args, count in ((select, 3), (attend, 4)):
         for i in range(count):
             args[i] = args[i].transpose(1, 2).contiguous().transpose(1, 2)
-    assert torch.equal(run_on_device(launch_select, *select), expected)
+    assert torch.equal(run_on_device(launch_select_cached, *select), expected)
     _judge_attention(attend)
 
 
@@ -205,6 +204,6 @@ def test_touches_nothing_outside(monkeypatch: pytest.MonkeyPatch) -> None:
     expected = select_cached_blocks(*select), attend_cached_blocks(*attend)
     guard = [[fenced(x) if torch.is_tensor(x) else x for x in args] for args in (select, attend)]
     with fenced_allocations(monkeypatch):
-        chosen, out = launch_select(*guard[0]), launch_attend(*guard[1])
+        chosen, out = launch_select_cached(*guard[0]), launch_attend(*guard[1])
     assert torch.equal(chosen, expected[0])
     torch.testing.assert_close(out, expected[1])

@@ -23,7 +23,7 @@ pytestmark = [
 ]
 
 from infllm_flex_ops.selection.kernels import pool_queries as pooling  # noqa: E402
-from infllm_flex_ops.selection.kernels.select_cached_blocks.pooled import launch  # noqa: E402
+from tests.custom_ops.selection_launches import launch_select_cached_pooled  # noqa: E402
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -71,7 +71,9 @@ def test_chooses_what_the_definition_chooses(
     if shape.get("Hq", 4) > 2:  # means that both sides round alike
         cache[0].mul_(2)
     args = arguments(cache, window, dense_len, float8)
-    assert torch.equal(run_on_device(launch, *args), select_cached_blocks_pooled(*args))
+    assert torch.equal(
+        run_on_device(launch_select_cached_pooled, *args), select_cached_blocks_pooled(*args)
+    )
 
 
 @pytest.mark.skipif(not INTERPRETED, reason="guard pages surround CPU memory only")
@@ -82,5 +84,7 @@ def test_touches_nothing_outside(monkeypatch: pytest.MonkeyPatch) -> None:
     args[3] = torch.full_like(args[3], 240)  # rows that fill the cache to its last slot
     expected = select_cached_blocks_pooled(*args)
     with fenced_allocations(monkeypatch):
-        chosen = launch(*(fenced(x) if torch.is_tensor(x) else x for x in args))
+        chosen = launch_select_cached_pooled(
+            *(fenced(x) if torch.is_tensor(x) else x for x in args)
+        )
     assert torch.equal(chosen, expected)

@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from infllm_flex_ops.block_lists.tile_blocks import word_dtype
+from infllm_flex_ops.selection.rule import SelectionRule
 from tests.custom_ops.ahead_of_time import (
     SHARED_LIMIT,
     Launch,
@@ -58,15 +59,15 @@ def _select(
     compressed, coarse = (
         _meta(1, 2, (S - w) // s + 1, D, dtype=dtype) for w, s in ((size, 16), (4 * size, 64))
     )
-    windows = (size, 16, 4 * size, 64)
-    launch(q, compressed, coarse, S, *windows, block_size, 1, 2048 // block_size, 96, D**-0.5)
+    rule = SelectionRule(size, 16, 4 * size, 64, block_size, 1, 2048 // block_size, 96)
+    launch(q, compressed, coarse, S, rule, D**-0.5)
 
 
 def _select_pooled(dtype: torch.dtype, D: int, window: int = 1, S: int = 8192) -> None:
     from infllm_flex_ops.selection.kernels.select_blocks.pooled import launch
 
     q, keys = _meta(1, 2, S, D, dtype=dtype), _meta(1, 2, S // window, D, dtype=dtype)
-    launch(q, keys, S, window, 64, 1, 4, 96)
+    launch(q, keys, S, SelectionRule.from_pooled(window, 64, 1, 4, 96))
 
 
 def _pool(dtype: torch.dtype, D: int, G: int, float8: bool) -> None:
@@ -80,7 +81,7 @@ def _cached_pooled(dtype: torch.dtype, D: int, G: int, n: int, float8: bool) -> 
 
     q, k = _meta(1, 2 * G, n, D, dtype=dtype), _meta(1, 2, 32768, D, dtype=dtype)
     ends = [_meta(1, dtype=torch.int64) for _ in range(2)]
-    launch(q, k, *ends, 1, 64, 1, 4, 96, 8192, 128, float8)
+    launch(q, k, *ends, SelectionRule.from_pooled(1, 64, 1, 4, 96), 8192, 128, float8)
 
 
 def _select_documents(dtype: torch.dtype, D: int, G: int) -> None:
@@ -92,7 +93,8 @@ def _select_documents(dtype: torch.dtype, D: int, G: int) -> None:
         _meta(1, 2, (S - w) // s + 1, D, dtype=dtype) for w, s in ((32, 16), (128, 64))
     )
     documents = _meta(1, S // 64, 3, dtype=torch.int32)
-    launch(q, compressed, coarse, S, 32, 16, 128, 64, 64, 1, 32, 128, D**-0.5, documents)
+    rule = SelectionRule(32, 16, 128, 64, 64, 1, 32, 128)
+    launch(q, compressed, coarse, S, rule, D**-0.5, documents)
 
 
 def _tile(tile_tokens: int) -> None:
@@ -165,8 +167,8 @@ def _cached(
     selected = _meta(1, 2, n, width, dtype=torch.int32)
     sizes = (32, 16, 128, 64)
     append_windows.launch(k, *windows, *ends, None, None, n, *sizes)
-    rule = (block_size, 1, 2048 // block_size, 96, 8192, width, D**-0.5)
-    select_cached_blocks.launch(q, *windows, *ends, *sizes, *rule)
+    rule = SelectionRule(*sizes, block_size, 1, 2048 // block_size, 96)
+    select_cached_blocks.launch(q, *windows, *ends, rule, 8192, width, D**-0.5)
     attend_cached_blocks.launch(q, k, v, selected, *ends, block_size, D**-0.5)
 
 

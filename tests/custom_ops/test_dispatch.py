@@ -8,6 +8,7 @@ import torch
 
 import infllm_flex_ops
 from infllm_flex_ops.dispatch import define_operator, skip_dispatcher, without_autocast
+from infllm_flex_ops.selection.rule import SelectionRule
 
 OPERATORS = [getattr(infllm_flex_ops, name) for name in infllm_flex_ops.__all__]
 WITHOUT_A_KERNEL = ["zero_if"]
@@ -26,9 +27,14 @@ def test_the_launcher_takes_the_arguments_of_the_operator(op):
     name = op.plain.__name__
     assert hasattr(op, "launcher") == (name not in WITHOUT_A_KERNEL)
     if name not in WITHOUT_A_KERNEL:
-        expected = inspect.signature(op.plain).parameters.values()
-        found = inspect.signature(op.launcher()).parameters.values()
-        assert [(x.name, x.default) for x in found] == [(x.name, x.default) for x in expected]
+        parameters = inspect.signature(op.plain).parameters
+        expected = list(parameters)
+        if op.pack is not None:
+            expected = ["rule" if isinstance(x, SelectionRule) else x for x in op.pack(*expected)]
+        found = inspect.signature(op.launcher()).parameters
+        assert list(found) == expected
+        for argument in set(found) & set(parameters):
+            assert found[argument].default == parameters[argument].default
 
 
 def test_a_definition_is_called_directly_only_where_the_dispatcher_adds_nothing():

@@ -134,6 +134,7 @@ def _score_both_ways(
 ) -> None:
     """Score in strided boxes and otherwise: every score and choice must have the same bits."""
     from infllm_flex_ops.selection.kernels import select_blocks
+    from tests.custom_ops.selection_launches import launch_select
 
     B, Hq, Hkv, Sq, S, D = shape
     rule = WINDOWS | rule
@@ -155,7 +156,7 @@ def _score_both_ways(
 
         with monkeypatch.context() as patch:
             patch.setattr(select_blocks, "_workspace", workspace)
-            out = select_blocks.launch(q, keys, coarse, S, *rule.values(), documents)
+            out = launch_select(q, keys, coarse, S, *rule.values(), documents)
         scores, bests = spaces[:2]
         # Nothing depends on the best of a segment of which some blocks are not scored.
         scored = (scores.view(-1, 16) != -7.0).all(1)

@@ -1,15 +1,12 @@
-import sys
-
 import pytest
 import torch
 
 from infllm_flex import reference
 from infllm_flex import select_blocks as select_for
 from infllm_flex_ops import compress_keys, select_blocks
+from infllm_flex_ops.selection.select_in_tiles import TILE_ROWS
 from tests.inputs import make_qkv, small_config
 from tests.watch import WatchTensors
-
-definition = sys.modules["infllm_flex_ops.selection.select_blocks"]
 
 SHAPES = [
     pytest.param({"S": 200, "B": 2}, {}, id="aligned"),
@@ -193,7 +190,7 @@ def test_memory_is_linear_in_the_length():
     """No tensor of the definition outgrows one tile's scores, whatever the length."""
     args = arguments(4096)
     with WatchTensors() as watch:
-        definition.select_blocks.plain(*args)
+        select_blocks.plain(*args)
     q = args[0]
-    C, rows = args[1].shape[2], definition._TILE_ROWS
+    C, rows = args[1].shape[2], TILE_ROWS
     assert 0 < watch.largest_bytes <= max(q.numel(), rows * (C + 1)) * 8

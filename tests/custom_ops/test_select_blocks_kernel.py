@@ -26,6 +26,7 @@ require_kernels()
 pytestmark = pytest.mark.filterwarnings("ignore:.* encountered in:RuntimeWarning")  # by numpy
 
 from infllm_flex_ops.selection.kernels import select_blocks as kernels  # noqa: E402
+from tests.custom_ops.selection_launches import launch_select  # noqa: E402
 
 RULE = {
     "kernel_size": 32,
@@ -63,7 +64,7 @@ def _windows(length: int, size: float, stride: float) -> int:
 
 
 def _judge(args: list[Any]) -> Tensor:
-    actual, expected = run_on_device(kernels.launch, *args), select_blocks(*args)
+    actual, expected = run_on_device(launch_select, *args), select_blocks(*args)
     assert actual.dtype == torch.int32
     assert torch.equal(actual, expected)
     return actual
@@ -120,7 +121,7 @@ def test_long_rows(num_blocks: int, dtype: torch.dtype) -> None:
 def test_refuses_rows_beyond_the_registers() -> None:
     args = _case((1, 1, 1, 1, 16385 * 16, 16), block_size=16)
     with pytest.raises(NotImplementedError, match="larger block_size"):
-        run_on_device(kernels.launch, *args)
+        run_on_device(launch_select, *args)
 
 
 def test_ties_go_to_the_lower_block() -> None:
@@ -162,7 +163,7 @@ def test_takes_any_strides() -> None:
     for i in range(3):
         args[i] = args[i].transpose(1, 2).contiguous().transpose(1, 2)
         args[i] = torch.stack([args[i], torch.full_like(args[i], 100)], -1)[..., 0]
-    assert torch.equal(run_on_device(kernels.launch, *args), expected)
+    assert torch.equal(run_on_device(launch_select, *args), expected)
 
 
 @pytest.mark.parametrize("dtype", [DTYPES[0], DTYPES[-1]])
@@ -183,7 +184,7 @@ def test_a_row_is_the_same_in_any_company(
             x[batch, :, : _windows(length, size, stride)]
             for x, size, stride in ((compressed, 32, 16), (coarse, 128, 64))
         )
-        return run_on_device(kernels.launch, q[batch, :, rows], *keys, length, *rule)
+        return run_on_device(launch_select, q[batch, :, rows], *keys, length, *rule)
 
     everything = select(slice(None), slice(0, S))
     assert torch.equal(select(slice(1, 2), slice(0, S)), everything[1:])
@@ -214,7 +215,7 @@ def test_reads_offsets_beyond_32_bits() -> None:
                 x.to("cpu" if INTERPRETED else "cuda") if torch.is_tensor(x) else x for x in args
             ]
             far[tensor] = far_apart(args[tensor], dim)
-            assert torch.equal(kernels.launch(*far).cpu(), expected)
+            assert torch.equal(launch_select(*far).cpu(), expected)
 
 
 @pytest.mark.skipif(not INTERPRETED, reason="guard pages surround CPU memory only")
@@ -226,5 +227,5 @@ def test_touches_nothing_outside(
     expected = select_blocks(*args)
     guarded = [fenced(x) if torch.is_tensor(x) else x for x in args]
     with fenced_allocations(monkeypatch):
-        actual = kernels.launch(*guarded)
+        actual = launch_select(*guarded)
     assert torch.equal(actual, expected)

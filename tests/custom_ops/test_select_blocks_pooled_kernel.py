@@ -27,6 +27,7 @@ pytestmark = [
 ]
 
 from infllm_flex_ops.selection.kernels.select_blocks import pooled as kernels  # noqa: E402
+from tests.custom_ops.selection_launches import launch_select_pooled  # noqa: E402
 
 RULE = {"window": 1, "block_size": 64, "init_blocks": 1, "local_blocks": 2, "num_selected": 5}
 # Numpy, which interprets the kernels, knows no float8.
@@ -46,7 +47,7 @@ def _case(
 
 
 def _judge(args: list[Any]) -> Tensor:
-    actual, expected = run_on_device(kernels.launch, *args), select_blocks_pooled(*args)
+    actual, expected = run_on_device(launch_select_pooled, *args), select_blocks_pooled(*args)
     assert actual.dtype == torch.int32
     assert torch.equal(actual, expected)
     return actual
@@ -91,7 +92,7 @@ def test_chunks_of_a_small_workspace_choose_the_same(monkeypatch: pytest.MonkeyP
     expected = select_blocks_pooled(*args)
     for limit in (1, 100_000):
         monkeypatch.setattr(kernels, "SCORE_BYTES", limit)
-        assert torch.equal(run_on_device(kernels.launch, *args), expected)
+        assert torch.equal(run_on_device(launch_select_pooled, *args), expected)
 
 
 def test_documents_choose_as_if_alone() -> None:
@@ -117,7 +118,7 @@ def test_reads_nothing_out_of_bounds(dtype: torch.dtype, monkeypatch: pytest.Mon
     args = _case((1, 1, 9, 573, 24), dtype)
     fences = [fenced(x) if isinstance(x, Tensor) else x for x in args]
     with fenced_allocations(monkeypatch):
-        actual = kernels.launch(*fences)
+        actual = launch_select_pooled(*fences)
     assert torch.equal(actual, select_blocks_pooled(*args))
 
 
@@ -126,13 +127,13 @@ def test_offsets_beyond_32_bits(which: int) -> None:
     args = _case((1, 2, 5, 700, 16), torch.float16)
     expected = select_blocks_pooled(*args)
     args[which] = far_apart(args[which], 1)
-    assert torch.equal(run_on_device(kernels.launch, *args), expected)
+    assert torch.equal(run_on_device(launch_select_pooled, *args), expected)
 
 
 def test_refuses_what_does_not_fit_the_registers() -> None:
     args = _case((1, 1, 1, 16385 * 4, 16), block_size=4)
     with pytest.raises(NotImplementedError, match="at most 16384 blocks on CUDA, got 16385"):
-        kernels.launch(*args)
+        launch_select_pooled(*args)
     args = _case((1, 1, 1, 2048, 16), block_size=512)
     with pytest.raises(NotImplementedError, match="at most 256 windows to a block"):
-        kernels.launch(*args)
+        launch_select_pooled(*args)

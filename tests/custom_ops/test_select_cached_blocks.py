@@ -6,7 +6,7 @@ import torch
 from infllm_flex import reference
 from infllm_flex.decoding import select_cached
 from infllm_flex_ops import select_cached_blocks
-from infllm_flex_ops.selection.block_scores import COLUMNS
+from infllm_flex_ops.selection.rule import COLUMNS
 from tests.custom_ops.cached import make_cache
 from tests.inputs import small_config
 

@@ -21,6 +21,7 @@ require_kernels()
 pytestmark = pytest.mark.filterwarnings("ignore:.* encountered in:RuntimeWarning")  # by numpy
 
 from infllm_flex_ops.selection.kernels import select_blocks as kernels  # noqa: E402
+from tests.custom_ops.selection_launches import launch_select  # noqa: E402
 
 # Windows of 8 every 4, blocks of 16, three chosen or more: parts of 16 positions.
 RULE = {
@@ -80,7 +81,7 @@ PADDED = _table([[(20, 0), (60, 3)], [(40, 7), (30, 0)], [(20, 0)]])
 
 
 def _judge(args: list[Any]) -> Tensor:
-    actual, expected = run_on_device(kernels.launch, *args), select_blocks(*args)
+    actual, expected = run_on_device(launch_select, *args), select_blocks(*args)
     assert torch.equal(actual, expected)
     return actual
 
@@ -118,7 +119,7 @@ def test_nan_of_another_document_or_of_padding_changes_nothing() -> None:
     args[0][:, :, :32] = torch.nan
     args[1][:, :, :8] = torch.nan
     args[2][:, :, :2] = torch.nan
-    assert torch.equal(run_on_device(kernels.launch, *args)[:, :, 32:], expected[:, :, 32:])
+    assert torch.equal(run_on_device(launch_select, *args)[:, :, 32:], expected[:, :, 32:])
 
 
 def test_a_document_is_the_same_alone(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -128,7 +129,7 @@ def test_a_document_is_the_same_alone(monkeypatch: pytest.MonkeyPatch) -> None:
         torch.randn(x.shape, generator=random).to(dtype) if torch.is_tensor(x) and i < 3 else x
         for i, x in enumerate(_case(PACKED, 2, dtype=dtype))
     ]
-    together = run_on_device(kernels.launch, *args)
+    together = run_on_device(launch_select, *args)
     for first, end, budget in {tuple(part) for part in PACKED[0].tolist()}:
         length = end - first
         keys = [
@@ -136,7 +137,7 @@ def test_a_document_is_the_same_alone(monkeypatch: pytest.MonkeyPatch) -> None:
             for x, size, stride in ((args[1], 8, 4), (args[2], 32, 16))
         ]
         rule = [*(RULE | {"num_selected": budget}).values(), SCALE]
-        alone = run_on_device(kernels.launch, args[0][:, :, first:end], *keys, length, *rule)
+        alone = run_on_device(launch_select, args[0][:, :, first:end], *keys, length, *rule)
         ours = together[:, :, first:end]
         ours = torch.where(ours < 0, -1, ours - first // 16)
         assert torch.equal(ours[..., : alone.shape[-1]], alone)
@@ -144,7 +145,7 @@ def test_a_document_is_the_same_alone(monkeypatch: pytest.MonkeyPatch) -> None:
     for limit in (1, 4000):
         monkeypatch.setattr(kernels, "SCORE_BYTES", limit)
         monkeypatch.setattr(kernels, "_LSE_BYTES", limit)
-        assert torch.equal(run_on_device(kernels.launch, *args), together)
+        assert torch.equal(run_on_device(launch_select, *args), together)
 
 
 @pytest.mark.skipif(not INTERPRETED, reason="guard pages surround CPU memory only")
@@ -153,7 +154,7 @@ def test_touches_nothing_outside(monkeypatch: pytest.MonkeyPatch) -> None:
     expected = select_blocks(*args)
     guarded = [fenced(x) if torch.is_tensor(x) else x for x in args]
     with fenced_allocations(monkeypatch):
-        actual = kernels.launch(*guarded)
+        actual = launch_select(*guarded)
     assert torch.equal(actual, expected)
 
 
@@ -168,6 +169,6 @@ def test_a_wrong_table_reads_and_writes_nothing_outside(
     args[-1][1, :, column] = wrong
     guarded = [fenced(x) if torch.is_tensor(x) else x for x in args]
     with fenced_allocations(monkeypatch):
-        actual = kernels.launch(*guarded)
+        actual = launch_select(*guarded)
     expected = select_blocks(*_case(PADDED, 1, 64, dtype=torch.float16))
     assert torch.equal(actual[[0, 2]], expected[[0, 2]])

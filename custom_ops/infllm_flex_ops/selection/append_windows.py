@@ -1,4 +1,4 @@
-"""Keep the compressed and coarse keys of a growing key cache up to date, in place."""
+"""Update the compressed and coarse keys of a growing key cache in place."""
 
 from typing import Any
 
@@ -23,32 +23,32 @@ def append_windows(
     coarse_size: int,
     coarse_stride: int,
 ) -> None:
-    """Take in the next ``num_new`` slots of a cache: count them, and write the windows made whole.
+    """Append the next ``num_new`` slots of a cache: count them and write the completed windows.
 
-    A window has the bits that ``compress_keys`` gives it in a row of its own, of keys that were
-    cast to the dtype of ``compressed``. Whole windows that end before the new slots are not
-    touched, nor is anything beyond the last whole one: after a cache was cropped, the windows that
-    lost a token are written again with their last one.
+    A window has the bits that ``compress_keys`` gives it in a row of its own, of keys cast to the
+    dtype of ``compressed``. Windows that end before the new slots are not touched, and nothing is
+    written beyond the last complete window. After a cache was cropped, the windows that lost a
+    token are written again when their last token is.
 
     Args:
-        k: Cache of keys ``[B, Hkv, S, D]``, the new ones in it.
+        k: Cache of keys ``[B, Hkv, S, D]`` that holds the new ones.
         compressed: Compressed keys ``[B, Hkv, C, D]``, with room for those of the longest row.
             Window j of row b averages the slots from ``start[b] + j * kernel_stride`` on.
-        coarse: Coarse keys ``[B, Hkv, C2, D]``, alike; or None, for compressed keys only.
-        start: Slot of each row's first token, int64 ``[B]``: how far it is padded on the left.
-        end: One past the slot of each row's last token, int64 ``[B]``; moves on by ``num_new``.
-        new_start: What ``start`` becomes, of integers, and broadcast to it; None to keep it.
-        new_end: What ``end`` becomes instead, alike; how many slots are filled, the new ones
-            included.
-        num_new: How many slots before the new ``end`` are new.
+        coarse: Coarse keys ``[B, Hkv, C2, D]`` in the same layout; None for compressed keys only.
+        start: Slot of each row's first token, int64 ``[B]``: the row's padding on the left.
+        end: One past the slot of each row's last token, int64 ``[B]``; grows by ``num_new``.
+        new_start: New value of ``start``, integers that broadcast to it; None to keep it.
+        new_end: New value of ``end``, integers that broadcast to it: the number of filled slots,
+            the new ones included. None to add ``num_new``.
+        num_new: Number of new slots before the new ``end``.
         kernel_size: Pooling window of the compressed keys, in tokens, a multiple of the step.
         kernel_stride: Step between their windows, in tokens.
         coarse_size: Pooling window of the coarse keys, in tokens, a multiple of the step.
         coarse_stride: Step between their windows, in tokens.
 
     Raises:
-        ValueError: The cache or its windows are too short for ``end``, on the CPU; elsewhere what
-            is beyond them is left out.
+        ValueError: The cache or its windows are too short for ``end``. This is checked on the CPU
+            only; other devices leave out what does not fit.
     """
     if new_start is not None:
         start.copy_(new_start)
@@ -59,26 +59,28 @@ def append_windows(
     levels = [(compressed, kernel_size, kernel_stride)]
     if coarse is not None:
         levels.append((coarse, coarse_size, coarse_stride))
-    for b, (first, last) in enumerate(zip(start.tolist(), end.tolist(), strict=True)):
-        if last > k.shape[2]:
-            raise ValueError(f"k must hold {last} slots in row {b}, got {k.shape[2]}")
+    for b, (row_start, row_end) in enumerate(zip(start.tolist(), end.tolist(), strict=True)):
+        if row_end > k.shape[2]:
+            raise ValueError(f"k must hold {row_end} slots in row {b}, got {k.shape[2]}")
+        length = row_end - row_start
         for windows, size, stride in levels:
-            begin = max(0, (last - first - num_new - size) // stride + 1)
-            count = max(0, (last - first - size) // stride + 1) - begin
-            if count <= 0:
+            written = max(0, (length - num_new - size) // stride + 1)
+            complete = max(0, (length - size) // stride + 1)
+            if complete <= written:
                 continue
-            if begin + count > windows.shape[2]:
+            if complete > windows.shape[2]:
                 raise ValueError(
-                    f"windows must have room for {begin + count} in row {b}, got {windows.shape[2]}"
+                    f"windows must have room for {complete} in row {b}, got {windows.shape[2]}"
                 )
-            at = first + begin * stride
-            tokens = k[b : b + 1, :, at : at + (count - 1) * stride + size].to(windows.dtype)
-            averages = average_windows(tokens, count, size, stride)
-            windows[b, :, begin : begin + count] = averages[0]
+            slot = row_start + written * stride
+            end_slot = row_start + (complete - 1) * stride + size
+            tokens = k[b : b + 1, :, slot:end_slot].to(windows.dtype)
+            averages = average_windows(tokens, complete - written, size, stride)
+            windows[b, :, written:complete] = averages[0]
 
 
 @append_windows.register_fake
-def _(k: Tensor, compressed: Tensor, coarse: Tensor | None, *rest: Any) -> None:
+def _(*_: Any) -> None:
     return None
 
 

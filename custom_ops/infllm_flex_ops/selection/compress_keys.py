@@ -8,7 +8,7 @@ from infllm_flex_ops.transforms import register_vmap
 
 
 def num_windows(length: int, kernel_size: int, kernel_stride: int) -> int:
-    """Count the whole pooling windows in ``length`` tokens.
+    """Count the pooling windows that lie wholly within ``length`` tokens.
 
     Branch-free, so that a symbolic length stays symbolic under ``torch.compile``.
     """
@@ -19,8 +19,9 @@ def num_windows(length: int, kernel_size: int, kernel_stride: int) -> int:
 def compress_keys(k: Tensor, kernel_size: int, kernel_stride: int) -> Tensor:
     """Average overlapping windows of keys; a trailing partial window is dropped.
 
-    Sums run in a fixed order, strides first and windows of strides after, so that the bits of a
-    window depend on its keys alone: not on the length, the batch, or the window's place.
+    Sums run in a fixed order: first over the tokens of a stride, then over the strides of a window.
+    The bits of a window therefore depend on its keys alone, not on the length, the batch or the
+    window's position.
 
     Args:
         k: Keys ``[B, Hkv, S, D]``.
@@ -37,9 +38,12 @@ def compress_keys(k: Tensor, kernel_size: int, kernel_stride: int) -> Tensor:
 
 
 def average_windows(k: Tensor, C: int, kernel_size: int, kernel_stride: int) -> Tensor:
-    """Average the first ``C`` windows of ``k [B, Hkv, S, D]``, which holds them all, in its dtype.
+    """Average the first ``C`` windows of ``k [B, Hkv, S, D]``, which holds all of them.
 
-    The one place that says in which order keys are summed.
+    The order of the sums is defined here and nowhere else.
+
+    Returns:
+        ``[B, Hkv, C, D]`` in the dtype of ``k``.
     """
     B, Hkv, _, D = k.shape
     if C == 0:

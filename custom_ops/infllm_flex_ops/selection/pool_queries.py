@@ -12,7 +12,8 @@ def pool_queries(q: Tensor, num_kv_heads: int, float8: bool) -> Tensor:
     """Average the query heads that share a KV head, in at least float32.
 
     For ``float8`` a pooled query is scaled by the power of two that brings its largest number
-    between 128 and 256. Its dot products keep their order, nothing overflows, little underflows.
+    between 128 and 256. The order of its dot products does not change, nothing overflows and little
+    underflows.
 
     Args:
         q: Queries ``[B, Hq, S, D]``.
@@ -32,7 +33,7 @@ def pool_queries(q: Tensor, num_kv_heads: int, float8: bool) -> Tensor:
 
 
 def round_to_float8(x: Tensor) -> Tensor:
-    """Round to e4m3, which has no infinity: what lies beyond its largest number becomes that."""
+    """Round to e4m3. It has no infinity, so larger numbers become the largest one."""
     largest = torch.finfo(torch.float8_e4m3fn).max
     return x.clamp(-largest, largest).to(torch.float8_e4m3fn)
 

@@ -1,11 +1,13 @@
-"""Choose the blocks of keys that each query attends to, by one pooled query per group."""
+"""Select the blocks of keys that each query attends to, by one pooled query per group."""
+
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from infllm_flex_ops.dispatch import cuda_launcher, define_operator
-from infllm_flex_ops.selection.block_scores import Rule, Windows
-from infllm_flex_ops.selection.select_blocks import check_parts, list_sequences, select_in_sequence
+from infllm_flex_ops.selection.rule import SelectionRule
+from infllm_flex_ops.selection.select_in_tiles import select_in_tiles
 from infllm_flex_ops.transforms import register_vmap
 
 
@@ -21,10 +23,10 @@ def select_blocks_pooled(
     num_selected: int,
     documents: Tensor | None = None,
 ) -> Tensor:
-    """Pick the blocks with the best dot products of a pooled query with their compressed keys.
+    """Select the blocks with the best dot products of a pooled query with their compressed keys.
 
-    One query orders blocks by its dot products alone, so neither a scale nor a normaliser plays a
-    part. A row's bits depend on its position and on what it sees alone.
+    One query orders blocks by its dot products alone, so it needs neither a scale nor a normaliser.
+    A row's bits depend only on its position and on the keys it sees.
 
     Args:
         q: Pooled queries ``[B, Hkv, Sq, D]``, the last ``Sq`` of ``kv_len`` positions.
@@ -40,54 +42,31 @@ def select_blocks_pooled(
 
     Returns:
         Selected blocks, int32 ``[B, Hkv, Sq, K]`` with ``K = min(num_selected, Nkv)``, ascending,
-        unused slots last as -1. Ties go to the lower block; a nan ranks below every number.
+        unused slots last as -1. Ties go to the lower block; a NaN ranks below every number.
         No gradient flows.
 
     Raises:
-        ValueError: if ``documents`` does not tell of equal parts, or the queries start within one.
+        ValueError: ``documents`` does not cut the positions into equal parts, or the queries start
+            within a part.
     """
-    B, Hkv, Sq, _ = q.shape
-    check_parts(documents, kv_len, Sq)
-    if q.dtype == torch.float8_e4m3fn:  # for storage only: no arithmetic knows it
+    if q.dtype == torch.float8_e4m3fn:  # a storage format: PyTorch does no arithmetic in it
         q, compressed = q.float(), compressed.float()
-    K = min(num_selected, -(-kv_len // block_size))
-    selected = torch.empty(B, Hkv, Sq, K, dtype=torch.int32, device=q.device)
-    windows = Windows(window, window)
-    rule = Rule(windows, windows, block_size, init_blocks, local_blocks, 1.0)
-    if documents is not None:
-        selected.fill_(-1)
-    for b in range(B):
-        for sequence in list_sequences(documents, b, kv_len, K):
-            for h in range(Hkv):
-                select_in_sequence(
-                    q[b, h, :, None],  # [Sq, 1, D]
-                    compressed[b, h],
-                    None,
-                    kv_len - Sq,
-                    sequence,
-                    rule,
-                    selected[b, h],
-                )
-    return selected
-
-
-@select_blocks_pooled.register_fake
-def _(
-    q: Tensor,
-    compressed: Tensor,
-    kv_len: int,
-    window: int,
-    block_size: int,
-    init_blocks: int,
-    local_blocks: int,
-    num_selected: int,
-    documents: Tensor | None = None,
-) -> Tensor:
-    K = torch.sym_min(num_selected, (kv_len + block_size - 1) // block_size)
-    return q.new_empty(*q.shape[:3], K, dtype=torch.int32)
-
-
-cuda_launcher(select_blocks_pooled, "selection.kernels.select_blocks.pooled")
+    rule = SelectionRule.from_pooled(window, block_size, init_blocks, local_blocks, num_selected)
+    groups = q[:, :, :, None]  # [B, Hkv, Sq, 1, D]
+    return select_in_tiles(groups, compressed, None, kv_len, rule, 1.0, documents)
 
 
 register_vmap(select_blocks_pooled)
+
+
+@select_blocks_pooled.register_fake
+def _(q: Tensor, compressed: Tensor, kv_len: int, *rest: Any) -> Tensor:
+    rule = SelectionRule.from_pooled(*rest[:5])
+    return q.new_empty(*q.shape[:3], rule.num_slots(kv_len), dtype=torch.int32)
+
+
+def _pack(*args: Any) -> tuple[Any, ...]:
+    return *args[:3], SelectionRule.from_pooled(*args[3:8]), *args[8:]
+
+
+cuda_launcher(select_blocks_pooled, "selection.kernels.select_blocks.pooled", pack=_pack)

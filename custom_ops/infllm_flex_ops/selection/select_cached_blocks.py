@@ -1,4 +1,4 @@
-"""Choose the blocks of a key cache that the queries of a decode step attend to."""
+"""Select the blocks of a key cache that the queries of a decode step attend to."""
 
 from typing import Any
 
@@ -8,15 +8,14 @@ from torch import Tensor
 
 from infllm_flex_ops.dispatch import cuda_launcher, define_operator
 from infllm_flex_ops.selection.block_scores import (
-    Rule,
-    Windows,
-    list_all,
-    pick_best,
+    list_all_blocks,
     pool_to_blocks,
     rank_blocks,
-    weigh_windows,
+    score_windows,
+    topk_blocks,
 )
-from infllm_flex_ops.selection.select_blocks import tokens_per_tile
+from infllm_flex_ops.selection.rule import SelectionRule
+from infllm_flex_ops.selection.select_in_tiles import tokens_per_tile
 
 
 @define_operator()
@@ -38,18 +37,18 @@ def select_cached_blocks(
     width: int,
     scale: float,
 ) -> Tensor:
-    """Pick the blocks of few queries per row, by the same rule as ``select_blocks``.
+    """Select the blocks of few queries per row, by the same rule as ``select_blocks``.
 
     A row's length is known on the device alone, so that one graph serves a whole generation. A
-    query among a row's first ``dense_len - 1`` tokens lists all blocks up to its own, and attends
-    densely by that: as it would if it came alone, whatever follows it in the same call.
+    query among a row's first ``dense_len - 1`` tokens is dense: it lists all blocks up to its own.
+    Whether it is dense does not depend on the tokens that follow it in the same call.
 
     Args:
         q: Queries ``[B, Hq, n, D]``, the last ``n`` tokens of their rows; ``n`` is small.
-        compressed: Compressed keys ``[B, Hkv, C, D]``, whose windows begin at a row's first token;
-            as many count as the row's length makes whole. The rest may hold anything.
-        coarse: Coarse keys ``[B, Hkv, C2, D]``, alike. The compressed keys again make the
-            normaliser exact.
+        compressed: Compressed keys ``[B, Hkv, C, D]``, whose windows begin at a row's first token.
+            The windows that lie wholly within the row count; the rest may hold anything.
+        coarse: Coarse keys ``[B, Hkv, C2, D]`` in the same layout. Given the compressed keys again,
+            the normaliser is exact.
         start: Cache slot of each row's first token, int64 ``[B]``.
         end: One past the slot of each row's last token, int64 ``[B]``.
         kernel_size: Pooling window of the compressed keys, in tokens.
@@ -60,36 +59,36 @@ def select_cached_blocks(
         init_blocks: First blocks, always selected.
         local_blocks: Blocks before the query's own that are always selected, as its own is.
         num_selected: Budget in blocks; forced blocks count toward it.
-        dense_len: A query up to which there are fewer tokens, its own included, lists every block.
-        width: Slots per list: the budget, or the longest list of a dense query if that is more.
+        dense_len: A query is dense if its row holds fewer tokens than this up to it, its own
+            included.
+        width: Slots per list: the budget, or the longest list of a dense query if that is longer.
         scale: Factor on the dot products.
 
     Returns:
         Selected blocks, int32 ``[B, Hkv, n, width]``, counted from each row's first token,
-        ascending, unused slots last as -1. A query that stands on padding has none. On the CPU a
-        list has the very bits of what ``select_blocks`` chooses at that position.
+        ascending, unused slots last as -1. A query on padding selects none. On the CPU a list
+        equals bit for bit the list of ``select_blocks`` at that position.
     """
-    B, _, n, _ = q.shape
-    Hkv = compressed.shape[1]
-    rule = Rule(
-        Windows(kernel_size, kernel_stride),
-        Windows(coarse_size, coarse_stride),
+    rule = SelectionRule(
+        kernel_size,
+        kernel_stride,
+        coarse_size,
+        coarse_stride,
         block_size,
         init_blocks,
         local_blocks,
-        scale,
+        num_selected,
     )
+    B, _, n, _ = q.shape
+    Hkv = compressed.shape[1]
     selected = torch.full((B, Hkv, n, width), -1, dtype=torch.int32, device=q.device)
-    for b, (first, last) in enumerate(zip(start.tolist(), end.tolist(), strict=True)):
-        length = last - first
-        positions = range(length - n, length)
-        fitting = max(dense_len - 1, num_selected * block_size)
-        num_fit = min(n, max(0, fitting - positions[0]))  # that take every block
-        if num_fit:
-            selected[b, :, :num_fit] = list_all(positions[:num_fit], width, rule, q.device)
-        if num_fit < n:
-            rows, chosen = q[b, :, num_fit:], selected[b, :, num_fit:, :num_selected]
-            select_for_row(rows, compressed[b], coarse[b], positions[num_fit:], rule, chosen)
+    for b, (row_start, row_end) in enumerate(zip(start.tolist(), end.tolist(), strict=True)):
+        positions = range(row_end - row_start - n, row_end - row_start)
+        num_full = list_full_queries(positions, rule, dense_len, selected[b])
+        if num_full < n:
+            queries, out = q[b, :, num_full:], selected[b, :, num_full:, :num_selected]
+            positions = positions[num_full:]
+            select_for_row(queries, compressed[b], coarse[b], positions, rule, scale, out)
     return selected
 
 
@@ -99,64 +98,98 @@ def _(q: Tensor, compressed: Tensor, *rest: Any) -> Tensor:
     return q.new_empty(q.shape[0], compressed.shape[1], q.shape[2], width, dtype=torch.int32)
 
 
-cuda_launcher(select_cached_blocks, "selection.kernels.select_cached_blocks")
+def _pack(*args: Any) -> tuple[Any, ...]:
+    rule, others = SelectionRule.split(args[5:])
+    return *args[:5], rule, *others
+
+
+cuda_launcher(select_cached_blocks, "selection.kernels.select_cached_blocks", pack=_pack)
+
+
+def list_full_queries(positions: range, rule: SelectionRule, dense_len: int, out: Tensor) -> int:
+    """Write the lists of the first queries, which hold every block, to ``out [Hkv, n, width]``.
+
+    These queries are dense, or all blocks up to their own fit the budget.
+
+    Returns:
+        The number of these queries.
+    """
+    end = max(dense_len - 1, rule.budget_tokens)
+    num_full = min(len(positions), max(0, end - positions[0]))
+    if num_full:
+        lists = list_all_blocks(positions[:num_full], out.shape[-1], rule, out.device)
+        out[:, :num_full] = lists
+    return num_full
 
 
 def select_for_row(
-    rows: Tensor,
+    q: Tensor,
     compressed: Tensor,
     coarse: Tensor | None,
     positions: range,
-    rule: Rule,
+    rule: SelectionRule,
+    scale: float,
     out: Tensor,
 ) -> None:
-    """Fill ``out [Hkv, n, K]`` for queries ``rows [Hq, n, D]`` of a sequence.
-
-    Without coarse keys ``rows`` are pooled queries, one per KV head.
+    """Fill ``out [Hkv, n, K]`` for the queries of a row.
 
     Queries are cut where ``select_blocks`` cuts its tiles, and scored by products as wide as its
     own, so that the bits are the same.
+
+    Args:
+        q: ``[Hq, n, D]``; without coarse keys pooled queries, one per KV head.
+        compressed: ``[Hkv, C, D]``.
+        coarse: ``[Hkv, C2, D]``, or None.
+        positions: Positions of the queries.
+        rule: Settings.
+        scale: Factor on the dot products.
+        out: The lists.
     """
-    tokens = tokens_per_tile(len(rows) // len(out))
+    tokens = tokens_per_tile(len(q) // len(out))
     for start in range(positions[0] // tokens * tokens, positions[-1] + 1, tokens):
         at = slice(max(start - positions[0], 0), start + tokens - positions[0])
-        scores = score_blocks(rows[:, at], compressed, coarse, positions[at], rule)
-        out[:, at] = pick_best(scores, positions[at], out.shape[-1], rule)
+        scores = score_blocks(q[:, at], compressed, coarse, positions[at], rule, scale)
+        out[:, at] = topk_blocks(scores, positions[at], out.shape[-1], rule)
 
 
 def score_blocks(
-    rows: Tensor, compressed: Tensor, coarse: Tensor | None, positions: range, rule: Rule
+    q: Tensor,
+    compressed: Tensor,
+    coarse: Tensor | None,
+    positions: range,
+    rule: SelectionRule,
+    scale: float,
 ) -> Tensor:
-    """Score blocks for queries ``rows [Hq, T, D]`` of one tile: ``[Hkv, T, num_blocks]``."""
-    (Hq, T, D), Hkv = rows.shape, len(compressed)
+    """Score blocks for queries ``q [Hq, T, D]`` of one tile: ``[Hkv, T, num_blocks]``."""
+    (Hq, T, D), Hkv = q.shape, len(compressed)
     G = Hq // Hkv
     tokens = tokens_per_tile(G)
     last = positions[0] // tokens * tokens + tokens - 1
-    tile = rows if T == 1 else rows.unflatten(0, (Hkv, G)).transpose(1, 2)
-    tile = tile.reshape(Hkv, T * G, D).to(torch.promote_types(rows.dtype, torch.float32))
-    tile = tile * rule.scale
+    tile = q if T == 1 else q.unflatten(0, (Hkv, G)).transpose(1, 2)
+    tile = tile.reshape(Hkv, T * G, D).to(torch.promote_types(q.dtype, torch.float32))
+    tile = tile * scale
     num_blocks = last // rule.block_size + 1
-    logits = multiply(tile, compressed, rule.windows.scored_to(last))
+    logits = multiply(tile, compressed, rule.windows.num_scored(last))
     if coarse is None:
         return rank_blocks(logits, positions, num_blocks, rule)
     split = (Hkv, T, G, -1)
     logits = logits.reshape(split)
-    coarse_logits = multiply(tile, coarse, rule.coarse_windows.scored_to(last)).reshape(split)
-    weights = weigh_windows(logits, coarse_logits, positions, rule)
+    coarse_logits = multiply(tile, coarse, rule.coarse_windows.num_scored(last)).reshape(split)
+    weights = score_windows(logits, coarse_logits, positions, rule)
     return pool_to_blocks(weights, num_blocks, rule)
 
 
 def multiply(tile: Tensor, keys: Tensor, C: int) -> Tensor:
     """Multiply ``tile [Hkv, M, D]`` with the first C of ``keys [Hkv, _, D]``: ``[Hkv, M, C]``.
 
-    Each row has the bits that it has in a whole tile of `select_blocks`, if C is made of whole
-    groups of columns.
+    Each row has the bits that it has in a whole tile of ``select_blocks``, if C consists of whole
+    groups of ``COLUMNS``.
     """
     _, M, D = tile.shape
     if keys.shape[1] < C:
         keys = F.pad(keys, (0, 0, 0, C - keys.shape[1]))
     keys = keys[:, :C].to(tile.dtype).mT
-    rows = 4 if D <= 64 else 8 if D <= 128 else 16  # fewer take another path; see COLUMNS
+    rows = 4 if D <= 64 else 8 if D <= 128 else 16  # fewer rows take another path; see COLUMNS
     if M % rows:
         tile = F.pad(tile, (0, 0, 0, rows - M % rows))
     return torch.bmm(tile, keys)[:, :M]

@@ -1,4 +1,4 @@
-"""Choose the blocks of a key cache for a decode step, by one pooled query per group."""
+"""Select the blocks of a key cache for a decode step, by one pooled query per group."""
 
 from typing import Any
 
@@ -6,9 +6,9 @@ import torch
 from torch import Tensor
 
 from infllm_flex_ops.dispatch import cuda_launcher, define_operator
-from infllm_flex_ops.selection.block_scores import Rule, Windows, list_all
 from infllm_flex_ops.selection.pool_queries import pool_queries, round_to_float8
-from infllm_flex_ops.selection.select_cached_blocks import select_for_row
+from infllm_flex_ops.selection.rule import SelectionRule
+from infllm_flex_ops.selection.select_cached_blocks import list_full_queries, select_for_row
 
 
 @define_operator()
@@ -26,7 +26,7 @@ def select_cached_blocks_pooled(
     width: int,
     float8: bool,
 ) -> Tensor:
-    """Pick the blocks of few queries per row, by the same rule as ``select_blocks_pooled``.
+    """Select the blocks of few queries per row, by the same rule as ``select_blocks_pooled``.
 
     A row's length is known on the device alone, as in ``select_cached_blocks``.
 
@@ -42,34 +42,30 @@ def select_cached_blocks_pooled(
         init_blocks: First blocks, always selected.
         local_blocks: Blocks before the query's own that are always selected, as its own is.
         num_selected: Budget in blocks; forced blocks count toward it.
-        dense_len: A query up to which there are fewer tokens, its own included, lists every block.
-        width: Slots per list: the budget, or the longest list of a dense query if that is more.
+        dense_len: A query is dense if its row holds fewer tokens than this up to it, its own
+            included; it lists every block.
+        width: Slots per list: the budget, or the longest list of a dense query if that is longer.
         float8: Round pooled queries and compressed keys to e4m3 before they are multiplied.
 
     Returns:
         Selected blocks, int32 ``[B, Hkv, n, width]``, counted from each row's first token,
-        ascending, unused slots last as -1. A query that stands on padding has none. On the CPU a
-        list has the very bits of what ``select_blocks_pooled`` chooses at that position.
+        ascending, unused slots last as -1. A query on padding selects none. On the CPU a list
+        equals bit for bit the list of ``select_blocks_pooled`` at that position.
     """
+    rule = SelectionRule.from_pooled(window, block_size, init_blocks, local_blocks, num_selected)
     B, _, n, _ = q.shape
     Hkv = compressed.shape[1]
-    windows = Windows(window, window)
-    rule = Rule(windows, windows, block_size, init_blocks, local_blocks, 1.0)
     selected = torch.full((B, Hkv, n, width), -1, dtype=torch.int32, device=q.device)
-    pooled = pool_queries(q, Hkv, float8)
     accumulate = torch.promote_types(q.dtype, torch.float32)
-    for b, (first, last) in enumerate(zip(start.tolist(), end.tolist(), strict=True)):
-        positions = range(last - first - n, last - first)
-        fitting = max(dense_len - 1, num_selected * block_size)
-        num_fit = min(n, max(0, fitting - positions[0]))  # that take every block
-        if num_fit:
-            selected[b, :, :num_fit] = list_all(positions[:num_fit], width, rule, q.device)
-        if num_fit < n:
-            keys = compressed[b, :, first:last] if window == 1 else compressed[b]
-            keys = round_to_float8(keys) if float8 else keys
-            rows, chosen = pooled[b, :, num_fit:], selected[b, :, num_fit:, :num_selected]
-            rows, keys = rows.to(accumulate), keys.to(accumulate)
-            select_for_row(rows, keys, None, positions[num_fit:], rule, chosen)
+    pooled = pool_queries(q, Hkv, float8).to(accumulate)
+    for b, (row_start, row_end) in enumerate(zip(start.tolist(), end.tolist(), strict=True)):
+        positions = range(row_end - row_start - n, row_end - row_start)
+        num_full = list_full_queries(positions, rule, dense_len, selected[b])
+        if num_full < n:
+            keys = compressed[b, :, row_start:row_end] if window == 1 else compressed[b]
+            keys = (round_to_float8(keys) if float8 else keys).to(accumulate)
+            queries, out = pooled[b, :, num_full:], selected[b, :, num_full:, :num_selected]
+            select_for_row(queries, keys, None, positions[num_full:], rule, 1.0, out)
     return selected
 
 
@@ -79,4 +75,10 @@ def _(q: Tensor, compressed: Tensor, *rest: Any) -> Tensor:
     return q.new_empty(q.shape[0], compressed.shape[1], q.shape[2], width, dtype=torch.int32)
 
 
-cuda_launcher(select_cached_blocks_pooled, "selection.kernels.select_cached_blocks.pooled")
+def _pack(*args: Any) -> tuple[Any, ...]:
+    return *args[:4], SelectionRule.from_pooled(*args[4:9]), *args[9:]
+
+
+cuda_launcher(
+    select_cached_blocks_pooled, "selection.kernels.select_cached_blocks.pooled", pack=_pack
+)

@@ -8,6 +8,7 @@ import triton
 from torch import Tensor
 
 from infllm_flex_ops.device import knows_gluon
+from infllm_flex_ops.selection.documents import check_documents
 from infllm_flex_ops.selection.kernels.select_blocks.lse import lse_kernel
 from infllm_flex_ops.selection.kernels.select_blocks.pick import SEGMENT
 from infllm_flex_ops.selection.kernels.select_blocks.picking import Picker, divide_into_parts
@@ -18,7 +19,7 @@ from infllm_flex_ops.selection.kernels.select_blocks.workspace import (
     chunk,
     split,
 )
-from infllm_flex_ops.selection.select_blocks import check_parts
+from infllm_flex_ops.selection.rule import SelectionRule
 from infllm_flex_ops.triton_common.descriptors import describe, describe_strided, has_boxes
 
 _LSE_BYTES = 64 << 20
@@ -29,20 +30,15 @@ def launch(
     compressed: Tensor,
     coarse: Tensor,
     kv_len: int,
-    kernel_size: int,
-    kernel_stride: int,
-    coarse_size: int,
-    coarse_stride: int,
-    block_size: int,
-    init_blocks: int,
-    local_blocks: int,
-    num_selected: int,
+    rule: SelectionRule,
     scale: float,
     documents: Tensor | None = None,
 ) -> Tensor:
     """Fill the rows that take every block directly, and score the others chunk by chunk."""
+    check_documents(documents, kv_len, q.shape[2])
+    kernel_size, kernel_stride, coarse_size, coarse_stride, block_size, *_ = rule
+    _, _, _, _, _, init_blocks, local_blocks, num_selected = rule
     B, _, Sq, _ = q.shape
-    check_parts(documents, kv_len, Sq)
     Hkv = compressed.shape[1]
     num_blocks = triton.cdiv(kv_len, block_size)
     if num_blocks > MAX_BLOCKS:
@@ -66,7 +62,7 @@ def launch(
     parts = divide_into_parts(documents, kv_len, offset, tokens)
     documents = None if documents is None else documents.contiguous()
     table = out if documents is None else documents
-    rule = {"BLOCK_SIZE": block_size, "PART": parts.size, "PART_ROWS": parts.rows}
+    sizes = {"BLOCK_SIZE": block_size, "PART": parts.size, "PART_ROWS": parts.rows}
 
     # Of the last block, which is never scored if it is local, the boxes may lack some windows.
     strided = before == 0 and local_blocks > 0 and compressed.shape[2] >= per_block
@@ -117,7 +113,7 @@ def launch(
         # instead of 0.8; with 2 KV heads scores take 2.05 with one, 2.2 with two.
         tile["num_stages"] = 1 if tile["HEADS"] >= 16 else 2
     of_tokens = {
-        **rule,
+        **sizes,
         "G": q.shape[1] // Hkv,
         "D": q.shape[3],
         "KERNEL_SIZE": kernel_size,

@@ -8,6 +8,7 @@ import triton.language as tl
 from torch import Tensor
 
 from infllm_flex_ops.device import has_little_shared_memory, knows_float8
+from infllm_flex_ops.selection.documents import check_documents
 from infllm_flex_ops.selection.kernels.select_blocks.documents import locate_tile
 from infllm_flex_ops.selection.kernels.select_blocks.pick import SEGMENT
 from infllm_flex_ops.selection.kernels.select_blocks.picking import Picker, divide_into_parts
@@ -17,7 +18,7 @@ from infllm_flex_ops.selection.kernels.select_blocks.workspace import (
     chunk,
     split,
 )
-from infllm_flex_ops.selection.select_blocks import check_parts
+from infllm_flex_ops.selection.rule import SelectionRule
 from infllm_flex_ops.triton_common.dot_in_parts import dot_in_parts
 
 _MAX_SLOTS = 256  # windows of a block, which one step scores together
@@ -158,16 +159,13 @@ def launch(
     q: Tensor,
     compressed: Tensor,
     kv_len: int,
-    window: int,
-    block_size: int,
-    init_blocks: int,
-    local_blocks: int,
-    num_selected: int,
+    rule: SelectionRule,
     documents: Tensor | None = None,
 ) -> Tensor:
     """Fill the rows that take every block directly; score and pick the others chunk by chunk."""
+    check_documents(documents, kv_len, q.shape[2])
+    window, block_size, init_blocks, local_blocks, num_selected = rule.pooled
     B, Hkv, Sq, D = q.shape
-    check_parts(documents, kv_len, Sq)
     num_blocks = triton.cdiv(kv_len, block_size)
     _check_size(num_blocks, block_size, window)
     K = min(num_selected, num_blocks)

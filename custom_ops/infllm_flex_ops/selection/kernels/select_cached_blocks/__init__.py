@@ -14,6 +14,7 @@ from infllm_flex_ops.selection.kernels.select_blocks.workspace import MAX_BLOCKS
 from infllm_flex_ops.selection.kernels.select_cached_blocks.lse import cached_lse_kernel
 from infllm_flex_ops.selection.kernels.select_cached_blocks.pick import pick_cached
 from infllm_flex_ops.selection.kernels.select_cached_blocks.scores import cached_score_kernel
+from infllm_flex_ops.selection.rule import SelectionRule
 
 _MAX_RUNS = 64  # of coarse keys, a program each; the next kernel reads what all of them found
 _MAX_ROWS = 64  # heads x tokens of a tile
@@ -26,19 +27,14 @@ def launch(
     coarse: Tensor,
     start: Tensor,
     end: Tensor,
-    kernel_size: int,
-    kernel_stride: int,
-    coarse_size: int,
-    coarse_stride: int,
-    block_size: int,
-    init_blocks: int,
-    local_blocks: int,
-    num_selected: int,
+    rule: SelectionRule,
     dense_len: int,
     width: int,
     scale: float,
 ) -> Tensor:
     """Normalise, score and pick: three launches."""
+    kernel_size, kernel_stride, coarse_size, coarse_stride, block_size, *_ = rule
+    _, _, _, _, _, init_blocks, local_blocks, num_selected = rule
     B, _, n, _ = q.shape
     Hkv, C = compressed.shape[1:3]
     blocks = triton.cdiv((C - 1) * kernel_stride + kernel_size, block_size) if C else 0

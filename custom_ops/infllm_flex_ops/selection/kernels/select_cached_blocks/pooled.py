@@ -16,6 +16,7 @@ from infllm_flex_ops.selection.kernels.pool_queries import (
 from infllm_flex_ops.selection.kernels.select_blocks.pooled import rank
 from infllm_flex_ops.selection.kernels.select_blocks.workspace import MAX_BLOCKS
 from infllm_flex_ops.selection.kernels.select_cached_blocks.pick import pick_cached
+from infllm_flex_ops.selection.rule import SelectionRule
 
 _PROGRAMS = 512  # as many as a GPU holds at a time: a second wave would wait for the first
 _MAX_SLOTS = 256  # windows of a block, which one step scores together
@@ -113,16 +114,13 @@ def launch(
     compressed: Tensor,
     start: Tensor,
     end: Tensor,
-    window: int,
-    block_size: int,
-    init_blocks: int,
-    local_blocks: int,
-    num_selected: int,
+    rule: SelectionRule,
     dense_len: int,
     width: int,
     float8: bool,
 ) -> Tensor:
     """Score and pick: two launches, which nothing but the device's own counters steers."""
+    window, block_size, init_blocks, local_blocks, num_selected = rule.pooled
     B, Hq, n, D = q.shape
     Hkv, C = compressed.shape[1:3]
     blocks = triton.cdiv(C * window, block_size)
