@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Write docs/api.md and docs/settings.md from signatures, docstrings and operator schemas.
+"""Write docs/api.md, docs/settings.md and docs/private-apis.md from the code.
 
 scripts/make_docs.py            write the files
 scripts/make_docs.py --check    exit with 1 if a file differs from what would be written
@@ -12,6 +12,7 @@ import sys
 from pathlib import Path
 
 from generated_docs.api import api_page
+from generated_docs.private_apis import private_apis_page
 from generated_docs.settings import settings_page
 
 DOCS = Path(__file__).parents[1] / "docs"
@@ -35,7 +36,11 @@ def main() -> int:
 
 def outdated_pages() -> dict[Path, str]:
     """The text of every page that differs from its file, by path."""
-    pages = {DOCS / "api.md": api_page(), DOCS / "settings.md": settings_page()}
+    pages = {
+        DOCS / "api.md": api_page(),
+        DOCS / "settings.md": settings_page(),
+        DOCS / "private-apis.md": private_apis_page(),
+    }
     pages = {path: f"{NOTICE}\n\n{text}" for path, text in pages.items()}
     return {path: text for path, text in pages.items() if read(path) != text}
 

@@ -1,4 +1,4 @@
-"""docs/api.md and docs/settings.md are what scripts/make_docs.py writes."""
+"""docs/api.md, docs/settings.md and docs/private-apis.md are what scripts/make_docs.py writes."""
 
 from __future__ import annotations
 

@@ -1,0 +1,118 @@
+"""docs/private-apis.md: what the rooms of private APIs say of each of them."""
+
+from __future__ import annotations
+
+import ast
+import re
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+
+from generated_docs.docstrings import paragraphs
+
+_ROOT = Path(__file__).parents[2]
+# Each room is a module or a folder of modules; every public function in it stands for one API.
+_ROOMS = {"PyTorch": "custom_ops/infllm_flex_ops/torch_private"}
+_FIELD = re.compile(r"^(API|If it goes|Instead): ", re.M)
+_ABOUT = """
+This project uses some parts of PyTorch, Triton and transformers that their authors do not promise
+to keep. An upgrade of one of them should start here.
+
+PyTorch's have one room. Every function there stands for one API, and its docstring says what this
+page shows.
+"""
+# The others: what is used, for what, what happens if it goes, and the public way.
+_TRANSFORMERS = [
+    (
+        "`_attn_implementation`, `_attn_implementation_internal`",
+        "Name our attention function in one model.",
+        "an error, or a refusal",
+        "`set_attn_implementation`, which changes configs that models share",
+    ),
+    (
+        "`ALL_ATTENTION_FUNCTIONS` in a layer's code, `eager_attention_forward` in its module",
+        "Find attention layers.",
+        "layers are not recognised",
+        "nothing public",
+    ),
+    (
+        "`sdpa_mask` and its arguments, mask functions, `allow_is_bidirectional_skip`",
+        "Decide whether a mask is causal without building it.",
+        "another mask: the most fragile of all",
+        "nothing public",
+    ),
+    (
+        "`DynamicLayer` and its attributes, its class swapped in place",
+        "Compressed keys that follow a cache.",
+        "an error",
+        "nothing public",
+    ),
+]
+_TRITON = [
+    (
+        "`triton.experimental.gluon`",
+        "Two kernels on Hopper.",
+        "used with Triton 3.6 and 3.7; else Triton kernels run, and one warning says so",
+        "nothing needed",
+    ),
+    (
+        "`JITFunction.fn`",
+        "Share two helpers with Gluon kernels.",
+        "an error on Hopper",
+        "write the helpers twice",
+    ),
+    (
+        "`triton.tools.tensor_descriptor.TensorDescriptor`",
+        "TMA on Hopper.",
+        "an error on Hopper",
+        "nothing public",
+    ),
+]
+_OTHERS = """
+The adapters read the code of users' modules (`co_names`, `co_freevars`, the syntax tree) and swap
+the class of a module for a subclass (`copyreg.__newobj__` when it is pickled). A change there
+shows in pickling, or as an attention layer that is no longer recognised.
+
+Training uses parts of `torch.distributed` that are documented as experimental: the safetensors
+storage of DCP (`torch.distributed.checkpoint.hf_storage`), `PrefixStore`, `rendezvous` and
+`TORCHELASTIC_RESTART_COUNT`.
+
+`tests/flex_kernels/pretended_gpu.py` and `tests/custom_ops/ahead_of_time.py` reach into Inductor,
+Dynamo and Triton's compiler to work without a GPU. A new release may break them without a fault of
+the package.
+"""
+
+
+def private_apis_page() -> str:
+    """Describe the private APIs that the package uses."""
+    parts = ["# Private APIs", *paragraphs(_ABOUT)]
+    for library, room in _ROOMS.items():
+        rows = [(f"`{f.name}`", *_read(ast.get_docstring(f) or "")) for f in _functions(room)]
+        head = ("function", "for", "API", "if it goes", "instead")
+        parts += [f"## {library}", f"The room is `{room}`.", _table(head, rows)]
+    head = ("API", "for", "if it goes", "instead")
+    parts += ["## transformers", "Used in `infllm_flex/patch/huggingface`."]
+    parts += [_table(head, _TRANSFORMERS), "## Triton", "Used in kernel files."]
+    parts += [_table(head, _TRITON), "## Others", *paragraphs(_OTHERS)]
+    return "\n\n".join(parts) + "\n"
+
+
+def _table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    lines = [head, ["---"] * len(head), *rows]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def _functions(room: str) -> list[ast.FunctionDef]:
+    path = _ROOT / room
+    files = sorted(path.glob("*.py")) if path.is_dir() else [path.with_suffix(".py")]
+    nodes = [node for file in files for node in ast.parse(file.read_text()).body]
+    functions = [node for node in nodes if isinstance(node, ast.FunctionDef)]
+    return [function for function in functions if not function.name.startswith("_")]
+
+
+def _read(docstring: str) -> list[str]:
+    """The purpose of a function, and its three fields, each on one line of Markdown."""
+    purpose = docstring.split("\n", 1)[0]
+    body = docstring.split("\n\nArgs:", 1)[0]
+    fields = dict(zip(*[iter(_FIELD.split(body)[1:])] * 2, strict=True))
+    texts = [purpose, *(fields.get(name, "") for name in ("API", "If it goes", "Instead"))]
+    return [" ".join(text.replace("``", "`").replace("|", "\\|").split()) for text in texts]
