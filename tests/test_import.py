@@ -119,4 +119,5 @@ def test_the_wheel_ships_two_packages_and_nothing_else(tmp_path):
     tops = {name.split("/")[0] for name in names if ".dist-info/" not in name}
     assert tops == {"infllm_flex", "infllm_flex_ops"}
     assert all(name.endswith((".py", ".typed")) for name in names if ".dist-info/" not in name)
+    assert {"infllm_flex/py.typed", "infllm_flex_ops/py.typed"} <= set(names)
     assert any(name.endswith("licenses/LICENSE") for name in names)

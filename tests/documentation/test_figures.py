@@ -1,0 +1,129 @@
+"""Every figure in README follows from rows of docs/results, within its rounding."""
+
+from __future__ import annotations
+
+import csv
+import itertools
+import re
+from pathlib import Path
+from typing import NamedTuple
+
+import pytest
+
+from tests.documentation.pages import PAGES, ROOT, name_of, prose
+
+# The file, conditions on all rows, then a rule in each line.
+_COMMENT = re.compile(r"<!-- figures: (\S+)([^\n]*?)(?:\n(.*?))?-->", re.DOTALL)
+_DECIMAL = re.compile(r"(?<![\w.])\d+\.\d+(?![\w.]*\d)")
+_MEASURED = re.compile(r"(?<![\w.,-])\d+(?:\.\d+)?(?:x\b| ?(?:%|ms\b|µs\b|GB/s\b))")
+
+
+class Figures(NamedTuple):
+    """The numbers of a paragraph or table, and where the comment below says they are from."""
+
+    file: Path
+    rules: list[str]  # a formula and a selection of rows each
+    shown: list[str]
+
+
+def figures(text: str) -> list[Figures]:
+    found = []
+    for match in _COMMENT.finditer(text):
+        before = text[: match.start()].rstrip("\n")
+        paragraph = re.split(r"\n\s*\n|-->\n", before)[-1]
+        cells = re.sub(r"^\|[^|]*\|", "", paragraph, flags=re.MULTILINE)  # not the heads of rows
+        rules = [f"{rule} {match[2]}" for rule in (match[3] or "").strip().splitlines()]
+        found.append(Figures(ROOT / match[1], rules, _DECIMAL.findall(cells)))
+    return found
+
+
+def expected(file: Path, rule: str) -> list[float]:
+    """The values of a rule such as ``speed_up Hq=32 S=1024,2048``, in the order of its lists."""
+    formula, *conditions = rule.split()
+    names, choices = zip(*(c.split("=", 1) for c in conditions), strict=True)
+    with file.open() as lines:
+        rows = list(csv.DictReader(lines))
+    return [
+        _FORMULAS[formula](rows, dict(zip(names, values, strict=True)))
+        for values in itertools.product(*(choice.split(",") for choice in choices))
+    ]
+
+
+def speed_up(rows: list[dict[str, str]], wanted: dict[str, str]) -> float:
+    """Median of the fastest dense attention over ours, of the first run that has both."""
+    chosen = [row for row in rows if row["ms_p50"] and _fits(row, wanted)]
+    for ours in chosen:
+        dense = [r for r in chosen if r["op"] == "dense" and r["date"] == ours["date"]]
+        if ours["op"] == "infllm_attention" and ours["variant"] in ("auto", "decode") and dense:
+            return min(float(row["ms_p50"]) for row in dense) / float(ours["ms_p50"])
+    raise LookupError(f"no rows for {wanted}")
+
+
+def share_of_dense(rows: list[dict[str, str]], wanted: dict[str, str]) -> float:
+    """Correct answers over those of the dense model, over the seeds that the variant has."""
+    ours = [row for row in rows if _fits(row, wanted)]
+    dense = [
+        row
+        for row in rows
+        if _fits(row, {**wanted, "variant": "dense"}) and row["seed"] in {r["seed"] for r in ours}
+    ]
+    if not ours or len(ours) != len(dense):
+        raise LookupError(f"no rows for {wanted}")
+    return sum(int(row["hits"]) for row in ours) / sum(int(row["hits"]) for row in dense)
+
+
+_FORMULAS = {"speed_up": speed_up, "share_of_dense": share_of_dense}
+
+
+def _fits(row: dict[str, str], wanted: dict[str, str]) -> bool:
+    return all(
+        row[name].startswith(value) if name == "commit" else row[name] == value
+        for name, value in wanted.items()
+    )
+
+
+def is_rounded(shown: str, value: float) -> bool:
+    decimals = len(shown.partition(".")[2])
+    return abs(float(shown) - value) <= 0.5 * 10**-decimals + 1e-9
+
+
+def faults(text: str) -> list[str]:
+    found = []
+    for file, rules, shown in figures(text):
+        if not rules:
+            found.append(f"{file.name}: the comment names no rows, e.g. speed_up Hq=32 S=1024,2048")
+            continue
+        values = [value for rule in rules for value in expected(file, rule)]
+        if len(values) != len(shown):
+            found.append(
+                f"{file.name}: {len(shown)} numbers are shown, the rows give {len(values)}"
+            )
+            continue
+        found += [
+            f"{file.name}: {number} is shown, the rows give {value:.4f}"
+            for number, value in zip(shown, values, strict=True)
+            if not is_rounded(number, value)
+        ]
+    return found
+
+
+@pytest.mark.parametrize("page", PAGES, ids=name_of)
+def test_figures_follow_from_the_rows_that_their_comment_names(page):
+    assert not faults(page.read_text())
+
+
+def test_readme_has_figures_and_none_without_rows():
+    text = prose(ROOT / "README.md")
+    assert len(figures(text)) >= 4
+    sourced = re.split(r"\n\s*\n", re.sub(_COMMENT, "FIGURES", text))
+    loose = [p for p in sourced if "FIGURES" not in p and _MEASURED.search(p)]
+    assert not loose, f"no comment names the rows of these figures: {loose}"
+
+
+@pytest.mark.parametrize("number", ["5.5x", "0.8x", "15.9", "0.48"])
+def test_a_changed_number_is_found(number):
+    text = (ROOT / "README.md").read_text()
+    digit = "4" if number[-1] == "9" or number[-2:] == "9x" else "9"
+    changed = re.sub(r"\d(?=x?$)", digit, number)
+    assert number in text
+    assert len(faults(text.replace(number, changed, 1))) == 1
