@@ -10,10 +10,8 @@ import pytest
 
 from tests.documentation.pages import PAGES, ROOT, blocks, name_of, prose
 
-_FOLDERS = r"(?:scripts|examples|configs|tests|docs|infllm_flex|custom_ops|\.ci)/"
 # A script in a span of code or a line of a block, and what follows it.
 _CALL = re.compile(r"(?:^|(?<=[\s/=]))((?:scripts|examples|\.ci)/[\w./-]*\w)((?:[ ][^`\n]*)?)")
-_PATH = re.compile(rf"(?:^|(?<=[\s'\"=(`]))({_FOLDERS}[\w./-]*\w)")
 
 
 def commands(page: Path) -> list[str]:
@@ -48,36 +46,6 @@ def test_commands_name_scripts_that_exist_and_options_that_they_take(page):
                 unknown = options_in(arguments) - known_options(script)
                 faults += [f"{command}: {name} does not take {option}" for option in unknown]
     assert not faults, "\n".join(faults)
-
-
-@pytest.mark.parametrize("page", PAGES, ids=name_of)
-def test_paths_in_commands_exist(page):
-    missing = {
-        path
-        for command in commands(page)
-        for path in _PATH.findall(command)
-        if not (ROOT / path).exists() and not re.search(r"[A-Z]{3}|\*|runs/", path)
-    }
-    assert not missing
-
-
-def anchors(page: Path) -> set[str]:
-    """The anchors of a page's headings, as GitHub makes them."""
-    titles = re.findall(r"^#+ (.+)$", prose(page), flags=re.MULTILINE)
-    return {re.sub(r"[^\w\- ]", "", title.lower()).replace(" ", "-") for title in titles}
-
-
-@pytest.mark.parametrize("page", PAGES, ids=name_of)
-def test_links_lead_to_files_and_headings_that_exist(page):
-    broken = []
-    for target in re.findall(r"\]\(([^)\s]+)\)", prose(page)):
-        if re.match(r"https?:|mailto:", target):
-            continue
-        file, _, anchor = target.partition("#")
-        path = (page.parent / file).resolve() if file else page
-        if not path.exists() or (anchor and path.suffix == ".md" and anchor not in anchors(path)):
-            broken.append(target)
-    assert not broken
 
 
 def test_the_check_of_options_finds_a_wrong_one():
