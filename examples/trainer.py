@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import argparse
 import sysconfig
-from dataclasses import asdict
 from pathlib import Path
 
 import torch
@@ -83,7 +82,7 @@ def main() -> None:
     trainer.train()
 
     # `ifx.patch_model` and attn_implementation="infllm_flex" read the settings from here.
-    model.config.sparse_config = next(asdict(row.config) for row in layers if row.config)
+    model.config.sparse_config = next(row.config.to_sparse_config() for row in layers if row.config)
     trainer.save_model()
 
 

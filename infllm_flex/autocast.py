@@ -1,11 +1,11 @@
-"""The dtype that attention takes its inputs in, inside ``torch.autocast`` and outside."""
+"""The dtype in which attention takes its inputs, inside ``torch.autocast`` and outside."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
 
-# Asked here once: Dynamo of PyTorch 2.11 cannot trace the question.
+# Read once at import: Dynamo of PyTorch 2.11 cannot trace `is_autocast_available`.
 _DEVICES = tuple(
     device
     for device in ("cpu", "cuda", "xpu", "mps", "hpu")
@@ -14,7 +14,7 @@ _DEVICES = tuple(
 
 
 def attention_dtype(x: Tensor) -> torch.dtype:
-    """The dtype in which SDPA would take ``x``: that of the autocast region, else its own.
+    """Return the dtype in which SDPA would take ``x``: the autocast region's, else its own.
 
     Rotary embeddings leave queries and keys in float32 beside values in bfloat16.
     """

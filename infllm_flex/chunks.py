@@ -1,4 +1,4 @@
-"""Attention from many queries over earlier keys, as if they had come one by one."""
+"""Attention of many queries over earlier keys, each dense or sparse as if it had come alone."""
 
 from __future__ import annotations
 
@@ -19,10 +19,10 @@ def attend_chunk(
     scale: float | None = None,
     attention_mask: Tensor | None = None,
 ) -> Tensor:
-    """Attend from each query densely or sparsely by its own row's tokens up to it.
+    """Attend densely or sparsely from each query, by the tokens of its row up to it.
 
-    A generation then turns sparse at the same token one by one, in chunks, and with drafts that
-    are checked together; a padded row at the same token as alone.
+    A generation then turns sparse at the same token whether tokens come one by one, in chunks or as
+    drafts that are checked together, and whether the row is padded or alone.
 
     Args:
         query: ``[B, Hq, Sq, D]``, the last tokens of the rows.
@@ -40,7 +40,7 @@ def attend_chunk(
     if attention_mask is not None and not config.is_dense(kv_len):
         layout = lay_out_padded(attention_mask, config, q_len)
         return attend_in_layout(query, key, value, config, layout, scale=scale, query_by_query=True)
-    longest = config.dense_len - 1  # of what is dense
+    longest = config.dense_len - 1  # that is dense
     num_dense = longest - (kv_len - q_len)
     if config.is_dense(kv_len) or num_dense <= 0:
         return infllm_attention(

@@ -1,4 +1,4 @@
-"""The one description of an InfLLM-V2 attention layer."""
+"""The settings of an InfLLM-V2 attention layer."""
 
 from __future__ import annotations
 
@@ -33,11 +33,11 @@ class InfLLMConfig:
         lse: Normalise scores by the log-sum-exp of the ``"coarse"`` keys, or by the compressed
             keys' own, ``"exact"``.
         engine: Attention over the selected blocks by ``"flex"`` (compiled FlexAttention),
-            ``"fused"`` (the ``attend_blocks`` operator), or ``"auto"``.
+            ``"fused"`` (the ``attend_blocks`` operator), or ``"auto"``. Not part of a checkpoint.
         pool_queries: Score blocks with the mean of the group's queries instead of with each
-            query: a block scores its best dot product of that mean with a compressed key. One
-            product per group instead of one per head pays for windows as short as one key.
-            Windows must not overlap; ``lse`` plays no part, since one query needs no normaliser.
+            query: the score of a block is the largest dot product of that mean with a compressed
+            key. One product per group instead of one per head pays for windows as short as one key.
+            Windows must not overlap; ``lse`` is not used, since one query needs no normaliser.
         score_dtype: The dtype in which pooled queries and compressed keys are multiplied:
             ``"same"`` as the keys, or ``"float8"`` (e4m3).
 
@@ -87,12 +87,12 @@ class InfLLMConfig:
     def _check_pooling(self) -> None:
         if self.pool_queries and self.kernel_size != self.kernel_stride:
             raise ValueError(
-                f"pool_queries takes windows that do not overlap: kernel_size must be "
+                f"pool_queries needs windows that do not overlap: kernel_size must be "
                 f"kernel_stride = {self.kernel_stride}, got {self.kernel_size}"
             )
         if self.pool_queries and self.lse != "coarse":
             raise ValueError(
-                f"lse must be coarse where pool_queries is true, which takes no normaliser, "
+                f"lse must be coarse where pool_queries is true, which needs no normaliser, "
                 f"got {self.lse!r}"
             )
         if self.score_dtype != "same" and not self.pool_queries:
@@ -113,9 +113,9 @@ class InfLLMConfig:
             raise ValueError(f"{key} must be one of {', '.join(choices)}, got {value!r}")
 
     def _check_multiple(self, key: str, of: str) -> None:
-        value, unit = getattr(self, key), getattr(self, of)
-        if value % unit:
-            raise ValueError(f"{key} must be a multiple of {of} = {unit}, got {value}")
+        value, divisor = getattr(self, key), getattr(self, of)
+        if value % divisor:
+            raise ValueError(f"{key} must be a multiple of {of} = {divisor}, got {value}")
 
     @property
     def local_blocks(self) -> int:
@@ -141,9 +141,19 @@ class InfLLMConfig:
         """Whether a sequence of ``length`` tokens attends densely; equality is sparse."""
         return length < self.dense_len
 
+    def to_sparse_config(self) -> dict[str, Any]:
+        """Return the ``sparse_config`` that a checkpoint carries.
+
+        ``engine`` is left out: it belongs to the machine that runs the model, not to the model.
+        `from_model_config` reads the result to equal settings, with the default engine.
+        """
+        settings = dataclasses.asdict(self)
+        del settings["engine"]
+        return settings
+
     @classmethod
     def from_dict(cls, mapping: Mapping[str, Any]) -> InfLLMConfig:
-        """Build a config from settings by name; what is left out keeps its default.
+        """Build a config from settings by name; settings that are missing keep their default.
 
         Args:
             mapping: Setting names to values.

@@ -1,8 +1,8 @@
-"""Padded and packed batches as sequences that start on a block boundary, and back.
+"""Lay out padded and packed batches as sequences that start on a block boundary, and undo it.
 
 Every sequence (a padded row, or a document of a packed one) moves so that its first token lands on
-a multiple of ``unit`` tokens. Its blocks, pooling windows and the operators' tiles then lie as they
-would if it were alone. Everything is computed on the device: sizes depend on shapes alone.
+a multiple of ``alignment`` tokens. Its blocks, pooling windows and tiles are then those it has
+alone. Everything is computed on the device, and sizes depend on shapes alone.
 """
 
 from __future__ import annotations
@@ -23,21 +23,21 @@ class Layout:
     """Where every token of a batch goes, and which sequence it belongs to.
 
     Attributes:
-        unit: Sequences start at multiples of it, in tokens.
-        offset: Position of the first query in the layout; the queries are its last positions.
+        alignment: Sequences start at multiples of it, in tokens.
+        q_offset: Position of the first query in the layout; the queries are its last positions.
         place: int64 ``[B, Skv]``, the position of each token in the layout, -1 for padding.
         token: int64 ``[B, Skv']``, the token at each position of the layout, -1 where there is
-            none. ``Skv'`` is a multiple of ``unit``.
-        first: int64 ``[B, Skv]``, the position of the first token of each token's sequence.
-        length: int64 ``[B, Skv]``, the tokens in each token's sequence.
+            none. ``Skv'`` is a multiple of ``alignment``.
+        seq_start: int64 ``[B, Skv]``, the position of the first token of each token's sequence.
+        seq_len: int64 ``[B, Skv]``, the tokens in each token's sequence.
     """
 
-    unit: int
-    offset: int
+    alignment: int
+    q_offset: int
     place: Tensor
     token: Tensor
-    first: Tensor
-    length: Tensor
+    seq_start: Tensor
+    seq_len: Tensor
 
     def move_keys(self, x: Tensor) -> Tensor:
         """Lay out ``[B, H, Skv, D]`` as ``[B, H, Skv', D]``, zero where there is no token."""
@@ -49,44 +49,45 @@ class Layout:
         return _Move.apply(x, token, place, fill)
 
     def move_back(self, x: Tensor, q_len: int, fill: int = 0) -> Tensor:
-        """Take ``[B, H, Sq', D]`` back to ``[B, H, Sq, D]``, ``fill`` at padding."""
+        """Return ``[B, H, Sq', D]`` to ``[B, H, Sq, D]``, ``fill`` at padding."""
         token, place = self._query_indices(q_len)
         return _Move.apply(x, place, token, fill)
 
     def _query_indices(self, q_len: int) -> tuple[Tensor, Tensor]:
         first_query = self.place.shape[1] - q_len
         return (
-            (self.token[:, self.offset :] - first_query).clamp(min=-1),
-            (self.place[:, first_query:] - self.offset).clamp(min=-1),
+            (self.token[:, self.q_offset :] - first_query).clamp(min=-1),
+            (self.place[:, first_query:] - self.q_offset).clamp(min=-1),
         )
 
     def documents(self, config: InfLLMConfig, *, dense_slots: int = 0) -> Tensor:
-        """Write the table that ``infllm_flex_ops.selection.select_blocks`` reads.
+        """Write the table of documents that the operator ``select_blocks`` reads.
 
         Args:
             config: Sparsity settings.
-            dense_slots: Blocks that suffice for any dense sequence; 0 to let none be dense.
+            dense_slots: Blocks that suffice for any dense sequence; 0 makes no sequence dense.
 
         Returns:
-            int32 ``[B, Skv' / unit, 3]``: the first position of the sequence in that part of the
-            layout, the position after its last token, and its queries' budget in blocks.
+            int32 ``[B, Skv' / alignment, 3]``. For each part of the layout: the first position of
+            its sequence, the position after the last one, and the budget of a query in blocks.
         """
-        token = self.token[:, :: self.unit]  # sequences start there, so a part without one is empty
-        here = token.clamp(min=0)
-        first, length = self.first.gather(1, here), self.length.gather(1, here)
+        # Sequences start at the first token of a part, so a part without one is empty.
+        token = self.token[:, :: self.alignment]
+        real = token.clamp(min=0)
+        start, length = self.seq_start.gather(1, real), self.seq_len.gather(1, real)
         budget = torch.full_like(length, config.num_selected)
         if dense_slots:
             budget = torch.where(length < config.dense_len, dense_slots, budget)
-        table = torch.stack([first, first + length, budget], -1)
+        table = torch.stack([start, start + length, budget], -1)
         return torch.where((token >= 0)[..., None], table, 0).int()
 
     def move_selected(self, selected: Tensor, config: InfLLMConfig, dense_slots: int) -> Tensor:
-        """Lay out a choice ``[B, Hkv, Sq, K]`` numbered by sequence, in blocks of the layout.
+        """Lay out a selection ``[B, Hkv, Sq, K]`` numbered by sequence, in blocks of the layout.
 
-        Sequences shorter than ``dense_len`` take every block of theirs, whatever was chosen.
+        Sequences shorter than ``dense_len`` get all their blocks, whatever was selected.
         """
-        own_first = self.first_block(config.block_size, selected.shape[2])[:, None, :, None]
-        selected = torch.where(selected < 0, -1, selected + own_first)
+        start_block = self.start_block(config.block_size, selected.shape[2])[:, None, :, None]
+        selected = torch.where(selected < 0, -1, selected + start_block)
         selected = self.move_queries(selected, fill=-1)
         return self.list_dense(selected, config, dense_slots)
 
@@ -98,42 +99,43 @@ class Layout:
         *,
         query_by_query: bool = False,
     ) -> Tensor:
-        """Give every block of its past to a query that is dense, whatever was chosen.
+        """Select every block of its past for a query that is dense, whatever was selected.
 
         Args:
             selected: ``[B, Hkv, Sq', K]`` in blocks of the layout.
             config: Sparsity settings.
-            dense_slots: Blocks that suffice for any dense query; 0 where none is.
-            query_by_query: Whether the tokens of the sequence up to a query make it dense, or all.
+            dense_slots: Blocks that suffice for any dense query; 0 where none is dense.
+            query_by_query: Whether the tokens up to a query decide if it is dense; else all tokens
+                of its sequence do.
         """
         if not dense_slots:
             return selected
         missing = max(0, dense_slots - selected.shape[3])
         selected = F.pad(selected, (0, missing), value=-1)
-        parts = self.documents(config).repeat_interleave(self.unit, 1)[:, self.offset :]
-        first, end, _ = parts[:, None, :, None].unbind(-1)  # each [B, 1, Sq', 1]
+        parts = self.documents(config).repeat_interleave(self.alignment, 1)[:, self.q_offset :]
+        start, end, _ = parts[:, None, :, None].unbind(-1)  # each [B, 1, Sq', 1]
         slot = torch.arange(selected.shape[3], device=selected.device, dtype=torch.int32)
-        position = torch.arange(self.offset, self.token.shape[1], device=selected.device)[:, None]
-        block = first // config.block_size + slot
+        position = torch.arange(self.q_offset, self.token.shape[1], device=selected.device)[:, None]
+        block = start // config.block_size + slot
         seen = (block * config.block_size <= position) & (position < end)
         everything = torch.where(seen, block, -1)
-        length = position + 1 - first if query_by_query else end - first
+        length = position + 1 - start if query_by_query else end - start
         return torch.where(length < config.dense_len, everything, selected)
 
-    def first_block(self, block_size: int, q_len: int) -> Tensor:
-        """Number, for every query, the block its sequence starts at: int32 ``[B, Sq]``."""
-        return (self.first[:, self.first.shape[1] - q_len :] // block_size).int()
+    def start_block(self, block_size: int, q_len: int) -> Tensor:
+        """Return, for every query, the block its sequence starts at: int32 ``[B, Sq]``."""
+        return (self.seq_start[:, self.seq_start.shape[1] - q_len :] // block_size).int()
 
     def is_real(self) -> Tensor:
-        """Tell tokens from padding: bool ``[B, Skv]``."""
+        """Return which tokens are not padding: bool ``[B, Skv]``."""
         return self.place >= 0
 
     def dense_mask(self, q_len: int) -> Tensor:
-        """Let queries see the past of their own sequence: bool ``[B, 1, Sq, Skv]``.
+        """Make a mask by which queries see the past of their sequence: bool ``[B, 1, Sq, Skv]``.
 
-        A query that is padding sees itself, so that no softmax, nor its gradient, is nan.
+        A query that is padding sees itself, so that no softmax and no gradient of one is nan.
         """
-        owner = torch.where(self.is_real(), self.first, -1)
+        owner = torch.where(self.is_real(), self.seq_start, -1)
         token = torch.arange(owner.shape[1], device=owner.device)
         queries = slice(owner.shape[1] - q_len, None)
         mask = owner[:, queries, None] == owner[:, None]
@@ -144,10 +146,10 @@ class Layout:
 
 
 class _Move(torch.autograd.Function):
-    """Rows by index, zero where it is -1; the gradient takes them back by the inverse index.
+    """Gather rows by index, ``fill`` where it is -1; the gradient gathers by the inverse index.
 
-    So the backward is a gather too: without atomics, deterministic, and blind to padding, where a
-    gradient may be nan.
+    A backward that gathers needs no atomics, is deterministic, and never reads the gradient of
+    padding, which may be nan.
     """
 
     @staticmethod
@@ -167,50 +169,51 @@ class _Move(torch.autograd.Function):
 def _take_rows(x: Tensor, index: Tensor, fill: int) -> Tensor:
     """Copy the rows ``index [B, N]`` of ``x [B, H, S, D]``: ``[B, H, N, D]``, ``fill`` at -1.
 
-    Heads side by side, so that a row is copied whole; half the time of a gather on the CPU.
+    The heads of a token lie side by side meanwhile, so that each copy is one long run of memory.
     """
     batch = torch.arange(x.shape[0], device=x.device)[:, None]
     rows = x.transpose(1, 2)[batch, index.clamp(min=0)]  # [B, N, H, D]
     return rows.masked_fill_((index < 0)[:, :, None, None], fill).transpose(1, 2)
 
 
-def layout_unit(config: InfLLMConfig) -> int:
-    """The least distance that keeps blocks and pooling windows where a lone sequence has them."""
+def layout_alignment(config: InfLLMConfig) -> int:
+    """Return the least alignment at which a sequence keeps the blocks and windows it has alone."""
     return math.lcm(config.block_size, config.coarse_stride)
 
 
-def lay_out(opens: Tensor, is_real: Tensor, unit: int, kv_len: int, q_len: int) -> Layout:
-    """Lay a batch out.
+def lay_out(opens: Tensor, is_real: Tensor, alignment: int, kv_len: int, q_len: int) -> Layout:
+    """Lay out a batch.
 
     Args:
         opens: bool ``[B, Skv]``, whether a sequence starts at this token.
-        is_real: bool ``[B, Skv]``, false at padding. The real tokens of a sequence follow each
-            other from its first on.
-        unit: Sequences start at multiples of it.
-        kv_len: Positions in the layout, a multiple of ``unit``. Tokens beyond are lost: the caller
-            makes sure that there are none.
+        is_real: bool ``[B, Skv]``, false at padding. The real tokens of a sequence are one run that
+            begins where it opens.
+        alignment: Sequences start at multiples of it.
+        kv_len: Positions in the layout, a multiple of ``alignment``. Tokens beyond it are lost: the
+            caller makes sure that there are none.
         q_len: Queries; they are the last ``Sq`` tokens.
     """
     B, Skv = opens.shape
     token = torch.arange(Skv, device=opens.device).expand(B, -1)
     start = torch.where(opens, token, 0).cummax(-1).values
     previous = F.pad(start[:, :-1], (1, 0))
-    room = (token - previous + unit - 1) // unit * unit  # for the sequence that ends before
-    first = torch.where(opens, room, 0).cumsum(-1)
-    place = first + token - start
+    # Positions that the sequence before this token takes.
+    taken = (token - previous + alignment - 1) // alignment * alignment
+    seq_start = torch.where(opens, taken, 0).cumsum(-1)
+    place = seq_start + token - start
     fits = is_real & (place < kv_len)
 
     sequence = opens.long().cumsum(-1)
     count = torch.zeros(B, Skv + 1, dtype=torch.int64, device=opens.device)
-    length = count.scatter_add(1, sequence, is_real.long()).gather(1, sequence)
-    # The last column takes what has no place, and goes.
+    seq_len = count.scatter_add(1, sequence, is_real.long()).gather(1, sequence)
+    # Tokens without a place go to one more column, which is cut off.
     inverse = torch.full((B, kv_len + 1), -1, dtype=torch.int64, device=opens.device)
     inverse = inverse.scatter(1, torch.where(fits, place, kv_len), token)[:, :kv_len]
     return Layout(
-        unit=unit,
-        offset=(Skv - q_len) // unit * unit,
+        alignment=alignment,
+        q_offset=(Skv - q_len) // alignment * alignment,
         place=torch.where(fits, place, -1),
         token=inverse,
-        first=first,
-        length=length,
+        seq_start=seq_start,
+        seq_len=seq_len,
     )

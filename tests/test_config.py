@@ -1,4 +1,5 @@
 import dataclasses
+import json
 import types
 
 import pytest
@@ -78,6 +79,16 @@ def test_a_models_own_settings_are_read():
             window_size=1024, topk=16, dense_len=4096
         )
     assert InfLLMConfig.from_model_config(types.SimpleNamespace()) == InfLLMConfig()
+
+
+def test_what_a_checkpoint_carries_names_no_engine():
+    config = InfLLMConfig(topk=16, engine="fused", pool_queries=True, kernel_size=16)
+    written = config.to_sparse_config()
+    assert "engine" not in written
+    read = InfLLMConfig.from_model_config(json.loads(json.dumps({"sparse_config": written})))
+    assert read == dataclasses.replace(config, engine="auto")
+    old = {"sparse_config": {**written, "engine": "fused"}}
+    assert InfLLMConfig.from_model_config(old) == config
 
 
 def test_yaml_holds_a_section_or_the_settings_alone(tmp_path):

@@ -8,9 +8,11 @@ from torch import Tensor
 import infllm_flex_ops
 from infllm_flex.autocast import as_autocast, attention_dtype
 from infllm_flex.decoding.compressed_keys import CompressedKeys
-from infllm_flex.selection import check_query_and_key, default_scale, selection_rule
+from infllm_flex.selection import selection_rule
+from infllm_flex.validation import check_query_and_key, resolve_scale
 from infllm_flex_ops.decode_step import decode_step
 from infllm_flex_ops.dispatch import is_plain_on_cpu
+from infllm_flex_ops.sizes import ceil_div
 
 
 @torch.no_grad()
@@ -48,7 +50,7 @@ def decode_attention(
     check_query_and_key(query, key)
     if value.dtype != query.dtype and attention_dtype(value) != query.dtype:
         raise ValueError(f"query and value must have one dtype, got {query.dtype}, {value.dtype}")
-    scale = default_scale(query) if scale is None else scale
+    scale = resolve_scale(query, scale)
     keys = compressed_keys
     if query.shape[2] == 1 and is_plain_on_cpu(query) and not keys.config.pool_queries:
         compressed, coarse = _windows(keys, query)
@@ -103,8 +105,8 @@ def select_cached(
     keys, config = compressed_keys, compressed_keys.config
     compressed, coarse = _windows(keys, query)
     longest_dense = min(config.dense_len - 1, capacity)
-    num_blocks = -(-capacity // config.block_size)
-    width = max(min(config.num_selected, num_blocks), -(-longest_dense // config.block_size))
+    num_blocks = ceil_div(capacity, config.block_size)
+    width = max(min(config.num_selected, num_blocks), ceil_div(longest_dense, config.block_size))
     if config.pool_queries:
         if keys.scores_keys and key is None:
             raise ValueError("key must be the cache where kernel_size is 1, got None")
@@ -129,7 +131,7 @@ def select_cached(
         *selection_rule(config),
         config.dense_len,
         width,
-        default_scale(query) if scale is None else scale,
+        resolve_scale(query, scale),
     )
 
 

@@ -1,4 +1,4 @@
-"""Compiled FlexAttention on folded queries, in one part or in several merged by log-sum-exp."""
+"""Compiled FlexAttention on folded queries: one call, or several merged by log-sum-exp."""
 
 from __future__ import annotations
 
@@ -20,16 +20,21 @@ from torch.nn.attention.flex_attention import (
     flex_attention,
 )
 
-_MAX_GRAPHS = 32  # static lengths are powers of two, so a program needs few
-_SLOW_SECONDS = 3.0  # after which the user is told what the first call of a shape waits for
+from infllm_flex_ops.sizes import group_size
+
+MAX_GRAPHS = 32  # static lengths are powers of two, so a program needs few
+_SLOW_SECONDS = 3.0
 _log = logging.getLogger(__name__)
-_met: set[tuple[object, ...]] = set()  # shapes of queries that were compiled for
+
+
+class NotCompiledError(RuntimeError):
+    """PyTorch ran a function uncompiled that makes sense only compiled."""
 
 
 def fold_queries(query: Tensor, num_kv_heads: int, rows: int) -> Tensor:
-    """Fold a group into the sequence: ``[B, Hq, S, D]`` to ``[B, Hkv, S * rows, D]``.
+    """Fold a query group into the sequence: ``[B, Hq, S, D]`` to ``[B, Hkv, S * rows, D]``.
 
-    A token's rows are its G heads, and zeros where ``rows`` is more.
+    The rows of a token are its G heads, then zeros up to ``rows``.
     """
     grouped = query.unflatten(1, (num_kv_heads, -1)).transpose(2, 3)  # [B, Hkv, S, G, D]
     if rows > grouped.shape[3]:
@@ -37,46 +42,68 @@ def fold_queries(query: Tensor, num_kv_heads: int, rows: int) -> Tensor:
     return grouped.flatten(2, 3)
 
 
-def unfold_queries(out: Tensor, num_groups: int, rows: int) -> Tensor:
-    """Undo ``fold_queries`` on what has one entry per row, ``[B, Hkv, S * rows, ...]``."""
-    grouped = out.unflatten(2, (-1, rows))[:, :, :, :num_groups]
+def unfold_queries(out: Tensor, G: int, rows: int) -> Tensor:
+    """Undo ``fold_queries`` on a tensor with one entry per row, ``[B, Hkv, S * rows, ...]``."""
+    grouped = out.unflatten(2, (-1, rows))[:, :, :, :G]
     return grouped.transpose(2, 3).flatten(1, 2)
 
 
-def run_compiled(
-    function: Callable[..., Tensor | None], dynamic: bool | None, *args: Any
-) -> Tensor | None:
-    """Call within the graph being compiled, or else compiled by itself."""
+class CompileNotice:
+    """A message to the user, once, that a slow first call of a shape is compiling.
+
+    Args:
+        patience: Seconds that a first call may take without the message.
+    """
+
+    def __init__(self, patience: float) -> None:
+        self._patience = patience
+        self._shapes: set[tuple[object, ...]] = set()  # those that were compiled for
+        self._is_given = False
+
+    @contextmanager
+    def watch(self, shape: tuple[object, ...]) -> Iterator[None]:
+        """Time the call inside the block if it is the first of its shape."""
+        if shape in self._shapes:
+            yield
+            return
+        timer = threading.Timer(self._patience, self._give)
+        timer.daemon = True
+        timer.start()
+        try:
+            yield
+        finally:
+            timer.cancel()
+            self._shapes.add(shape)
+
+    def _give(self) -> None:
+        if not self._is_given:
+            self._is_given = True
+            _log.warning(
+                "compiling FlexAttention for a new length: some seconds, once for each power of two"
+            )
+
+
+_notice = CompileNotice(_SLOW_SECONDS)
+
+
+def run_compiled(function: Callable[..., Tensor], dynamic: bool | None, *args: Any) -> Tensor:
+    """Call a function within the graph being compiled, else compiled by itself.
+
+    Args:
+        function: `flex` or `flex_in_levels`.
+        dynamic: As ``torch.compile`` takes it.
+        args: Of the function; a tensor first.
+
+    Raises:
+        NotCompiledError: The recompile limit is hit, or compilation is switched off.
+    """
     if torch.compiler.is_compiling():
         return function(*args)
     with (
-        torch._dynamo.config.patch(recompile_limit=_MAX_GRAPHS),
-        _say_if_slow((function, args[0].shape, args[0].dtype, args[0].device)),
+        torch._dynamo.config.patch(recompile_limit=MAX_GRAPHS),
+        _notice.watch((function, args[0].shape, args[0].dtype, args[0].device)),
     ):
         return _compiled(function, dynamic)(*args)
-
-
-@contextmanager
-def _say_if_slow(shape: tuple[object, ...]) -> Iterator[None]:
-    """Tell the user, once, that the first call of a shape compiles, if that takes seconds."""
-    if shape in _met:
-        yield
-        return
-    timer = threading.Timer(_SLOW_SECONDS, _say_compiling)
-    timer.daemon = True
-    timer.start()
-    try:
-        yield
-    finally:
-        timer.cancel()
-        _met.add(shape)
-
-
-@functools.cache
-def _say_compiling() -> None:
-    _log.warning(
-        "compiling FlexAttention for a new length: some seconds, once for each power of two"
-    )
 
 
 def flex(
@@ -86,15 +113,15 @@ def flex(
     mask: BlockMask,
     scale: float,
     options: FlexKernelOptions | None,
-) -> Tensor | None:
-    """FlexAttention where a compiler takes it up, ``None`` where it would run uncompiled.
+) -> Tensor:
+    """Call FlexAttention on folded queries ``[B, Hkv, S * rows, D]``, compiled only.
 
-    Uncompiled FlexAttention scores every pair of tokens. PyTorch runs this very function so when
-    its recompile limit is hit or compilation is switched off, which the test below tells apart.
+    Uncompiled FlexAttention would score every pair of tokens.
+
+    Raises:
+        NotCompiledError: No compiler traces this call.
     """
-    if not torch.compiler.is_dynamo_compiling():
-        _warn_uncompiled()
-        return None
+    _require_compiler()
     return flex_attention(q, k, v, block_mask=mask, scale=scale, kernel_options=options)
 
 
@@ -106,16 +133,27 @@ def flex_in_levels(
     scale: float,
     options: list[FlexKernelOptions],
     rows: list[int],
-) -> Tensor | None:
-    """The same for ``query [B, Hq, S, D]`` under masks of levels of so many rows per token."""
-    if not torch.compiler.is_dynamo_compiling():
-        _warn_uncompiled()
-        return None
-    num_groups = query.shape[1] // k.shape[1]
+) -> Tensor:
+    """Do the same for ``query [B, Hq, S, D]`` under the masks of several levels.
+
+    Args:
+        query: ``[B, Hq, S, D]``; folded here.
+        k: ``[B, Hkv, Skv, D]``.
+        v: ``[B, Hkv, Skv, D]``.
+        masks: One per level.
+        scale: Factor on the dot products.
+        options: One per level.
+        rows: Rows per token, one per level.
+
+    Raises:
+        NotCompiledError: No compiler traces this call.
+    """
+    _require_compiler()
+    G = group_size(query, k)
     folds: dict[int, Tensor] = {}
     outs, lses = [], []
     for mask, option, n in zip(masks, options, rows, strict=True):
-        if n not in folds:  # levels of as many rows share the copy
+        if n not in folds:  # levels of as many rows use the same copy
             folds[n] = fold_queries(query, k.shape[1], n)
         q = folds[n]
         out, aux = flex_attention(
@@ -127,21 +165,28 @@ def flex_in_levels(
             kernel_options=option,
             return_aux=AuxRequest(lse=True),
         )
-        outs.append(unfold_queries(out, num_groups, n))
-        lses.append(unfold_queries(cast(Tensor, aux.lse), num_groups, n))
-    return merge_attention(outs, lses).contiguous()  # here, it costs no copy
+        outs.append(unfold_queries(out, G, n))
+        lses.append(unfold_queries(cast(Tensor, aux.lse), G, n))
+    return merge_attention(outs, lses).contiguous()  # inside the graph it costs no copy
+
+
+def _require_compiler() -> None:
+    if not torch.compiler.is_dynamo_compiling():
+        _warn_uncompiled()
+        raise NotCompiledError
 
 
 def merge_attention(outs: list[Tensor], lses: list[Tensor]) -> Tensor:
-    """Join attention over disjoint sets of keys by their log-sum-exp; -inf where a set is empty.
+    """Merge attention over disjoint sets of keys by their log-sum-exp, -inf where a set is empty.
 
     Args:
         outs: Each ``[..., S, D]``.
         lses: Natural log-sum-exp of each, ``[..., S]``.
     """
-    top = functools.reduce(torch.maximum, lses).detach()
-    top = top.masked_fill(top == -torch.inf, 0.0)  # no key in any set: weights 0, gradients too
-    weights = [(lse - top).exp() for lse in lses]
+    largest = functools.reduce(torch.maximum, lses).detach()
+    # Without a key in any set the weights are 0, and so are their gradients.
+    largest = largest.masked_fill(largest == -torch.inf, 0.0)
+    weights = [(lse - largest).exp() for lse in lses]
     total = functools.reduce(torch.add, weights)
     total = total.masked_fill(total == 0.0, 1.0)
     merged = torch.zeros_like(outs[0], dtype=total.dtype)
@@ -151,15 +196,13 @@ def merge_attention(outs: list[Tensor], lses: list[Tensor]) -> Tensor:
 
 
 @functools.cache
-def _compiled(
-    function: Callable[..., Tensor | None], dynamic: bool | None
-) -> Callable[..., Tensor | None]:
+def _compiled(function: Callable[..., Tensor], dynamic: bool | None) -> Callable[..., Tensor]:
     """Compile once per process."""
     return torch.compile(function, dynamic=dynamic)
 
 
-@functools.cache
 def _warn_uncompiled() -> None:
+    """Warn; Python's filter shows it once."""
     warnings.warn(
         "torch.compile did not take up FlexAttention (recompile limit, or compilation disabled): "
         "infllm_attention goes on with its own operator, as exact and slower; "

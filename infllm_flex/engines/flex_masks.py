@@ -13,18 +13,19 @@ import infllm_flex_ops
 from infllm_flex.config import InfLLMConfig
 from infllm_flex_ops.block_lists.tile_blocks import check_tile_tokens
 from infllm_flex_ops.block_lists.union_lists import union_width
+from infllm_flex_ops.sizes import ceil_div
 
 _MaskMod = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
 
-_CPU_TILE_ROWS = 4  # FlexAttention's CPU code is as fast on 4 rows as on 64, with less union
-_GPU_TILE_ROWS = 16  # the least that tensor cores take; more tokens a tile, more union
+_CPU_TILE_ROWS = 4  # FlexAttention's CPU code gains nothing from more, and unions would grow
+_GPU_TILE_ROWS = 16  # the fewest that tensor cores take; more tokens a tile, larger unions
 
 
 def choose_tile_tokens(num_groups: int, device: torch.device) -> int:
-    """Choose how many tokens share a tile.
+    """Choose the tokens per tile.
 
-    A tile loads the union of its tokens' blocks, so few tokens mean little waste; too few rows
-    leave the matrix units idle.
+    A tile loads the union of its tokens' blocks. Few tokens waste little of it; too few rows leave
+    the matrix units idle.
 
     Args:
         num_groups: Query heads per KV head, ``G``; a tile has tokens x G rows.
@@ -36,7 +37,7 @@ def choose_tile_tokens(num_groups: int, device: torch.device) -> int:
         while tokens * num_groups % rows:
             tokens *= 2
         return tokens
-    return -(-rows // num_groups)
+    return ceil_div(rows, num_groups)
 
 
 def build_block_mask(
@@ -45,15 +46,15 @@ def build_block_mask(
     *,
     kv_len: int,
     num_groups: int,
-    first: int | None = None,
+    q_offset: int | None = None,
     tile_tokens: int | None = None,
     backward: bool = False,
 ) -> BlockMask:
-    """Let every query see its selected blocks, causally, through FlexAttention.
+    """Build the BlockMask by which every query sees its selected blocks, causally.
 
     The query group is folded into the sequence: row ``token * G + head`` of a query
     ``[B, Hkv, Sq * G, D]``. Blocks that all tokens of a tile selected and see whole are listed as
-    full; in the others ``mask_mod`` decides, which is exact by itself: FlexAttention gives the same
+    full. In the others ``mask_mod`` decides; it is exact by itself, so FlexAttention gives the same
     result without the lists. No table of all (query, key) or (tile, block) pairs is made.
 
     Args:
@@ -61,10 +62,11 @@ def build_block_mask(
         config: Sparsity settings.
         kv_len: Keys in the sequence, ``Skv``.
         num_groups: Query heads per KV head, ``G``.
-        first: Position of the first query. Defaults to ``Skv - Sq``: they are the last positions.
-        tile_tokens: Tokens per tile, 1 to 64; ``None`` chooses by device and group.
-        backward: Also list the tiles of each block, which FlexAttention's backward walks. Their
-            rows are as wide as the number of tiles.
+        q_offset: Position of the first query. Defaults to ``Skv - Sq``: the queries are the last
+            positions.
+        tile_tokens: Tokens per tile, 1 to 64; None chooses by device and group.
+        backward: Also list the tiles of each block, which FlexAttention's backward walks. These
+            lists are as wide as the number of tiles.
 
     Returns:
         A BlockMask of ``[B, Hkv, Sq * G, Skv]``, ``BLOCK_SIZE = (tile_tokens * G, block_size)``.
@@ -81,11 +83,11 @@ def build_block_mask(
         tile_tokens = choose_tile_tokens(num_groups, selected.device)
     check_tile_tokens(tile_tokens)
     Sq = selected.shape[2]
-    num_blocks = (kv_len + config.block_size - 1) // config.block_size
+    num_blocks = ceil_div(kv_len, config.block_size)
     width = union_width(selected.shape[3], tile_tokens, num_blocks)
-    first = kv_len - Sq if first is None else first
+    q_offset = kv_len - Sq if q_offset is None else q_offset
     kv_num, kv_idx, _, full_num, full_idx = infllm_flex_ops.tile_blocks(
-        selected, first + Sq, config.block_size, tile_tokens, width
+        selected, q_offset + Sq, config.block_size, tile_tokens, width
     )
     q_num = q_idx = full_q_num = full_q_idx = None
     if backward:
@@ -104,15 +106,17 @@ def build_block_mask(
         full_q_num_blocks=full_q_num,
         full_q_indices=full_q_idx,
         BLOCK_SIZE=(tile_tokens * num_groups, config.block_size),
-        mask_mod=_selected_and_causal(selected, first, num_groups, config.block_size, num_blocks),
+        mask_mod=_selected_and_causal(
+            selected, q_offset, num_groups, config.block_size, num_blocks
+        ),
     )
 
 
 def _widen(idx: Tensor, num_blocks: int) -> Tensor:
     """View lists ``[B, Hkv, Nq, W]`` as ``[B, Hkv, Nq, num_blocks]`` without the memory.
 
-    FlexAttention's CPU code insists on lists as wide as the sequence has blocks, and reads only
-    the counted slots; so rows may run into the next one's.
+    FlexAttention's CPU code requires lists as wide as the sequence has blocks but reads only the
+    counted slots, so a row may overlap the next one.
     """
     B, Hkv, Nq, W = idx.shape
     flat = F.pad(idx.reshape(-1), (0, num_blocks))
@@ -120,12 +124,15 @@ def _widen(idx: Tensor, num_blocks: int) -> Tensor:
 
 
 def _selected_and_causal(
-    selected: Tensor, first: int, num_groups: int, block_size: int, num_blocks: int
+    selected: Tensor, q_offset: int, num_groups: int, block_size: int, num_blocks: int
 ) -> _MaskMod:
-    """Make the exact ``mask_mod``: is the key's block among the token's own, and its past?"""
-    directory, words = _pack_choice(selected, num_blocks)
-    # A tensor, since a captured number that changes from call to call would be compiled anew.
-    first_position = torch.full((1,), first, dtype=torch.int32, device=selected.device)
+    """Make the exact ``mask_mod``: the token selected the key's block, and the key is not ahead.
+
+    On GPUs it serves small groups only (`FlexUnderOneMask`); larger ones need no bit test.
+    """
+    directory, words = _pack_selection(selected, num_blocks)
+    # A tensor: a captured number would be compiled into the graph, and again for every new value.
+    first_position = torch.full((1,), q_offset, dtype=torch.int32, device=selected.device)
     last_word = selected.shape[3] - 1
 
     def mask_mod(b: Tensor, h: Tensor, q_idx: Tensor, kv_idx: Tensor) -> Tensor:
@@ -141,16 +148,16 @@ def _selected_and_causal(
     return mask_mod
 
 
-def _pack_choice(selected: Tensor, num_blocks: int) -> tuple[Tensor, Tensor]:
-    """Make ``selected [B, Hkv, Sq, K]`` answer "is this block chosen?" in two look-ups.
+def _pack_selection(selected: Tensor, num_blocks: int) -> tuple[Tensor, Tensor]:
+    """Pack ``selected [B, Hkv, Sq, K]`` so that two look-ups tell if a block is selected.
 
-    A bit per (token, block) would be a table of all pairs. So 16 blocks share a word, kept only
-    where a bit is set, and 16 words an entry of the directory: which words are kept (low half), and
-    how many precede them (high half).
+    A bit per (token, block) would be a table of all pairs. Instead, 16 blocks form a word, which is
+    stored only if a bit of it is set, and 16 words have one entry in a directory: which of them are
+    stored (low half), and how many stored words precede them (high half).
 
     Returns:
         ``directory`` int32 ``[B, Hkv, Sq, ceil(Nkv / 256)]`` and ``words`` int32
-        ``[B, Hkv, Sq, K]``, of which only 16 bits are used, so that shifts meet no sign.
+        ``[B, Hkv, Sq, K]``, of which 16 bits are used, so that no shift meets the sign bit.
     """
     chosen = selected >= 0
     group = selected >> 4

@@ -10,8 +10,8 @@ from typing import Any, NamedTuple
 import torch
 from torch.nn.attention.flex_attention import BlockMask, FlexKernelOptions
 
-_WHOLE = 128  # lengths that are a multiple of it hold whole tiles and blocks of any size
-_ADMITTED = (128, 128)  # a multiple of every block size that FlexAttention would choose by itself
+_WHOLE = 128  # a length that is a multiple of it holds whole tiles and blocks of any size
+_ADMITTED = (128, 128)  # a multiple of every block size that FlexAttention chooses by itself
 
 
 class _Forward(NamedTuple):
@@ -35,7 +35,7 @@ class _Backward(NamedTuple):
 
 
 def single_mask_options(mask: BlockMask) -> FlexKernelOptions:
-    """Fit FlexAttention's matrix products into a mask's tiles and blocks, and leave it the rest."""
+    """Fit FlexAttention's matrix products into a mask's tiles and blocks; it chooses the rest."""
     rows, keys = mask.BLOCK_SIZE
     return {"BLOCK_M": min(rows & -rows, 128), "BLOCK_N": min(keys & -keys, 64)}
 
@@ -54,19 +54,19 @@ def inference_options(
     rows, keys = mask.BLOCK_SIZE
     M, N, stages, warps = _choose(rows & -rows, keys & -keys, head_dim, dtype, capability)[0]
     options = {"BLOCK_M": M, "BLOCK_N": N, "num_stages": stages, "num_warps": warps}
-    # What is shared is not all among the options declared.
+    # PyTorch does not declare all of the shared options.
     return _shared_options(mask) | options  # type: ignore[return-value]
 
 
 def training_options(
     mask: BlockMask, head_dim: int, dtype: torch.dtype, capability: int
 ) -> tuple[BlockMask, FlexKernelOptions]:
-    """Choose kernels for both passes, and have FlexAttention's backward admit them.
+    """Choose kernels for both passes, and make FlexAttention's backward admit them.
 
-    That discards a mask's tiles and blocks where its own choice of block sizes does not divide
-    them, before it looks at the options: 64 keys and fewer on Hopper and Blackwell
-    (pytorch#176025, open in 2.13). So the mask it is shown claims larger ones, and the options
-    carry the true ones.
+    The backward rejects a mask whose tiles and blocks are not multiples of the block sizes that it
+    would choose itself, before it looks at the options. On Hopper and Blackwell that rejects blocks
+    of 64 keys and fewer (pytorch#176025, open in 2.13). Therefore the returned mask claims larger
+    sizes, and the options carry the true ones.
 
     Args:
         mask: A mask with its lists of tiles by block.
@@ -75,7 +75,7 @@ def training_options(
         capability: Compute capability of the GPU, 90 for Hopper.
 
     Returns:
-        The mask to pass to FlexAttention, of the same lists, and the options to pass with it.
+        The mask to pass to FlexAttention, with the same lists, and the options to pass with it.
     """
     rows, keys = mask.BLOCK_SIZE
     forward, backward = _choose(rows & -rows, keys & -keys, head_dim, dtype, capability)
@@ -101,15 +101,16 @@ def training_options(
         BLOCK_SIZE=_ADMITTED,
         mask_mod=mask.mask_mod,
     )
-    return admitted, options  # type: ignore[return-value]  # the sizes are not among those declared
+    # PyTorch does not declare the options that carry the sizes.
+    return admitted, options  # type: ignore[return-value]
 
 
 def _shared_options(mask: BlockMask) -> dict[str, Any]:
-    """What both passes are told of any mask.
+    """Return the options of both passes, for any mask.
 
-    FlexAttention's kernel for few queries has other terms, which such tiles do not meet. And of
-    lengths that change from call to call it does not know whether they need tests at their ends,
-    which cost a tenth.
+    ``BACKEND`` avoids FlexAttention's kernel for few queries, whose conditions these tiles do not
+    meet. ``IS_DIVISIBLE`` saves the tests at the ends of lengths that change from call to call,
+    which FlexAttention would otherwise have to assume.
     """
     return {
         "BACKEND": "TRITON",
@@ -120,7 +121,7 @@ def _shared_options(mask: BlockMask) -> dict[str, Any]:
 def _choose(
     rows: int, keys: int, head_dim: int, dtype: torch.dtype, capability: int
 ) -> tuple[_Forward, _Backward]:
-    """Choose for tiles and blocks of these powers of two (or multiples of them)."""
+    """Choose for tiles of ``rows`` and blocks of ``keys``, powers of two or multiples of them."""
     wide = head_dim > 128
     if dtype == torch.float32:
         forward = _Forward(min(rows, 32 if head_dim <= 64 else 16), 32, 2, 4)
@@ -131,8 +132,7 @@ def _choose(
             _Backward(32, 32, 32, 32, 2, 8) if rows >= 64 else _Backward(16, 64, 16, 16, 2, 8)
         )
     else:
-        # On one H100, 64K tokens and 16 heads: of 128 rows four warps take 8.3 ms and eight 9.6, of
-        # 32 two take 4.4 and four 5.1, of 16 two 7.7 and four 8.3. Four spill before Hopper.
+        # The fewest warps that do not spill are the fastest; 128 rows in four spill before Hopper.
         stages, warps = (3, 4) if rows >= 64 else (2, 2) if rows >= 32 else (3, 2)
         if rows >= 128:
             stages, warps = (2, 4) if capability >= 90 else (3, 8)

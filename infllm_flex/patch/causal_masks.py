@@ -6,8 +6,8 @@ import torch
 from torch import Tensor
 
 import infllm_flex_ops
-from infllm_flex.batches import has_values, is_recorded
 from infllm_flex.patch.errors import UnsupportedModelError
+from infllm_flex.validation import has_values, is_recorded
 
 _HIDDEN = -1e4  # additive masks hide by -inf, by the least number, or by some large one
 _ENTRIES_AT_ONCE = 2**24  # entries of a mask, looked at together

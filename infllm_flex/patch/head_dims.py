@@ -6,7 +6,7 @@ from typing import Any
 
 from torch import nn
 
-from infllm_flex.selection import MAX_HEAD_DIM
+from infllm_flex.validation import MAX_HEAD_DIM
 
 _KEY_NAMES = ("qk_head_dim", "head_dim", "head_size", "attention_head_size", "key_value_proj_dim")
 _VALUE_NAMES = ("v_head_dim", "value_head_dim", "head_v_dim")

@@ -8,7 +8,6 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from infllm_flex.attention import attend_in_layout, infllm_attention
-from infllm_flex.batches import is_recorded
 from infllm_flex.chunks import attend_chunk
 from infllm_flex.patch.causal_masks import assert_causal, assert_equal_mask, count_visible_keys
 from infllm_flex.patch.errors import UnsupportedModelError
@@ -22,6 +21,7 @@ from infllm_flex.patch.huggingface.sequence_info import (
     reject_recompute_without_info,
 )
 from infllm_flex.patch.layer_state import PatchedLayer
+from infllm_flex.validation import is_recorded
 
 
 class SdpaCall(NamedTuple):

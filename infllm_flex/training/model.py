@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import json
 import logging
 from collections.abc import Iterator
@@ -152,5 +151,5 @@ def config_json(model: Any, attention: InfLLMConfig | None) -> str:
     """
     description = json.loads(model.config.to_json_string(use_diff=True))
     if attention is not None:
-        description["sparse_config"] = dataclasses.asdict(attention)
+        description["sparse_config"] = attention.to_sparse_config()
     return json.dumps(description, indent=2, sort_keys=True) + "\n"

@@ -19,7 +19,8 @@ from infllm_flex import reference
 from infllm_flex.attention import infllm_attention
 from infllm_flex.config import InfLLMConfig
 from infllm_flex.decoding import CompressedKeys, decode_attention, select_cached
-from infllm_flex.selection import default_scale, select_blocks
+from infllm_flex.selection import select_blocks
+from infllm_flex.validation import resolve_scale
 
 _ROOT = Path(__file__).parents[2]
 _QUERIES = 40  # last ones of the sequence, which the slow reference computes too
@@ -84,7 +85,7 @@ def _check_choice(op: str, qkv: QKV, selected: Tensor, config: InfLLMConfig) -> 
     num_queries = min(_QUERIES, selected.shape[2])
     query, key = qkv.query[:1, :, -num_queries:].cpu(), qkv.key[:1].cpu()
     ours, S = selected[0, :, -num_queries:].cpu(), key.shape[2]
-    G, scale = query.shape[1] // key.shape[1], default_scale(query)
+    G, scale = query.shape[1] // key.shape[1], resolve_scale(query, None)
     expected = reference.select_blocks(query, key, config, scale=scale)[0]
     for h in range(key.shape[1]):
         group = query[0, h * G : (h + 1) * G]
@@ -120,7 +121,7 @@ def _tie(scores: Tensor, score: Tensor, config: InfLLMConfig, dtype: torch.dtype
 def _check_step(qkv: QKV, config: InfLLMConfig) -> None:
     """Judge the choice and the output of a decode step, whose token is the last one."""
     query, key, value = qkv
-    step, S, scale = query[:, :, -1:], key.shape[2], default_scale(query)
+    step, S, scale = query[:, :, -1:], key.shape[2], resolve_scale(query, None)
     keys = CompressedKeys(config, key)
     keys.append(key, S)
     selected = select_cached(step, keys, capacity=S, key=key)
@@ -134,7 +135,7 @@ def _check_step(qkv: QKV, config: InfLLMConfig) -> None:
 
 
 def _check_attention(qkv: QKV, selected: Tensor, config: InfLLMConfig) -> None:
-    scale, block_size = default_scale(qkv.query), config.block_size
+    scale, block_size = resolve_scale(qkv.query, None), config.block_size
     mask = reference.attention_mask(selected[:, :, -_QUERIES:], block_size, qkv.key.shape[2])
     mask = mask.to(qkv.query.device)
     grad_out = torch.zeros_like(qkv.query)

@@ -1,75 +1,42 @@
-"""The building of block lists apart from the attention over them, without changing either."""
+"""The building of block lists apart from the attention over them."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from typing import Any
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
-from infllm_flex.engines import choose as engines
-from infllm_flex_ops.block_lists import union_lists
+from torch import Tensor
 
-# Where attention asks for lists; only the outermost of nested calls counts.
-_SEAMS = (
-    (engines, "build_block_mask"),
-    (engines, "build_split_masks"),
-    (union_lists, "list_blocks"),
-)
+from benchmarking.inputs import QKV
+from infllm_flex.config import InfLLMConfig
+from infllm_flex.engines.choose import choose_engine
+from infllm_flex.validation import resolve_scale
 
 
-class RecordedLists:
-    """The calls by which an attention builds its lists, and their results.
+class Steps(NamedTuple):
+    """The two steps of an engine.
 
-    Args:
-        attend: Runs the attention once, with inputs like those to be timed.
-
-    Raises:
-        RuntimeError: It built no lists where this module looks for them.
+    Attributes:
+        build_lists: Builds the lists anew.
+        attend: Attends over lists built beforehand.
     """
 
-    def __init__(self, attend: Callable[[], object]) -> None:
-        self._calls: list[Callable[[], Any]] = []
-        inside = False
-
-        def record(original: Callable[..., Any]) -> Callable[..., Any]:
-            def recorder(*args: Any, **kwargs: Any) -> Any:
-                nonlocal inside
-                if inside:
-                    return original(*args, **kwargs)
-                self._calls.append(lambda: original(*args, **kwargs))
-                inside = True
-                try:
-                    return original(*args, **kwargs)
-                finally:
-                    inside = False
-
-            return recorder
-
-        with _replaced(record):
-            attend()
-        if not self._calls:
-            raise RuntimeError("the attention built no block lists: benchmarking/stages.py is old")
-        self._results = self.build()
-
-    def build(self) -> list[Any]:
-        """Build the lists anew."""
-        return [call() for call in self._calls]
-
-    @contextmanager
-    def ready(self) -> Iterator[None]:
-        """Inside the block, attention finds its lists built."""
-        results = iter(self._results)
-        with _replaced(lambda _: lambda *args, **kwargs: next(results)):
-            yield
+    build_lists: Callable[[], Any]
+    attend: Callable[[], Tensor]
 
 
-@contextmanager
-def _replaced(change: Callable[[Callable[..., Any]], Callable[..., Any]]) -> Iterator[None]:
-    originals = [getattr(module, name) for module, name in _SEAMS]
-    try:
-        for (module, name), original in zip(_SEAMS, originals, strict=True):
-            setattr(module, name, change(original))
-        yield
-    finally:
-        for (module, name), original in zip(_SEAMS, originals, strict=True):
-            setattr(module, name, original)
+def engine_steps(qkv: QKV, selected: Tensor, config: InfLLMConfig) -> Steps:
+    """Split attention over ``selected`` blocks into its steps.
+
+    Args:
+        qkv: Queries, keys and values of one sequence per row; with gradients if a backward follows.
+        selected: int32 ``[B, Hkv, Sq, K]``.
+        config: Sparsity settings, which choose the engine.
+    """
+    query, key, value = qkv
+    engine = choose_engine(query, key, value, config, resolve_scale(query, None))
+    lists = engine.build_lists(selected, query, key)
+    return Steps(
+        lambda: engine.build_lists(selected, query, key),
+        lambda: engine.attend(query, key, value, lists),
+    )

@@ -1,4 +1,4 @@
-"""What a case compares: each stage of the sparse attention, their sum, and dense attention."""
+"""The subjects of a case: each stage of sparse attention, all stages together, dense attention."""
 
 from __future__ import annotations
 
@@ -14,13 +14,15 @@ from benchmarking.dense import Baseline, dense_attentions
 from benchmarking.inputs import QKV, make_qkv, with_gradients
 from benchmarking.nsa import nsa_attentions
 from benchmarking.settings import BenchmarkSettings, CaseSettings, Heads
-from benchmarking.stages import RecordedLists
+from benchmarking.stages import engine_steps
 from benchmarking.timing import Subject
 from infllm_flex.attention import infllm_attention
 from infllm_flex.config import InfLLMConfig
-from infllm_flex.selection import default_scale, select_blocks
+from infllm_flex.selection import select_blocks
+from infllm_flex.validation import resolve_scale
 from infllm_flex_ops.block_lists import union_lists
 from infllm_flex_ops.block_lists.tile_blocks import MAX_TILE_TOKENS
+from infllm_flex_ops.sizes import group_size
 
 
 def make_subjects(
@@ -35,7 +37,7 @@ def make_subjects(
         case: Kind of queries, with gradients or without.
 
     Returns:
-        The subjects, and which other attentions do not serve here and why.
+        The subjects, and the other attentions that do not serve this case, with the reason.
     """
     if case.mode == "decode":
         return decode_subjects(settings, heads, S, case)
@@ -65,7 +67,7 @@ def make_subjects(
 def _stages(
     qkv: QKV, config: InfLLMConfig, engines: Iterable[str], grad_out: Tensor | None
 ) -> list[Subject]:
-    """The choice, and all that follows it by each engine."""
+    """Block selection, and the stages after it by each engine."""
     selected = select_blocks(qkv.query, qkv.key, config)
     subjects = [Subject("select_blocks", "", lambda: select_blocks(qkv.query, qkv.key, config))]
     for engine in engines:
@@ -77,24 +79,18 @@ def _sparse(
     qkv: QKV, selected: Tensor, config: InfLLMConfig, grad_out: Tensor | None
 ) -> list[Subject]:
     """The lists, the attention over them, and everything together, by one engine."""
-    attend = _graded(lambda: infllm_attention(*qkv, config, selected=selected), grad_out)
     everything = _graded(lambda: infllm_attention(*qkv, config), grad_out)
-    lists = RecordedLists(attend)
-
-    def attend_only() -> Tensor:
-        with lists.ready():
-            return attend()
-
+    steps = engine_steps(qkv, selected, config)
     backward = _backward(qkv, grad_out)
     return [
-        Subject("build_lists", config.engine, lists.build),
-        Subject("attend", config.engine, attend_only, backward),
+        Subject("build_lists", config.engine, steps.build_lists),
+        Subject("attend", config.engine, _graded(steps.attend, grad_out), backward),
         Subject("infllm_attention", config.engine, everything, backward),
     ]
 
 
 def _nsa(attentions: dict[str, Baseline], grad_out: Tensor | None) -> list[Subject]:
-    """Sparse attentions of others, ``[B, S, H, D]``."""
+    """Other sparse attentions, ``[B, S, H, D]``."""
     by_token = None if grad_out is None else grad_out.transpose(1, 2).contiguous()
     return [
         Subject("nsa", name, _graded(nsa.attend, by_token), _backward(nsa.qkv, by_token))
@@ -105,20 +101,20 @@ def _nsa(attentions: dict[str, Baseline], grad_out: Tensor | None) -> list[Subje
 def _tilings(
     qkv: QKV, config: InfLLMConfig, tile_rows: tuple[int, ...], grad_out: Tensor | None
 ) -> list[Subject]:
-    """The operator with tiles of other sizes than its rule chooses."""
+    """The operator with tiles of other sizes than its heuristic chooses."""
     selected = select_blocks(qkv.query, qkv.key, config)
-    groups = qkv.query.shape[1] // qkv.key.shape[1]
+    groups = group_size(qkv.query, qkv.key)
     own = (selected >= 0).sum(-1).float().mean()
     subjects = []
     for rows in tile_rows:
         tokens = rows // groups
         if not 1 <= tokens <= MAX_TILE_TOKENS:
             continue
-        lists = union_lists.list_blocks(selected, qkv.key.shape[2], config.block_size, tokens)
-        inflation = (lists[0].float().mean() / own).item()
+        num, _, _ = union_lists.list_blocks(selected, qkv.key.shape[2], config.block_size, tokens)
+        inflation = (num.float().mean() / own).item()
 
         def attend(tokens: int = tokens) -> Tensor:
-            scale = default_scale(qkv.query)
+            scale = resolve_scale(qkv.query, None)
             out, _ = infllm_flex_ops.attend_blocks(*qkv, selected, config.block_size, scale, tokens)
             return out
 

@@ -13,7 +13,8 @@ from torch import Tensor
 from infllm_flex.config import InfLLMConfig
 from infllm_flex.patch import dense
 from infllm_flex.patch.huggingface import patched_layers
-from infllm_flex.selection import default_scale, select_blocks
+from infllm_flex.selection import select_blocks
+from infllm_flex.validation import resolve_scale
 from infllm_flex_ops.block_lists import union_lists
 
 _SINGLE_KEYS = 8
@@ -63,7 +64,7 @@ def recorded_inputs(model: Any) -> Iterator[dict[str, LayerInputs]]:
 
     def recorder(name: str, original: Any) -> Any:
         def attend(module: Any, query: Tensor, key: Tensor, *args: Any, **kwargs: Any) -> Any:
-            scale = kwargs.get("scaling") or default_scale(query)
+            scale = resolve_scale(query, kwargs.get("scaling"))
             inputs[name] = LayerInputs(query.detach(), key.detach(), scale)
             return original(module, query, key, *args, **kwargs)
 

@@ -8,6 +8,7 @@ import itertools
 import pytest
 import torch
 
+import infllm_flex_ops
 from benchmarking import correctness, timing
 from benchmarking.dense import _dense_flex
 from benchmarking.inputs import QKV, make_qkv
@@ -15,11 +16,10 @@ from benchmarking.memory import limit_mib, tensors_mib
 from benchmarking.report import What, by_shape, speed_ups
 from benchmarking.results import COLUMNS
 from benchmarking.settings import BenchmarkSettings, Heads
-from benchmarking.stages import RecordedLists
+from benchmarking.stages import engine_steps
 from benchmarking.timing import Limits, Subject, time_by_turns
 from benchmarking.work import visible_pairs, work_of
 from infllm_flex import InfLLMConfig, infllm_attention, select_blocks
-from infllm_flex.engines import choose as engines
 from infllm_flex.reference import attention_mask
 from infllm_flex.strict_yaml import build_dataclass, load_yaml
 from infllm_flex_ops.block_lists import union_lists
@@ -270,18 +270,17 @@ def test_tiles_of_text_hold_as_many_blocks_as_those_of_a_trained_model(settings)
 
 
 @pytest.mark.parametrize("engine", ["flex", "fused"])
-def test_lists_are_built_apart_and_then_found_ready(engine, monkeypatch):
-    config, qkv = small_config(engine=engine), draw_qkv(200, Hq=8)
+def test_lists_are_built_apart_from_the_attention_over_them(engine, monkeypatch):
+    config, qkv = small_config(engine=engine), QKV(*draw_qkv(200, Hq=8))
     selected = select_blocks(*qkv[:2], config)
-    lists = RecordedLists(lambda: infllm_attention(*qkv, config, selected=selected))
-    assert len(lists.build()) == 1
+    steps = engine_steps(qkv, selected, config)
     expected = infllm_attention(*qkv, config, selected=selected)
-    originals = (engines.build_block_mask, union_lists.list_blocks)
-    with lists.ready():
-        assert engines.build_block_mask is not originals[0]
-        actual = infllm_attention(*qkv, config, selected=selected)
-    assert torch.equal(actual, expected)
-    assert (engines.build_block_mask, union_lists.list_blocks) == originals
+    steps.build_lists()
+    monkeypatch.setattr(union_lists, "list_blocks", None)  # neither step calls the other
+    monkeypatch.setattr(infllm_flex_ops, "tile_blocks", None)
+    assert torch.equal(steps.attend(), expected)
+    with pytest.raises(TypeError, match="not callable"):
+        steps.build_lists()
 
 
 def test_dense_flex_stays_compiled_however_many_shapes_there_are():
@@ -293,11 +292,6 @@ def test_dense_flex_stays_compiled_however_many_shapes_there_are():
                 *qkv, is_causal=True, enable_gqa=True
             )
             torch.testing.assert_close(_dense_flex(qkv)(), expected)
-
-
-def test_an_attention_without_lists_is_an_error():
-    with pytest.raises(RuntimeError, match="built no block lists"):
-        RecordedLists(lambda: None)
 
 
 def test_everything_runs_by_turns_in_a_rotating_order():

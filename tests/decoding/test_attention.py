@@ -13,7 +13,7 @@ from infllm_flex import (
     select_blocks,
 )
 from infllm_flex.decoding import select_cached
-from infllm_flex.selection import default_scale
+from infllm_flex.validation import resolve_scale
 from infllm_flex_ops import attend_cached_blocks
 from tests.inputs import make_qkv, small_config
 from tests.tolerance import assert_within_rounding
@@ -142,7 +142,7 @@ def test_a_step_on_the_cpu_has_the_bits_of_the_operators(length, pad, group, cha
     state = CompressedKeys(config, k)
     state.append(k, length + pad, start=torch.tensor([pad, 0]))
     selected = select_cached(q, state, capacity=k.shape[2])
-    scale = default_scale(q)
+    scale = resolve_scale(q, None)
     expected = attend_cached_blocks(q, k, v, selected, state.start, state.end, 16, scale)
     assert torch.equal(decode_attention(q, k, v, state), expected)
 

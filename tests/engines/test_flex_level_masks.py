@@ -2,11 +2,11 @@ import pytest
 import torch
 
 from infllm_flex import reference
-from infllm_flex.engines.choose import can_train_with_flex
+from infllm_flex.engines.flex import can_train
 from infllm_flex.engines.flex_compiled import fold_queries, merge_attention, unfold_queries
 from infllm_flex.engines.flex_level_masks import (
     Level,
-    build_split_masks,
+    build_level_masks,
     can_split,
     can_split_backward,
     choose_levels,
@@ -73,8 +73,8 @@ def test_the_masks_are_disjoint_and_together_the_choice(S, Sq, groups, levels):
     assert choose_levels(groups, backward=True) == levels
     selected = make_selected(S, B=2)[:, :, -Sq:]
     levels = [Level(*level) for level in levels]
-    masks = build_split_masks(
-        selected, small_config(), levels, kv_len=S, first=S - Sq, backward=True
+    masks = build_level_masks(
+        selected, small_config(), levels, kv_len=S, q_offset=S - Sq, backward=True
     )
     together = torch.zeros(2, 2, Sq * groups, S, dtype=torch.bool)
     for mask, level in zip(masks, levels, strict=True):
@@ -97,7 +97,7 @@ def test_gradients_through_the_levels_are_those_of_masked_attention(groups):
     S, Hkv = 70, 2
     config, selected = small_config(), make_selected(70)
     levels = choose_levels(groups, backward=True)
-    masks = build_split_masks(selected, config, levels, kv_len=S, first=0, backward=True)
+    masks = build_level_masks(selected, config, levels, kv_len=S, q_offset=0, backward=True)
     tables = [dense_table(mask) for mask in masks]
     inputs = make_qkv(S, Hq=groups * Hkv, Hkv=Hkv)
     grad_out = make_qkv(S, Hq=groups * Hkv, Hkv=Hkv, seed=1)[0]
@@ -156,7 +156,7 @@ def test_kernels_fit_into_tiles_and_blocks(groups, block_size, head_dim, dtype, 
     config = small_config(block_size=block_size, window_size=2 * block_size)
     selected = make_selected(300, block_size=block_size)
     levels = choose_levels(groups, backward=True)
-    masks = build_split_masks(selected, config, levels, kv_len=300, first=0, backward=True)
+    masks = build_level_masks(selected, config, levels, kv_len=300, q_offset=0, backward=True)
     for mask, level in zip(masks, levels, strict=True):
         rows, keys = level.tokens * level.rows, block_size
         forward = inference_options(mask, head_dim, dtype, capability)
@@ -207,4 +207,4 @@ def test_a_row_without_any_key_has_zero_gradients():
 
 def test_the_cpu_trains_without_flex():
     q, k, _ = make_qkv(64, Hq=32)
-    assert not can_train_with_flex(q, k, small_config(engine="flex"))
+    assert not can_train(q, k, small_config().block_size)

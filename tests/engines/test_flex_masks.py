@@ -100,7 +100,7 @@ def test_uncompiled_flex_attention_gives_the_same_result():
 def test_first_moves_the_queries():
     selected = make_selected(205)[:, :, 100:130]
     config = small_config()
-    ours = build_block_mask(selected, config, kv_len=205, num_groups=2, first=100)
+    ours = build_block_mask(selected, config, kv_len=205, num_groups=2, q_offset=100)
     alone = build_block_mask(selected, config, kv_len=130, num_groups=2)
     assert torch.equal(ours.kv_num_blocks, alone.kv_num_blocks)
     assert torch.equal(ours.full_kv_num_blocks, alone.full_kv_num_blocks)

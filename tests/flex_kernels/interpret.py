@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from infllm_flex.engines.flex_compiled import fold_queries, merge_attention, unfold_queries
-from infllm_flex.engines.flex_level_masks import Level, build_split_masks
+from infllm_flex.engines.flex_level_masks import Level, build_level_masks
 from tests.inputs import make_qkv, make_selected, small_config
 
 
@@ -33,7 +33,7 @@ def run(case: dict[str, Any], kernels: list[dict[str, Any]]) -> dict[str, Tensor
     forward, backward = kernels[::2], kernels[1::2]
     levels = [Level(*kernel["level"]) for kernel in forward]
     selected = make_selected(S, block_size=block)
-    masks = build_split_masks(selected, config, levels, kv_len=S, first=0, backward=True)
+    masks = build_level_masks(selected, config, levels, kv_len=S, q_offset=0, backward=True)
     nothing = torch.empty(0)
 
     rows, outs, lses = [], [], []

@@ -17,7 +17,7 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn.attention.flex_attention import AuxRequest, BlockMask, flex_attention
 
-from infllm_flex.engines.flex_level_masks import build_split_masks, choose_levels
+from infllm_flex.engines.flex_level_masks import build_level_masks, choose_levels
 from infllm_flex.engines.flex_options import training_options
 from tests.custom_ops.ahead_of_time import resource_usage
 from tests.flex_kernels.pretended_gpu import lower, pretend
@@ -47,7 +47,7 @@ def lower_levels(case: dict[str, Any]) -> list[dict[str, Any]]:
                 for n in lengths
             )
             selected = torch.empty(1, 2, S, 5, dtype=torch.int32)
-            masks = build_split_masks(selected, config, levels, kv_len=S, first=0, backward=True)
+            masks = build_level_masks(selected, config, levels, kv_len=S, q_offset=0, backward=True)
             sources = lower(
                 _attend(masks[i], i == len(levels) - 1, q, level.rows, case["capability"]), q, k, v
             )

@@ -28,14 +28,14 @@ def test_autocast_serves_sparse_and_dense_lengths():
 def test_autocast_leaves_the_choice_of_blocks_in_float32(monkeypatch):
     """Queries and keys are rounded; their scores are those of the rounded ones, in float32."""
     model, chosen = ifx.patch_model(build(), SETTINGS), []
-    real = attention.choose_blocks
+    real = attention.select_blocks_unchecked
 
     def choose(query, key, *others):
         assert query.dtype == key.dtype == torch.bfloat16
         chosen.append((real(query, key, *others), query.clone(), key.clone(), *others))
         return chosen[-1][0]
 
-    monkeypatch.setattr(attention, "choose_blocks", choose)
+    monkeypatch.setattr(attention, "select_blocks_unchecked", choose)
     with torch.autocast("cpu", torch.bfloat16):
         logits(model, LONG)
     assert len(chosen) == 2

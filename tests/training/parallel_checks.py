@@ -149,13 +149,13 @@ class _Choices:
 
     def __enter__(self) -> list[Tensor]:
         self.calls: list[Tensor] = []
-        real = attention.choose_blocks
+        real = attention.select_blocks_unchecked
 
         def select(*args: Any, **kwargs: Any) -> Tensor:
             self.calls.append(real(*args, **kwargs))
             return self.calls[-1]
 
-        self._patch = mock.patch.object(attention, "choose_blocks", select)
+        self._patch = mock.patch.object(attention, "select_blocks_unchecked", select)
         self._patch.start()
         return self.calls
 

@@ -10,7 +10,6 @@ from torch import Tensor, nn
 
 from infllm_flex.attention import attend_in_layout, infllm_attention
 from infllm_flex.autocast import as_autocast
-from infllm_flex.batches import is_recorded, require
 from infllm_flex.patch.head_dims import unsupported_head_dims
 from infllm_flex.patch.huggingface.attention_layers import layer_of
 from infllm_flex.patch.huggingface.cache_hook import KEYWORD, cache_layer
@@ -36,6 +35,7 @@ from infllm_flex.patch.huggingface.unsupported_calls import (
 )
 from infllm_flex.patch.layer_state import Attend, PatchedLayer, get_layer
 from infllm_flex.patch.skip_reasons import CHUNKED
+from infllm_flex.validation import is_recorded, require_rows
 
 _CHUNKS = (
     "documents over a cache must not begin within the chunks of a layer of chunked attention: "
@@ -197,7 +197,7 @@ def _dense_mask(
     if in_chunks and isolated is not None:
         # Such a mask must have been made for these documents, whose chunks begin where they do.
         apart = (isolated == tensor) | ~sequences.is_real[:, None, :, None]
-        isolated = require(apart.flatten(1).all(-1), _CHUNKS, isolated)
+        isolated = require_rows(apart.flatten(1).all(-1), _CHUNKS, isolated)
     return isolated
 
 

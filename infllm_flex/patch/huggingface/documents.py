@@ -9,11 +9,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-import infllm_flex_ops
-from infllm_flex.batches import has_values, is_recorded, require
+from infllm_flex.batches import read_bounds
 from infllm_flex.config import InfLLMConfig
-from infllm_flex.layout import Layout, lay_out, layout_unit
+from infllm_flex.layout import Layout, lay_out, layout_alignment
 from infllm_flex.patch.huggingface.sequence_info import SequenceInfo, never_decreases
+from infllm_flex.validation import assert_in_graph, has_values, is_recorded, require_rows
 
 _GAP = (
     "attention_mask must hold one run of ones per row, or position_ids that restart at 0 where "
@@ -49,24 +49,24 @@ class Sequences:
 
     def layout(self, config: InfLLMConfig) -> Layout:
         """Lay them out for the blocks of ``config``."""
-        unit = layout_unit(config)
-        if unit not in self._layouts:
-            self._layouts[unit] = self._lay_out(unit)
-        return self._layouts[unit]
+        alignment = layout_alignment(config)
+        if alignment not in self._layouts:
+            self._layouts[alignment] = self._lay_out(alignment)
+        return self._layouts[alignment]
 
-    def _lay_out(self, unit: int) -> Layout:
+    def _lay_out(self, alignment: int) -> Layout:
         S, opens = self.opens.shape[1], self.opens
         if self._gaps is not None:
-            opens = require(~self._gaps.any(-1), _GAP, opens)
-        if self.limit is not None:  # every start moves up by at most unit - 1
-            room = (self.limit + (self._gaps is not None)) * (unit - 1)
+            opens = require_rows(~self._gaps.any(-1), _GAP, opens)
+        if self.limit is not None:  # every start moves up by at most alignment - 1
+            room = (self.limit + (self._gaps is not None)) * (alignment - 1)
         else:
-            room = max(S // 4, 8 * unit)
-        kv_len = (S + room + unit - 1) // unit * unit
-        layout = lay_out(opens, self.is_real, unit, kv_len, S)
+            room = max(S // 4, 8 * alignment)
+        kv_len = (S + room + alignment - 1) // alignment * alignment
+        layout = lay_out(opens, self.is_real, alignment, kv_len, S)
         if self.limit is None:
             fits = ((layout.place >= 0) == self.is_real).all()
-            checked = layout.place + infllm_flex_ops.zero_if(fits, _NO_ROOM).long()
+            checked = assert_in_graph(layout.place, fits, _NO_ROOM)
             layout = dataclasses.replace(layout, place=checked)
         return layout
 
@@ -143,7 +143,7 @@ def _read(
     limit: int | None = 1
     if bounds is not None:
         opens = opens | (_open_at(bounds, same_bounds, B, S) & is_real)
-        opens = require((opens | ~restarts).all(-1), _CONTRADICTION, opens)
+        opens = require_rows((opens | ~restarts).all(-1), _CONTRADICTION, opens)
         limit = bounds.shape[0] - 1 + (padding is not None)
     elif positions is not None:
         opens = opens | restarts
@@ -196,9 +196,7 @@ def _open_at(bounds: Tensor, same_bounds: Tensor | None, B: int, S: int) -> Tens
             f"cu_seq_lens_q packs documents in one row: expected [N + 1] and a batch of 1, "
             f"got {list(bounds.shape)} and a batch of {B}"
         )
-    right = (bounds.diff() >= 0).all() & (bounds[0] == 0) & (bounds[-1] == S)
+    opens, is_valid = read_bounds(bounds, S)
     if same_bounds is not None and same_bounds is not bounds:
-        right = right & (same_bounds == bounds).all()
-    opens = torch.zeros(S + 1, dtype=torch.bool, device=bounds.device)
-    opens = opens.scatter(0, bounds[:-1].long().clamp(0, S), True)[None, :S]
-    return require(right[None], _BOUNDS, opens)
+        is_valid = is_valid & (same_bounds == bounds).all()
+    return require_rows(is_valid[None], _BOUNDS, opens)

@@ -9,9 +9,9 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
-from infllm_flex.batches import has_values, is_recorded
 from infllm_flex.patch.forward_context import begin_unhooked_forward, current_forward
 from infllm_flex.patch.huggingface.tensor_proxy import TensorProxy
+from infllm_flex.validation import has_values, is_recorded
 
 
 class LazyMask(TensorProxy):

@@ -12,11 +12,11 @@ import torch
 from torch import Tensor
 
 import infllm_flex_ops
-from infllm_flex.batches import has_values, is_recorded
 from infllm_flex.patch.causal_masks import is_plain_causal
 from infllm_flex.patch.forward_context import recall
 from infllm_flex.patch.huggingface.documents import Sequences
 from infllm_flex.patch.huggingface.masks import LazyMask
+from infllm_flex.validation import has_values, is_recorded
 
 # Keywords by which models hand over attention that is more than softmax(scale * q k) v.
 _SPECIAL_KEYWORDS = {
