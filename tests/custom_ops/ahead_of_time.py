@@ -1,4 +1,4 @@
-"""Compile kernels for GPUs that are not here: what a launcher would launch, and what it takes."""
+"""Compile kernels for GPUs that are not here, and read the registers and memory they take."""
 
 import re
 import subprocess
@@ -8,37 +8,39 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import pytest
-import torch
 
 # Shared memory a program may use, in bytes, by compute capability.
 SHARED_LIMIT = {80: 163 << 10, 89: 99 << 10, 90: 227 << 10, 100: 227 << 10}
 
-_POINTERS = {
-    torch.float32: "*fp32",
-    torch.float16: "*fp16",
-    torch.bfloat16: "*bf16",
-    torch.float8_e4m3fn: "*fp8e4nv",
-    torch.int32: "*i32",
-    torch.int64: "*i64",
-}
 _OPTIONS = ("num_warps", "num_stages", "maxnreg")
 
 
 class Launch(NamedTuple):
-    """One recorded launch: the kernel and its arguments by name, compile options apart."""
+    """One recorded launch: the kernel, its arguments by name, and its compile options."""
 
     kernel: Any
     arguments: dict[str, Any]
     options: dict[str, int]
 
+    @property
+    def sizes(self) -> dict[str, Any]:
+        """The arguments by name; grouped compile-time constants by their own names."""
+        sizes = dict(self.arguments)
+        for parameter in self.kernel.params:
+            value = self.arguments[parameter.name]
+            if parameter.is_constexpr and isinstance(value, tuple):
+                sizes |= value._asdict()  # type: ignore[attr-defined]
+        return sizes
+
     def __str__(self) -> str:
         names = ("N", "TAKEN", "SEGMENT", "BLOCK_N", "ROWS", "TOKENS", "HEADS", "D", "TILE_TOKENS")
-        shape = " ".join(f"{n}={self.arguments[n]}" for n in names if n in self.arguments)
+        sizes = self.sizes
+        shape = " ".join(f"{name}={sizes[name]}" for name in names if name in sizes)
         return f"{self.kernel.__name__} {shape} {self.options}"
 
 
 class Resources(NamedTuple):
-    """What one compiled kernel takes."""
+    """Registers per thread, bytes of stack (spills) and of shared memory of a compiled kernel."""
 
     registers: int
     stack: int
@@ -48,9 +50,9 @@ class Resources(NamedTuple):
 def record_launches(
     monkeypatch: pytest.MonkeyPatch, call: Callable[[], Any], capability: int
 ) -> list[Launch]:
-    """Run a launcher, on meta tensors, without running its kernels; repeats are left out.
+    """Run a launcher on meta tensors and record its launches, without repeats.
 
-    The launcher believes it is on a device of this compute capability.
+    No kernel runs. The launcher sees a device of the given compute capability.
     """
     import triton
 
@@ -74,41 +76,35 @@ def record_launches(
     return list(launches.values())
 
 
-def compile_for(launch: Launch, capability: int) -> Resources:
-    """Compile as the launch would be: integers 1 and multiples of 16 are specialised."""
-    import triton
-    from triton.backends.compiler import GPUTarget
-    from triton.compiler import ASTSource
-    from triton.experimental.gluon._runtime import GluonASTSource
-    from triton.experimental.gluon.nvidia.hopper import TensorDescriptor as GluonDescriptor
-    from triton.tools.tensor_descriptor import TensorDescriptor
+class _Driver(NamedTuple):
+    """What Triton asks of a GPU driver before it compiles a kernel."""
 
-    signature, constants, attributes = {}, {}, {}
-    for i, parameter in enumerate(launch.kernel.params):
-        name, value = parameter.name, launch.arguments[parameter.name]
-        specialise = not parameter.do_not_specialize
-        if parameter.is_constexpr or (specialise and type(value) is int and value == 1):
-            signature[name], constants[name] = "constexpr", value
-        elif value is None:
-            signature[name], constants[name] = "constexpr", None
-        elif isinstance(value, TensorDescriptor):
-            signature[name] = f"tensordesc<{_POINTERS[value.base.dtype][1:]}{value.block_shape}>"
-        elif isinstance(value, GluonDescriptor):
-            box = f"{_POINTERS[value.base.dtype][1:]}{value.block_shape}"
-            signature[name] = f"tensordesc<{box},{value.layout!r}>"
-        elif isinstance(value, torch.Tensor):
-            signature[name] = _POINTERS[value.dtype]
-            attributes[i,] = [["tt.divisibility", 16]]
-        elif isinstance(value, float):
-            signature[name] = "fp32"
-        else:
-            signature[name] = "i32" if abs(value) < 1 << 31 else "i64"
-            if specialise and value % 16 == 0:
-                attributes[i,] = [["tt.divisibility", 16]]
-    language = GluonASTSource if launch.kernel.is_gluon() else ASTSource
-    source = language(launch.kernel, signature, constants, attributes)
-    target = GPUTarget("cuda", capability, 32)
-    compiled = triton.compile(source, target=target, options=launch.options)
+    capability: int
+
+    def get_current_device(self) -> int:
+        return self.capability  # kernels are cached by device
+
+    def get_current_stream(self, device: int) -> int:
+        return 0
+
+    def get_current_target(self) -> Any:
+        from triton.backends.compiler import GPUTarget
+
+        return GPUTarget("cuda", self.capability, 32)
+
+
+def compile_kernel(launch: Launch, capability: int) -> Any:
+    """Compile what the launch would run, by Triton's own path from arguments to a kernel."""
+    import triton
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(triton.runtime.driver, "_active", _Driver(capability))
+        return launch.kernel.warmup(grid=None, **launch.arguments, **launch.options)
+
+
+def compile_for(launch: Launch, capability: int) -> Resources:
+    """Compile what the launch would run, and read what it takes."""
+    compiled = compile_kernel(launch, capability)
     usage = resource_usage(compiled.asm["cubin"])
     return Resources(usage["REG"], usage["STACK"], compiled.metadata.shared)
 

@@ -146,7 +146,7 @@ def test_boxes_are_as_exact_as_pointers(
     describe = descriptors.describe
     for module in (forward, backward):
         monkeypatch.setattr(
-            module, "has_boxes", lambda *xs: all(map(descriptors.is_laid_out_for_boxes, xs))
+            module, "can_use_tma", lambda *xs: all(map(descriptors.is_laid_out_for_tma, xs))
         )
         monkeypatch.setattr(module, "describe", lambda *a: described.append(a) or describe(*a))
     describe_groups = descriptors.describe_groups

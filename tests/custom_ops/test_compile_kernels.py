@@ -255,7 +255,7 @@ def test_compiles_without_spills(
     for launch in record_launches(monkeypatch, lambda: call(*args), capability):
         used = _compile(launch, capability)
         allowed = _ADA_SPILLS if capability == 89 else 0
-        G = launch.arguments.get("G", 1)
+        G = launch.sizes.get("G", 1)
         walks = launch.kernel.__name__ in ("attend_kernel", "dq_kernel")
         if walks and capability < 90 and G & (G - 1):
             allowed = _WAITING_SPILLS
@@ -287,7 +287,7 @@ def test_scores_in_strided_boxes_compile_without_spills(
 ) -> None:
     launches = record_launches(monkeypatch, lambda: _select(dtype, D, G, S), 90)
     launch = [x for x in launches if x.kernel.__name__ == "score_boxed_kernel"][-1]
-    assert (launch.arguments["SEGMENT"] > 0) == (S > 8192)  # long rows are picked from a few
+    assert (launch.sizes["SEGMENT"] > 0) == (S > 8192)  # long rows are picked from a few
     used = _compile(launch, 90)
     assert used.stack == 0
     assert programs * (used.shared + 1024) <= SHARED_LIMIT[90] + 1024  # side by side

@@ -1,8 +1,6 @@
-"""Tensor descriptors, by which Hopper's copy engine (TMA) fetches rectangles of a tensor.
+"""Tensor descriptors, by which Hopper's copy engine (TMA) loads boxes of a tensor.
 
-A program then computes no addresses and waits at no barrier of all its warps for its keys.
-On one H200 at 64K tokens attention in tiles of 128 rows takes 11 % less time, in tiles of 64 rows
-21 %, and the gradients of keys and values 16 to 27 % less.
+A program then computes no addresses, and its warps do not all wait at a barrier for the keys.
 """
 
 from typing import Any
@@ -13,16 +11,16 @@ from torch import Tensor
 
 from infllm_flex_ops.device import compute_capability
 
-_ALIGNMENT = 16  # bytes: where a tensor begins, and the steps between its rows
+_ALIGNMENT = 16  # bytes: of a tensor's first element, and of its strides
 
 
-def has_boxes(*tensors: Tensor) -> bool:
-    """Whether boxes of all of them, ``[B, H, S, D]``, are to be used: on Hopper, where measured."""
-    return all(compute_capability(x) == 90 and is_laid_out_for_boxes(x) for x in tensors)
+def can_use_tma(*tensors: Tensor) -> bool:
+    """Whether kernels load these tensors, ``[B, H, S, D]``, by TMA: on Hopper, where measured."""
+    return all(compute_capability(x) == 90 and is_laid_out_for_tma(x) for x in tensors)
 
 
-def is_laid_out_for_boxes(x: Tensor) -> bool:
-    """Whether the copy engine could fetch boxes of ``x [B, H, S, D]``."""
+def is_laid_out_for_tma(x: Tensor) -> bool:
+    """Whether the copy engine can load boxes of ``x [B, H, S, D]``."""
     if x.element_size() > 2 or x.numel() == 0 or x.stride(3) != 1:
         return False
     step = _ALIGNMENT // x.element_size()
@@ -31,10 +29,10 @@ def is_laid_out_for_boxes(x: Tensor) -> bool:
 
 
 def describe(x: Tensor, rows: int) -> Any:
-    """Describe ``x [B, H, S, D]`` as boxes of a head's rows; what is outside reads as zero.
+    """Describe ``x [B, H, S, D]`` as boxes ``[1, 1, rows, D]``; outside of ``x`` a box is zero.
 
     Args:
-        x: A tensor that ``has_boxes``. Its last dimension is taken whole, padded to a power of two.
+        x: A tensor that TMA can load. A box is a power of two wide, at least 16.
         rows: Rows of a box, a power of two.
     """
     from triton.tools.tensor_descriptor import TensorDescriptor
@@ -43,15 +41,15 @@ def describe(x: Tensor, rows: int) -> Any:
 
 
 def describe_for_gluon(x: Tensor, rows: int) -> Any:
-    """Describe ``x`` as ``describe`` does, to kernels written in Gluon, which name layouts."""
+    """Describe ``x`` as ``describe`` does, for kernels written in Gluon, which name layouts."""
     return _describe_for_gluon(x, list(x.shape), [*_strides(x), 1], [1, 1, rows, _box_width(x)])
 
 
 def describe_strided(x: Tensor, rows: int, step: int) -> Any:
     """Describe ``x [B, H, S, D]`` to Gluon as boxes ``[1, 1, rows, 1, D]`` of every step-th row.
 
-    Coordinates: batch row, head, first row // step, first row % step, 0. What is left over of a
-    head's rows after its last whole step is not part of any box.
+    Coordinates: batch row, head, first row // step, first row % step, 0. No box holds the rows of a
+    head after its last whole step.
     """
     B, H, S, D = x.shape
     batch, head, token = _strides(x)
@@ -63,9 +61,9 @@ def describe_groups(x: Tensor, num_groups: int, tokens: int) -> Any:
     """Describe ``x [B, H, S, D]`` as boxes of some tokens' rows in all heads of a group.
 
     Args:
-        x: A tensor that ``has_boxes``.
-        num_groups: Groups of heads, which divide ``H``. A box holds a group head after head, and
-            rows of zeros up to a power of two of heads.
+        x: A tensor that TMA can load.
+        num_groups: Number of groups of heads; divides ``H``. A box holds the rows of a group head
+            after head, then rows of zeros up to a power of two of heads.
         tokens: Tokens of a box, a power of two.
     """
     from triton.tools.tensor_descriptor import TensorDescriptor
@@ -78,7 +76,7 @@ def describe_groups(x: Tensor, num_groups: int, tokens: int) -> Any:
 
 
 def describe_lines(x: Tensor, width: int) -> Any:
-    """Describe a contiguous tensor as boxes of ``width`` elements, one after the other."""
+    """Describe a contiguous tensor as boxes of ``width`` consecutive elements."""
     from triton.tools.tensor_descriptor import TensorDescriptor
 
     return TensorDescriptor.from_tensor(x.view(-1, width), [1, width])
@@ -98,6 +96,6 @@ def _box_width(x: Tensor) -> int:
 
 
 def _strides(x: Tensor) -> list[int]:
-    """Steps between batch rows, heads and tokens; with one element any step will do."""
+    """Strides of batch, heads and tokens. A dimension of one element may have any stride."""
     step = _ALIGNMENT // x.element_size()
     return [x.stride(i) if x.shape[i] > 1 else step for i in range(3)]

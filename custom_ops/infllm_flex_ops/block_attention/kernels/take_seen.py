@@ -3,7 +3,7 @@
 import triton
 import triton.language as tl
 
-from infllm_flex_ops.triton_common.dot_in_parts import dot_in_parts
+from infllm_flex_ops.triton_common.dot_fp32 import dot_fp32
 
 
 @triton.jit
@@ -22,7 +22,7 @@ def take_seen(
     factor,
     D: tl.constexpr,
     BLOCK_D: tl.constexpr,
-    IN_PARTS: tl.constexpr,
+    FP32: tl.constexpr,
 ):
     """Take the keys that are ``seen [N]`` into the running softmax of the rows.
 
@@ -31,8 +31,8 @@ def take_seen(
     keys and values of another dtype in their own, as autocast leaves them.
     """
     d = tl.arange(0, BLOCK_D)
-    if IN_PARTS:
-        logits = dot_in_parts(q_ptr, q_mask, stride_qd, k_row, seen[None, :], stride_kd, D, BLOCK_D)
+    if FP32:
+        logits = dot_fp32(q_ptr, q_mask, stride_qd, k_row, seen[None, :], stride_kd, D, BLOCK_D)
     else:
         k_mask = seen[None, :] & (d < D)[:, None]
         k = tl.load(k_row + d[:, None] * stride_kd, mask=k_mask, other=0.0)
@@ -44,7 +44,7 @@ def take_seen(
     total = total * shrink + tl.sum(weights, 1)
     top = new_top
     v = tl.load(v_row, mask=seen[:, None] & (d < D)[None, :], other=0.0)
-    if not IN_PARTS:
+    if not FP32:
         v = v.to(q.dtype)
     acc = tl.dot(weights.to(v.dtype), v, acc * shrink[:, None], input_precision="ieee")
     return acc, top, total

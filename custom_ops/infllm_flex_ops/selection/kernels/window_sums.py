@@ -3,7 +3,7 @@
 import triton
 import triton.language as tl
 
-from infllm_flex_ops.triton_common.dot_in_parts import dot_in_parts
+from infllm_flex_ops.triton_common.dot_fp32 import dot_fp32
 
 
 @triton.jit
@@ -33,30 +33,28 @@ def sum_run(
     D: tl.constexpr,
     BLOCK_D: tl.constexpr,
     BLOCK_N: tl.constexpr,
-    IN_PARTS: tl.constexpr,
-    BOXES: tl.constexpr,
+    FP32: tl.constexpr,
+    USE_TMA: tl.constexpr,
 ):
     """Largest dot product of each row, and the sum of ``2 ** ((x - largest) * factor)``.
 
     A row takes its first ``seen`` keys into account, of those from ``begin`` to ``stop``; every row
-    sees the first ``whole``. ``boxes`` hold the keys from ``first_key`` on, if ``BOXES``.
+    sees the first ``whole``. ``boxes`` hold the keys from ``first_key`` on, if ``USE_TMA``.
     """
     top = tl.full([q_ptr.shape[0]], float("-inf"), tl.float32)
     total = tl.zeros([q_ptr.shape[0]], tl.float32)
     d = tl.arange(0, BLOCK_D)
     inner_end = begin
-    if not IN_PARTS:  # float32 leaves no registers for a second loop
+    if not FP32:  # float32 leaves no registers for a second loop
         inner_end += tl.maximum(tl.minimum(stop, whole) - begin, 0) // BLOCK_N * BLOCK_N
-    for EDGE in tl.static_range(1 if IN_PARTS else 0, 2):
+    for EDGE in tl.static_range(1 if FP32 else 0, 2):
         for start in range(inner_end if EDGE else begin, stop if EDGE else inner_end, BLOCK_N):
             n = start + tl.arange(0, BLOCK_N)
             key_ptr = keys_ptr + n[None, :].to(tl.int64) * stride_s
             valid = (n < stop)[None, :]
-            if IN_PARTS:
-                logits = dot_in_parts(
-                    q_ptr, q_mask, stride_qd, key_ptr, valid, stride_d, D, BLOCK_D
-                )
-            elif BOXES:
+            if FP32:
+                logits = dot_fp32(q_ptr, q_mask, stride_qd, key_ptr, valid, stride_d, D, BLOCK_D)
+            elif USE_TMA:
                 keys = boxes.load([b, h, first_key + start, 0]).reshape(BLOCK_N, BLOCK_D)
                 logits = tl.dot(q, tl.trans(keys))
             else:

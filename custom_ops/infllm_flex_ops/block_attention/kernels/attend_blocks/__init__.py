@@ -12,9 +12,11 @@ from infllm_flex_ops.block_attention.kernels.attend_blocks.careful import (
     find_special_kernel,
 )
 from infllm_flex_ops.block_attention.kernels.attend_blocks.forward import attend_kernel
+from infllm_flex_ops.block_attention.kernels.tile_args import Shape, Tile
 from infllm_flex_ops.block_lists import union_lists
 from infllm_flex_ops.device import compute_capability, knows_gluon
-from infllm_flex_ops.triton_common.descriptors import describe, describe_for_gluon, has_boxes
+from infllm_flex_ops.triton_common.descriptors import can_use_tma, describe, describe_for_gluon
+from infllm_flex_ops.triton_common.tensor_args import Lists, view
 
 _CAREFUL_PROGRAMS = 512  # per head; they share its tokens, and end at once where there is nothing
 _SEARCHED_KEYS = 64  # keys that a program searches for nan and inf
@@ -62,7 +64,7 @@ def launch(
     lse = torch.empty(B, Hq, Sq, dtype=torch.float32, device=q.device)
     if out.numel() == 0:
         return out, lse
-    boxed = has_boxes(k, v)
+    boxed = can_use_tma(k, v)
     tile_rows = Hq // Hkv * tile_tokens
     lists = num.contiguous(), idx.contiguous(), words.contiguous()
     arguments = _arguments(q, k, v, lists, out, lse, block_size, tile_tokens, scale)
@@ -76,9 +78,26 @@ def launch(
         divided = choose_specialized(q)
         attend_specialized_kernel[(programs,)](*arguments, *gluon_boxes, **divided)
     else:
-        tile = choose_tile(q, tile_rows, block_size, boxed)
-        boxes = [describe(x, tile["BLOCK_N"]) if boxed else None for x in (k, v)]
-        attend_kernel[(programs * tile["PARTS"],)](*arguments, *boxes, BOXES=boxed, **tile)
+        tile, options = choose_tile(q, tile_rows, block_size, boxed)
+        k_desc, v_desc = (describe(x, tile.BLOCK_N) if boxed else None for x in (k, v))
+        attend_kernel[(programs * tile.PARTS,)](
+            q=view(q),
+            k=view(k),
+            v=view(v),
+            k_desc=k_desc,
+            v_desc=v_desc,
+            lists=Lists(*lists, lists[1].shape[3]),
+            out=view(out),
+            lse_ptr=lse,
+            Sq=q.shape[2],
+            Skv=k.shape[2],
+            num_tiles=num.shape[2],
+            qk_scale_log2=scale * math.log2(math.e),
+            Hkv=Hkv,
+            SHAPE=Shape(Hq // Hkv, q.shape[3], block_size, tile_tokens),
+            TILE=tile,
+            **options,
+        )
     _attend_carefully(k, v, q, arguments)
     return out, lse
 
@@ -138,7 +157,7 @@ def _attend_carefully(k: Tensor, v: Tensor, q: Tensor, arguments: tuple[Any, ...
     B, Hkv, Skv, D = k.shape
     block_d = max(16, triton.next_power_of_2(D))
     rows = max(16, triton.next_power_of_2(q.shape[1] // Hkv))
-    in_parts = q.element_size() > 2
+    fp32 = q.element_size() > 2
     special = torch.zeros(B * Hkv, dtype=torch.int32, device=q.device)
     find_special_kernel[(B * Hkv * triton.cdiv(Skv, _SEARCHED_KEYS),)](
         k,
@@ -159,8 +178,8 @@ def _attend_carefully(k: Tensor, v: Tensor, q: Tensor, arguments: tuple[Any, ...
         ROWS=rows,
         BLOCK_N=16,
         BLOCK_D=block_d,
-        IN_PARTS=in_parts,
-        num_warps=8 if in_parts or rows * block_d > 4096 else 4,
+        FP32=fp32,
+        num_warps=8 if fp32 or rows * block_d > 4096 else 4,
         num_stages=1,
     )
 
@@ -215,26 +234,31 @@ def choose_specialized(q: Tensor) -> dict[str, Any]:
     }
 
 
-def choose_tile(q: Tensor, tile_rows: int, block_size: int, boxed: bool) -> dict[str, Any]:
+def choose_tile(
+    q: Tensor, tile_rows: int, block_size: int, use_tma: bool
+) -> tuple[Tile, dict[str, int]]:
     """Choose how many of the tile's rows a program takes, and how many keys at a time."""
     block_d = max(16, triton.next_power_of_2(q.shape[3]))
-    in_parts = q.element_size() > 2
+    fp32 = q.element_size() > 2
     # Wide heads take registers, and so do masks, of a head dim that is no power of two.
-    masked = q.shape[3] < block_d and not (boxed and tile_rows >= 64)
+    masked = q.shape[3] < block_d and not (use_tma and tile_rows >= 64)
     costly = block_d > 128 or masked
-    most_rows, most_keys = (16, 16) if in_parts else (64, 32) if costly else (128, 64)
+    most_rows, most_keys = (16, 16) if fp32 else (64, 32) if costly else (128, 64)
     rows = max(16, min(most_rows, triton.next_power_of_2(tile_rows)))
     # Triton 3.7 gives four warps too few registers on sm_100 for these.
     wide = rows == 64 and (costly or block_d < 128)
-    tile = {
-        "PARTS": triton.cdiv(tile_rows, rows),
-        "ROWS": rows,
-        "BLOCK_N": max(16, min(most_keys, triton.next_power_of_2(block_size))),
-        "BLOCK_D": block_d,
-        "IN_PARTS": in_parts,
-        "num_warps": 8 if rows == 128 or wide or (in_parts and block_d <= 128) else 4,
-        "num_stages": 1 if in_parts else 2,
+    tile = Tile(
+        PARTS=triton.cdiv(tile_rows, rows),
+        ROWS=rows,
+        BLOCK_N=max(16, min(most_keys, triton.next_power_of_2(block_size))),
+        BLOCK_D=block_d,
+        FP32=fp32,
+        USE_TMA=use_tma,
+    )
+    options = {
+        "num_warps": 8 if rows == 128 or wide or (fp32 and block_d <= 128) else 4,
+        "num_stages": 1 if fp32 else 2,
     }
     if rows == 128 and compute_capability(q) == 90:
-        tile["maxnreg"] = 128  # two programs side by side on a multiprocessor
-    return tile
+        options["maxnreg"] = 128  # two programs side by side on a multiprocessor
+    return tile, options

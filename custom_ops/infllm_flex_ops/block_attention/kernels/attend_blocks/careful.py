@@ -85,7 +85,7 @@ def attend_carefully_kernel(
     ROWS: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_D: tl.constexpr,
-    IN_PARTS: tl.constexpr,
+    FP32: tl.constexpr,
 ):
     """Attend with every so many tokens of a head that has specials, one token at a time."""
     head = tl.program_id(0).to(tl.int64)
@@ -138,7 +138,7 @@ def attend_carefully_kernel(
                 factor,
                 D,
                 BLOCK_D,
-                IN_PARTS,
+                FP32,
             )
         lse_row = (b * Hkv * G + q_head) * Sq + s
         out_row = b * stride_ob + q_head * stride_oh + s.to(tl.int64) * stride_os

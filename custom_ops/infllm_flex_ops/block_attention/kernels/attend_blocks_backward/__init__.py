@@ -19,10 +19,10 @@ from infllm_flex_ops.block_attention.kernels.attend_blocks_backward.shares impor
 from infllm_flex_ops.block_lists import union_lists
 from infllm_flex_ops.device import has_little_shared_memory
 from infllm_flex_ops.triton_common.descriptors import (
+    can_use_tma,
     describe,
     describe_groups,
     describe_lines,
-    has_boxes,
 )
 
 _BOXED_ROWS = 64  # of a step for dk and dv, where the copy engine fetches them
@@ -78,8 +78,8 @@ def launch(
     strides = (*q.stride(), *k.stride(), *v.stride())
     G = Hq // Hkv
     shared = {"G": G, "D": D, "BLOCK_SIZE": block_size, "TILE_TOKENS": tile_tokens}
-    keys_boxed = has_boxes(k, v)
-    rows_boxed = _fill_boxes(tile_tokens, G, D, block_size) and has_boxes(q, grad_out)
+    keys_boxed = can_use_tma(k, v)
+    rows_boxed = _fill_boxes(tile_tokens, G, D, block_size) and can_use_tma(q, grad_out)
     by_tile, by_block = _tiles(q, G, tile_tokens, block_size, keys_boxed, rows_boxed)
     tile_rows = by_block["PARTS"] * by_block["ROWS"]
     per_row = (B * Hkv, num_tiles, tile_rows)
@@ -110,7 +110,7 @@ def launch(
         Hkv,
         **shared,
         **by_tile,
-        BOXES=keys_boxed,
+        USE_TMA=keys_boxed,
         TILE_ROWS=tile_rows,
         BOX_TOKENS=tokens if rows_boxed else 0,
         BOX_ROWS=by_block["ROWS"],
@@ -152,7 +152,7 @@ def launch(
         triton.cdiv(_MIN_PROGRAMS, (shares.most + num_blocks) * chunks),
         **shared,
         **by_block,
-        BOXES=rows_boxed,
+        USE_TMA=rows_boxed,
         INDEX=tl.int32 if _fit_32_bits(q, grad_out, G, tile_tokens) else tl.int64,
         maxnreg=None if rows_boxed else 255,  # told nothing, ptxas may spill for more programs
     )
@@ -178,7 +178,7 @@ def choose_tile_tokens(q: Tensor, k: Tensor) -> int:
     G = q.shape[1] // k.shape[1]
     if q.element_size() > 2:
         return union_lists.choose_tile_tokens(G, 16)
-    if _group_fills_boxes(G, q.shape[3]) and has_boxes(q):
+    if _group_fills_boxes(G, q.shape[3]) and can_use_tma(q):
         return union_lists.choose_tile_tokens(triton.next_power_of_2(G), 64)
     return union_lists.choose_tile_tokens(G, 64, 32)
 
@@ -215,7 +215,7 @@ def _tiles(
     """Choose rows and keys at a time, for dq and for dk and dv, that the registers hold."""
     block_d = max(16, triton.next_power_of_2(q.shape[3]))
     block_n = triton.next_power_of_2(block_size)
-    in_parts = q.element_size() > 2  # float32 without tensor cores: operands in registers
+    fp32 = q.element_size() > 2  # float32 without tensor cores: operands in registers
     masked = q.shape[3] < block_d or block_size % 64 != 0  # masks take registers
 
     def tile(
@@ -227,12 +227,12 @@ def _tiles(
             "ROWS": rows,
             "BLOCK_N": max(16, min(most_keys, block_n)),
             "BLOCK_D": block_d,
-            "IN_PARTS": in_parts,
+            "FP32": fp32,
             "num_warps": warps,
-            "num_stages": 1 if in_parts else 2,
+            "num_stages": 1 if fp32 else 2,
         }
 
-    if in_parts:
+    if fp32:
         return tile(16, 16, 4), tile(16, 16, 8 if block_d > 128 else 4)
     if block_d > 128:
         return tile(32, 32 if has_little_shared_memory(q) else 64, 8), tile(32, 32, 8)

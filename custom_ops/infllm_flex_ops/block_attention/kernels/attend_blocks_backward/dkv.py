@@ -8,7 +8,7 @@ atomics, so the bits repeat.
 import triton
 import triton.language as tl
 
-from infllm_flex_ops.triton_common.dot_in_parts import dot_in_parts
+from infllm_flex_ops.triton_common.dot_fp32 import dot_fp32
 
 _VARYING = ["Sq", "Skv", "num_tiles", "num_blocks", "num_shares", "stretch", "heads_together"]
 
@@ -54,21 +54,21 @@ def _walk(
     PARTS: tl.constexpr,
     ROWS: tl.constexpr,
     BLOCK_D: tl.constexpr,
-    IN_PARTS: tl.constexpr,
+    FP32: tl.constexpr,
     INDEX: tl.constexpr,
-    BOXES: tl.constexpr,
+    USE_TMA: tl.constexpr,
     EDGE: tl.constexpr,
 ):
     """Add what the rows of some of a block's tiles contribute to its gradients."""
     HEADS: tl.constexpr = triton.next_power_of_2(G)
-    BOX_TOKENS: tl.constexpr = ROWS // HEADS if BOXES else ROWS
+    BOX_TOKENS: tl.constexpr = ROWS // HEADS if USE_TMA else ROWS
     d = tl.arange(0, BLOCK_D)
     lane = tl.arange(0, ROWS)
     for i in tl.range(begin * PARTS, end * PARTS):
         # No number, however wrong, leads out of the tensors.
         tile = tl.minimum(tl.maximum(tl.load(tile_of_ptr + i // PARTS), 0), num_tiles - 1)
         word = tl.load(word_of_ptr + i // PARTS)
-        if BOXES:  # which hold head after head, and then zeros
+        if USE_TMA:  # which hold head after head, and then zeros
             group = lane // BOX_TOKENS
             token = i % PARTS * BOX_TOKENS + lane % BOX_TOKENS
         else:
@@ -80,7 +80,7 @@ def _walk(
         do_tile = do_ptr + tile.to(tl.int64) * TILE_TOKENS * stride_os
         q_row = q_tile + group.to(INDEX) * stride_qh + token * stride_qs
         do_row = do_tile + group.to(INDEX) * stride_oh + token * stride_os
-        if BOXES:
+        if USE_TMA:
             first = tile * TILE_TOKENS + i % PARTS * BOX_TOKENS
             q = q_boxes.load([b, h, 0, first, 0]).reshape(ROWS, BLOCK_D)
             do = do_boxes.load([b, h, 0, first, 0]).reshape(ROWS, BLOCK_D)
@@ -91,7 +91,7 @@ def _walk(
             q = tl.load(q_row[:, None] + d[None, :] * stride_qd, mask=row_mask, other=0.0)
             do = tl.load(do_row[:, None] + d[None, :] * stride_od, mask=row_mask, other=0.0)
         # Infinite is the log-sum-exp where there is no row.
-        if BOXES:
+        if USE_TMA:
             at = (first_tile + tile) * PARTS + i % PARTS
             lse = row_lse.load([at, 0]).reshape(ROWS)
             delta = row_delta.load([at, 0]).reshape(ROWS)
@@ -99,8 +99,8 @@ def _walk(
             row = tile.to(tl.int64) * (PARTS * ROWS) + i % PARTS * ROWS + lane
             lse = tl.load(row_lse + row)
             delta = tl.load(row_delta + row)
-        if IN_PARTS:
-            logits = dot_in_parts(
+        if FP32:
+            logits = dot_fp32(
                 k_ptr,
                 valid[:, None],
                 stride_kd,
@@ -117,8 +117,8 @@ def _walk(
             ahead = key - (Skv - Sq) - tile * TILE_TOKENS
             weights = tl.where(ahead[:, None] <= token[None, :], weights, 0.0)
         dv = tl.dot(weights.to(do.dtype), do, dv, input_precision="ieee")
-        if IN_PARTS:
-            dweights = dot_in_parts(
+        if FP32:
+            dweights = dot_fp32(
                 v_ptr,
                 valid[:, None],
                 stride_vd,
@@ -189,8 +189,8 @@ def dkv_kernel(
     ROWS: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_D: tl.constexpr,
-    IN_PARTS: tl.constexpr,
-    BOXES: tl.constexpr,
+    FP32: tl.constexpr,
+    USE_TMA: tl.constexpr,
     INDEX: tl.constexpr,
 ):
     """Fill ``dk`` and ``dv`` for some keys of one block, or a slot of ``part`` for a share of it.
@@ -230,10 +230,10 @@ def dkv_kernel(
             v_row = v_ptr + b * stride_vb + h * stride_vh + key.to(tl.int64)[:, None] * stride_vs
             k = key_mask  # unused in parts
             v = key_mask
-            if not IN_PARTS:
+            if not FP32:
                 k = tl.load(k_row + d[None, :] * stride_kd, mask=key_mask, other=0.0)
                 v = tl.load(v_row + d[None, :] * stride_vd, mask=key_mask, other=0.0)
-            if not BOXES:
+            if not USE_TMA:
                 row_lse += head * num_tiles * (PARTS * ROWS)
                 row_delta += head * num_tiles * (PARTS * ROWS)
             dk = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
@@ -282,9 +282,9 @@ def dkv_kernel(
                     PARTS,
                     ROWS,
                     BLOCK_D,
-                    IN_PARTS,
+                    FP32,
                     INDEX,
-                    BOXES,
+                    USE_TMA,
                     not LATER,
                 )
             if is_share:

@@ -3,7 +3,7 @@
 import triton
 import triton.language as tl
 
-from infllm_flex_ops.triton_common.dot_in_parts import dot_in_parts
+from infllm_flex_ops.triton_common.dot_fp32 import dot_fp32
 
 
 @triton.jit
@@ -40,8 +40,8 @@ def _walk(
     BLOCK_SIZE: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_D: tl.constexpr,
-    IN_PARTS: tl.constexpr,
-    BOXES: tl.constexpr,
+    FP32: tl.constexpr,
+    USE_TMA: tl.constexpr,
     EDGE: tl.constexpr,
 ):
     """Add what the keys of some slots of a list contribute to the gradient of the rows."""
@@ -61,24 +61,24 @@ def _walk(
             valid = valid & (key < Skv)
         k_row = k_ptr + key.to(tl.int64)[:, None] * stride_ks + d[None, :] * stride_kd
         v_row = v_ptr + key.to(tl.int64)[:, None] * stride_vs + d[None, :] * stride_vd
-        if BOXES:
+        if USE_TMA:
             k = k_boxes.load([b, h, first, 0]).reshape(BLOCK_N, BLOCK_D)
         elif CHECK or D < BLOCK_D:
             key_mask = valid[:, None] & (d < D)[None, :]
             k = tl.load(k_row, mask=key_mask, other=0.0)
         else:
             k = tl.load(k_row)
-        if IN_PARTS:
+        if FP32:
             k_column = k_ptr + key.to(tl.int64)[None, :] * stride_ks
             v_column = v_ptr + key.to(tl.int64)[None, :] * stride_vs
-            logits = dot_in_parts(
+            logits = dot_fp32(
                 q_ptr, row_mask, stride_qd, k_column, valid[None, :], stride_kd, D, BLOCK_D
             )
-            dweights = dot_in_parts(
+            dweights = dot_fp32(
                 do_ptr, row_mask, stride_gd, v_column, valid[None, :], stride_vd, D, BLOCK_D
             )
         else:
-            if BOXES:
+            if USE_TMA:
                 v = v_boxes.load([b, h, first, 0]).reshape(BLOCK_N, BLOCK_D)
             elif CHECK or D < BLOCK_D:
                 v = tl.load(v_row, mask=key_mask, other=0.0)
@@ -147,8 +147,8 @@ def dq_kernel(
     ROWS: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_D: tl.constexpr,
-    IN_PARTS: tl.constexpr,
-    BOXES: tl.constexpr,
+    FP32: tl.constexpr,
+    USE_TMA: tl.constexpr,
     TILE_ROWS: tl.constexpr,
     BOX_TOKENS: tl.constexpr,
     BOX_ROWS: tl.constexpr,
@@ -189,7 +189,7 @@ def dq_kernel(
     tl.store(row_lse_ptr + place, lse, mask=real)
     tl.store(row_delta_ptr + place, delta, mask=real)
     q = do  # unused in parts
-    if not IN_PARTS:
+    if not FP32:
         q = tl.load(q_ptr + d[None, :] * stride_qd, mask=mask, other=0.0)
 
     dq = tl.zeros([ROWS, BLOCK_D], tl.float32)
@@ -234,8 +234,8 @@ def dq_kernel(
             BLOCK_SIZE,
             BLOCK_N,
             BLOCK_D,
-            IN_PARTS,
-            BOXES,
+            FP32,
+            USE_TMA,
             EDGE,
         )
     tl.store(dq_ptr + out_row + d[None, :] * stride_od, dq * scale, mask=mask)

@@ -66,7 +66,7 @@ def launch(
         ROWS=rows,
         BLOCK_N=max(16, min(32 if wide else 64, triton.next_power_of_2(block_size))),
         BLOCK_D=block_d,
-        IN_PARTS=q.element_size() > 2,
+        FP32=q.element_size() > 2,
         # Wide heads of a cache that is cast as it is read take more registers.
         num_warps=8 if rows > 32 or (wide and q.element_size() == 2 and block_d > 128) else 4,
         num_stages=1 if wide else _stages(q, block_d),

@@ -43,7 +43,7 @@ def split_kernel(
     ROWS: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_D: tl.constexpr,
-    IN_PARTS: tl.constexpr,
+    FP32: tl.constexpr,
 ):
     """Fill ``parts [B * Hkv, n, splits, ROWS, BLOCK_D + 2]``: sums of values, largest, total.
 
@@ -62,7 +62,7 @@ def split_kernel(
     q_ptr += (b * stride_qb + (h * G + group) * stride_qh + token.to(tl.int64) * stride_qs)[:, None]
     q_mask = (group < G)[:, None]
     q = q_mask  # unused in parts
-    if not IN_PARTS:
+    if not FP32:
         q = tl.load(q_ptr + d[None, :] * stride_qd, mask=q_mask & (d < D)[None, :], other=0.0)
     k_ptr += b * stride_kb + h * stride_kh
     v_ptr += b * stride_vb + h * stride_vh
@@ -97,7 +97,7 @@ def split_kernel(
             factor,
             D,
             BLOCK_D,
-            IN_PARTS,
+            FP32,
         )
 
     at = (head.to(tl.int64) * n + token) * splits + split

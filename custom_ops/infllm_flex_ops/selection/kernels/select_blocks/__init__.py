@@ -20,7 +20,7 @@ from infllm_flex_ops.selection.kernels.select_blocks.workspace import (
     split,
 )
 from infllm_flex_ops.selection.rule import SelectionRule
-from infllm_flex_ops.triton_common.descriptors import describe, describe_strided, has_boxes
+from infllm_flex_ops.triton_common.descriptors import can_use_tma, describe, describe_strided
 
 _LSE_BYTES = 64 << 20
 
@@ -103,9 +103,9 @@ def launch(
     lse = _workspace(q, step_heads * span_tiles * tile_rows)
     factor = scale * math.log2(math.e)
     # A box holds windows without gaps between those of one block and the next.
-    boxed = not strided and slots == per_block and has_boxes(compressed)
+    boxed = not strided and slots == per_block and can_use_tma(compressed)
     boxes = describe(compressed, tile["BLOCK_N"]) if boxed else None
-    lse_boxed = has_boxes(coarse)
+    lse_boxed = can_use_tma(coarse)
     lse_boxes = describe(coarse, tile["BLOCK_N"]) if lse_boxed else None
     if (boxed or strided) and tile["HEADS"] > 2:
         # Another program side by side is worth more than another stage: on one H200 at 64K tokens
@@ -122,7 +122,7 @@ def launch(
     }
     shared = {**of_tokens, **tile}
     score: Any = score_kernel
-    scoring = {**shared, "PER_BLOCK": per_block, "BEFORE": before, "SLOTS": slots, "BOXES": boxed}
+    scoring = {**shared, "PER_BLOCK": per_block, "BEFORE": before, "SLOTS": slots, "USE_TMA": boxed}
     if strided:
         from infllm_flex_ops.selection.kernels.select_blocks.boxed_scores import (
             score_boxed_kernel as score,
@@ -159,7 +159,7 @@ def launch(
                     parts.first,
                     COARSE_SIZE=coarse_size,
                     COARSE_STRIDE=coarse_stride,
-                    BOXES=lse_boxed,
+                    USE_TMA=lse_boxed,
                     **shared,
                 )
             rows = range(num_rows)[row : row + step_tiles * tokens]
@@ -206,7 +206,7 @@ def _can_stride(q: Tensor, compressed: Tensor, tile: dict[str, int]) -> bool:
     with 7; a whole selection with 16 takes 3 % less on one H200, 5 at 128K.
     """
     fits = tile["BLOCK_D"] in (64, 128) and tile["HEADS"] <= 16 and q.element_size() == 2
-    return fits and has_boxes(compressed) and knows_gluon()
+    return fits and can_use_tma(compressed) and knows_gluon()
 
 
 def _choose_strided(tile: dict[str, int]) -> dict[str, int | None]:
@@ -244,7 +244,7 @@ def _tile(q: Tensor, Hkv: int, slots: int) -> dict[str, int]:
         "TOKENS": rows // heads,
         "BLOCK_N": max(block_n, slots),
         "BLOCK_D": block_d,
-        "IN_PARTS": q.element_size() > 2,
+        "FP32": q.element_size() > 2,
         "num_warps": warps,
         "num_stages": stages,
     }

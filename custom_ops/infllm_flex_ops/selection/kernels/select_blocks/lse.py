@@ -27,8 +27,8 @@ def _row_lse(
     D: tl.constexpr,
     BLOCK_D: tl.constexpr,
     BLOCK_N: tl.constexpr,
-    IN_PARTS: tl.constexpr,
-    BOXES: tl.constexpr,
+    FP32: tl.constexpr,
+    USE_TMA: tl.constexpr,
 ):
     """Take the log-sum-exp of each query row over its first ``seen`` keys, before scaling.
 
@@ -54,8 +54,8 @@ def _row_lse(
         D,
         BLOCK_D,
         BLOCK_N,
-        IN_PARTS,
-        BOXES,
+        FP32,
+        USE_TMA,
     )
     return top + tl.log2(tl.where(total == 0.0, 1.0, total)) / factor  # none seen: -inf
 
@@ -109,8 +109,8 @@ def lse_kernel(
     HEADS: tl.constexpr,
     TOKENS: tl.constexpr,
     BLOCK_N: tl.constexpr,
-    IN_PARTS: tl.constexpr,
-    BOXES: tl.constexpr,
+    FP32: tl.constexpr,
+    USE_TMA: tl.constexpr,
 ):
     """Fill ``lse [num_heads, tiles, HEADS * TOKENS]`` for the rows of some heads, a tile each."""
     tiles = tl.cdiv(end_row - first_row, TOKENS)
@@ -140,7 +140,7 @@ def lse_kernel(
     q_ptr += q_row[:, None]
     q_mask = ((group < G) & (row < end_row))[:, None]
     q = q_mask  # unused in parts
-    if not IN_PARTS:
+    if not FP32:
         d = tl.arange(0, BLOCK_D)
         q = tl.load(q_ptr + d[None, :] * stride_qd, mask=q_mask & (d < D)[None, :], other=0.0)
 
@@ -167,8 +167,8 @@ def lse_kernel(
         D,
         BLOCK_D,
         BLOCK_N,
-        IN_PARTS,
-        BOXES,
+        FP32,
+        USE_TMA,
     )
     if offset + first < COARSE_SIZE - 1:  # some row sees no coarse key: the compressed ones serve
         blind = tl.minimum(last_position, COARSE_SIZE - 2)
@@ -194,7 +194,7 @@ def lse_kernel(
             D,
             BLOCK_D,
             BLOCK_N,
-            IN_PARTS,
+            FP32,
             False,
         )
         lse = tl.where(position < COARSE_SIZE - 1, own_lse, lse)

@@ -19,7 +19,7 @@ from infllm_flex_ops.selection.kernels.select_blocks.workspace import (
     split,
 )
 from infllm_flex_ops.selection.rule import SelectionRule
-from infllm_flex_ops.triton_common.dot_in_parts import dot_in_parts
+from infllm_flex_ops.triton_common.dot_fp32 import dot_fp32
 
 _MAX_SLOTS = 256  # windows of a block, which one step scores together
 _VARYING = ["first_head", "num_heads", "first_row", "end_row", "offset", "C"]
@@ -73,7 +73,7 @@ def pooled_score_kernel(
     BLOCK_D: tl.constexpr,
     TOKENS: tl.constexpr,
     BLOCK_N: tl.constexpr,
-    IN_PARTS: tl.constexpr,
+    FP32: tl.constexpr,
     KEPT: tl.constexpr,
 ):
     """Fill ``scores [num_heads, rows, columns]`` and ``bests``, the best of every ``KEPT`` blocks.
@@ -111,7 +111,7 @@ def pooled_score_kernel(
     d = tl.arange(0, BLOCK_D)
     q_ptr += b * stride_qb + h * stride_qh
     q_ptr += token.to(tl.int64)[:, None] * stride_qs
-    if not IN_PARTS:
+    if not FP32:
         q_mask = is_row[:, None] & (d < D)[None, :]
         q = tl.load(q_ptr + d[None, :] * stride_qd, mask=q_mask, other=0.0)
 
@@ -127,8 +127,8 @@ def pooled_score_kernel(
         window = (start + n // SLOTS) * PER_BLOCK + slot
         valid = (window < C) & (slot < PER_BLOCK)
         key_ptr = keys_ptr + window.to(tl.int64)[None, :] * stride_ks
-        if IN_PARTS:
-            logits = dot_in_parts(
+        if FP32:
+            logits = dot_fp32(
                 q_ptr,
                 is_row[:, None],
                 stride_qd,
@@ -279,7 +279,7 @@ def _choose_tile(q: Tensor, slots: int) -> dict[str, Any]:
         "TOKENS": tokens,
         # A step holds whole blocks, at most a segment of them.
         "BLOCK_N": max(min(block_n, SEGMENT.value * slots), slots),
-        "IN_PARTS": q.element_size() > 2,
+        "FP32": q.element_size() > 2,
         "num_warps": warps,
         "num_stages": stages,
     }

@@ -9,7 +9,7 @@ import triton.language as tl
 
 from infllm_flex_ops.selection.kernels.select_blocks.documents import locate_tile
 from infllm_flex_ops.selection.kernels.window_sums import count_windows
-from infllm_flex_ops.triton_common.dot_in_parts import dot_in_parts
+from infllm_flex_ops.triton_common.dot_fp32 import dot_fp32
 
 VARYING = ["first_head", "num_heads", "first_row", "end_row", "offset", "C"]
 VARYING += ["split_blocks", "splits", "lse_tile", "lse_tiles", "num_parts", "first_part"]
@@ -64,8 +64,8 @@ def score_kernel(
     HEADS: tl.constexpr,
     TOKENS: tl.constexpr,
     BLOCK_N: tl.constexpr,
-    IN_PARTS: tl.constexpr,
-    BOXES: tl.constexpr,
+    FP32: tl.constexpr,
+    USE_TMA: tl.constexpr,
     SEGMENT: tl.constexpr,
 ):
     """Fill ``scores [num_heads, rows, columns]``: a tile, a run of blocks each.
@@ -105,7 +105,7 @@ def score_kernel(
     q_row = b * stride_qb + (h * G + group) * stride_qh + row.to(tl.int64) * stride_qs
     q_ptr += q_row[None, :]
     q_mask = ((group < G) & (row < end_row))[None, :]
-    if not IN_PARTS:
+    if not FP32:
         q = tl.load(q_ptr + d[:, None] * stride_qd, mask=q_mask & (d < D)[:, None], other=0.0)
     lse_ptr += (head.to(tl.int64) * lse_tiles + lse_tile + tile) * (HEADS * TOKENS)
     shift = -factor * tl.load(lse_ptr + column)[None, :]
@@ -124,7 +124,7 @@ def score_kernel(
         begin_block = tl.maximum(first_block - STEP, 0)
     inner_end = begin_block
     # Float32 leaves no registers for a second loop, and windows of other blocks need the tests.
-    ALL_EDGE: tl.constexpr = IN_PARTS or SLOTS != PER_BLOCK
+    ALL_EDGE: tl.constexpr = FP32 or SLOTS != PER_BLOCK
     if not ALL_EDGE:  # every row sees all of these blocks' windows
         whole = count_windows(offset + first, KERNEL_SIZE, KERNEL_STRIDE, C) // PER_BLOCK
         inner_end += tl.maximum(tl.minimum(end_block, whole) - begin_block, 0) // STEP * STEP
@@ -137,11 +137,11 @@ def score_kernel(
             window = (start + n // SLOTS) * PER_BLOCK + slot - BEFORE
             valid = (window >= 0) & (window < C) & (slot < PER_BLOCK + BEFORE)
             key_ptr = keys_ptr + window.to(tl.int64)[:, None] * stride_ks
-            if IN_PARTS:
-                logits = dot_in_parts(
+            if FP32:
+                logits = dot_fp32(
                     key_ptr, valid[:, None], stride_kd, q_ptr, q_mask, stride_qd, D, BLOCK_D
                 )
-            elif BOXES:
+            elif USE_TMA:
                 at = first_window + start * PER_BLOCK
                 keys = boxes.load([b.to(tl.int32), h.to(tl.int32), at, 0])
                 logits = tl.dot(keys.reshape(BLOCK_N, BLOCK_D), q)

@@ -183,7 +183,7 @@ def _tile(q: Tensor, Hkv: int, slots: int) -> dict[str, int]:
         "TOKENS": tokens,
         "BLOCK_N": max(32 if wide else 64, slots),
         "BLOCK_D": max(16, triton.next_power_of_2(q.shape[3])),
-        "IN_PARTS": wide,
+        "FP32": wide,
         "num_warps": 4,
         "num_stages": 1 if wide else 3,
     }

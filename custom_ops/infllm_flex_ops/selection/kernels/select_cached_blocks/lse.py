@@ -44,7 +44,7 @@ def cached_lse_kernel(
     HEADS: tl.constexpr,
     TOKENS: tl.constexpr,
     BLOCK_N: tl.constexpr,
-    IN_PARTS: tl.constexpr,
+    FP32: tl.constexpr,
 ):
     """Fill ``parts [B * Hkv, tiles, runs, 2, HEADS * TOKENS]``, one run of coarse keys each."""
     run = tl.program_id(0)
@@ -64,7 +64,7 @@ def cached_lse_kernel(
     q_ptr += (b * stride_qb + (h * G + group) * stride_qh + row.to(tl.int64) * stride_qs)[:, None]
     q_mask = ((group < G) & (row < n))[:, None]
     q = q_mask  # unused in parts
-    if not IN_PARTS:
+    if not FP32:
         d = tl.arange(0, BLOCK_D)
         q = tl.load(q_ptr + d[None, :] * stride_qd, mask=q_mask & (d < D)[None, :], other=0.0)
 
@@ -88,7 +88,7 @@ def cached_lse_kernel(
         D,
         BLOCK_D,
         BLOCK_N,
-        IN_PARTS,
+        FP32,
         False,
     )
     first = length - n + tile * TOKENS
@@ -114,7 +114,7 @@ def cached_lse_kernel(
             D,
             BLOCK_D,
             BLOCK_N,
-            IN_PARTS,
+            FP32,
             False,
         )
         blind = position < COARSE_SIZE - 1

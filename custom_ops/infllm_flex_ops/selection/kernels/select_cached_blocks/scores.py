@@ -5,7 +5,7 @@ import triton.language as tl
 
 from infllm_flex_ops.selection.kernels.select_cached_blocks.lse import merge_runs
 from infllm_flex_ops.selection.kernels.window_sums import count_windows
-from infllm_flex_ops.triton_common.dot_in_parts import dot_in_parts
+from infllm_flex_ops.triton_common.dot_fp32 import dot_fp32
 
 
 @triton.jit(do_not_specialize=["n", "C", "C2", "columns", "runs", "run_keys", "split_blocks"])
@@ -51,7 +51,7 @@ def cached_score_kernel(
     HEADS: tl.constexpr,
     TOKENS: tl.constexpr,
     BLOCK_N: tl.constexpr,
-    IN_PARTS: tl.constexpr,
+    FP32: tl.constexpr,
 ):
     """Fill ``scores [B * Hkv, n, columns]``, a run of blocks each: their best overlapping window.
 
@@ -74,7 +74,7 @@ def cached_score_kernel(
     d = tl.arange(0, BLOCK_D)
     q_ptr += (b * stride_qb + (h * G + group) * stride_qh + row.to(tl.int64) * stride_qs)[None, :]
     q_mask = ((group < G) & (row < n))[None, :]
-    if not IN_PARTS:
+    if not FP32:
         q = tl.load(q_ptr + d[:, None] * stride_qd, mask=q_mask & (d < D)[:, None], other=0.0)
     at = (head.to(tl.int64) * tl.num_programs(2) + tile) * runs
     count = count_windows(last, COARSE_SIZE, COARSE_STRIDE, C2)
@@ -90,8 +90,8 @@ def cached_score_kernel(
         window = (start + i // SLOTS) * PER_BLOCK + slot - BEFORE
         valid = (window >= 0) & (window < C) & (slot < PER_BLOCK + BEFORE)
         key_ptr = keys_ptr + window.to(tl.int64)[:, None] * stride_ks
-        if IN_PARTS:
-            logits = dot_in_parts(
+        if FP32:
+            logits = dot_fp32(
                 key_ptr, valid[:, None], stride_kd, q_ptr, q_mask, stride_qd, D, BLOCK_D
             )
         else:

@@ -5,7 +5,7 @@ import triton.language as tl
 
 
 @triton.jit
-def dot_in_parts(
+def dot_fp32(
     a_ptr,
     a_mask,
     stride_ad,
@@ -15,14 +15,14 @@ def dot_in_parts(
     D: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
-    """Multiply float32 rows ``a [M, 1]`` and columns ``b [1, N]``, a few of their elements a time.
+    """Multiply float32 rows ``a [M, 1]`` by columns ``b [1, N]``, loading 16 elements of D a step.
 
-    Without tensor cores every thread holds its operands, which whole rows would overflow.
+    Without tensor cores every thread holds its operands in registers; whole rows would spill.
     """
-    PART: tl.constexpr = 16
+    STEP: tl.constexpr = 16
     product = tl.zeros([a_ptr.shape[0], b_ptr.shape[1]], tl.float32)
-    for begin in range(0, BLOCK_D, PART):
-        d = begin + tl.arange(0, PART)
+    for begin in range(0, BLOCK_D, STEP):
+        d = begin + tl.arange(0, STEP)
         a = tl.load(a_ptr + d[None, :] * stride_ad, mask=a_mask & (d < D)[None, :], other=0.0)
         b = tl.load(b_ptr + d[:, None] * stride_bd, mask=b_mask & (d < D)[:, None], other=0.0)
         product = tl.dot(a, b, product, input_precision="ieee")
