@@ -13,6 +13,7 @@ from __future__ import annotations
 import argparse
 import time
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -28,7 +29,7 @@ from transformers import (
 import infllm_flex as ifx
 
 # Small enough for the tiny model: a token attends to 12 blocks of 16, 192 tokens at most.
-TINY_SETTINGS = {
+TINY_SETTINGS: dict[str, Any] = {
     "block_size": 16,
     "window_size": 64,
     "topk": 8,
@@ -47,7 +48,7 @@ def main() -> None:
         prompt = torch.tensor([list(options.text.read_bytes()[:1024])])
     else:
         model = AutoModelForCausalLM.from_pretrained(options.model, dtype="auto")
-        settings = {} if options.dense_len is None else {"dense_len": options.dense_len}
+        settings = {"dense_len": options.dense_len} if options.dense_len is not None else {}
         tokenizer = AutoTokenizer.from_pretrained(options.model)
         prompt = tokenizer(options.text.read_text(), return_tensors="pt").input_ids
     model, prompt = model.to(device).eval(), prompt.to(device)
@@ -73,18 +74,15 @@ def generate_compiled(
     model: PreTrainedModel, prompt: Tensor, new_tokens: int, backend: str
 ) -> Tensor:
     """Generate greedily over a static cache, by one graph for all steps."""
-    settings = CompileConfig(fullgraph=True, backend=backend)
+    settings: Any = CompileConfig(fullgraph=True, backend=backend)
     if backend != "inductor":
-        settings.mode = None  # modes are Inductor's
-    # transformers compiles on a CPU only if asked in this way.
-    settings._compile_all_devices = True
+        settings.mode = None  # only Inductor has modes
+    settings._compile_all_devices = True  # without it transformers compiles on GPUs only
     static = {"cache_implementation": "static", "compile_config": settings}
     return timed("compiled", model, prompt, new_tokens, **static)
 
 
-def timed(
-    name: str, model: PreTrainedModel, prompt: Tensor, new_tokens: int, **options: object
-) -> Tensor:
+def timed(name: str, model: Any, prompt: Tensor, new_tokens: int, **options: Any) -> Tensor:
     """Generate, print the time, and return the new tokens ``[1, new_tokens]``."""
     start = time.perf_counter()
     lengths = {"max_new_tokens": new_tokens, "min_new_tokens": new_tokens}

@@ -55,3 +55,15 @@ def test_the_blocks_of_a_page_run_one_after_the_other(page, tiny_models, tmp_pat
         if block.is_run:
             lines = "\n" * (block.line - 1) + block.text  # line numbers as in the page
             exec(compile(lines, str(page), "exec"), names)
+
+
+def test_a_comment_with_a_reason_exempts_the_block_below_it(tmp_path):
+    page = tmp_path / "page.md"
+    fence = "```"
+    page.write_text(
+        f"Text.\n\n{fence}python\na = 1\n{fence}\n\n<!-- not run: needs two GPUs -->\n"
+        f"{fence}python\nb = 2\n{fence}\n\n{fence}\nshown\n{fence}\n{fence}bash\nls\n{fence}\n"
+    )
+    found = [(block.text, block.line, block.is_run) for block in blocks(page, "python")]
+    assert found == [("a = 1", 4, True), ("b = 2", 9, False)]
+    assert [block.text for block in blocks(page, "bash")] == ["ls"]
