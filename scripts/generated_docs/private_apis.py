@@ -18,7 +18,14 @@ This project uses some parts of PyTorch, Triton and transformers that their auth
 to keep. An upgrade of one of them should start here.
 
 PyTorch's have one room. Every function there stands for one API, and its docstring says what this
-page shows.
+page shows. `tests/test_private_apis.py` has a test for each, and `scripts/test_private_apis` runs
+them with another version:
+"""
+_COMMANDS = """
+```bash
+scripts/test_private_apis transformers   # the newest
+scripts/test_private_apis torch==2.11.0
+```
 """
 # The others: what is used, for what, what happens if it goes, and the public way.
 _TRANSFORMERS = [
@@ -84,7 +91,7 @@ the package.
 
 def private_apis_page() -> str:
     """Describe the private APIs that the package uses."""
-    parts = ["# Private APIs", *paragraphs(_ABOUT)]
+    parts = ["# Private APIs", *paragraphs(_ABOUT), _COMMANDS.strip()]
     for library, room in _ROOMS.items():
         rows = [(f"`{f.name}`", *_read(ast.get_docstring(f) or "")) for f in _functions(room)]
         head = ("function", "for", "API", "if it goes", "instead")
