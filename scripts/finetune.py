@@ -1,13 +1,13 @@
 #!/usr/bin/env python3
-"""Train or fine-tune a causal LM as a YAML file says.
+"""Train or fine-tune a causal LM with the settings of a YAML file.
 
     scripts/finetune.py --config configs/tiny_bytes.yaml [section.key=value ...]
     torchrun --nproc-per-node 8 scripts/finetune.py --config configs/llama3_8b_64k.yaml
 
-With torchrun's --max-restarts a run that lost a process goes on from its newest checkpoint.
+With torchrun's --max-restarts, a run that lost a process continues from its newest checkpoint.
 
-Exit status: 0 done, 1 failed on the way, 2 settings that cannot be used (nothing was loaded),
-130 or 143 stopped by Ctrl-C or SIGTERM after saving; the same command with --resume goes on.
+Exit status: 0 success; 1 failure during the run; 2 unusable settings (nothing was loaded);
+130 or 143 stopped by Ctrl-C or SIGTERM after saving, the same command with --resume continues.
 """
 
 from __future__ import annotations
@@ -23,43 +23,45 @@ from infllm_flex.training.collectives import RankError
 from infllm_flex.training.loop import TrainingDivergedError, train
 from infllm_flex.training.model_config import find_model
 from infllm_flex.training.parallel import is_first_process, num_processes, was_restarted
-from infllm_flex.training.preflight import rehearse
+from infllm_flex.training.preflight import dry_run
 from infllm_flex.training.run_folder import CHECKPOINTS, check_folder
 from infllm_flex.training.settings import TrainingSettings
 
 
 def main() -> int:
-    """Run the command; returns its exit status."""
+    """Run the command and return its exit status."""
     options = parse_arguments()
-    first = is_first_process()
-    warnings.showwarning = show_warning if first else ignore_warning
+    is_first = is_first_process()
+    resume = options.resume or was_restarted()
+    warnings.showwarning = show_warning if is_first else ignore_warning
     try:
         settings = build_dataclass(TrainingSettings, load_yaml(options.config, options.overrides))
         if options.export:
             return export(settings, options.export)
-        if first:
-            check_folder(settings, options.resume or was_restarted())
+        if is_first:
+            check_folder(settings, resume)
     except ConfigError as error:
-        if first:
+        if is_first:
             print(error, file=sys.stderr)
         return 2
-    if first:
+    if is_first:
         print(to_yaml(settings) if options.print_config else plan(settings), end="", flush=True)
     if options.print_config:
         return 0
     try:
         if options.dry_run:
             processes = options.processes or num_processes()
-            print(*(rehearse(settings, processes) if first else []), sep="\n")
+            print(*(dry_run(settings, processes) if is_first else []), sep="\n")
             return 0
-        outcome = train(settings, resume=options.resume or was_restarted(), show=first)
+        outcome = train(settings, resume=resume, show=is_first)
     except RankError:
-        return 1  # the process that failed has said why
+        return 1  # the failed process has printed the reason
     except (ValueError, OSError, TrainingDivergedError) as error:
-        if first or isinstance(error, OSError):  # of the others, all have the same
+        # Every process raises the same error, except for an OSError.
+        if is_first or isinstance(error, OSError):
             print(f"error: {error}", file=sys.stderr)
         return 1
-    if first:
+    if is_first:
         where = outcome.model or outcome.checkpoint
         kind = "model" if outcome.model else "checkpoint"
         print(f"{outcome.step} of {settings.total_steps} steps done; {kind} in {where}")
@@ -67,33 +69,33 @@ def main() -> int:
 
 
 def parse_arguments() -> argparse.Namespace:
-    """The command line."""
+    """Parse the command line."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--config", required=True, metavar="FILE", help="a YAML file of configs/")
     parser.add_argument("overrides", nargs="*", metavar="section.key=value")
-    parser.add_argument("--resume", action="store_true", help="go on from the newest checkpoint")
+    parser.add_argument("--resume", action="store_true", help="continue from the newest checkpoint")
     parser.add_argument(
         "--export",
         type=Path,
         metavar="FOLDER",
-        help="write the run's newest checkpoint as a model folder and stop",
+        help="export the run's newest checkpoint as a model folder and stop",
     )
-    parser.add_argument("--print-config", action="store_true", help="show all settings and stop")
+    parser.add_argument("--print-config", action="store_true", help="print all settings and stop")
     parser.add_argument(
         "--dry-run",
         action="store_true",
-        help="check settings, model and text, estimate the memory needed, and stop",
+        help="check settings, model and text, estimate the memory, and stop",
     )
     parser.add_argument(
-        "--processes", type=int, metavar="N", help="with --dry-run: as if torchrun started N"
+        "--processes", type=int, metavar="N", help="with --dry-run: assume N processes"
     )
     return parser.parse_args()
 
 
 def export(settings: TrainingSettings, target: Path) -> int:
-    """Write the newest checkpoint as a model folder; returns the exit status."""
+    """Export the newest checkpoint as a model folder; returns the exit status."""
     try:
         origin = find_model(settings).model.path
         export_newest(settings.run.folder / CHECKPOINTS, target, origin)
@@ -105,7 +107,7 @@ def export(settings: TrainingSettings, target: Path) -> int:
 
 
 def plan(settings: TrainingSettings) -> str:
-    """What the run will do, one line per stage."""
+    """Describe the run, one line per stage."""
     attention = settings.attention
     lines = []
     for name, stage in settings.stages.items():
@@ -115,18 +117,20 @@ def plan(settings: TrainingSettings) -> str:
         )
         if stage.attention == "sparse" and not attention.is_dense(stage.max_length):
             budget = attention.num_selected * attention.block_size
-            line += f" (a query sees at most {budget} = {budget / stage.max_length:.0%})"
+            line += (
+                f" (a query attends to at most {budget} tokens, {budget / stage.max_length:.0%})"
+            )
         lines.append(line + "\n")
     return "".join(lines)
 
 
 def show_warning(message: Warning | str, *_: object, **__: object) -> None:
-    """Print a warning as one line, without the line of code it came from."""
+    """Print a warning as one line, without its source line."""
     print(f"warning: {message}", file=sys.stderr)
 
 
 def ignore_warning(*_: object, **__: object) -> None:
-    """Leave warnings to the first process: all have the same."""
+    """Ignore a warning, which the first process prints."""
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""One YAML value to one Python value, as the type of the setting asks."""
+"""Convert one YAML value to the type of its setting."""
 
 from __future__ import annotations
 
@@ -17,10 +17,11 @@ _BOOLEANS = {"true": True, "yes": True, "on": True, "false": False, "no": False,
 
 
 def convert_scalar(node: Node, wanted: Any) -> Any:
-    """The value of ``node`` as ``wanted``: bool, int, float, str, Path or a Literal of those.
+    """Convert a node to ``wanted``: bool, int, float, str, Path or a Literal of these.
 
     Raises:
-        ValueError: It is not one; the message says what was expected and what came.
+        ValueError: The node has another type; the message says what was expected and what came.
+        TypeError: ``wanted`` is not supported.
     """
     if get_origin(wanted) is Literal:
         return _to_choice(node, get_args(wanted))
@@ -33,7 +34,7 @@ def convert_scalar(node: Node, wanted: Any) -> Any:
 
 
 def split_optional(wanted: Any) -> tuple[Any, bool]:
-    """``X | None`` as ``(X, True)``, any other type as itself and False."""
+    """Return ``(X, True)`` for ``X | None``, and ``(wanted, False)`` for any other type."""
     if get_origin(wanted) in (Union, types.UnionType):
         inner = [member for member in get_args(wanted) if member is not type(None)]
         if len(inner) == 1 and len(get_args(wanted)) == 2:
@@ -67,7 +68,7 @@ def _to_float(node: Node, text: str) -> float:
 
 
 def _to_str(node: Node, text: str) -> str:
-    # Unquoted `no` or `1.10` is a boolean or a number to other YAML readers; ask for clear text.
+    # Unquoted `no` or `1.10` is a boolean or a number to YAML readers, so text needs quotes.
     if not node.quoted and node.tag in ("int", "float", "bool"):
         raise ValueError(f"expected text, got {text} (put it in quotes)")
     return text

@@ -1,7 +1,7 @@
-"""YAML text as a tree whose every value knows where it was written.
+"""Parse YAML into a tree whose nodes know their lines.
 
-Values stay text here: the type of the setting decides what they mean (``build``), so ``2e-5`` can
-be the number that PyYAML, which knows YAML 1.1 only, takes for a string.
+Scalars stay text here; ``build`` converts them to the type of the setting. ``2e-5`` thus becomes a
+number, which PyYAML's YAML 1.1 rules would read as a string.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import yaml
 from infllm_flex.strict_yaml.mistakes import ConfigError, Mistake
 
 _MAX_BYTES = 1_000_000
-_MAX_VALUES = 10_000  # counted after aliases are followed, so a small file cannot grow large
+_MAX_VALUES = 10_000  # with aliases expanded, so that a small file cannot grow large
 _MAX_DEPTH = 20
 _YAML_TAG = "tag:yaml.org,2002:"
 _SCALAR_TAGS = ("str", "int", "float", "bool", "null", "timestamp", "merge", "value")
@@ -26,12 +26,12 @@ class Node:
     """A value of a YAML document.
 
     Attributes:
-        where: ``file:line``, or the override that set it.
-        key: Dotted path from the top of the document, empty for the top itself.
+        where: ``file:line``, or the override that set the value.
+        key: Dotted path from the top of the document; empty for the top.
         value: Text of a scalar, children of a list, or children of a section by name.
-        tag: ``"str"``, ``"int"``, ``"float"``, ``"bool"``, ``"null"``, ... as YAML resolves the
-            scalar; ``"list"`` or ``"section"``.
-        quoted: Whether a scalar stood in quotes or in a block.
+        tag: The type that YAML resolves for a scalar: ``"str"``, ``"int"``, ``"float"``,
+            ``"bool"``, ``"null"``, ...; otherwise ``"list"`` or ``"section"``.
+        quoted: Whether a scalar is quoted or in a block.
     """
 
     where: str
@@ -42,7 +42,7 @@ class Node:
 
     @property
     def entries(self) -> dict[str, Node]:
-        """The children of a section by name; an empty section may be left blank."""
+        """The children of a section by name; none for a blank section."""
         return self.value if isinstance(self.value, dict) else {}
 
     @property
@@ -57,14 +57,14 @@ class Node:
         """The child called ``name``.
 
         Raises:
-            ConfigError: There is none.
+            ConfigError: There is no such child.
         """
         if name not in self:
             raise ConfigError([Mistake(self.where, self.key, f"the section {name!r} is missing")])
         return self.entries[name]
 
     def describe(self) -> str:
-        """What stands here, as an error message should say it."""
+        """The value, as an error message names it."""
         if self.tag == "section":
             return "a section"
         if self.tag == "list":
@@ -81,17 +81,17 @@ def load_yaml(path: str | Path, overrides: Iterable[str] = ()) -> Node:
 
     Args:
         path: The file.
-        overrides: ``key.sub=value`` each; the value is read as YAML. A later one wins.
+        overrides: Strings ``key.sub=value`` with a YAML value. A later override wins.
 
     Returns:
         The top section.
 
     Raises:
         ConfigError: The file is missing, a directory, empty, too large, not YAML or not a mapping,
-            a key stands twice, or an override is malformed.
+            has a duplicate key, or an override is malformed.
     """
     path = Path(path)
-    top = _parse(_read(path), str(path))
+    top = _parse(_read_text(path), str(path))
     mistakes: list[Mistake] = []
     node = _Reader(str(path), mistakes).read(top, key="", depth=0)
     for override in overrides:
@@ -101,7 +101,7 @@ def load_yaml(path: str | Path, overrides: Iterable[str] = ()) -> Node:
     return node
 
 
-def _read(path: Path) -> str:
+def _read_text(path: Path) -> str:
     problem = None
     if path.is_dir():
         problem = "is a directory, expected a YAML file"
@@ -144,7 +144,7 @@ def _parse(text: str, name: str) -> yaml.Node:
 
 
 class _Reader:
-    """Turns PyYAML's nodes into ours; aliases are followed by copying, up to a fixed size."""
+    """Converts PyYAML's nodes to `Node`; aliases are expanded, up to a fixed number of values."""
 
     def __init__(self, name: str, mistakes: list[Mistake], where: str | None = None) -> None:
         self._name, self._mistakes, self._where = name, mistakes, where
@@ -171,16 +171,16 @@ class _Reader:
         entries: dict[str, Node] = {}
         for name_node, value_node in node.value:
             if not isinstance(name_node, yaml.ScalarNode):
-                self._mistakes.append(Mistake(where, key, "the name of a setting must be text"))
+                self._mistakes.append(Mistake(where, key, "the key of a setting must be text"))
                 continue
             name = name_node.value
             child_key = f"{key}.{name}" if key else name
             child = self.read(value_node, child_key, depth + 1)
-            if self._where is None:  # a section is where its name stands, not its first entry
+            if self._where is None:  # a section starts at its key, not at its first entry
                 child.where = f"{self._name}:{name_node.start_mark.line + 1}"
             if name in entries:
-                before = entries[name].where.rpartition(":")[2]
-                problem = f"stands twice, first in line {before}"
+                first_line = entries[name].where.rpartition(":")[2]
+                problem = f"duplicate key, first in line {first_line}"
                 self._mistakes.append(Mistake(child.where, child_key, problem))
             entries[name] = child
         return Node(where, key, entries, "section")

@@ -1,4 +1,4 @@
-"""Settings back to YAML, so that a run can show and keep what it was really started with."""
+"""Write settings as YAML, so that a run can show and keep its settings with all defaults."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import yaml
 
 
 def to_yaml(settings: Any) -> str:
-    """A dataclass instance as YAML text, defaults included; ``build_dataclass`` reads it back."""
+    """Convert a dataclass instance to YAML text with all defaults; `build_dataclass` inverts it."""
     return yaml.safe_dump(_plain(settings), sort_keys=False, allow_unicode=True)
 
 

@@ -1,4 +1,4 @@
-"""What is wrong with a config file, collected so that it is said in one go."""
+"""The mistakes of a config file, collected into one error."""
 
 from __future__ import annotations
 
@@ -8,11 +8,11 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Mistake:
-    """One thing to correct.
+    """One mistake in a config file.
 
     Attributes:
-        where: ``file:line``, or the command-line override that said it.
-        key: Dotted path of the setting, empty for the file as a whole.
+        where: ``file:line``, or the command-line override.
+        key: Dotted path of the setting; empty for the file as a whole.
         problem: What was expected and what came.
     """
 
@@ -25,10 +25,10 @@ class Mistake:
 
 
 class ConfigError(ValueError):
-    """A config that cannot be used. The message holds one line per mistake.
+    """A config that cannot be used. The message has one line per mistake.
 
     Attributes:
-        mistakes: All of them, in the order of the file.
+        mistakes: All mistakes, in the order of the file.
     """
 
     def __init__(self, mistakes: Sequence[Mistake]) -> None:

@@ -1,4 +1,4 @@
-"""Folders that are either whole or recognisably not: written aside, listed, synced, renamed."""
+"""Atomic folders: written under a temporary name, listed, synced to disk and then renamed."""
 
 from __future__ import annotations
 
@@ -10,67 +10,67 @@ import uuid
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
-from infllm_flex.training.collectives import everywhere, gather, on_first
+from infllm_flex.training.collectives import all_gather_text, on_all_ranks, on_first_rank
 from infllm_flex.training.manifest import MANIFEST, Files, describe_file, manifest_text
 
 
 def publish(target: Path, write: Callable[[Path], None], replace: bool = False) -> None:
-    """Make the folder ``target``, whole or not at all, whatever happens meanwhile.
+    """Create the folder ``target`` atomically: after a crash it is complete or absent.
 
-    Everything is written to a hidden folder beside it, flushed to the disk, listed with sizes and
-    checksums, and renamed.
+    The files are written to a hidden folder beside it, flushed to disk and listed with sizes and
+    checksums. The hidden folder is then renamed.
 
     Args:
-        target: A folder that does not exist, unless it is to be replaced.
-        write: Puts flat files into the folder it is given.
-        replace: Whether to remove a published folder of that name once the new one is whole.
+        target: A folder that does not exist, unless ``replace`` is set.
+        write: Writes files, without subfolders, into the folder it is given.
+        replace: Remove an existing ``target`` once the new folder is complete.
 
     Raises:
-        OSError: The disk is full or not writable; nothing is left behind.
+        OSError: The disk is full or not writable. The hidden folder is removed.
     """
-    aside = _aside(target, uuid.uuid4().hex)
+    temporary = _temporary_folder(target, uuid.uuid4().hex)
     try:
-        aside.mkdir(mode=0o700, parents=True)
-        write(aside)
-        names = sorted(path.name for path in aside.iterdir())
-        _complete(aside, target, _seal(aside, names), replace)
+        temporary.mkdir(mode=0o700, parents=True)
+        write(temporary)
+        names = sorted(path.name for path in temporary.iterdir())
+        _finish(temporary, target, _sync_and_describe(temporary, names), replace)
     except BaseException:
-        shutil.rmtree(aside, ignore_errors=True)
+        shutil.rmtree(temporary, ignore_errors=True)
         raise
 
 
-def publish_together(target: Path, write: Callable[[Path], Iterable[str]]) -> None:
-    """Make the folder ``target`` as `publish` does, with files from every process of the run.
+def publish_from_all_ranks(target: Path, write: Callable[[Path], Iterable[str]]) -> None:
+    """Like `publish`, with files from every process. All processes must call it.
 
-    All must call it. Where it fails in one, it fails in all, and nothing is left behind.
+    If one process fails, all of them raise, and the hidden folder is removed.
 
     Args:
-        target: A folder that does not exist, on a disk that the processes share.
-        write: Puts flat files into the folder it is given and returns their names.
+        target: A folder that does not exist, on a disk shared by the processes.
+        write: Writes files, without subfolders, into the folder it is given; returns their names.
 
     Raises:
         OSError: This process could not write.
-        RankError: Another one could not.
+        RankError: Another process could not write.
     """
-    aside = _aside(target, gather(uuid.uuid4().hex)[0])
+    temporary = _temporary_folder(target, all_gather_text(uuid.uuid4().hex)[0])
     try:
-        on_first(lambda: aside.mkdir(mode=0o700, parents=True))
-        sealed = everywhere(lambda: _seal(aside, write(aside)))
-        merged: Files = {}
-        for part in gather(json.dumps(sealed)):
-            merged |= json.loads(part)
-        on_first(lambda: _complete(aside, target, merged))
+        on_first_rank(lambda: temporary.mkdir(mode=0o700, parents=True))
+        own_files = on_all_ranks(lambda: _sync_and_describe(temporary, write(temporary)))
+        files: Files = {}
+        for part in all_gather_text(json.dumps(own_files)):
+            files |= json.loads(part)
+        on_first_rank(lambda: _finish(temporary, target, files))
     except BaseException:
-        shutil.rmtree(aside, ignore_errors=True)
+        shutil.rmtree(temporary, ignore_errors=True)
         raise
 
 
-def clear_leftovers(folder: Path, name: str) -> None:
-    """Remove what a crash left while a folder was written or discarded.
+def remove_leftovers(folder: Path, name: str) -> None:
+    """Remove the hidden folders that a crash during `publish` or `discard` left.
 
     Args:
-        folder: Where the folders are.
-        name: Regular expression of their names.
+        folder: The parent of the published folders.
+        name: Regular expression for their names.
     """
     leftover = re.compile(rf"\.(tmp|trash)-({name})-[0-9a-f]{{32}}")
     for path in folder.iterdir():
@@ -79,33 +79,32 @@ def clear_leftovers(folder: Path, name: str) -> None:
 
 
 def discard(folder: Path) -> None:
-    """Remove a published folder, so that half of it never bears the name of a whole one."""
+    """Remove a published folder. It is renamed first, so a crash leaves no partial folder."""
     trash = folder.parent / f".trash-{folder.name}-{uuid.uuid4().hex}"
     os.rename(folder, trash)
     shutil.rmtree(trash)
 
 
-def _aside(target: Path, nonce: str) -> Path:
+def _temporary_folder(target: Path, nonce: str) -> Path:
     return target.parent / f".tmp-{target.name}-{nonce}"
 
 
-def _seal(aside: Path, names: Iterable[str]) -> Files:
-    """Flush files to the disk and describe them."""
+def _sync_and_describe(folder: Path, names: Iterable[str]) -> Files:
     files = {}
     for name in names:
-        _sync(aside / name)
-        files[name] = describe_file(aside / name)
+        _sync(folder / name)
+        files[name] = describe_file(folder / name)
     return files
 
 
-def _complete(aside: Path, target: Path, files: Files, replace: bool = False) -> None:
-    """Write the manifest and give the folder its name."""
-    (aside / MANIFEST).write_text(manifest_text(files))
-    _sync(aside / MANIFEST)
-    _sync(aside)
+def _finish(temporary: Path, target: Path, files: Files, replace: bool = False) -> None:
+    """Write the manifest and rename the folder."""
+    (temporary / MANIFEST).write_text(manifest_text(files))
+    _sync(temporary / MANIFEST)
+    _sync(temporary)
     if replace and target.exists():
         discard(target)
-    os.rename(aside, target)
+    os.rename(temporary, target)
     _sync(target.parent)
 
 

@@ -1,4 +1,4 @@
-"""How much a step computes: tokens, the share of them that attends sparsely, operations."""
+"""The model FLOPs of a training step, and its tokens that attend sparsely."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ from torch import Tensor
 from infllm_flex.config import InfLLMConfig
 from infllm_flex.training.settings import StageSettings
 
-# Dense bfloat16 products per second, from the makers' data sheets; the first name that fits counts.
-_PEAK = {
+# Peak dense bfloat16 FLOP/s from the data sheets; the first matching name counts.
+_PEAK_FLOPS = {
     "H100 PCIe": 756e12,
     "H100 NVL": 835e12,
     "H100": 989e12,
@@ -28,23 +28,28 @@ _PEAK = {
 }
 
 
-def peak_operations(device: torch.device, tflops: float | None) -> float | None:
-    """Operations per second that a device can do at most; None where that is not known."""
+def peak_flops(device: torch.device, tflops: float | None) -> float | None:
+    """Peak FLOP/s of a device; None if unknown.
+
+    Args:
+        device: The device.
+        tflops: The peak in TFLOP/s as the settings give it, or None to look it up.
+    """
     if tflops is not None:
         return tflops * 1e12
     if device.type != "cuda":
         return None
     name = torch.cuda.get_device_name(device)
-    return next((peak for part, peak in _PEAK.items() if part in name), None)
+    return next((peak for part, peak in _PEAK_FLOPS.items() if part in name), None)
 
 
 def document_lengths(length: int, rows: int, positions: Tensor | None) -> list[int]:
     """Lengths of the documents of a batch.
 
     Args:
-        length: Of a row.
-        rows: Of the batch.
-        positions: ``[B, S]``, 0 where a document begins; None where each row is one.
+        length: Tokens per row.
+        rows: Rows of the batch.
+        positions: ``[B, S]``, 0 at the start of each document. None: each row is one document.
     """
     if positions is None:
         return [length] * rows
@@ -53,13 +58,13 @@ def document_lengths(length: int, rows: int, positions: Tensor | None) -> list[i
     return torch.cat([starts, end]).diff().tolist()
 
 
-class Work:
-    """What documents cost a model, forward and backward, without what is computed twice.
+class FlopCounter:
+    """Model FLOPs of documents, forward and backward; recomputation is not counted.
 
     Args:
         model: A transformers model.
-        stage: Says whether attention is sparse.
-        attention: Of the sparse attention.
+        stage: The stage, which has sparse or dense attention.
+        attention: Settings of the sparse attention.
     """
 
     def __init__(self, model: Any, stage: StageSettings, attention: InfLLMConfig) -> None:
@@ -71,32 +76,34 @@ class Work:
         self._per_token = 6 * _weights_per_token(model)
 
     def sparse_tokens(self, lengths: Iterable[int]) -> int:
-        """Tokens in documents that are long enough to attend sparsely."""
+        """Number of tokens in documents that are long enough for sparse attention."""
         return sum(length for length in lengths if self._is_sparse(length))
 
-    def operations(self, lengths: Iterable[int]) -> float:
-        """Multiplications and additions of a step over these documents."""
-        return sum(self._of_document(length) for length in lengths)
+    def flops(self, lengths: Iterable[int]) -> float:
+        """FLOPs of a step over documents of these lengths."""
+        return sum(self._document_flops(length) for length in lengths)
 
     def _is_sparse(self, length: int) -> bool:
         return self._sparse and not self._attention.is_dense(length)
 
-    def _of_document(self, length: int) -> float:
+    def _document_flops(self, length: int) -> float:
         config = self._attention
-        seen, scored = length, 0.0
+        budget, scored_pairs = length, 0.0
         if self._is_sparse(length):
-            seen = min(length, config.num_selected * config.block_size)
-            scored = length * length / 2 * (1 / config.kernel_stride + 1 / config.coarse_stride)
-        # Query s sees s + 1 tokens, until its budget is spent.
-        pairs = seen * seen / 2 + (length - seen) * seen
-        # Two products per pair, each once forward and twice backward; a score is one, forward.
-        per_pair = 2 * self._heads * self._head_dim
-        attention = self._layers * per_pair * (6 * pairs + scored)
+            budget = min(length, config.num_selected * config.block_size)
+            keys_per_token = 1 / config.kernel_stride + 1 / config.coarse_stride
+            scored_pairs = length * length / 2 * keys_per_token
+        # Query s attends to s + 1 tokens, up to the budget.
+        pairs = budget * budget / 2 + (length - budget) * budget
+        # Attention has two products per pair, each computed once forward and twice backward.
+        # Selection has one product per pair, forward only.
+        per_product = 2 * self._heads * self._head_dim
+        attention = self._layers * per_product * (6 * pairs + scored_pairs)
         return length * self._per_token + attention
 
 
 def _weights_per_token(model: Any) -> int:
-    """Weights that every token is multiplied with: all but the embeddings that are looked up."""
+    """Number of weights used in products: all except untied input embeddings."""
     total = sum(weight.numel() for weight in model.parameters())
     inputs, head = model.get_input_embeddings(), model.get_output_embeddings()
     return total if head.weight is inputs.weight else total - inputs.weight.numel()

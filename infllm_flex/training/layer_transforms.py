@@ -1,4 +1,4 @@
-"""How the layers of a model are run: compiled, in 8 bits, or twice to spare memory."""
+"""Compilation, float8 and activation checkpointing of a model's layers."""
 
 from __future__ import annotations
 
@@ -15,18 +15,18 @@ from torch.utils.checkpoint import checkpoint
 
 from infllm_flex.training.settings import TrainingSettings
 
-_FLOAT8_MULTIPLE = 16  # of the sizes of a product, by the hardware
+_FLOAT8_MULTIPLE = 16  # the hardware takes products whose sizes are multiples of this
 
 
 @contextlib.contextmanager
 def run_layers(
     layers: Sequence[nn.Module], settings: TrainingSettings, device: torch.device
 ) -> Iterator[None]:
-    """Run layers as the settings say inside the block.
+    """Compile and checkpoint the layers' forward methods for the block, as the settings ask.
 
-    What is wrapped is their forward, not the module: FSDP's hooks stay outside, so that what it
-    gathers for the backward pass serves the recomputation too. For a block, as a graph compiled
-    before a model is patched would not see the patch.
+    The forward method is wrapped, not the module, because FSDP's hooks must stay outside: the
+    weights gathered for the backward pass then also serve the recomputation. The wrapping ends with
+    the block because a graph compiled before a model is patched would not contain the patch.
     """
     compiled = settings.run.compile == "always" or (
         settings.run.compile == "auto" and device.type == "cuda"
@@ -36,32 +36,32 @@ def run_layers(
         if compiled:
             forward = torch.compile(forward)
         if settings.memory.activation_checkpointing:
-            # The compiled part inside: compiled from outside, what it recomputes is its own choice.
+            # Checkpointing goes outside: if the compiler saw it, it would choose what to recompute.
             forward = functools.partial(checkpoint, forward, use_reentrant=False)
         layer.forward = forward
     try:
         yield
     finally:
         for layer in layers:
-            del layer.forward  # the class's own shows again
+            del layer.forward  # uncovers the method of the class
 
 
 def use_float8(model: Any, device: torch.device) -> None:
-    """Compute the products of a model's linear layers in float8, all but those of its head.
+    """Compute the products of a model's linear layers, except its head, in float8.
 
-    Weights and their names stay as they are. Each tensor is scaled by its largest value.
+    Weights and their names stay unchanged. Each tensor is scaled by its largest value.
 
     Args:
         model: A transformers model.
-        device: Where it will be. A CPU imitates the rounding, slowly.
+        device: The training device. A CPU emulates the rounding, slowly.
 
     Raises:
-        ValueError: The GPU has no float8, or no layer fits.
+        ValueError: The GPU has no float8, or no layer has suitable sizes.
     """
     check_float8(device)
     head = model.get_output_embeddings()
 
-    def fits(module: nn.Module, name: str) -> bool:
+    def is_suitable(module: nn.Module, name: str) -> bool:
         return (
             isinstance(module, nn.Linear)
             and module is not head
@@ -69,7 +69,7 @@ def use_float8(model: Any, device: torch.device) -> None:
             and module.out_features % _FLOAT8_MULTIPLE == 0
         )
 
-    if not any(fits(module, name) for name, module in model.named_modules()):
+    if not any(is_suitable(module, name) for name, module in model.named_modules()):
         raise ValueError(
             f"model.float8: no linear layer of {type(model).__name__} has sizes that are multiples "
             f"of {_FLOAT8_MULTIPLE}"
@@ -77,26 +77,27 @@ def use_float8(model: Any, device: torch.device) -> None:
     with _quiet_torchao():
         from torchao.float8 import Float8LinearConfig, convert_to_float8_training
     config = Float8LinearConfig(emulate=device.type == "cpu")
-    convert_to_float8_training(model, module_filter_fn=fits, config=config)
+    convert_to_float8_training(model, module_filter_fn=is_suitable, config=config)
 
 
 def check_float8(device: torch.device) -> None:
-    """Refuse a GPU without float8, and say so of a CPU.
+    """Refuse a GPU without float8; warn that a CPU emulates it.
 
     Raises:
         ValueError: The GPU has no float8.
     """
     if device.type == "cpu":
-        warnings.warn("model.float8: this CPU only imitates it, to try it out", stacklevel=2)
+        warnings.warn("model.float8: the CPU emulates float8, for trials only", stacklevel=2)
     elif torch.cuda.get_device_capability(device) < (8, 9):
         raise ValueError(
-            f"model.float8: {torch.cuda.get_device_name(device)} has none; Ada, Hopper and newer do"
+            f"model.float8: {torch.cuda.get_device_name(device)} has no float8; use Ada, Hopper or "
+            "a newer GPU, or set model.float8 to false"
         )
 
 
 @contextlib.contextmanager
 def _quiet_torchao() -> Iterator[None]:
-    """It warns on import of every kernel that other hardware would need."""
+    """Silence torchao, which warns on import about every kernel meant for other hardware."""
     logger = logging.getLogger("torchao")
     level = logger.level
     logger.setLevel(logging.ERROR)

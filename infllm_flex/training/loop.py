@@ -1,4 +1,4 @@
-"""The training loop, the same in every process; resumable at every step to the last bit."""
+"""The training loop, which every process runs. A resumed run continues bit for bit."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 
 from infllm_flex.patch import LayerAttend
-from infllm_flex.training.collectives import everywhere, on_first
+from infllm_flex.training.collectives import on_all_ranks, on_first_rank
 from infllm_flex.training.data import Batch, Corpus, Text, batches, open_text
 from infllm_flex.training.layer_transforms import run_layers
 from infllm_flex.training.metrics import MetricsFile, Progress
@@ -29,7 +29,7 @@ from infllm_flex.training.run_folder import (
 )
 from infllm_flex.training.schedule import Position, position_of
 from infllm_flex.training.settings import TrainingSettings
-from infllm_flex.training.signals import Interruption
+from infllm_flex.training.signals import StopSignal
 from infllm_flex.training.stage_attention import stage_attention
 from infllm_flex.training.state import TrainingState
 from infllm_flex.training.step import NotFiniteError, take_step
@@ -37,7 +37,7 @@ from infllm_flex.training.throughput import Meter
 
 
 class TrainingDivergedError(RuntimeError):
-    """The loss or its gradient is NaN or infinite; the last checkpoint is still good."""
+    """The loss or its gradient is NaN or infinite; the last checkpoint is still valid."""
 
 
 @dataclass(frozen=True)
@@ -45,10 +45,10 @@ class Outcome:
     """How a run ended.
 
     Attributes:
-        step: Steps done in all.
-        checkpoint: Folder of the newest checkpoint, to resume from.
-        model: A transformers model folder, where the run is complete.
-        signal: The signal that stopped the run early, 0 where it is complete.
+        step: Total number of finished steps.
+        checkpoint: Folder of the newest checkpoint.
+        model: The exported transformers model folder; None if the run is incomplete.
+        signal: The signal that stopped the run early; 0 if the run is complete.
     """
 
     step: int
@@ -67,47 +67,50 @@ def train(
     title: str = "training",
     show: bool = True,
 ) -> Outcome:
-    """Train as the settings say and leave checkpoints, metrics and a model in the run's folder.
+    """Train a model; writes checkpoints, metrics and the trained model to the run's folder.
 
     Args:
-        settings: The whole run.
-        resume: Go on from the newest checkpoint of the folder, if it holds one. The result is bit
-            for bit that of a run that was never stopped.
-        corpus: The text, where the caller has read it before.
-        text: Samples that the caller makes; the ``data`` section then only says how many
-            ``workers`` call for them.
-        attend: What attends in sparse stages instead; see `stage_attention`.
-        title: Stands before the progress bar.
-        show: Whether to draw the progress bar, and to say that a signal has come.
+        settings: Settings of the run.
+        resume: Continue from the newest checkpoint of the folder, if it holds one. The result is
+            bit for bit that of an uninterrupted run.
+        corpus: The text, if the caller has already read it.
+        text: Samples made by the caller. Of the ``data`` section, only ``workers`` is then used.
+        attend: Replaces the attention of sparse stages; see `stage_attention`.
+        title: Label of the progress bar.
+        show: Whether to draw the progress bar and to announce stop signals.
 
     Raises:
-        ConfigError: The folder holds something else; nothing was done.
+        ConfigError: The folder holds another run or other files; nothing was done.
         ValueError: The model or the text does not fit the settings.
         TrainingDivergedError: The loss is not finite.
         CheckpointError: Every checkpoint of the folder is damaged.
         RankError: Another process of the run failed.
     """
     with open_world(settings) as world, ExitStack() as stack:
-        on_first(lambda: _prepare(settings, resume, world))
+        found = on_first_rank(lambda: _check(settings, resume, world))
         if settings.run.threads:
             torch.set_num_threads(settings.run.threads)
         # The first process holds the lock for all of them.
-        on_first(lambda: stack.enter_context(claim_folder(settings, resume)))
-        settings = find_model(settings)
-        # Before signals are caught: there is nothing to save, and reading may take long.
-        folder = settings.run.folder
-        text = text or everywhere(
-            lambda: open_text(settings.data, folder / DATA, settings.model.path, corpus)
+        on_first_rank(lambda: stack.enter_context(claim_folder(settings, resume)))
+        # The first process has downloaded the model by now.
+        resolved = found or find_model(settings)
+        # Signals are not caught yet: there is nothing to save, and reading text may take long.
+        folder = resolved.run.folder
+        text = text or on_all_ranks(
+            lambda: open_text(resolved.data, folder / DATA, resolved.model.path, corpus)
         )
-        for name, stage in settings.stages.items():
-            text.sampler(name, stage, settings.run.seed)  # or says why there can be none
-        with Interruption(show and world.is_first) as interruption:
-            return _Trainer(settings, world, text, attend).run(interruption, title, show)
+        for name, stage in resolved.stages.items():
+            text.sampler(name, stage, resolved.run.seed)  # raises if a stage can have no samples
+        with StopSignal(show and world.is_first) as stop_signal:
+            return _Trainer(resolved, world, text, attend).run(stop_signal, title, show)
 
 
-def _prepare(settings: TrainingSettings, resume: bool, world: World) -> None:
+def _check(settings: TrainingSettings, resume: bool, world: World) -> TrainingSettings:
+    """Check folder, model and stages; returns the settings with ``model.hub`` resolved."""
     check_folder(settings, resume)
-    check_run(find_model(settings), world)
+    resolved = find_model(settings)
+    check_run(resolved, world)
+    return resolved
 
 
 class _Trainer:
@@ -119,7 +122,7 @@ class _Trainer:
         self._folder = settings.run.folder
         self._state = TrainingState(settings, self._folder / CHECKPOINTS, text, world)
 
-    def run(self, interruption: Interruption, title: str, show: bool) -> Outcome:
+    def run(self, stop_signal: StopSignal, title: str, show: bool) -> Outcome:
         state, settings = self._state, self._settings
         state.restore()
         with ExitStack() as stack:
@@ -131,25 +134,25 @@ class _Trainer:
             progress = stack.enter_context(
                 Progress(title, settings.total_steps, state.done, show and self._world.is_first)
             )
-            stopped = self._stopped(interruption)
+            stopped = self._any_signal(stop_signal)
             while (position := position_of(settings.stages, state.done)) and not stopped:
                 state.enter_stage(position.name)
                 progress.restart()
-                self._run_stage(position, interruption, progress, metrics)
-                stopped = self._stopped(interruption)
+                self._run_stage(position, stop_signal, progress, metrics)
+                stopped = self._any_signal(stop_signal)
             checkpoint = state.save()
             complete = state.done == settings.total_steps
             model = state.export(self._folder / MODEL) if complete else None
             return Outcome(state.done, checkpoint, model, stopped)
 
-    def _stopped(self, interruption: Interruption) -> int:
-        """The signal that reached any of the processes, so that all stop after the same step."""
-        return self._world.largest(interruption.signal)
+    def _any_signal(self, stop_signal: StopSignal) -> int:
+        """The signal that any process received, so that all stop after the same step."""
+        return self._world.max(stop_signal.signal)
 
     def _run_stage(
         self,
         start: Position,
-        interruption: Interruption,
+        stop_signal: StopSignal,
         progress: Progress,
         metrics: MetricsFile | None,
     ) -> None:
@@ -163,34 +166,36 @@ class _Trainer:
         ):
             for batch in self._batches(start):
                 position = position_of(settings.stages, state.done)
-                assert position is not None  # there is a batch for every step and no more
+                assert position is not None  # the loader yields one batch per remaining step
                 try:
-                    loss, norm = take_step(state, world, batch, position, attention.share)
+                    loss, norm = take_step(
+                        state, world, batch, position, attention.context_attention
+                    )
                 except NotFiniteError as error:
                     raise self._diverged(error, position) from error
                 state.done += 1
                 meter.count(batch)
                 progress.advance(loss, stage.tokens_per_step)
-                if metrics and (
-                    state.done % settings.log.every == 0 or state.done == settings.total_steps
-                ):
-                    metrics.write(
-                        {
-                            "step": state.done,
-                            "stage": start.name,
-                            "loss": loss,
-                            "bits_per_byte": loss / math.log(2),
-                            "gradient_norm": norm,
-                            "learning_rate": position.learning_rate,
-                            "tokens_per_second": round(progress.tokens_per_second),
-                            "sparse_layers": attention.sparse_layers,
-                            **meter.values(),
-                        }
-                    )
+                if metrics and self._logs_this_step():
+                    values = {
+                        "step": state.done,
+                        "stage": start.name,
+                        "loss": loss,
+                        "bits_per_byte": loss / math.log(2),
+                        "gradient_norm": norm,
+                        "learning_rate": position.learning_rate,
+                        "tokens_per_second": round(progress.tokens_per_second),
+                        "sparse_layers": attention.sparse_layers,
+                    }
+                    metrics.write(values | meter.values())
                 if state.done % settings.checkpoint.every == 0:
                     state.save()
-                if self._stopped(interruption):
+                if self._any_signal(stop_signal):
                     return
+
+    def _logs_this_step(self) -> bool:
+        done, settings = self._state.done, self._settings
+        return done % settings.log.every == 0 or done == settings.total_steps
 
     def _batches(self, start: Position) -> Iterator[Batch]:
         settings, world, stage = self._settings, self._world, start.stage
@@ -210,6 +215,6 @@ class _Trainer:
         last = f"the last checkpoint is of step {saved}" if saved >= 0 else "no checkpoint exists"
         return TrainingDivergedError(
             f"step {self._state.done + 1}: {error}; its batch is samples {indices[0]} to "
-            f"{indices[-1]} of stage {position.name}; the run stops; {last}; a lower "
-            "learning_rate may help"
+            f"{indices[-1]} of stage {position.name}; the run stops; {last}; try a lower "
+            "learning_rate"
         )

@@ -1,4 +1,4 @@
-"""The loss of a causal language model, without ever holding the logits of a long sequence."""
+"""The loss of a causal language model in chunks, so that a long sequence's logits fit in memory."""
 
 from __future__ import annotations
 
@@ -14,20 +14,20 @@ from torch.utils.checkpoint import checkpoint
 
 from infllm_flex.training.data import NO_LABEL
 
-_PER_MIB = 2**18  # logits in float32
+_LOGITS_PER_MIB = 2**18  # float32
 
 
 class LanguageLoss(nn.Module):
     """A causal LM that returns its loss.
 
-    One module, so that what wraps it (FSDP, DDP) sees the whole computation as one forward.
+    FSDP and DDP wrap this module, so that they see the whole computation as one forward pass.
 
     Args:
         model: A transformers model.
-        logits_mib: Logits that are in memory at once, in MiB of float32.
+        logits_mib: Size of one chunk of logits, in MiB of float32.
 
     Raises:
-        ValueError: The model is not a decoder and a head.
+        ValueError: The model does not consist of a decoder and a head.
     """
 
     model: Any
@@ -36,70 +36,77 @@ class LanguageLoss(nn.Module):
     def __init__(self, model: Any, logits_mib: int = 64) -> None:
         super().__init__()
         self.model = model
-        self._rows = max(1, logits_mib * _PER_MIB // model.config.vocab_size)
-        # No submodule: its parts are those of the model.
+        self._chunk_rows = max(1, logits_mib * _LOGITS_PER_MIB // model.config.vocab_size)
+        # Not registered as a submodule, because it shares the model's submodules.
         object.__setattr__(self, "_head", head_of(model))
 
     def forward(self, labels: Tensor, weights: Tensor | None = None, **inputs: Any) -> Tensor:
-        """Add up the cost of all labels, long sequences in parts that the backward makes again.
+        """Sum the loss over all labels; the chunks of long sequences are recomputed in backward.
 
         Args:
-            labels: int64 ``[B, S]``, the token that follows each; `NO_LABEL` where none counts.
-            weights: ``[B, S]``, factors on the cost of each label; None: 1.
-            inputs: What the model is given: ``input_ids`` and what goes with them.
+            labels: int64 ``[B, S]``, the token that follows each; `NO_LABEL` to ignore one.
+            weights: ``[B, S]``, factors on the loss of each label; None: 1.
+            inputs: Keyword arguments of the model: ``input_ids`` and others.
 
         Returns:
-            The sum in nats, float32; with weights two of them, weighted and not, ``[2]``.
+            The sum in nats, float32 ``[]``; with weights, the weighted and the plain sum, ``[2]``.
         """
         outputs = self.model.get_decoder()(**inputs)
-        hidden, goals = outputs.last_hidden_state.flatten(0, 1), labels.flatten()
+        hidden, targets = outputs.last_hidden_state.flatten(0, 1), labels.flatten()
         others = {name: value for name, value in outputs.items() if name != "last_hidden_state"}
-        kind: Callable[..., Any] = type(outputs)
-        make = functools.partial(kind, **others)
+        output_type: Callable[..., Any] = type(outputs)
+        make_outputs = functools.partial(output_type, **others)
         factors = None if weights is None else weights.flatten()
-        rows = self._rows
+        rows = self._chunk_rows
         if len(hidden) <= rows:
-            return self._cost(hidden, goals, factors, make)
+            return self._chunk_loss(hidden, targets, factors, make_outputs)
         total = hidden.new_zeros(() if weights is None else 2, dtype=torch.float32)
-        for first in range(0, len(hidden), rows):
-            some = slice(first, first + rows)
-            part = (hidden[some], goals[some], None if factors is None else factors[some])
-            total = total + checkpoint(self._cost, *part, make, use_reentrant=False)
+        for start in range(0, len(hidden), rows):
+            chunk = slice(start, start + rows)
+            tensors = (hidden[chunk], targets[chunk], None if factors is None else factors[chunk])
+            total = total + checkpoint(
+                self._chunk_loss, *tensors, make_outputs, use_reentrant=False
+            )
         return total
 
-    def _cost(
-        self, hidden: Tensor, labels: Tensor, weights: Tensor | None, make: Callable[..., Any]
+    def _chunk_loss(
+        self,
+        hidden: Tensor,
+        labels: Tensor,
+        weights: Tensor | None,
+        make_outputs: Callable[..., Any],
     ) -> Tensor:
-        outputs = make(last_hidden_state=hidden[None])
+        outputs = make_outputs(last_hidden_state=hidden[None])
         logits = self._head(inputs_embeds=outputs, use_cache=False).logits[0].float()
         if weights is None:
             return F.cross_entropy(logits, labels, reduction="sum", ignore_index=NO_LABEL)
-        costs = F.cross_entropy(logits, labels, reduction="none", ignore_index=NO_LABEL)
-        return torch.stack([(costs * weights).sum(), costs.sum()])
+        losses = F.cross_entropy(logits, labels, reduction="none", ignore_index=NO_LABEL)
+        return torch.stack([(losses * weights).sum(), losses.sum()])
 
 
-class _AsGiven(nn.Module):
-    """Stands in a decoder's place and returns what it is given for an input."""
+class _Identity(nn.Module):
+    """Replaces the decoder and returns ``inputs_embeds``."""
 
     def forward(self, inputs_embeds: Any, **_: Any) -> Any:
         return inputs_embeds
 
 
 def head_of(model: Any) -> Any:
-    """A model's own way from the decoder's outputs to the logits, with all scaling on it.
+    """The model's own computation from the decoder's outputs to the logits, scaling included.
 
     Returns:
         A module that takes the decoder's outputs as ``inputs_embeds``.
 
     Raises:
-        ValueError: The model is not a decoder and a head.
+        ValueError: The model does not consist of a decoder and a head.
     """
     decoder = model.get_decoder()
     names = [name for name, child in model.named_children() if child is decoder]
     if not names:
         raise ValueError(
-            f"{type(model).__name__} is not a decoder and a head: its loss cannot be taken in parts"
+            f"{type(model).__name__} does not consist of a decoder and a head, so that its loss "
+            "cannot be computed in chunks: train a model whose get_decoder() is one of its children"
         )
     head = copy.copy(model)
-    head._modules = {**model._modules, names[0]: _AsGiven()}
+    head._modules = {**model._modules, names[0]: _Identity()}
     return head

@@ -1,4 +1,4 @@
-"""What a folder should hold, to the last bit: its files with sizes and checksums."""
+"""The manifest of a published folder: its files with sizes and checksums."""
 
 from __future__ import annotations
 
@@ -12,18 +12,18 @@ Files = dict[str, dict[str, int | str]]
 
 
 class BrokenFolderError(ValueError):
-    """A folder is not what its manifest says; the message says why."""
+    """A folder does not match its manifest; the message says how."""
 
 
 def verify(folder: Path, checksums: bool = True) -> None:
-    """Compare every file of a published folder with its manifest, to the last bit.
+    """Compare every file of a published folder with its manifest.
 
     Args:
         folder: The folder.
-        checksums: False to compare names and sizes only, without reading the files.
+        checksums: False compares names and sizes only, without reading the files.
 
     Raises:
-        BrokenFolderError: A file is missing, added, linked elsewhere, or differs.
+        BrokenFolderError: A file is missing, added, a link, or differs.
     """
     listed = read_manifest(folder)
     check_names(folder, listed)
@@ -32,7 +32,7 @@ def verify(folder: Path, checksums: bool = True) -> None:
 
 
 def check_names(folder: Path, listed: Files) -> None:
-    """Compare which files a folder holds with its manifest.
+    """Compare the names of a folder's files with its manifest.
 
     Raises:
         BrokenFolderError: A file is missing or added.
@@ -45,10 +45,10 @@ def check_names(folder: Path, listed: Files) -> None:
 
 
 def check_file(path: Path, expected: dict[str, int | str], checksum: bool = True) -> None:
-    """Compare one file with its line in the manifest.
+    """Compare one file with its entry in the manifest.
 
     Raises:
-        BrokenFolderError: It differs.
+        BrokenFolderError: The file differs.
     """
     if path.is_symlink() or not path.is_file():
         raise BrokenFolderError(f"{path.name} is not a regular file")
@@ -61,16 +61,16 @@ def check_file(path: Path, expected: dict[str, int | str], checksum: bool = True
 
 
 def read_manifest(folder: Path) -> Files:
-    """The files a published folder should hold, by name, with ``size`` and ``sha256``.
+    """The expected files of a published folder by name, each with ``size`` and ``sha256``.
 
     Raises:
-        BrokenFolderError: There is no manifest, or it is not one of ours.
+        BrokenFolderError: The manifest is missing or damaged.
     """
     try:
         text = (folder / MANIFEST).read_text()
         listed = json.loads(text)["files"]
         files = {name: {"size": f["size"], "sha256": f["sha256"]} for name, f in listed.items()}
-        # Byte for byte as it was written: a flipped bit in the list itself is noticed too.
+        # The comparison also detects a flipped bit in the manifest itself.
         if text != manifest_text(files) or not all("/" not in name for name in files):
             raise KeyError("files")
         return files
@@ -79,7 +79,7 @@ def read_manifest(folder: Path) -> Files:
 
 
 def manifest_text(files: Files) -> str:
-    """The one way to write a manifest down."""
+    """The text of a manifest."""
     return json.dumps({"format": 1, "files": dict(sorted(files.items()))}, indent=2) + "\n"
 
 

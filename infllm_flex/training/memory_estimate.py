@@ -1,4 +1,4 @@
-"""How much memory a run will need on each device: an estimate, made without the weights."""
+"""Estimate the memory of a run on each device, without loading the weights."""
 
 from __future__ import annotations
 
@@ -24,16 +24,16 @@ class MemoryEstimate:
     """Bytes per process.
 
     Attributes:
-        weights: In ``model.dtype``.
-        gradients: Of the weights.
-        optimizer: Its state.
-        gathered: Whole layers that FSDP puts together for use, and the gradient of one.
-        activations: What the forward pass keeps for the backward, and what a layer works with.
-        process: On the CPU, the program and its libraries, and what it freed but cannot give back.
-            0 on other devices, whose memory holds tensors only.
-        saved: On the CPU, the copy of weights and state that a checkpoint is written from, when
-            there are no activations.
-        offloaded: Of the first three, what lies in the memory of the CPU instead.
+        weights: Weights in ``model.dtype``.
+        gradients: Gradients of the weights.
+        optimizer: Optimizer state.
+        gathered: Unsharded layers that FSDP gathers for use, and the gradient of one layer.
+        activations: Tensors kept for the backward pass, and the working memory of a layer.
+        process: On the CPU, the interpreter, the libraries and heap fragmentation. 0 on other
+            devices.
+        saved: On the CPU, the copy of weights and optimizer state made while a checkpoint is
+            written. It never coexists with activations.
+        offloaded: Whether weights, gradients and optimizer state are in CPU memory instead.
     """
 
     weights: int
@@ -47,9 +47,9 @@ class MemoryEstimate:
 
     @property
     def total(self) -> int:
-        """On the device."""
-        kept = 0 if self.offloaded else self.weights + self.gradients + self.optimizer
-        return kept + max(self.gathered + self.activations, self.saved) + self.process
+        """Bytes on the device at the peak."""
+        permanent = 0 if self.offloaded else self.weights + self.gradients + self.optimizer
+        return permanent + max(self.gathered + self.activations, self.saved) + self.process
 
     def __str__(self) -> str:
         parts = {
@@ -62,7 +62,7 @@ class MemoryEstimate:
         if self.process:
             parts["process"] = self.process
         if self.saved > self.gathered + self.activations:
-            parts["in their place a checkpoint"] = self.saved
+            parts["instead of the last two, while saving"] = self.saved
         text = ", ".join(f"{name} {value / _GIB:.1f}" for name, value in parts.items())
         where = " (the first three on the CPU)" if self.offloaded else ""
         return f"{self.total / _GIB:.1f} GiB on each device: {text}{where}"
@@ -71,34 +71,35 @@ class MemoryEstimate:
 def estimate_memory(
     model: Any, settings: TrainingSettings, processes: int, device: torch.device
 ) -> MemoryEstimate:
-    """Add up what a run holds at its fullest moment.
+    """Estimate the peak memory of a run.
 
     Args:
-        model: Also without weights.
-        settings: The whole run.
-        processes: That share it.
-        device: Where it will run.
+        model: A transformers model, possibly on the meta device.
+        settings: Settings of the run.
+        processes: Number of processes.
+        device: The training device.
     """
     layers = decoder_layers(model)
     weights = _bytes(model)
-    whole_layer = max(_bytes(layer) for layer in layers)
+    largest_layer = max(_bytes(layer) for layer in layers)
     rest = weights - sum(_bytes(layer) for layer in layers)
-    cut = processes if settings.parallel.kind == "fsdp" else 1
+    shards = processes if settings.parallel.kind == "fsdp" else 1
     gathered = 0
-    if cut > 1 or settings.memory.cpu_offload:
-        # The layer in use, the one fetched ahead, a gradient; embeddings and head throughout.
-        share = _arithmetic_bytes(settings) / _dtype_bytes(settings.model.dtype)
-        gathered = int((3 * whole_layer + 2 * rest) * share)
+    if shards > 1 or settings.memory.cpu_offload:
+        # The layer in use, the prefetched layer and one gradient. The rest (embeddings and head)
+        # stays gathered, weights and gradients.
+        ratio = _arithmetic_bytes(settings) / _dtype_bytes(settings.model.dtype)
+        gathered = int((3 * largest_layer + 2 * rest) * ratio)
     stages = settings.stages.values()
-    optimizer = _optimizer_bytes(model, settings) // cut
+    optimizer = _optimizer_bytes(model, settings) // shards
     process = saved = 0
     if device.type == "cpu":
-        saved = weights // cut + optimizer
+        saved = weights // shards + optimizer
         process = _resident_bytes()
-        process += max(_hole_bytes(model, stage, settings, processes) for stage in stages)
+        process += max(_fragmentation_bytes(model, stage, settings, processes) for stage in stages)
     return MemoryEstimate(
-        weights=weights // cut,
-        gradients=weights // cut,
+        weights=weights // shards,
+        gradients=weights // shards,
         optimizer=optimizer,
         gathered=gathered,
         activations=max(_activation_bytes(model, stage, settings, processes) for stage in stages),
@@ -112,61 +113,67 @@ def _activation_bytes(
     model: Any, stage: StageSettings, settings: TrainingSettings, processes: int
 ) -> int:
     config = model.config
-    _, tokens = _load(stage, settings, processes)
+    _, tokens = _micro_batch_size(stage, settings, processes)
     layer, layers = _layer_bytes(model, stage, settings, processes), config.num_hidden_layers
-    stream = tokens * config.hidden_size * _arithmetic_bytes(settings)
-    kept = layers * stream + layer if settings.memory.activation_checkpointing else layers * layer
+    hidden_states = tokens * config.hidden_size * _arithmetic_bytes(settings)
+    kept = layers * layer
+    if settings.memory.activation_checkpointing:
+        kept = layers * hidden_states + layer
     # Logits and their gradient, each also in the precision of the products.
     logits = 4 * min(settings.memory.logits_mib * 2**20, 4 * tokens * config.vocab_size)
-    # A gradient is whole before it is added to what is there; FSDP's is among what it gathers.
-    alone = settings.parallel.kind != "fsdp" or processes == 1
-    gradient = max(weight.nbytes for weight in model.parameters()) if alone else 0
-    return kept + 4 * stream + logits + gradient
+    # A gradient is complete before it is accumulated. FSDP's gradient is counted as gathered.
+    sharded = settings.parallel.kind == "fsdp" and processes > 1
+    gradient = 0 if sharded else max(weight.nbytes for weight in model.parameters())
+    return kept + 4 * hidden_states + logits + gradient
 
 
 def _layer_bytes(
     model: Any, stage: StageSettings, settings: TrainingSettings, processes: int
 ) -> int:
-    """What a layer keeps for the backward."""
+    """Bytes of the tensors that a layer keeps for the backward pass."""
     context, config = settings.parallel.context, model.config
-    rows, tokens = _load(stage, settings, processes)
+    rows, tokens = _micro_batch_size(stage, settings, processes)
     size = _arithmetic_bytes(settings)
     heads, kv_heads, head_dim = _heads(config)
     hidden, inner = config.hidden_size, config.intermediate_size
-    # Two norms keep input and result, one of each in float32; the gated layer four of its width;
-    # attention its input, queries and output, keys and values before and after the embedding.
+    # Two norms keep input and result, one of each in float32. The gated feed-forward layer keeps
+    # four tensors of its width. Attention keeps its input, queries and output, and keys and values
+    # before and after the rotary embedding.
     attention = 5 * heads * head_dim + 6 * kv_heads * head_dim
     layer = tokens * (size * (2 * hidden + attention + 4 * inner) + 8 * hidden)
     if stage.attention == "sparse" and not settings.attention.is_dense(stage.max_length):
-        # The choice of blocks, its lists of tiles, and what both are made from.
+        # The selected blocks, the lists of the tiles, and the inputs of both.
         layer += tokens * kv_heads * settings.attention.num_selected * 4 * 2
     if context > 1:
         layer += 3 * 2 * rows * stage.max_length * kv_heads * head_dim * size
     return layer
 
 
-def _hole_bytes(
+def _fragmentation_bytes(
     model: Any, stage: StageSettings, settings: TrainingSettings, processes: int
 ) -> int:
-    """What layers free between tensors that they keep, where the C library can't reuse it.
+    """Bytes that layers free between kept tensors and that the C library cannot reuse.
 
-    Its heap gives an aligned block out of a larger hole only: what one layer frees, the next one,
-    which asks for the same sizes, does not get, until the backward frees the neighbours, too.
+    The heap serves an aligned allocation only from a free block larger than the request. The next
+    layer asks for the sizes that the last one freed, so it cannot use those blocks until the
+    backward pass frees their neighbours.
     """
-    _, tokens = _load(stage, settings, processes)
+    _, tokens = _micro_batch_size(stage, settings, processes)
     heads, kv_heads, head_dim = _heads(model.config)
     # The squares of two norms and two residual branches; three products of the rotary embedding.
-    freed = 4 * model.config.hidden_size + 3 * (heads + kv_heads) * head_dim
-    holes = tokens * freed * _arithmetic_bytes(settings)
+    freed_per_token = 4 * model.config.hidden_size + 3 * (heads + kv_heads) * head_dim
+    freed = tokens * freed_per_token * _arithmetic_bytes(settings)
     if settings.memory.activation_checkpointing:
-        # Gradients settle where the last layer was, before the next one is computed again; nor do
-        # they find room where those of the last step were.
-        return holes + _layer_bytes(model, stage, settings, processes) + _bytes(model)
-    return model.config.num_hidden_layers * holes
+        # New gradients occupy the memory of the previous layer before the next one is recomputed,
+        # and cannot reuse the memory of the previous step's gradients.
+        return freed + _layer_bytes(model, stage, settings, processes) + _bytes(model)
+    return model.config.num_hidden_layers * freed
 
 
-def _load(stage: StageSettings, settings: TrainingSettings, processes: int) -> tuple[int, int]:
-    """Sequences and tokens that a process has in a pass."""
+def _micro_batch_size(
+    stage: StageSettings, settings: TrainingSettings, processes: int
+) -> tuple[int, int]:
+    """Sequences and tokens of one micro-batch of a process."""
     context = settings.parallel.context
     rows = stage.batch_size * context // processes
     rows = min(rows, stage.sequences_at_once or rows)
@@ -174,16 +181,17 @@ def _load(stage: StageSettings, settings: TrainingSettings, processes: int) -> t
 
 
 def _heads(config: Any) -> tuple[int, int, int]:
-    """Query heads, key/value heads and their width."""
+    """Query heads, key/value heads and head dim."""
     heads = config.num_attention_heads
     head_dim = getattr(config, "head_dim", None) or config.hidden_size // heads
     return heads, config.num_key_value_heads, head_dim
 
 
 def _resident_bytes() -> int:
-    """What this process holds before it holds a weight: interpreter, libraries, their buffers."""
-    for late in ("torch._dynamo", "torch.distributed.checkpoint", "safetensors.torch"):
-        importlib.import_module(late)  # a run loads them when it first recomputes, or saves
+    """Memory of this process without weights: the interpreter, the libraries and their buffers."""
+    # A run imports these when it first recomputes a layer or saves.
+    for name in ("torch._dynamo", "torch.distributed.checkpoint", "safetensors.torch"):
+        importlib.import_module(name)
     with torch.random.fork_rng(devices=[]):
         layer = nn.Linear(256, 256)
         optimizer = torch.optim.AdamW(layer.parameters(), fused=True)
@@ -199,17 +207,17 @@ def _resident_bytes() -> int:
 def _optimizer_bytes(model: Any, settings: TrainingSettings) -> int:
     weights = _bytes(model)
     if settings.optim.kind == "adamw8bit":
-        # Two moments of a byte and a scale for every 256.
+        # Two moments of one byte each, and a float32 scale for every 256 values.
         return 2 * (weights // _dtype_bytes(settings.model.dtype)) * 65 // 64
     if settings.optim.kind == "muon":
         # One moment for the matrices of the layers, two for the rest.
-        matrices = sum(w.nbytes for part in decoder_layers(model) for w in _matrices(part))
+        matrices = sum(w.nbytes for layer in decoder_layers(model) for w in _matrices(layer))
         return 2 * weights - matrices
     return 2 * weights
 
 
-def _matrices(part: nn.Module) -> list[torch.Tensor]:
-    return [weight for weight in part.parameters() if weight.ndim == 2]
+def _matrices(layer: nn.Module) -> list[torch.Tensor]:
+    return [weight for weight in layer.parameters() if weight.ndim == 2]
 
 
 def _bytes(module: nn.Module) -> int:

@@ -1,4 +1,4 @@
-"""What a run says while it goes: a progress bar, and one JSON object per line on the disk."""
+"""Progress reports of a run: a progress bar, and a file with one JSON object per line."""
 
 from __future__ import annotations
 
@@ -13,24 +13,25 @@ from typing import Any
 
 
 class MetricsFile:
-    """``metrics.jsonl``, cut back to the step that a run is resumed from.
+    """``metrics.jsonl``, truncated to the step that a run is resumed from.
 
     Args:
-        path: The file; made if missing.
-        done: Steps done. Lines of later steps, from before an interruption, are dropped.
-        board: Folder for the same numbers as TensorBoard reads them, where that is installed.
+        path: The file; created if missing.
+        done: Finished steps. Lines of later steps, written before an interruption, are removed.
+        board: Folder for TensorBoard events with the same values. Ignored if TensorBoard is not
+            installed.
     """
 
     def __init__(self, path: Path, done: int, board: Path | None = None) -> None:
-        kept = [line for line in _lines(path) if json.loads(line)["step"] <= done]
-        aside = path.with_suffix(".tmp")
-        aside.write_text("".join(line + "\n" for line in kept))
-        os.replace(aside, path)
+        kept = [line for line in _complete_lines(path) if json.loads(line)["step"] <= done]
+        temporary = path.with_suffix(".tmp")
+        temporary.write_text("".join(line + "\n" for line in kept))
+        os.replace(temporary, path)
         self._file = path.open("a")
-        self._board = None if board is None else _tensorboard(board, done)
+        self._board = None if board is None else _open_tensorboard(board, done)
 
     def write(self, values: dict[str, Any]) -> None:
-        """Append a line; it is on its way to the disk when this returns."""
+        """Append a line and flush it."""
         self._file.write(json.dumps(values) + "\n")
         self._file.flush()
         if self._board is not None:
@@ -45,7 +46,7 @@ class MetricsFile:
             self._board.close()
 
 
-def _tensorboard(folder: Path, done: int) -> Any:
+def _open_tensorboard(folder: Path, done: int) -> Any:
     try:
         from torch.utils.tensorboard import SummaryWriter
     except ImportError:
@@ -53,24 +54,22 @@ def _tensorboard(folder: Path, done: int) -> Any:
     return SummaryWriter(str(folder), purge_step=done + 1)
 
 
-def _lines(path: Path) -> list[str]:
+def _complete_lines(path: Path) -> list[str]:
     if not path.exists():
         return []
     lines = path.read_text().splitlines()
-    # The last line may be half written where the machine stopped.
+    # A crash can leave an incomplete last line.
     return [line for line in lines if line.startswith("{") and line.endswith("}")]
 
 
 class Progress:
-    """A bar over the steps of a run with the loss, the speed and the time left.
-
-    Without tqdm, or with ``show=False``, nothing is drawn.
+    """A progress bar over the steps of a run with the loss, the speed and the remaining time.
 
     Args:
-        title: Stands before the bar.
+        title: Label of the bar.
         total: Steps of the whole run.
-        done: Steps done before.
-        show: Whether to draw.
+        done: Steps finished before.
+        show: Whether to draw the bar.
     """
 
     def __init__(self, title: str, total: int, done: int, show: bool = True) -> None:
@@ -88,7 +87,7 @@ class Progress:
             unit="step",
             dynamic_ncols=terminal,
             ncols=None if terminal else 110,
-            mininterval=0.2 if terminal else 15,  # a log file gets a line now and then
+            mininterval=0.2 if terminal else 15,  # few lines in a log file
             file=sys.stderr,
         )
 
@@ -110,15 +109,15 @@ class Progress:
         return self._tokens / max(time.perf_counter() - self._started, 1e-9)
 
     def restart(self) -> None:
-        """Measure the speed anew, as after a pause or in another stage."""
+        """Restart the speed measurement, for example at a new stage."""
         self._tokens, self._started = 0, time.perf_counter()
 
     def advance(self, loss: float, tokens: int) -> None:
         """Count a step.
 
         Args:
-            loss: Mean over its tokens, in nats.
-            tokens: How many tokens it had.
+            loss: Mean loss over its tokens, in nats.
+            tokens: Number of its tokens.
         """
         self._tokens += tokens
         if self._bar is not None:

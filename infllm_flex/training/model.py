@@ -1,4 +1,4 @@
-"""The model of a run: made with random weights, or read from a local folder."""
+"""The model of a run: created with random weights, or loaded from a local folder."""
 
 from __future__ import annotations
 
@@ -20,31 +20,28 @@ from infllm_flex.training.settings import ModelSettings, TinyModelSettings
 
 
 def build_model(settings: ModelSettings, length: int) -> Any:
-    """Make or load the model, on the CPU and in training mode.
+    """Create or load the model, on the CPU and in training mode.
 
     Args:
         settings: The ``model`` section.
-        length: Positions that a model made here has.
-
-    Raises:
-        ValueError: The model has fewer than 256 tokens.
+        length: Number of positions of a model with random weights.
     """
     dtype = getattr(torch, settings.dtype)
     if settings.path is None:
-        assert settings.tiny is not None  # settings hold exactly one of the two
+        assert settings.tiny is not None  # the settings hold exactly one source
         with quiet_transformers() as transformers:
             config = _tiny_llama(transformers, settings.tiny, length)
             model = transformers.LlamaForCausalLM(config).to(dtype)
     else:
         model = load_model(settings.path, dtype)
-    return _checked(model).train()
+    return _with_architecture(model).train()
 
 
-def build_outline(settings: ModelSettings, length: int) -> Any:
-    """The same model without memory for its weights, on the meta device."""
+def build_meta_model(settings: ModelSettings, length: int) -> Any:
+    """The model of `build_model` on the meta device, without memory for its weights."""
     with quiet_transformers() as transformers, torch.device("meta"):
         if settings.path is None:
-            assert settings.tiny is not None  # `find_model` has made a path of a hub
+            assert settings.tiny is not None  # `find_model` has replaced hub by path
             config = _tiny_llama(transformers, settings.tiny, length)
         else:
             config = read_config(transformers, settings.path)
@@ -52,40 +49,41 @@ def build_outline(settings: ModelSettings, length: int) -> Any:
         model = transformers.AutoModelForCausalLM.from_config(
             config, dtype=dtype, trust_remote_code=False
         )
-    return _checked(model).train()
+    return _with_architecture(model).train()
 
 
-def build_blank(settings: ModelSettings, length: int) -> Any:
-    """The same model with any weights, on the CPU: pages of memory that nobody has written to."""
-    model = build_outline(settings, length).to_empty(device="cpu")
+def build_empty_model(settings: ModelSettings, length: int) -> Any:
+    """The model of `build_model` with uninitialised weights, on the CPU."""
+    model = build_meta_model(settings, length).to_empty(device="cpu")
     model.tie_weights()
     return model
 
 
-def _checked(model: Any) -> Any:
-    # Now, as FSDP makes a class of its own of it.
+def _with_architecture(model: Any) -> Any:
+    # Recorded before FSDP, which replaces the class of the model.
     model.config.architectures = [type(model).__name__]
     return model
 
 
 def decoder_layers(model: Any) -> list[nn.Module]:
-    """The layers of a model in order, each of which is one unit of memory.
+    """The decoder layers of a model in order; each is sharded, compiled and recomputed as a unit.
 
     Raises:
-        ValueError: They are not where transformers models have them.
+        ValueError: The decoder has no ``layers``.
     """
     layers = getattr(model.get_decoder(), "layers", None)
     if not isinstance(layers, nn.ModuleList):
         raise ValueError(
-            f"{type(model).__name__} has no list of decoder layers: it cannot be cut into parts"
+            f"{type(model).__name__} has no list of decoder layers, which sharding and activation "
+            "checkpointing need: train a model whose get_decoder() has a ModuleList `layers`"
         )
     return list(layers)
 
 
 def load_model(folder: Path, dtype: torch.dtype = torch.float32) -> Any:
-    """Read a causal LM from a local folder: safetensors only, no download, none of its code run.
+    """Load a causal LM from a local folder: safetensors only, no download, no code of the folder.
 
-    Dense, also where its ``sparse_config`` asks for more: stages and scripts decide.
+    The model is dense even if it has a ``sparse_config``; stages and scripts patch it.
     """
     with quiet_transformers() as transformers:
         model = transformers.AutoModelForCausalLM.from_pretrained(
@@ -119,10 +117,10 @@ def _tiny_llama(transformers: Any, tiny: TinyModelSettings, length: int) -> Any:
 
 @contextlib.contextmanager
 def quiet_transformers() -> Iterator[Any]:
-    """Transformers without what is no news here.
+    """Import transformers with progress bars and unrelated warnings off.
 
-    A bar for loading weights, and torchao, which it imports on first use and which warns of every
-    kernel that other hardware would need.
+    transformers imports torchao on first use, which warns about every kernel meant for other
+    hardware.
     """
     import transformers
 
@@ -143,11 +141,11 @@ def quiet_transformers() -> Iterator[Any]:
 
 
 def config_json(model: Any, attention: InfLLMConfig | None) -> str:
-    """The ``config.json`` of a checkpoint.
+    """The text of a checkpoint's ``config.json``.
 
     Args:
         model: A transformers model.
-        attention: Written as ``sparse_config``, where ``patch_model`` finds it.
+        attention: Written as ``sparse_config``, which ``patch_model`` reads. None: left out.
     """
     description = json.loads(model.config.to_json_string(use_diff=True))
     if attention is not None:

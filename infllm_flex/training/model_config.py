@@ -1,4 +1,4 @@
-"""The configuration of a local model folder, and folders of the hub's cache."""
+"""The configuration of a local model folder, and model folders in the hub's cache."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ from infllm_flex.training.settings import TrainingSettings
 
 
 def find_model(settings: TrainingSettings) -> TrainingSettings:
-    """The settings with ``model.path`` in place of ``model.hub``, downloaded where that is asked.
+    """Replace ``model.hub`` by ``model.path``; downloads the model if ``model.download`` is set.
 
     Raises:
-        ValueError: The model is not on this machine, or cannot be fetched.
+        ValueError: The model is not in the local cache, or the download failed.
     """
     model = settings.model
     if model.hub is None:
@@ -25,16 +25,16 @@ def find_model(settings: TrainingSettings) -> TrainingSettings:
 
 
 def find_on_hub(name: str, revision: str, download: bool, section: str) -> Path:
-    """The folder of a model of the hub in the cache of this machine.
+    """The folder of a hub model in the local cache.
 
     Args:
-        name: As ``Qwen/Qwen3-8B``.
+        name: Name on the hub, such as ``Qwen/Qwen3-8B``.
         revision: A commit, tag or branch.
-        download: Whether to fetch what the cache lacks.
-        section: Of the settings, for messages.
+        download: Whether to download files that are not in the cache.
+        section: Section of the settings to name in messages.
 
     Raises:
-        ValueError: The model is not on this machine, or cannot be fetched.
+        ValueError: The model is not in the local cache, or the download failed.
     """
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
@@ -48,23 +48,23 @@ def find_on_hub(name: str, revision: str, download: bool, section: str) -> Path:
         )
     except LocalEntryNotFoundError as error:
         raise ValueError(
-            f"{section}.hub: {name} is not in the cache of this machine: set {section}.download to "
-            f"true to fetch it once, or give its folder"
+            f"{section}.hub: {name} is not in the local cache: set {section}.download to true to "
+            f"download it once, or use a local folder of the model"
         ) from error
     except (HfHubHTTPError, OSError) as error:
-        raise ValueError(f"{section}.hub: {name} cannot be fetched: {error}") from error
+        raise ValueError(f"{section}.hub: {name} cannot be downloaded: {error}") from error
     return Path(folder)
 
 
 def read_config(transformers: Any, folder: Path) -> Any:
-    """The configuration of a model folder; none of the folder's code is run.
+    """Read the configuration of a model folder without running the folder's code.
 
     Args:
-        transformers: The module.
-        folder: Holds ``config.json``.
+        transformers: The imported module.
+        folder: The model folder with a ``config.json``.
 
     Raises:
-        ValueError: Neither transformers nor this package knows the model.
+        ValueError: ``config.json`` cannot be read, or its model type is unknown.
     """
     try:
         json.loads((folder / "config.json").read_text())

@@ -1,7 +1,8 @@
-"""Optimizers, and their state as plain named tensors."""
+"""Optimizers, and their state as named tensors."""
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -9,15 +10,15 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-from infllm_flex.training.parallel.weights import whole
+from infllm_flex.training.parallel.weights import full
 from infllm_flex.training.settings import OptimSettings
 
 
 class Optimizers:
-    """The one or two optimizers of a run, driven as one.
+    """The one or two optimizers of a run behind one interface.
 
     Args:
-        model: Whose weights to train.
+        model: The model to train.
         settings: The ``optim`` section.
     """
 
@@ -30,10 +31,10 @@ class Optimizers:
         """Clip the gradients, update the weights and clear the gradients.
 
         Returns:
-            The norm of the gradients before clipping. Where it is not finite, no weight changes.
+            The norm of the gradients before clipping. If it is not finite, no weight changes.
         """
-        norm = float(whole(nn.utils.clip_grad_norm_(self._weights, self._clip_norm)))
-        if norm - norm == 0:  # finite: neither NaN nor infinite
+        norm = float(full(nn.utils.clip_grad_norm_(self._weights, self._clip_norm)))
+        if math.isfinite(norm):
             self._set_learning_rate(learning_rate)
             for part in self._parts:
                 part.step()
@@ -44,27 +45,27 @@ class Optimizers:
     def _set_learning_rate(self, learning_rate: float) -> None:
         for part in self._parts:
             for group in part.param_groups:
-                if isinstance(group["lr"], Tensor):  # torchao compiles its step around the tensor
+                if isinstance(group["lr"], Tensor):  # torchao compiles its step with this tensor
                     group["lr"].fill_(learning_rate)
                 else:
                     group["lr"] = learning_rate
 
     def tensors(self) -> dict[str, Tensor]:
-        """The state by name: part, index of the weight, name of the moment. Views, not copies."""
-        found: dict[str, Tensor] = {}
+        """The state by name, as views: ``<optimizer>.<index of the weight>.<moment>``."""
+        tensors: dict[str, Tensor] = {}
         for number, part in enumerate(self._parts):
             weights = [weight for group in part.param_groups for weight in group["params"]]
             for index, weight in enumerate(weights):
                 for moment, value in sorted(part.state.get(weight, {}).items()):
-                    found.update(_flatten(f"{number}.{index}.{moment}", value))
-        return found
+                    tensors.update(_flatten(f"{number}.{index}.{moment}", value))
+        return tensors
 
     def materialise(self) -> None:
-        """Make the state of fresh optimizers exist, for `tensors` to be filled from a checkpoint.
+        """Allocate the state of fresh optimizers, so that a checkpoint can be read into `tensors`.
 
-        Changes the weights, so fill those too.
+        This may change the weights, so they must be read from the checkpoint too.
         """
-        # One empty step makes it, in each optimizer's own layout (8-bit state included).
+        # A step with zero gradients allocates it in each optimizer's own layout.
         for weight in self._weights:
             weight.grad = torch.zeros_like(weight)
         self.step(0.0)
@@ -75,7 +76,8 @@ def _flatten(name: str, value: Tensor) -> dict[str, Tensor]:
         local = value.to_local()
         if not hasattr(local, "__tensor_flatten__"):
             return {name: value}
-        # Blocks of 8-bit state need not end where parts do: only as many processes can resume it.
+        # Quantisation blocks may straddle shards, so 8-bit state resumes only on the same number
+        # of processes.
         return _flatten(f"{name}.part{dist.get_rank()}of{dist.get_world_size()}", local)
     if hasattr(value, "__tensor_flatten__"):
         inner, _ = value.__tensor_flatten__()
@@ -88,16 +90,16 @@ def _build(
 ) -> list[torch.optim.Optimizer]:
     betas = (settings.beta1, settings.beta2)
     if settings.kind == "muon":
-        ends = {id(model.get_input_embeddings().weight)}
+        embeddings = {id(model.get_input_embeddings().weight)}
         if model.get_output_embeddings() is not None:
-            ends.add(id(model.get_output_embeddings().weight))
-        inner = [weight for weight in weights if weight.ndim == 2 and id(weight) not in ends]
-        rest = [weight for weight in weights if weight.ndim != 2 or id(weight) in ends]
+            embeddings.add(id(model.get_output_embeddings().weight))
+        matrices = [w for w in weights if w.ndim == 2 and id(w) not in embeddings]
+        rest = [w for w in weights if w.ndim != 2 or id(w) in embeddings]
         muon = torch.optim.Muon(
-            inner,
+            matrices,
             lr=0.0,
             weight_decay=settings.weight_decay,
-            # Updates as large as AdamW's, so that one learning rate serves both.
+            # Scales the updates to the size of AdamW's, so that one learning rate serves both.
             adjust_lr_fn="match_rms_adamw",
         )
         return [muon, torch.optim.AdamW(_groups(rest, settings), lr=0.0, betas=betas, fused=True)]

@@ -1,4 +1,4 @@
-"""The folder of a run: whose it is, and that two runs never share one."""
+"""The folder of a run: which run owns it, and a lock against a second process."""
 
 from __future__ import annotations
 
@@ -24,44 +24,46 @@ _LOCK = ".lock"
 
 
 def check_folder(settings: TrainingSettings, resume: bool) -> None:
-    """Refuse a folder that holds another run or something else. Changes nothing.
+    """Refuse a folder that holds another run or other files. Changes nothing on disk.
 
-    A run that ended before its first step holds nothing worth keeping: its folder may be used by
-    any settings, with ``resume`` or without.
+    The folder of a run that ended before its first step may be reused with any settings, with or
+    without ``resume``.
 
     Raises:
-        ConfigError: With what the folder holds and what to do.
+        ConfigError: Says what the folder holds and what to do.
     """
     folder = settings.run.folder
     if not os.path.lexists(folder):
         return
     if not folder.is_dir():
         _refuse(f"{folder} is a file, expected a folder for the run")
-    content = {path.name for path in folder.iterdir()} - {_LOCK, _aside(SETTINGS)}
+    content = {path.name for path in folder.iterdir()} - {_LOCK, _temporary_name(SETTINGS)}
     if not content:
         return
     if SETTINGS not in content:
-        _refuse(f"{folder} holds something else ({sorted(content)[0]}): choose another folder")
+        _refuse(f"{folder} holds other files ({sorted(content)[0]}): choose another folder")
     if (folder / MODEL).exists() and not is_exported(folder / MODEL):
-        _refuse(f"{folder / MODEL} holds something else: move it away, the model will go there")
+        _refuse(
+            f"{folder / MODEL} holds other files: move it away, the model will be written there"
+        )
     if not _has_steps(folder):
         return
     if not resume:
-        _refuse(f"{folder} holds a run already: add --resume to go on, or choose another folder")
+        _refuse(f"{folder} already holds a run: add --resume to continue, or choose another folder")
     differing = _differences(settings, folder / SETTINGS)
     if differing:
         _refuse(
-            f"{folder} holds a run with another {', '.join(differing)}: to resume it, give the "
-            f"settings in {folder / SETTINGS}; for a new run, choose another folder"
+            f"{folder} holds a run with different settings ({', '.join(differing)}): to resume it, "
+            f"use the settings in {folder / SETTINGS}; for a new run, choose another folder"
         )
 
 
 @contextlib.contextmanager
 def claim_folder(settings: TrainingSettings, resume: bool) -> Iterator[Path]:
-    """Make the folder, note the settings in it and keep other processes out for the block.
+    """Create the folder, write the settings into it and lock it for the block.
 
     Raises:
-        ConfigError: As `check_folder`; or another process uses the folder.
+        ConfigError: As `check_folder`, or another process uses the folder.
     """
     folder = settings.run.folder
     folder.mkdir(parents=True, exist_ok=True)
@@ -70,39 +72,41 @@ def claim_folder(settings: TrainingSettings, resume: bool) -> Iterator[Path]:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:
             _refuse(f"{folder} is in use by another process")
-        check_folder(settings, resume)  # again: a run may have ended there since
+        check_folder(settings, resume)  # again: another run may have ended before the lock was held
         if not _has_steps(folder):
-            checkpoints.discard_start(folder / CHECKPOINTS)
+            checkpoints.discard_first(folder / CHECKPOINTS)
             header = "# The settings of this run, defaults included.\n"
-            aside = folder / _aside(SETTINGS)
-            aside.write_text(header + to_yaml(settings))
-            os.replace(aside, folder / SETTINGS)
+            temporary = folder / _temporary_name(SETTINGS)
+            temporary.write_text(header + to_yaml(settings))
+            os.replace(temporary, folder / SETTINGS)
         yield folder
 
 
 def _has_steps(folder: Path) -> bool:
-    """Whether a run has done a step that left something here, damaged or not."""
+    """Whether a run has left traces of a finished step here, damaged or not."""
     metrics = folder / METRICS
-    noted = metrics.exists() and metrics.stat().st_size > 0
-    return noted or (folder / MODEL).exists() or checkpoints.last_step(folder / CHECKPOINTS) > 0
+    has_metrics = metrics.exists() and metrics.stat().st_size > 0
+    return (
+        has_metrics or (folder / MODEL).exists() or checkpoints.last_step(folder / CHECKPOINTS) > 0
+    )
 
 
-def _aside(name: str) -> str:
+def _temporary_name(name: str) -> str:
     return f"{name}.tmp"
 
 
 def _differences(settings: TrainingSettings, path: Path) -> list[str]:
-    before = _what_counts(build_dataclass(TrainingSettings, load_yaml(path)))
-    settings = _what_counts(settings)
+    saved = _reproducible_part(build_dataclass(TrainingSettings, load_yaml(path)))
+    settings = _reproducible_part(settings)
     sections = ("model", "attention", "data", "stages", "optim")
-    differing = [name for name in sections if getattr(settings, name) != getattr(before, name)]
-    if settings.run.seed != before.run.seed:
+    differing = [name for name in sections if getattr(settings, name) != getattr(saved, name)]
+    if settings.run.seed != saved.run.seed:
         differing.append("run.seed")
     return differing
 
 
-def _what_counts(settings: TrainingSettings) -> TrainingSettings:
-    """Without what may differ from one start of a run to the next, as it changes no sample."""
+def _reproducible_part(settings: TrainingSettings) -> TrainingSettings:
+    """The settings with defaults where a resumed run may differ without changing a sample."""
     defaults = DataSettings()
     data = replace(
         settings.data,

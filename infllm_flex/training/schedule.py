@@ -1,4 +1,4 @@
-"""From one integer, the number of steps done, to the stage, its step and the learning rate."""
+"""Map the number of finished steps to the stage, the step within it and the learning rate."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ class Position:
     """A step within the stages of a run.
 
     Attributes:
-        name: The stage.
-        stage: Its settings.
-        step: Steps of this stage done before, from 0.
+        name: Name of the stage.
+        stage: Settings of the stage.
+        step: Index of the step within the stage, from 0.
     """
 
     name: str
@@ -23,20 +23,20 @@ class Position:
 
     @property
     def learning_rate(self) -> float:
-        """The learning rate of this step: linear rise, plateau, linear fall."""
+        """The learning rate of this step: linear warm-up, plateau, linear decay."""
         stage = self.stage
-        rise = (self.step + 1) / (stage.warmup_steps + 1)
-        fall = (stage.steps - self.step) / (stage.decay_steps + 1)
-        return stage.learning_rate * min(1.0, rise, fall)
+        warmup = (self.step + 1) / (stage.warmup_steps + 1)
+        decay = (stage.steps - self.step) / (stage.decay_steps + 1)
+        return stage.learning_rate * min(1.0, warmup, decay)
 
     def sample_indices(self) -> range:
-        """The samples of this step, counted from the start of the stage."""
-        first = self.step * self.stage.batch_size
-        return range(first, first + self.stage.batch_size)
+        """Indices of this step's samples, counted from the start of the stage."""
+        start = self.step * self.stage.batch_size
+        return range(start, start + self.stage.batch_size)
 
 
 def position_of(stages: dict[str, StageSettings], done: int) -> Position | None:
-    """Where a run stands after ``done`` steps; None when it is complete."""
+    """The position of a run after ``done`` steps; None if the run is complete."""
     for name, stage in stages.items():
         if done < stage.steps:
             return Position(name, stage, done)

@@ -1,4 +1,4 @@
-"""Ctrl-C and SIGTERM: say so, finish the step, save, leave. A second one leaves at once."""
+"""Stop a run on Ctrl-C or SIGTERM after the current step; a second signal ends it at once."""
 
 from __future__ import annotations
 
@@ -14,17 +14,17 @@ _SIGNALS = (signal.SIGINT, signal.SIGTERM)
 _STDERR = 2
 
 
-class Interruption:
-    """Notes a request to stop while in its ``with`` block.
+class StopSignal:
+    """Records the first stop signal that arrives inside its ``with`` block.
 
-    Python runs a signal's handler between two of its own instructions, and a backward pass may take
-    minutes between two. So a thread answers: it wakes at the very signal.
+    Python runs a signal handler between two bytecode instructions, which a backward pass can keep
+    minutes apart. A separate thread therefore prints the message; the signal wakes it immediately.
 
     Args:
-        show: Whether to say so on standard error.
+        show: Whether to print a message to standard error.
 
     Attributes:
-        signal: The signal that came, 0 while none did.
+        signal: Number of the received signal, 0 before one arrives.
     """
 
     def __init__(self, show: bool = True) -> None:
@@ -32,13 +32,13 @@ class Interruption:
         self._show = show
         self._stack = contextlib.ExitStack()
 
-    def __enter__(self) -> Interruption:
-        # Python delivers signals to the main thread only; elsewhere there is nothing to catch.
+    def __enter__(self) -> StopSignal:
+        # Python delivers signals to the main thread only.
         if threading.current_thread() is threading.main_thread():
             with contextlib.ExitStack() as stack:
-                # In this order: once it is undone, no thread touches the handlers any more.
-                stack.enter_context(self._handling())
-                stack.enter_context(self._answering())
+                # The thread must end before the handlers are restored, because it changes them.
+                stack.enter_context(self._installed_handlers())
+                stack.enter_context(self._announcing_thread())
                 self._stack = stack.pop_all()
         return self
 
@@ -51,26 +51,26 @@ class Interruption:
         self._stack.close()
 
     @contextlib.contextmanager
-    def _handling(self) -> Iterator[None]:
-        before = {number: signal.signal(number, self._note) for number in _SIGNALS}
+    def _installed_handlers(self) -> Iterator[None]:
+        before = {number: signal.signal(number, self._record) for number in _SIGNALS}
         try:
             yield
         finally:
             for number, handler in before.items():
                 signal.signal(number, handler)
 
-    def _note(self, number: int, frame: FrameType | None) -> None:
+    def _record(self, number: int, frame: FrameType | None) -> None:
         self.signal = self.signal or number
-        for one in _SIGNALS:
-            signal.signal(one, signal.SIG_DFL)
+        for each in _SIGNALS:
+            signal.signal(each, signal.SIG_DFL)
 
     @contextlib.contextmanager
-    def _answering(self) -> Iterator[None]:
-        """Let a thread read the numbers of the signals that come inside the block."""
+    def _announcing_thread(self) -> Iterator[None]:
+        """Start a thread that reads the numbers of the signals from the wake-up pipe."""
         reader, writer = os.pipe()
         os.set_blocking(writer, False)
         before = signal.set_wakeup_fd(writer, warn_on_full_buffer=False)
-        thread = threading.Thread(target=self._answer, args=(reader,), daemon=True)
+        thread = threading.Thread(target=self._announce, args=(reader,), daemon=True)
         thread.start()
         try:
             yield
@@ -80,24 +80,24 @@ class Interruption:
             thread.join()
             os.close(reader)
 
-    def _answer(self, reader: int) -> None:
+    def _announce(self, reader: int) -> None:
         while numbers := os.read(reader, 1):
             if numbers[0] in _SIGNALS:
-                _let_the_next_one_end_the_process()
+                _restore_default_handlers()
                 if self._show:
-                    os.write(_STDERR, _announcement(numbers[0]))
+                    os.write(_STDERR, _message(numbers[0]))
                 return
 
 
-def _let_the_next_one_end_the_process() -> None:
-    """Restore the default handlers as `signal.signal` does, which only the main thread may call."""
+def _restore_default_handlers() -> None:
+    """Restore the default handlers from any thread; Python's own `signal.signal` refuses that."""
     restore = ctypes.CDLL(None).signal
     restore.argtypes, restore.restype = (ctypes.c_int, ctypes.c_void_p), ctypes.c_void_p
     for number in _SIGNALS:
         restore(number, None)
 
 
-def _announcement(number: int) -> bytes:
+def _message(number: int) -> bytes:
     name = "Ctrl-C" if number == signal.SIGINT else signal.Signals(number).name
-    text = f"\n{name}: stopping after this step, then saving; a second one ends the run unsaved\n"
+    text = f"\n{name}: saving after this step, then stopping; a second one stops without saving\n"
     return text.encode()

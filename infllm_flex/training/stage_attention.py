@@ -1,4 +1,4 @@
-"""What a stage asks of the model: positions for its length, and its attention."""
+"""Prepare the model for a stage: its number of positions and its attention."""
 
 from __future__ import annotations
 
@@ -19,11 +19,11 @@ from infllm_flex.training.settings import StageSettings
 
 
 def fit_positions(model: Any, name: str, length: int, rope_theta: float | None) -> None:
-    """Make sure that a model knows the positions of a stage.
+    """Make sure that a model has enough positions for a stage.
 
     Args:
         model: A transformers model.
-        name: The stage.
+        name: Name of the stage.
         length: Tokens per sequence.
         rope_theta: The new base of the rotary embedding, or None to leave it.
 
@@ -31,37 +31,38 @@ def fit_positions(model: Any, name: str, length: int, rope_theta: float | None) 
         ValueError: The model has too few positions, or no rotary embedding to change.
     """
     config = model.config
-    known = getattr(config, "max_position_embeddings", length)
+    available = getattr(config, "max_position_embeddings", length)
     if rope_theta is None:
-        if known < length:
+        if available < length:
             raise ValueError(
-                f"stages.{name}: the model has positions for {known} tokens, max_length asks for "
-                f"{length}; a larger rope_theta lets it reach further"
+                f"stages.{name}: the model has positions for {available} tokens, max_length asks "
+                f"for {length}; set rope_theta to a larger base to extend it"
             )
         return
     rotary = getattr(model.get_decoder(), "rotary_emb", None)
     parameters = getattr(config, "rope_parameters", None) or {}
     if rotary is None or parameters.get("rope_type") != "default":
         raise ValueError(
-            f"stages.{name}: rope_theta can be set for models with one plain rotary embedding, "
+            f"stages.{name}: rope_theta needs a model with one rotary embedding of type default, "
             f"{type(model).__name__} has none"
         )
     config.rope_parameters = {**parameters, "rope_theta": rope_theta}
-    config.max_position_embeddings = max(known, length)
+    config.max_position_embeddings = max(available, length)
     model.get_decoder().rotary_emb = type(rotary)(config=config).to(rotary.inv_freq.device)
 
 
 @dataclass(frozen=True)
 class StageAttention:
-    """How the model attends in a stage.
+    """The attention of the model in a stage.
 
     Attributes:
-        sparse_layers: The share of its attention layers that attend sparsely at full length.
-        share: What attends where several processes share a sequence.
+        sparse_layers: Fraction of the attention layers that are sparse at ``max_length``.
+        context_attention: Attention over sequences split among processes; None without context
+            parallelism.
     """
 
     sparse_layers: float
-    share: ContextAttention | None = None
+    context_attention: ContextAttention | None = None
 
 
 @contextlib.contextmanager
@@ -72,69 +73,69 @@ def stage_attention(
     world: World | None = None,
     attend: LayerAttend | None = None,
 ) -> Iterator[StageAttention]:
-    """Give the model the attention of a stage for the block.
+    """Patch the model with the attention of a stage for the block.
 
     Args:
         model: A transformers model.
-        stage: Says whether attention is sparse.
+        stage: The stage, which has sparse or dense attention.
         attention: Settings of the sparse attention.
-        world: The processes, where some of them may share a sequence.
-        attend: What attends in a sparse stage instead, say to another choice of blocks: for the
-            number of a layer, a function as `infllm_flex.patch.attend_through` takes it.
+        world: The processes. None: this process alone.
+        attend: Replaces the attention of a sparse stage, for example with another selection. It
+            maps the number of a layer to a function for `infllm_flex.patch.attend_through`.
 
     Yields:
-        What it is.
+        The attention of the stage.
 
     Raises:
         UnsupportedModelError: No layer of the model can be sparse.
-        ValueError: Sequences are shared or ``attend`` is given, and a layer cannot attend so, or
-            both are.
+        ValueError: ``attend`` is given together with context parallelism, or a layer supports
+            neither.
     """
-    group = world if world is not None and world.context > 1 else None
-    if attend is not None and group is not None:
+    context_world = world if world is not None and world.context > 1 else None
+    if attend is not None and context_world is not None:
         raise ValueError(
-            "attention of one's own needs whole sequences: set parallel.context to 1, got "
-            f"{group.context}"
+            f"attend needs whole sequences: set parallel.context to 1, got {context_world.context}"
         )
     if stage.attention == "dense":
-        if group is None:
+        if context_world is None:
             yield StageAttention(0.0)
             return
         attention = dataclasses.replace(attention, dense_len=ALWAYS_DENSE)
     patch_model(model, attention)
     try:
-        rows = describe(model)
-        share = sum(row.sparse for row in rows) / len(rows)
-        share = 0.0 if attention.is_dense(stage.max_length) else share
+        fraction = 0.0
+        if not attention.is_dense(stage.max_length):
+            rows = describe(model)
+            fraction = sum(row.sparse for row in rows) / len(rows)
         if attend is not None:
             with attend_through(model, attend):
-                yield StageAttention(share)
+                yield StageAttention(fraction)
             return
-        if group is None:
-            yield StageAttention(share)
+        if context_world is None:
+            yield StageAttention(fraction)
             return
-        together = ContextAttention(attention, group)
-        with attend_through(model, lambda layer: together):
-            yield StageAttention(share, together)
+        context_attention = ContextAttention(attention, context_world)
+        with attend_through(model, lambda layer: context_attention):
+            yield StageAttention(fraction, context_attention)
     finally:
         unpatch_model(model)
 
 
-def warn_of_no_effect(name: str, stage: StageSettings, attention: InfLLMConfig) -> None:
-    """Warn where a stage asks for sparse attention but would compute dense attention."""
+def warn_if_not_sparse(name: str, stage: StageSettings, attention: InfLLMConfig) -> None:
+    """Warn if a stage asks for sparse attention but would compute dense attention."""
     if stage.attention == "dense":
         return
     length, budget = stage.max_length, attention.num_selected * attention.block_size
     if attention.is_dense(length):
         warnings.warn(
-            f"stages.{name}: nothing will be sparse: max_length = {length} is below "
+            f"stages.{name}: attention will be dense: max_length = {length} is below "
             f"attention.dense_len = {attention.dense_len}",
             stacklevel=2,
         )
     elif budget >= length:
         warnings.warn(
             f"stages.{name}: every block will be selected: the budget of "
-            f"{attention.num_selected} blocks of {attention.block_size} = {budget} tokens covers "
-            f"max_length = {length}",
+            f"{attention.num_selected} blocks of {attention.block_size} tokens = {budget} tokens "
+            f"covers max_length = {length}",
             stacklevel=2,
         )

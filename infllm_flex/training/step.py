@@ -1,4 +1,4 @@
-"""One optimizer step over the batch of all processes, in as many passes as memory asks for."""
+"""One optimizer step over the batch of all processes, with gradient accumulation."""
 
 from __future__ import annotations
 
@@ -10,14 +10,14 @@ import torch
 
 from infllm_flex.training.data import Batch
 from infllm_flex.training.parallel import World
-from infllm_flex.training.parallel.context import ContextAttention, part_of
-from infllm_flex.training.parallel.wrap import gradients_later
+from infllm_flex.training.parallel.context import ContextAttention, local_chunks
+from infllm_flex.training.parallel.wrap import defer_gradient_sync
 from infllm_flex.training.schedule import Position
 from infllm_flex.training.state import TrainingState
 
 
 class NotFiniteError(ArithmeticError):
-    """The loss or its gradient is NaN or infinite; no weight was changed."""
+    """The loss or its gradient is NaN or infinite; no weight has changed."""
 
 
 def take_step(
@@ -25,40 +25,43 @@ def take_step(
     world: World,
     batch: Batch,
     position: Position,
-    share: ContextAttention | None = None,
+    context_attention: ContextAttention | None = None,
 ) -> tuple[float, float]:
-    """Compute the loss and its gradient, and change the weights.
+    """Compute the loss and its gradient, and update the weights.
 
     Args:
-        state: Model and optimizer.
-        world: The processes, each of which calls this at the same step.
-        batch: This process's sequences, or those that it has part in, on the CPU.
+        state: Model and optimizers.
+        world: The processes; all of them must call this at the same step.
+        batch: The sequences of this process, on the CPU. With context parallelism, the whole
+            sequences of which it processes a part.
         position: The step.
-        share: What attends where several processes share a sequence.
+        context_attention: The attention of `stage_attention`; None without context parallelism.
 
     Returns:
-        The mean cost of the batch of all processes, in nats per token, whatever the weights of
-        its labels, and the norm of the gradient.
+        The mean loss over the labels of all processes in nats per token, label weights ignored,
+        and the norm of the gradient.
 
     Raises:
         NotFiniteError: One of the two is not finite.
     """
-    # A sequence that several processes share is counted by the first of them.
-    mine = batch.num_labels if world.context_rank == 0 else 0
-    count = world.sum(torch.tensor(mine, device=world.device))
+    # The first process of a context group counts the labels of its sequences.
+    own_count = batch.num_labels if world.context_rank == 0 else 0
+    count = world.sum(torch.tensor(own_count, device=world.device))
     total = torch.zeros((), device=world.device)
-    passes = list(_passes(batch, position.stage.sequences_at_once))
-    for number, some in enumerate(passes):
-        if share is not None:
-            share.begin(some.input_ids.shape[1], some.position_ids)
-        labels = part_of(some.labels, world).to(world.device)
-        weights = some.weights
+    micro_batches = list(_micro_batches(batch, position.stage.sequences_at_once))
+    for number, micro_batch in enumerate(micro_batches):
+        if context_attention is not None:
+            context_attention.set_documents(
+                micro_batch.input_ids.shape[1], micro_batch.position_ids
+            )
+        labels = local_chunks(micro_batch.labels, world).to(world.device)
+        weights = micro_batch.weights
         if weights is not None:
-            weights = part_of(weights, world).to(world.device)
-        with gradients_later(state.loss, number + 1 < len(passes)):
-            # Of a batch with weights, the weighted sum and the plain one.
-            sums = torch.atleast_1d(state.loss(labels, weights, **_inputs(some, world)))
-            # The processes' gradients are averaged, and shall be added.
+            weights = local_chunks(weights, world).to(world.device)
+        with defer_gradient_sync(state.loss, number + 1 < len(micro_batches)):
+            # With label weights, the loss returns the weighted sum and the plain sum.
+            sums = torch.atleast_1d(state.loss(labels, weights, **_inputs(micro_batch, world)))
+            # DDP and FSDP average gradients over ranks; multiply by the world size to sum them.
             (sums[0] * (world.size / count)).backward()
         total += sums[-1].detach()
     mean = float(world.sum(total) / count)
@@ -70,25 +73,25 @@ def take_step(
     return mean, norm
 
 
-def _passes(batch: Batch, at_once: int) -> Iterator[Batch]:
+def _micro_batches(batch: Batch, size: int) -> Iterator[Batch]:
     rows = len(batch.input_ids)
-    for first in range(0, rows, at_once or rows):
-        yield batch.rows(slice(first, first + (at_once or rows)))
+    for start in range(0, rows, size or rows):
+        yield batch.rows(slice(start, start + (size or rows)))
 
 
 def _inputs(batch: Batch, world: World) -> dict[str, Any]:
-    """What the model is given: this process's part of the sequences, and where it stands."""
+    """Keyword arguments of the model: this process's part of the sequences and its positions."""
     if world.context == 1:
         return batch.to(world.device).model_inputs()
     ids, positions = batch.input_ids, batch.position_ids
     if positions is None:
         positions = torch.arange(ids.shape[1])[None]
-    positions = part_of(positions, world).to(world.device)
-    ids = part_of(ids, world).to(world.device)
+    positions = local_chunks(positions, world).to(world.device)
+    ids = local_chunks(ids, world).to(world.device)
     return {
         "input_ids": ids,
         "position_ids": positions,
-        # Without a mask transformers takes a gap in the positions for the border of two documents.
+        # Without a mask, transformers takes a gap in the positions for a document boundary.
         "attention_mask": torch.ones_like(ids),
         "use_cache": False,
     }

@@ -1,4 +1,4 @@
-"""Speed, memory and sparsity between two lines of the log."""
+"""FLOPs utilisation, memory and sparsity between two lines of the log."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import torch
 
 from infllm_flex.process_memory import peak_resident_bytes
 from infllm_flex.training.data import Batch
-from infllm_flex.training.flops import Work, document_lengths, peak_operations
+from infllm_flex.training.flops import FlopCounter, document_lengths, peak_flops
 from infllm_flex.training.parallel import World
 from infllm_flex.training.settings import StageSettings, TrainingSettings
 
@@ -17,10 +17,10 @@ _GIB = 2**30
 
 
 class Meter:
-    """What the steps of a stage do, told for all processes by what one of them sees.
+    """Measures the steps of a stage; the batches of this process stand for all processes.
 
     Args:
-        model: The model that is trained.
+        model: The trained model.
         stage: The stage.
         settings: The whole run.
         world: The processes.
@@ -29,37 +29,36 @@ class Meter:
     def __init__(
         self, model: Any, stage: StageSettings, settings: TrainingSettings, world: World
     ) -> None:
-        self._work, self._world = Work(model, stage, settings.attention), world
-        self._peak = peak_operations(world.device, settings.log.peak_tflops)
+        self._counter, self._world = FlopCounter(model, stage, settings.attention), world
+        self._peak = peak_flops(world.device, settings.log.peak_tflops)
         self._restart()
 
     def _restart(self) -> None:
-        self._sparse, self._operations = 0.0, 0.0
+        self._sparse_fraction, self._flops = 0.0, 0.0
         self._started = time.perf_counter()
 
     def count(self, batch: Batch) -> None:
-        """Add a step's batch of this process."""
+        """Add the batch of this process for one step."""
         rows, length = batch.input_ids.shape
         lengths = document_lengths(length, rows, batch.position_ids)
-        self._sparse = self._work.sparse_tokens(lengths) / (rows * length)
-        self._operations += self._work.operations(lengths)
+        self._sparse_fraction = self._counter.sparse_tokens(lengths) / (rows * length)
+        self._flops += self._counter.flops(lengths)
 
     def values(self) -> dict[str, Any]:
-        """What was measured since the last call.
+        """The measurements since the last call.
 
         Returns:
-            ``sparse_tokens``, the last step's share of tokens in documents that attend sparsely;
-            ``mfu``, model FLOPs utilisation: the share of what the devices could do that went into
-            what the model needs, None where their peak is not known; ``memory_gib``, the most that
-            was in use.
+            ``sparse_tokens``: fraction of the last step's tokens in documents that attend sparsely.
+            ``mfu``: model FLOPs utilisation of the devices, None if their peak is unknown.
+            ``memory_gib``: peak memory.
         """
         seconds, world = time.perf_counter() - self._started, self._world
         mfu = None
         if self._peak is not None:
-            done = self._operations * world.data_size / max(seconds, 1e-9)
-            mfu = round(done / (self._peak * world.size), 4)
+            flops_per_second = self._flops * world.data_size / max(seconds, 1e-9)
+            mfu = round(flops_per_second / (self._peak * world.size), 4)
         values = {
-            "sparse_tokens": self._sparse,
+            "sparse_tokens": self._sparse_fraction,
             "mfu": mfu,
             "memory_gib": round(_peak_memory(world.device) / _GIB, 3),
         }

@@ -8,6 +8,8 @@ from pathlib import Path
 from typing import Literal, NamedTuple
 
 from infllm_flex.config import InfLLMConfig
+from infllm_flex.strict_yaml import check_range
+from infllm_flex.training.settings import check_llama_sizes
 
 Mode = Literal["forward", "forward+backward"]
 CaseMode = Literal["forward", "forward+backward", "decode"]
@@ -55,12 +57,12 @@ class RunSettings:
     seconds: float = 30.0
 
     def __post_init__(self) -> None:
-        _check_range("threads", self.threads, 0, 1024)
-        _check_range("seed", self.seed, 0, 2**63 - 1)
-        _check_range("warmup", self.warmup, 1, 1000)
-        _check_range("rounds", self.rounds, 1, 100_000)
-        _check_range("max_rounds", self.max_rounds, self.rounds, 100_000)
-        _check_range("seconds", self.seconds, 0, 86_400)
+        check_range("threads", self.threads, 0, 1024)
+        check_range("seed", self.seed, 0, 2**63 - 1)
+        check_range("warmup", self.warmup, 1, 1000)
+        check_range("rounds", self.rounds, 1, 100_000)
+        check_range("max_rounds", self.max_rounds, self.rounds, 100_000)
+        check_range("seconds", self.seconds, 0, 86_400)
         if self.out.suffix != ".csv":
             raise ValueError(f"out must name a .csv file, got {self.out}")
 
@@ -80,8 +82,8 @@ class ShapeSettings:
     batch: int = 1
 
     def __post_init__(self) -> None:
-        _check_range("head_dim", self.head_dim, 8, 256)
-        _check_range("batch", self.batch, 1, 65_536)
+        check_range("head_dim", self.head_dim, 8, 256)
+        check_range("batch", self.batch, 1, 65_536)
         if not self.heads:
             raise ValueError("heads must list at least one pair such as 8/2, got none")
         for pair in self.heads:
@@ -123,11 +125,11 @@ class CaseSettings:
 
     def __post_init__(self) -> None:
         for length in self.lengths:
-            _check_range("lengths", length, 1, _LONGEST)
+            check_range("lengths", length, 1, _LONGEST)
         if self.batch is not None:
-            _check_range("batch", self.batch, 1, 65_536)
+            check_range("batch", self.batch, 1, 65_536)
         for rows in self.tile_rows:
-            _check_range("tile_rows", rows, 1, 4096)
+            check_range("tile_rows", rows, 1, 4096)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -142,7 +144,7 @@ class MemorySettings:
 
     def __post_init__(self) -> None:
         for length in self.lengths:
-            _check_range("lengths", length, 1, _LONGEST)
+            check_range("lengths", length, 1, _LONGEST)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -176,20 +178,9 @@ class ModelSettings:
     limit: float | None = None
 
     def __post_init__(self) -> None:
-        _check_range("length", self.length, 1, _LONGEST)
-        _check_range("rounds", self.rounds, 1, 100_000)
-        for name in ("num_layers", "hidden_size", "intermediate_size", "num_heads", "num_kv_heads"):
-            _check_range(name, getattr(self, name), 1, 65_536)
-        if self.hidden_size % (2 * self.num_heads):
-            raise ValueError(
-                f"hidden_size must be a multiple of twice num_heads = {2 * self.num_heads}, "
-                f"got {self.hidden_size}"
-            )
-        if self.num_heads % self.num_kv_heads:
-            raise ValueError(
-                f"num_heads must be a multiple of num_kv_heads = {self.num_kv_heads}, "
-                f"got {self.num_heads}"
-            )
+        check_range("length", self.length, 1, _LONGEST)
+        check_range("rounds", self.rounds, 1, 100_000)
+        check_llama_sizes(self)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -274,8 +265,3 @@ class BenchmarkSettings:
         if case.batch is None:
             return self
         return replace(self, shapes=replace(self.shapes, batch=case.batch))
-
-
-def _check_range(name: str, value: float, low: float, high: float) -> None:
-    if not low <= value <= high:
-        raise ValueError(f"{name} must be between {low} and {high}, got {value}")

@@ -123,7 +123,7 @@ def test_other_settings_in_the_same_folder_are_refused_with_status_2(run):
     assert run()[0] == 0
     status, _, err = run("stages.long.steps=3")
     assert status == 2
-    assert "holds a run with another stages" in err
+    assert "holds a run with different settings (stages)" in err
 
 
 def test_a_comparison_needs_a_short_and_a_long_stage(run):

@@ -1,16 +1,14 @@
 """Two processes on the CPU, DDP and FSDP2, patched before or after: one process's gradients."""
 
-import os
 import socket
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 
+from tests.checkout import ROOT, environment
 from tests.patch.distributed import CASES, MODELS, WORLD
 
-ROOT = Path(__file__).parents[2]
 SECONDS = 300
 
 
@@ -21,12 +19,11 @@ def outcomes():
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
     command = [sys.executable, "-m", "tests.patch.distributed"]
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     processes = [
         subprocess.Popen(
             [*command, str(rank), str(WORLD), str(port)],
             cwd=ROOT,
-            env=environment,
+            env=environment(OMP_NUM_THREADS="1"),
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,

@@ -31,11 +31,11 @@ from infllm_flex import attention
 from infllm_flex.attention import infllm_attention
 from infllm_flex.config import InfLLMConfig
 from infllm_flex.training import loop
-from infllm_flex.training.collectives import gather
+from infllm_flex.training.collectives import all_gather_text
 from infllm_flex.training.loop import TrainingDivergedError, train
 from infllm_flex.training.loss import LanguageLoss
 from infllm_flex.training.parallel import World, open_world
-from infllm_flex.training.parallel.context import ContextAttention, part_of
+from infllm_flex.training.parallel.context import ContextAttention, local_chunks
 from infllm_flex.training.settings import (
     DataSettings,
     MemorySettings,
@@ -112,7 +112,9 @@ def _compare(world: World, config: InfLLMConfig, S: int, starts: list[int] | Non
         return torch.cat(documents, dim=2)
 
     def spread(x: Tensor) -> Tensor:
-        return part_of(x.transpose(1, 2).flatten(2), world).unflatten(2, (-1, 8)).transpose(1, 2)
+        return (
+            local_chunks(x.transpose(1, 2).flatten(2), world).unflatten(2, (-1, 8)).transpose(1, 2)
+        )
 
     expected_choice, choice = _Choices(), _Choices()
     weight = torch.randn(whole[0].shape, generator=torch.Generator().manual_seed(1))
@@ -124,10 +126,10 @@ def _compare(world: World, config: InfLLMConfig, S: int, starts: list[int] | Non
     exact_out.backward(weight.double())
 
     parts = [spread(x.detach()).contiguous().requires_grad_() for x in whole]
-    share = ContextAttention(config, world)
-    share.begin(S, positions)
+    context_attention = ContextAttention(config, world)
+    context_attention.set_documents(S, positions)
     with choice as calls:
-        out = share(*parts, None)
+        out = context_attention(*parts, None)
     out.backward(spread(weight))
     assert_within_rounding(out, spread(exact_out), spread(expected))
     for x, y, z in zip(parts, exact, whole, strict=True):
@@ -188,14 +190,14 @@ def a_resumed_run_continues_in_the_same_bits(folder: Path) -> None:
 def a_nan_in_one_process_stops_all(folder: Path) -> None:
     run = runs(folder)["fsdp"]
     run = replace(run, run=replace(run.run, folder=folder / "nan"))
-    real, rank = LanguageLoss._cost, dist.get_rank()
+    real, rank = LanguageLoss._chunk_loss, dist.get_rank()
 
     def cost(*args: Any) -> Tensor:
         return real(*args) * (float("nan") if rank else 1.0)
 
     said = r"step 1: the loss is nan; its batch is samples 0 to 3 of stage short"
     with (
-        mock.patch.object(LanguageLoss, "_cost", cost),
+        mock.patch.object(LanguageLoss, "_chunk_loss", cost),
         pytest.raises(TrainingDivergedError, match=said),
     ):
         train(run, show=False)
@@ -239,7 +241,7 @@ def main() -> None:
             said = ""
         except Exception:
             said = traceback.format_exc()
-        results[name] = "".join(gather(said)) or "passed"
+        results[name] = "".join(all_gather_text(said)) or "passed"
     if dist.get_rank() == 0:
         (folder / "results.json").write_text(json.dumps(results))
     dist.destroy_process_group()

@@ -16,7 +16,13 @@ from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tenso
 
 from infllm_flex.training import checkpoints
 from infllm_flex.training.checkpoints import Checkpoint
-from infllm_flex.training.collectives import everywhere, gather, num_ranks, on_first, rank
+from infllm_flex.training.collectives import (
+    all_gather_text,
+    num_ranks,
+    on_all_ranks,
+    on_first_rank,
+    rank,
+)
 from tests.training.forked import run_ranks
 
 # Fewer rows than processes, rows that do not divide, no dimension, cut along the second one.
@@ -41,7 +47,7 @@ def save(folder, step=1):
     torch.manual_seed(rank() + 10)
     checkpoint = Checkpoint(
         step=step,
-        text="t",
+        text_identity="t",
         weights=spread(whole()),
         optimizer={"0.step": torch.tensor(5.0), **spread(whole(1))},
         random_state={"cpu": torch.get_rng_state()},
@@ -137,12 +143,12 @@ def test_a_full_disk_of_one_process_fails_all_and_leaves_the_last_checkpoint(tmp
 
 
 def talk():
-    texts = gather("ä" * rank())
+    texts = all_gather_text("ä" * rank())
     with pytest.raises(Exception, match=r"process 1: ValueError: no|^no$"):
-        everywhere(lambda: None if rank() != 1 else fail())
+        on_all_ranks(lambda: None if rank() != 1 else fail())
     with pytest.raises(Exception, match=r"process 0: ValueError: no|^no$"):
-        on_first(fail)
-    return json.dumps([texts, on_first(lambda: 7)])
+        on_first_rank(fail)
+    return json.dumps([texts, on_first_rank(lambda: 7)])
 
 
 def fail():

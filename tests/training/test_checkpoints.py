@@ -23,7 +23,7 @@ from infllm_flex.training.checkpoints import Checkpoint, CheckpointError
 def checkpoint(step: int, **changes: Any) -> Checkpoint:
     values: dict[str, Any] = {
         "step": step,
-        "text": "of all",
+        "text_identity": "of all",
         "weights": {"w": torch.full((3, 5), float(step)), "transposed": torch.rand(4, 6).T},
         "optimizer": {"0.0.exp_avg": torch.rand(3, 5), "0.0.step": torch.tensor(float(step))},
         "random_state": {"cpu": torch.get_rng_state()},
@@ -40,7 +40,7 @@ def load(path: Path, like: Checkpoint) -> Checkpoint:
     }
     assert checkpoints.load(path, **parts)
     state = checkpoints.read_state(path)
-    return replace(like, step=state.step, text=state.text, **parts)
+    return replace(like, step=state.step, text_identity=state.text_identity, **parts)
 
 
 def names(folder: Path) -> list[str]:
@@ -56,7 +56,7 @@ def test_what_was_saved_is_loaded_bit_for_bit(tmp_path):
     path = checkpoints.save(tmp_path, saved, keep=2)
     assert checkpoints.newest(tmp_path) == path == tmp_path / "step-00000007"
     found = load(path, saved)
-    assert (found.step, found.text) == (7, "of all")
+    assert (found.step, found.text_identity) == (7, "of all")
     assert (path / "config.json").read_text() == saved.config_json
     for part in ("weights", "optimizer", "random_state"):
         ours, theirs = getattr(found, part), getattr(saved, part)
@@ -203,7 +203,7 @@ def test_folders_of_others_are_left_alone(tmp_path):
     foreign.mkdir()
     (foreign / "work.txt").write_text("mine")
     (tmp_path / ".tmp-notes").mkdir()
-    with pytest.raises(FileExistsError, match="is no checkpoint; it is left as it is"):
+    with pytest.raises(FileExistsError, match="exists and is no checkpoint: move it away"):
         checkpoints.save(tmp_path, checkpoint(1), keep=2)
     for step in (2, 3, 4):
         checkpoints.save(tmp_path, checkpoint(step), keep=2)
@@ -218,7 +218,10 @@ def test_folders_of_others_are_left_alone(tmp_path):
             {"format": 99, "infllm_flex": "7.0"},
             "format 99, written by infllm_flex 7.0; .*: upgrade",
         ),
-        ({"format": 1}, "format 1, written by infllm_flex of old; .* reads 2: resume it with the"),
+        (
+            {"format": 1},
+            "format 1, written by infllm_flex of an unknown version; .* 2: resume it with",
+        ),
     ],
 )
 def test_a_checkpoint_of_another_format_is_refused_and_left_alone(tmp_path, state, said):
@@ -237,15 +240,19 @@ def test_a_checkpoint_of_another_format_is_refused_and_left_alone(tmp_path, stat
         (
             {"w": torch.zeros(3, 6)},
             {},
-            r"model\.w is float32 \[3, 5\] there and float32 \[3, 6\] here",
+            r"model\.w is float32 \[3, 5\] in the checkpoint and float32 \[3, 6\] in this run",
         ),
-        ({"w": torch.zeros(3, 5).half()}, {}, r"float32 \[3, 5\] there and float16 \[3, 5\] here"),
-        ({"w": torch.zeros(3, 5), "v": torch.zeros(1)}, {}, r"it has no model\.v"),
-        ({}, {}, r"it has model\.w, which is not here"),
+        (
+            {"w": torch.zeros(3, 5).half()},
+            {},
+            r"float32 \[3, 5\] in the checkpoint and float16 \[3, 5\]",
+        ),
+        ({"w": torch.zeros(3, 5), "v": torch.zeros(1)}, {}, r"has no model\.v"),
+        ({}, {}, r"has model\.w, which this run does not have"),
         (
             {"w": torch.zeros(3, 5)},
             {"0": torch.zeros(2)},
-            r"it has optimizer\.1, which is not here",
+            r"has optimizer\.1, which this run does not have",
         ),
     ],
 )
@@ -256,7 +263,7 @@ def test_a_checkpoint_of_another_model_is_refused(tmp_path, weights, optimizer, 
         optimizer={"0": torch.ones(2), "1": torch.ones(2)},
     )
     path = checkpoints.save(tmp_path, saved, keep=2)
-    with pytest.raises(CheckpointError, match=said + "; it is of another model or optimizer"):
+    with pytest.raises(CheckpointError, match=said + ".*: the checkpoint belongs to another"):
         checkpoints.load(path, weights, optimizer, {})
     assert all(not tensor.any() for tensor in [*weights.values(), *optimizer.values()])
 

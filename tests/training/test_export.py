@@ -79,7 +79,7 @@ def test_an_export_is_replaced_and_nothing_else_is(checkpoint, tmp_path):
     assert weights_hash(export(checkpoint, tmp_path / "model")) != first
     (tmp_path / "thesis").mkdir()
     (tmp_path / "thesis" / "model.safetensors").write_text("mine")
-    with pytest.raises(FileExistsError, match="thesis holds something else: choose another folder"):
+    with pytest.raises(FileExistsError, match="thesis holds other files: choose another folder"):
         export(checkpoint, tmp_path / "thesis")
     assert (tmp_path / "thesis" / "model.safetensors").read_text() == "mine"
     assert sorted(os.listdir(tmp_path)) == ["model", "thesis"]
@@ -126,7 +126,7 @@ def test_the_command_exports_the_newest_whole_checkpoint(trained, tmp_path, caps
     assert weights_hash(tmp_path / "model") == weights_hash(trained.run.folder / "model")
     (tmp_path / "other").mkdir()
     assert command.export(trained, tmp_path / "other") == 1
-    assert "other holds something else" in capsys.readouterr().err
+    assert "other holds other files" in capsys.readouterr().err
 
 
 def test_without_a_checkpoint_there_is_nothing_to_export(tmp_path):

@@ -29,7 +29,7 @@ from infllm_flex.training.settings import (
     RunSettings,
     TrainingSettings,
 )
-from infllm_flex.training.signals import Interruption
+from infllm_flex.training.signals import StopSignal
 from tests.training.runs import ATTENTION, LONG, TINY, settings, stage, weights_hash, write_lines
 
 
@@ -126,8 +126,8 @@ def test_sigterm_saves_too_and_the_handlers_are_put_back(tmp_path, texts, stop_a
 def test_a_second_signal_ends_the_process_at_once():
     code = (
         "import os, signal, time\n"
-        "from infllm_flex.training.signals import Interruption\n"
-        "with Interruption() as interruption:\n"
+        "from infllm_flex.training.signals import StopSignal\n"
+        "with StopSignal() as interruption:\n"
         "    os.kill(os.getpid(), signal.SIGTERM)\n"
         "    assert interruption.signal == signal.SIGTERM\n"
         "    os.kill(os.getpid(), signal.SIGTERM)\n"
@@ -142,8 +142,8 @@ def test_a_signal_is_answered_while_no_python_runs(number):
     """A hash in C stands for a backward pass: no Python runs in the main thread meanwhile."""
     code = (
         "import hashlib\n"
-        "from infllm_flex.training.signals import Interruption\n"
-        "with Interruption():\n"
+        "from infllm_flex.training.signals import StopSignal\n"
+        "with StopSignal():\n"
         "    print('ready', flush=True)\n"
         "    hashlib.pbkdf2_hmac('sha256', b'x', b'y', 10 ** 8)\n"
     )
@@ -155,7 +155,7 @@ def test_a_signal_is_answered_while_no_python_runs(number):
     began = time.monotonic()
     process.send_signal(number)
     assert process.stderr.readline() == "\n"
-    assert "stopping after this step, then saving" in process.stderr.readline()
+    assert "saving after this step, then stopping" in process.stderr.readline()
     process.send_signal(number)
     assert process.wait(timeout=30) == -number
     assert time.monotonic() - began < 5
@@ -167,7 +167,7 @@ def test_a_run_that_shows_nothing_is_silent_about_signals_too(tmp_path, texts, s
     for show in (True, False):
         stop_at(1)
         train(settings(tmp_path / str(show), texts), show=show)
-        assert ("Ctrl-C: stopping after this step" in capfd.readouterr().err) == show
+        assert ("Ctrl-C: saving after this step" in capfd.readouterr().err) == show
 
 
 def test_the_handlers_and_the_wakeup_descriptor_are_those_of_before():
@@ -176,7 +176,7 @@ def test_the_handlers_and_the_wakeup_descriptor_are_those_of_before():
         [signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM)],
     )
     threads = threading.active_count()
-    with Interruption(show=False) as interruption:
+    with StopSignal(show=False) as interruption:
         os.kill(os.getpid(), signal.SIGTERM)
         assert interruption.signal == signal.SIGTERM
     assert (
@@ -208,14 +208,14 @@ def test_the_loss_falls_and_the_checkpoint_is_a_model_folder(tmp_path, texts):
     }
     model = load_model(outcome.model)
     assert model.get_output_embeddings().weight is model.get_input_embeddings().weight
-    goes_on = settings(
+    continues = settings(
         tmp_path / "next",
         texts,
         model=ModelSettings(path=outcome.model),
         stages={"only": stage(steps=1)},
     )
-    train(goes_on, show=False)
-    assert metrics(goes_on)[0]["loss"] < lines[0]["loss"] - 1
+    train(continues, show=False)
+    assert metrics(continues)[0]["loss"] < lines[0]["loss"] - 1
 
 
 def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_last_good_checkpoint(
@@ -237,14 +237,14 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_last_good_checkpo
 def test_the_folder_of_another_run_or_program_is_refused_before_any_work(tmp_path, texts):
     run = settings(tmp_path / "run", texts)
     train(run, show=False)
-    with pytest.raises(ConfigError, match=r"holds a run already: add --resume"):
+    with pytest.raises(ConfigError, match=r"already holds a run: add --resume"):
         train(run, show=False)
     other = replace(run, run=replace(run.run, seed=1), optim=OptimSettings(weight_decay=0.0))
-    with pytest.raises(ConfigError, match=r"holds a run with another optim, run\.seed: "):
+    with pytest.raises(ConfigError, match=r"different settings \(optim, run\.seed\): "):
         train(other, resume=True, show=False)
     (tmp_path / "thesis").mkdir()
     (tmp_path / "thesis" / "thesis.tex").write_text("")
-    with pytest.raises(ConfigError, match=r"holds something else \(thesis\.tex\)"):
+    with pytest.raises(ConfigError, match=r"holds other files \(thesis\.tex\)"):
         train(settings(tmp_path / "thesis", texts), show=False)
     (tmp_path / "file").write_text("")
     with pytest.raises(ConfigError, match="is a file, expected a folder"):
@@ -303,9 +303,11 @@ def test_a_step_without_a_checkpoint_keeps_its_folder(tmp_path, texts, monkeypat
         with pytest.raises(ValueError, match="no memory"):
             train(run, show=False)
     assert not list((tmp_path / "run").glob("checkpoints/*"))
-    with pytest.raises(ConfigError, match="holds a run already"):
+    with pytest.raises(ConfigError, match="already holds a run"):
         train(run, show=False)
-    with pytest.raises(ConfigError, match=r"another optim: .*; for a new run, choose another"):
+    with pytest.raises(
+        ConfigError, match=r"different settings \(optim\): .*; for a new run, choose another"
+    ):
         train(replace(run, optim=OptimSettings(weight_decay=0.0)), resume=True, show=False)
     assert [line["step"] for line in metrics(run)] == [1, 2]
 
@@ -326,7 +328,7 @@ def test_two_runs_cannot_share_a_folder_at_once(tmp_path, texts, monkeypatch):
 @pytest.mark.parametrize(
     ("attention", "length", "warning"),
     [
-        (ATTENTION, 63, "nothing will be sparse: max_length = 63 is below attention.dense_len"),
+        (ATTENTION, 63, "attention will be dense: max_length = 63 is below attention.dense_len"),
         (replace(ATTENTION, topk=9), 80, "every block will be selected: the budget of 10 blocks"),
     ],
 )

@@ -57,7 +57,7 @@ def test_the_cost_in_parts_is_that_of_the_models_own_logits(name, monkeypatch):
     expected.backward()
     expected_gradients = gradients(model)
     model.zero_grad()
-    monkeypatch.setattr(loss, "_PER_MIB", 500 * 7)
+    monkeypatch.setattr(loss, "_LOGITS_PER_MIB", 500 * 7)
     with WatchTensors() as watch:
         ours = LanguageLoss(model, logits_mib=1)(labels, input_ids=tokens, use_cache=False)
         ours.backward()
@@ -86,7 +86,7 @@ def test_weights_are_factors_on_the_cost_of_each_label(monkeypatch):
     expected.backward()
     expected, expected_grads = expected.detach(), gradients(model)
     model.zero_grad()
-    monkeypatch.setattr(loss, "_PER_MIB", 500 * 4)
+    monkeypatch.setattr(loss, "_LOGITS_PER_MIB", 500 * 4)
     for size in (1, 100):  # in parts, and as one
         ours = LanguageLoss(model, size)(labels, weights, input_ids=tokens, use_cache=False)
         ours[0].backward()

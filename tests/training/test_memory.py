@@ -68,7 +68,7 @@ def test_float8_rounds_the_products_of_the_layers_and_leaves_weights_and_names(t
     tokens = torch.arange(16)[None]
     with torch.no_grad():
         exact = model(tokens).logits
-        with pytest.warns(UserWarning, match="this CPU only imitates it"):
+        with pytest.warns(UserWarning, match="the CPU emulates float8"):
             use_float8(model, torch.device("cpu"))
         rounded = model(tokens).logits
     assert list(model.state_dict()) == names
@@ -79,7 +79,7 @@ def test_float8_rounds_the_products_of_the_layers_and_leaves_weights_and_names(t
         model=ModelSettings(tiny=TINY, float8=True),
         stages={"only": stage(steps=20, batch_size=4)},
     )
-    with pytest.warns(UserWarning, match="this CPU only imitates it"):
+    with pytest.warns(UserWarning, match="the CPU emulates float8"):
         outcome = train(run, show=False)
     found = losses(run.run.folder / "metrics.jsonl")
     assert found[-1][0] < found[0][0] - 1
@@ -90,12 +90,12 @@ def test_float8_is_refused_where_nothing_can_use_it(monkeypatch):
     narrow = replace(TINY, hidden_size=24, intermediate_size=24, num_heads=2, num_kv_heads=1)
     with (
         pytest.raises(ValueError, match="no linear layer of LlamaForCausalLM has sizes"),
-        pytest.warns(UserWarning, match="only imitates it"),
+        pytest.warns(UserWarning, match="the CPU emulates float8"),
     ):
         use_float8(build_model(ModelSettings(tiny=narrow), 32), torch.device("cpu"))
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 0))
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "NVIDIA A100")
-    with pytest.raises(ValueError, match="NVIDIA A100 has none"):
+    with pytest.raises(ValueError, match="NVIDIA A100 has no float8"):
         check_float8(torch.device("cuda", 0))
 
 

@@ -15,7 +15,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 import infllm_flex as ifx
 from infllm_flex.training.loop import train
-from infllm_flex.training.model import build_outline, load_model
+from infllm_flex.training.model import build_meta_model, load_model
 from infllm_flex.training.model_config import find_model
 from infllm_flex.training.settings import ModelSettings
 from tests.training.runs import ATTENTION, settings, stage
@@ -70,7 +70,7 @@ def test_minicpm_computes_what_its_own_code_would(minicpm):
     tokens = torch.randint(256, (2, 40))
     with torch.no_grad():
         assert torch.allclose(model(tokens).logits, llama(tokens).logits, atol=1e-5)
-    outline = build_outline(ModelSettings(path=folder), 64)
+    outline = build_meta_model(ModelSettings(path=folder), 64)
     assert {n: w.shape for n, w in outline.named_parameters()} == {
         n: w.shape for n, w in model.named_parameters()
     }
@@ -121,10 +121,12 @@ def test_a_configuration_that_cannot_be_used_is_refused(minicpm, content, messag
     folder, _ = minicpm
     (folder / "config.json").write_text(content)
     with pytest.raises(ValueError, match=message):
-        build_outline(ModelSettings(path=folder), 64)
+        build_meta_model(ModelSettings(path=folder), 64)
 
 
-def test_the_hub_is_asked_only_where_the_settings_say_so(minicpm, tmp_path, texts, monkeypatch):
+def test_a_run_asks_the_hub_once_and_only_if_the_settings_allow_it(
+    minicpm, tmp_path, texts, monkeypatch
+):
     folder, _ = minicpm
     asked = []
 
@@ -138,22 +140,23 @@ def test_the_hub_is_asked_only_where_the_settings_say_so(minicpm, tmp_path, text
     monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot_download)
     run = settings(tmp_path / "run", texts, model=ModelSettings(hub="Qwen/Qwen3-8B"))
     with pytest.raises(
-        ValueError, match=r"Qwen3-8B is not in the cache .* model\.download to true"
+        ValueError, match=r"Qwen3-8B is not in the local cache: set model\.download to true"
     ):
         train(run, show=False)
     assert not (tmp_path / "run").exists()
     download = replace(run.model, download=True, revision="abc")
-    found = find_model(replace(run, model=download))
-    assert found.model.path == folder
-    assert asked == [("Qwen/Qwen3-8B", "main", True), ("Qwen/Qwen3-8B", "abc", False)]
+    assert find_model(replace(run, model=download)).model.path == folder
+    train(replace(run, model=download), show=False)
+    once_each = [("Qwen/Qwen3-8B", "abc", False)] * 2
+    assert asked == [("Qwen/Qwen3-8B", "main", True), *once_each]
 
 
 @pytest.mark.parametrize(
     ("values", "message"),
     [
         ({}, "exactly one of path, hub and tiny"),
-        ({"hub": "../secrets"}, "hub must be a name like"),
-        ({"hub": "a/b/c"}, "hub must be a name like"),
+        ({"hub": "../secrets"}, "hub must be a name such as"),
+        ({"hub": "a/b/c"}, "hub must be a name such as"),
         ({"path": "x", "download": True}, "download must not be set without hub"),
     ],
 )

@@ -4,11 +4,9 @@ from __future__ import annotations
 
 import functools
 import json
-import os
 import subprocess
 import sys
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
 import torch
@@ -16,21 +14,20 @@ import torch
 from infllm_flex.strict_yaml import to_yaml
 from infllm_flex.training.loop import train
 from infllm_flex.training.settings import CheckpointSettings, MemorySettings, ParallelSettings
+from tests.checkout import ROOT, environment
 from tests.tolerance import assert_within_rounding
 from tests.training import parallel_checks as checks
 from tests.training.runs import settings, stage, write_texts
 
-ROOT = Path(__file__).parents[2]
 
-
-def torchrun(size, *arguments, **environment):
+def torchrun(size, *arguments, **variables):
     """Start processes, at most for two minutes."""
     return subprocess.run(
         [sys.executable, "-m", "torch.distributed.run", f"--nproc-per-node={size}", *arguments],
         capture_output=True,
         text=True,
         cwd=ROOT,
-        env=os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"} | environment,
+        env=environment(OMP_NUM_THREADS="1", **variables),
         timeout=120,
         check=False,
     )
@@ -121,7 +118,7 @@ def test_all_processes_stop_and_go_on_together(results, check):
 @pytest.mark.parametrize(
     ("processes", "changes", "message"),
     [
-        (3, {}, r"stages\.short: batch_size must be a multiple of the 3 groups"),
+        (3, {}, r"stages\.short: batch_size must be a multiple of 3, "),
         (
             2,
             {"parallel": ParallelSettings(context=4)},

@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from infllm_flex.training import checkpoints
-from infllm_flex.training.checkpoints.shards import fill_alone, outline
+from infllm_flex.training.checkpoints.shards import read_on_this_rank, read_outline
 from infllm_flex.training.loop import train
 from infllm_flex.training.settings import (
     CheckpointSettings,
@@ -58,8 +58,8 @@ def with_dropout(tmp_path):
 
 
 def tensors_of(checkpoint):
-    tensors = {n: torch.empty(s, dtype=d) for n, (s, d) in outline(checkpoint).items()}
-    fill_alone(checkpoint, tensors)
+    tensors = {n: torch.empty(s, dtype=d) for n, (s, d) in read_outline(checkpoint).items()}
+    read_on_this_rank(checkpoint, tensors)
     return tensors
 
 
@@ -219,7 +219,7 @@ def test_text_that_has_changed_is_refused(tmp_path, packing):
     train(run, show=False)
     path.write_text(path.read_text().replace("number", "digits"))
     before = sorted(p.name for p in (run.run.folder / "checkpoints").iterdir())
-    with pytest.raises(checkpoints.CheckpointError, match=r"the text .* is no longer that of data"):
+    with pytest.raises(checkpoints.CheckpointError, match=r"data\.source has changed"):
         train(run, resume=True, show=False)
     assert sorted(p.name for p in (run.run.folder / "checkpoints").iterdir()) == before
 
@@ -233,7 +233,7 @@ def test_a_checkpoint_of_another_model_put_into_the_folder_is_refused(tmp_path, 
     shutil.copytree(
         other.run.folder / "checkpoints", run.run.folder / "checkpoints", dirs_exist_ok=True
     )
-    said = r"mlp.* is float32 \[.*\] there and float32 \[.*\] here; it is of another model"
+    said = r"mlp.* is float32 \[.*\] in the checkpoint and float32 \[.*\] in this run"
     with pytest.raises(checkpoints.CheckpointError, match=said):
         train(run, resume=True, show=False)
 
@@ -243,7 +243,7 @@ def test_something_else_in_the_place_of_the_model_is_refused_before_any_work(tmp
     (tmp_path / "run" / "model").mkdir(parents=True)
     (tmp_path / "run" / "model" / "mine.txt").write_text("mine")
     (tmp_path / "run" / "run.yaml").write_text("")
-    with pytest.raises(ValueError, match=r"run/model holds something else"):
+    with pytest.raises(ValueError, match=r"run/model holds other files"):
         train(run, resume=True, show=False)
     assert not (tmp_path / "run" / "checkpoints").exists()
     assert run.run == RunSettings(folder=tmp_path / "run", device="cpu")

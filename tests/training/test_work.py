@@ -2,22 +2,20 @@
 
 from __future__ import annotations
 
-import os
 import subprocess
 import sys
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
 import torch
 from torch.autograd.graph import saved_tensors_hooks
 from torch.utils.flop_counter import FlopCounterMode
 
-from infllm_flex.training.flops import Work, document_lengths, peak_operations
+from infllm_flex.training.flops import FlopCounter, document_lengths, peak_flops
 from infllm_flex.training.layer_transforms import run_layers
 from infllm_flex.training.loss import LanguageLoss
 from infllm_flex.training.memory_estimate import estimate_memory
-from infllm_flex.training.model import build_model, build_outline, decoder_layers
+from infllm_flex.training.model import build_meta_model, build_model, decoder_layers
 from infllm_flex.training.optim import Optimizers
 from infllm_flex.training.settings import (
     MemorySettings,
@@ -27,9 +25,9 @@ from infllm_flex.training.settings import (
     TinyModelSettings,
 )
 from infllm_flex.training.stage_attention import stage_attention
+from tests.checkout import ROOT, environment
 from tests.training.runs import ATTENTION, settings, stage
 
-ROOT = Path(__file__).parents[2]
 MODEL = ModelSettings(
     tiny=TinyModelSettings(
         num_layers=3, hidden_size=64, intermediate_size=160, num_heads=4, num_kv_heads=2
@@ -49,16 +47,16 @@ def test_operations_of_dense_attention_are_those_that_torch_counts(model):
     model.set_attn_implementation("eager")  # its products are counted, those of SDPA not everywhere
     with FlopCounterMode(display=False) as counter:
         LanguageLoss(model)(tokens, input_ids=tokens, use_cache=False).backward()
-    work = Work(model, stage(max_length=LENGTH), ATTENTION)
-    ours = work.operations([LENGTH, LENGTH])
+    work = FlopCounter(model, stage(max_length=LENGTH), ATTENTION)
+    ours = work.flops([LENGTH, LENGTH])
     upper_triangle = ours - 2 * LENGTH * work._per_token  # eager attention computes it too
     assert ours + upper_triangle == pytest.approx(counter.get_total_flops(), rel=0.01)
 
 
 def test_sparse_attention_costs_what_a_query_sees_and_scores(model):
     def attention_alone(attention, length):
-        work = Work(model, stage(attention="sparse", max_length=length), attention)
-        return work.operations([length]) - length * work._per_token
+        work = FlopCounter(model, stage(attention="sparse", max_length=length), attention)
+        return work.flops([length]) - length * work._per_token
 
     budget = ATTENTION.num_selected * ATTENTION.block_size  # 24 tokens
     layers_times_width = 3 * 64
@@ -70,9 +68,9 @@ def test_sparse_attention_costs_what_a_query_sees_and_scores(model):
 
 
 def test_only_documents_of_dense_len_count_as_sparse(model):
-    work = Work(model, stage(attention="sparse"), ATTENTION)
+    work = FlopCounter(model, stage(attention="sparse"), ATTENTION)
     assert work.sparse_tokens([63, 64, 200]) == 264
-    assert Work(model, stage(attention="dense"), ATTENTION).sparse_tokens([64, 200]) == 0
+    assert FlopCounter(model, stage(attention="dense"), ATTENTION).sparse_tokens([64, 200]) == 0
 
 
 def test_documents_are_told_by_where_positions_begin_anew():
@@ -82,20 +80,20 @@ def test_documents_are_told_by_where_positions_begin_anew():
 
 
 def test_a_device_is_known_by_its_name_or_by_the_setting(monkeypatch):
-    assert peak_operations(torch.device("cpu"), None) is None
-    assert peak_operations(torch.device("cpu"), 2.5) == 2.5e12
+    assert peak_flops(torch.device("cpu"), None) is None
+    assert peak_flops(torch.device("cpu"), 2.5) == 2.5e12
     gpu = torch.device("cuda", 0)
     for name, peak in [("NVIDIA H100 80GB HBM3", 989e12), ("NVIDIA H100 PCIe", 756e12)]:
         monkeypatch.setattr(torch.cuda, "get_device_name", lambda device, name=name: name)
-        assert peak_operations(gpu, None) == peak
+        assert peak_flops(gpu, None) == peak
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "NVIDIA of Tomorrow")
-    assert peak_operations(gpu, None) is None
+    assert peak_flops(gpu, None) is None
 
 
 @pytest.mark.parametrize("kind", ["adamw", "muon"])
 def test_weights_gradients_and_optimizer_are_estimated_to_the_byte(tmp_path, texts, model, kind):
     run = settings(tmp_path, texts, model=MODEL, optim=OptimSettings(kind=kind))
-    found = estimate_memory(build_outline(MODEL, LENGTH), run, 1, GPU)
+    found = estimate_memory(build_meta_model(MODEL, LENGTH), run, 1, GPU)
     optimizers = Optimizers(model, run.optim)
     optimizers.materialise()
     weights = sum(weight.nbytes for weight in model.parameters())
@@ -137,7 +135,7 @@ def test_activations_are_estimated_to_a_half(tmp_path, texts, attention):
             memory=MemorySettings(activation_checkpointing=checkpointing),
         )
         kept.append(kept_for_the_backward(run, length))
-        found.append(estimate_memory(build_outline(MODEL, length), run, 1, GPU).activations)
+        found.append(estimate_memory(build_meta_model(MODEL, length), run, 1, GPU).activations)
     assert 0.75 < found[0] / kept[0] < 1.5
     # What is computed again comes on top of what is kept: one layer of three.
     assert 0.75 < found[1] / (kept[1] + kept[0] / 3) < 1.5
@@ -154,7 +152,7 @@ from pathlib import Path
 from infllm_flex.training.memory_estimate import estimate_memory
 from infllm_flex.training.loop import train
 from infllm_flex.process_memory import peak_resident_bytes
-from infllm_flex.training.model import build_outline
+from infllm_flex.training.model import build_meta_model
 from infllm_flex.training.settings import MemorySettings, ModelSettings, TinyModelSettings
 from tests.training.runs import settings, stage
 
@@ -169,7 +167,7 @@ run = settings(
     memory=MemorySettings(activation_checkpointing={checkpointing}),
 )
 torch.set_num_threads(1)
-outline = build_outline(model, 1024)
+outline = build_meta_model(model, 1024)
 estimate = estimate_memory(outline, run, 1, torch.device("cpu"))
 train(run, show=False)
 print(estimate.total, peak_resident_bytes())
@@ -179,7 +177,7 @@ print(estimate.total, peak_resident_bytes())
         capture_output=True,
         text=True,
         cwd=ROOT,
-        env=os.environ | {"PYTHONPATH": str(ROOT)},
+        env=environment(),
         check=True,
     )
     estimate, taken = map(int, ended.stdout.split())
@@ -187,7 +185,7 @@ print(estimate.total, peak_resident_bytes())
 
 
 def test_fsdp_cuts_what_is_kept_and_offloading_takes_it_off_the_device(tmp_path, texts):
-    outline = build_outline(MODEL, LENGTH)
+    outline = build_meta_model(MODEL, LENGTH)
 
     def estimate(processes, **changes):
         return estimate_memory(

@@ -1,7 +1,7 @@
-"""Checkpoints that survive a crash at any moment: safetensors and JSON, no pickle anywhere.
+"""Checkpoints that survive a crash at any moment, in safetensors and JSON files, without pickle.
 
-``step-00001234/`` holds each process's part of all tensors, ``state.json``, the model's
-``config.json``, and a manifest. `export` makes a model folder of it.
+``step-00001234/`` holds the shards of all processes, ``state.json``, the model's ``config.json``
+and a manifest. `export` converts a checkpoint to a model folder.
 """
 
 from infllm_flex.training.checkpoints.contents import Checkpoint, SavedState, load, read_state
@@ -9,7 +9,7 @@ from infllm_flex.training.checkpoints.errors import CheckpointError
 from infllm_flex.training.checkpoints.exporting import export, export_newest, is_export_of
 from infllm_flex.training.checkpoints.keeping import (
     clear,
-    discard_start,
+    discard_first,
     last_step,
     newest,
     path_of,
@@ -21,7 +21,7 @@ __all__ = [
     "CheckpointError",
     "SavedState",
     "clear",
-    "discard_start",
+    "discard_first",
     "export",
     "export_newest",
     "is_export_of",

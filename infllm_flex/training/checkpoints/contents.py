@@ -1,4 +1,4 @@
-"""What a checkpoint holds, and its way to the disk and back."""
+"""The contents of a checkpoint: write and read them."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ from torch import Tensor
 
 from infllm_flex import __version__
 from infllm_flex.training.checkpoints.errors import CheckpointError
-from infllm_flex.training.checkpoints.shards import Outline, outline, read_shards, write_shards
-from infllm_flex.training.collectives import gather, num_ranks, rank
+from infllm_flex.training.checkpoints.shards import Outline, read_outline, read_shards, write_shards
+from infllm_flex.training.collectives import all_gather_text, num_ranks, rank
 
 STATE = "state.json"
 CONFIG = "config.json"
@@ -26,19 +26,19 @@ _FORMAT = 2
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """What a process has in hand to save.
+    """The state that a process saves.
 
     Attributes:
-        step: Steps done.
-        text: Identity of the text that is trained on.
-        weights: By name, each tied weight once.
-        optimizer: Named tensors of `Optimizers.tensors`; empty between two stages.
-        random_state: State of this process's generators by device.
+        step: Number of finished steps.
+        text_identity: Identity of the training text.
+        weights: Weights by name, each tied weight once.
+        optimizer: The tensors of `Optimizers.tensors`; empty between two stages.
+        random_state: State of this process's random generators by device.
         config_json: Text of the model's ``config.json``.
     """
 
     step: int
-    text: str
+    text_identity: str
     weights: dict[str, Tensor]
     optimizer: dict[str, Tensor]
     random_state: dict[str, Tensor]
@@ -47,24 +47,24 @@ class Checkpoint:
 
 @dataclass(frozen=True)
 class SavedState:
-    """What a checkpoint says of itself.
+    """The metadata of a checkpoint.
 
     Attributes:
-        step: Steps done.
-        text: Identity of the text that was trained on.
-        processes: How many wrote it.
+        step: Number of finished steps.
+        text_identity: Identity of the training text.
+        processes: Number of processes that wrote it.
     """
 
     step: int
-    text: str
+    text_identity: str
     processes: int
 
 
 def write(folder: Path, checkpoint: Checkpoint) -> list[str]:
-    """Put this process's share of a checkpoint into a folder.
+    """Write this process's shards of a checkpoint into a folder.
 
     Returns:
-        Names of the files it wrote.
+        Names of the written files.
     """
     tensors = _named(
         checkpoint.weights, checkpoint.optimizer, checkpoint.random_state, process=rank()
@@ -77,7 +77,7 @@ def write(folder: Path, checkpoint: Checkpoint) -> list[str]:
         "infllm_flex": __version__,
         "torch": torch.__version__,
         "step": checkpoint.step,
-        "text": checkpoint.text,
+        "text": checkpoint.text_identity,
         "processes": num_ranks(),
     }
     (folder / STATE).write_text(json.dumps(state, indent=2) + "\n")
@@ -86,19 +86,20 @@ def write(folder: Path, checkpoint: Checkpoint) -> list[str]:
 
 
 def read_state(folder: Path) -> SavedState:
-    """What a checkpoint that `newest` found says of itself.
+    """Read the metadata of a checkpoint that `newest` returned.
 
     Raises:
-        CheckpointError: It was written in a format that this version does not read.
+        CheckpointError: This version does not read its format.
     """
     state = json.loads((folder / STATE).read_text())
     found = state.get("format")
     if found != _FORMAT:
-        by = f"format {found}, written by infllm_flex {state.get('infllm_flex', 'of old')}"
+        writer = f"infllm_flex {state.get('infllm_flex', 'of an unknown version')}"
         newer = isinstance(found, int) and found > _FORMAT
         advice = "upgrade infllm_flex" if newer else "resume it with the version that wrote it"
         raise CheckpointError(
-            f"{folder}: {by}; this version, {__version__}, reads {_FORMAT}: {advice}"
+            f"{folder}: format {found}, written by {writer}; this version, {__version__}, reads "
+            f"format {_FORMAT}: {advice}"
         )
     return SavedState(state["step"], state["text"], state["processes"])
 
@@ -109,29 +110,29 @@ def load(
     optimizer: dict[str, Tensor],
     random_state: dict[str, Tensor],
 ) -> bool:
-    """Fill tensors from a checkpoint that `newest` found. Every process must call it.
+    """Read a checkpoint that `newest` returned into tensors. All processes must call it.
 
     Args:
         folder: The checkpoint.
-        weights: As in `Checkpoint`, on this number of processes.
-        optimizer: As in `Checkpoint`; empty to leave it out.
+        weights: As in `Checkpoint`, sharded for the current number of processes.
+        optimizer: As in `Checkpoint`; empty to skip the optimizer state.
         random_state: As in `Checkpoint`.
 
     Returns:
-        Whether there was a random state of this process. There is none where fewer processes, or
-        other devices, wrote the checkpoint.
+        Whether the checkpoint holds a random state for this process. It holds none if fewer
+        processes, or other devices, wrote it.
 
     Raises:
-        CheckpointError: It is of another model or optimizer.
+        CheckpointError: It belongs to another model or optimizer.
     """
     wanted = _named(weights, optimizer, random_state, process=rank())
-    found = outline(folder)
-    _refuse_others(folder, wanted, found, whole=bool(optimizer))
-    known = all(name in found for name in _named({}, {}, random_state, process=rank()))
-    if not known:
+    found = read_outline(folder)
+    _check_nothing_is_left(folder, wanted, found, with_optimizer=bool(optimizer))
+    has_random_state = all(name in found for name in _named({}, {}, random_state, process=rank()))
+    if not has_random_state:
         wanted = _named(weights, optimizer, {}, process=rank())
     read_shards(folder, {name: value.detach() for name, value in wanted.items()})
-    return known
+    return has_random_state
 
 
 def _named(
@@ -145,17 +146,22 @@ def _named(
     return named | {f"{_RANDOM}{process}.{name}": v for name, v in random_state.items()}
 
 
-def _refuse_others(folder: Path, wanted: dict[str, Tensor], found: Outline, whole: bool) -> None:
-    """Nothing of the model, nor of the optimizer where it is asked for, may be left over."""
-    asked = {name for names in gather(json.dumps(list(wanted))) for name in json.loads(names)}
+def _check_nothing_is_left(
+    folder: Path, wanted: dict[str, Tensor], found: Outline, with_optimizer: bool
+) -> None:
+    """Refuse a checkpoint with model or optimizer tensors that no process asks for."""
+    asked = {
+        name for names in all_gather_text(json.dumps(list(wanted))) for name in json.loads(names)
+    }
     for name in sorted(found.keys() - asked):
         if part := re.search(r"\.part\d+of(\d+)\.", name):
-            if whole:
+            if with_optimizer:
                 raise CheckpointError(
                     f"{folder}: 8-bit optimizer state of {part[1]} processes: "
                     f"resume with {part[1]} processes"
                 )
-        elif name.startswith(MODEL) or (whole and name.startswith(_OPTIMIZER)):
+        elif name.startswith(MODEL) or (with_optimizer and name.startswith(_OPTIMIZER)):
             raise CheckpointError(
-                f"{folder}: it has {name}, which is not here; it is of another model or optimizer"
+                f"{folder} has {name}, which this run does not have: the checkpoint belongs to "
+                "another model or optimizer"
             )

@@ -1,7 +1,7 @@
-"""What can be wrong with checkpoints."""
+"""The error of unusable checkpoints."""
 
 from __future__ import annotations
 
 
 class CheckpointError(ValueError):
-    """There are checkpoints, but none that can be used."""
+    """A checkpoint, or every checkpoint of a folder, cannot be used; the message says why."""

@@ -1,4 +1,4 @@
-"""A checkpoint as a model folder that transformers reads, whatever number of processes wrote it."""
+"""Export a checkpoint, written by any number of processes, as a transformers model folder."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ from pathlib import Path
 import torch
 
 from infllm_flex.minicpm.code_files import copy_code
-from infllm_flex.training.atomic_folder import clear_leftovers, publish
+from infllm_flex.training.atomic_folder import publish, remove_leftovers
 from infllm_flex.training.checkpoints.contents import CONFIG, MODEL, read_state
 from infllm_flex.training.checkpoints.errors import CheckpointError
 from infllm_flex.training.checkpoints.keeping import newest
-from infllm_flex.training.checkpoints.shards import Outline, fill_alone, outline
+from infllm_flex.training.checkpoints.shards import Outline, read_on_this_rank, read_outline
 from infllm_flex.training.manifest import (
     MANIFEST,
     BrokenFolderError,
@@ -27,8 +27,8 @@ from infllm_flex.training.manifest import (
 _INDEX = "model.safetensors.index.json"
 _SOURCE = "checkpoint.json"
 _FILE_BYTES = 5 * 10**9
-# What else belongs to a model: its tokenizer and how it generates.
-_COMPANIONS = (
+# Files of the original model that are copied: its tokenizer and generation settings.
+_COPIED = (
     "tokenizer*",
     "special_tokens_map.json",
     "added_tokens.json",
@@ -40,36 +40,36 @@ _COMPANIONS = (
 
 
 def export(checkpoint: Path, target: Path, origin: Path | None = None) -> Path:
-    """Write the weights of a checkpoint whole, a few gigabytes at a time, by this process alone.
+    """Write the unsharded weights of a checkpoint, a few gigabytes at a time, in this process.
 
     Args:
-        checkpoint: One that `newest` found.
-        target: The model folder. One that was made here before is replaced, any other is not.
-        origin: The model folder that training began with; its tokenizer is copied along, and the
-            code that the model's ``auto_map`` names.
+        checkpoint: A checkpoint that `newest` returned.
+        target: The model folder. An earlier export is replaced, any other folder is refused.
+        origin: The model folder that training started from. Its tokenizer is copied, and the code
+            that the model's ``auto_map`` names.
 
     Returns:
         ``target``.
 
     Raises:
-        FileExistsError: ``target`` is something else.
-        CheckpointError: The checkpoint is of another format.
-        OSError: The disk is full or not writable; nothing has changed.
+        FileExistsError: ``target`` holds other files.
+        CheckpointError: This version does not read the checkpoint's format.
+        OSError: The disk is full or not writable; ``target`` is unchanged.
     """
     read_state(checkpoint)
     if target.exists() and not is_exported(target):
-        raise FileExistsError(f"{target} holds something else: choose another folder")
+        raise FileExistsError(f"{target} holds other files: choose another folder")
     target.parent.mkdir(parents=True, exist_ok=True)
-    clear_leftovers(target.parent, re.escape(target.name))
-    publish(target, lambda aside: _write(aside, checkpoint, origin), replace=True)
+    remove_leftovers(target.parent, re.escape(target.name))
+    publish(target, lambda folder: _write(folder, checkpoint, origin), replace=True)
     return target
 
 
 def export_newest(folder: Path, target: Path, origin: Path | None = None) -> Path:
-    """`export` the newest whole checkpoint of a folder, also beside a training that goes on.
+    """`export` the newest undamaged checkpoint of a folder; a training may be running there.
 
     Raises:
-        CheckpointError: There is none.
+        CheckpointError: There is no usable checkpoint.
     """
     checkpoint = newest(folder)
     if checkpoint is None:
@@ -78,7 +78,7 @@ def export_newest(folder: Path, target: Path, origin: Path | None = None) -> Pat
 
 
 def is_exported(folder: Path) -> bool:
-    """Whether a folder is a model that `export` wrote, damaged or not."""
+    """Whether `export` wrote the folder, damaged or not."""
     try:
         return CONFIG in read_manifest(folder)
     except BrokenFolderError:
@@ -86,7 +86,7 @@ def is_exported(folder: Path) -> bool:
 
 
 def is_export_of(folder: Path, checkpoint: Path) -> bool:
-    """Whether a folder is the whole export of a checkpoint."""
+    """Whether a folder is the undamaged export of this checkpoint."""
     try:
         verify(folder)
     except (BrokenFolderError, OSError):
@@ -95,45 +95,42 @@ def is_export_of(folder: Path, checkpoint: Path) -> bool:
     return source == _source(checkpoint)
 
 
-def _write(aside: Path, checkpoint: Path, origin: Path | None) -> None:
+def _write(folder: Path, checkpoint: Path, origin: Path | None) -> None:
     from safetensors.torch import save_file
 
-    found = {n: entry for n, entry in outline(checkpoint).items() if n.startswith(MODEL)}
-    files = _split(found)
-    places: dict[str, str] = {}
+    outline = {n: entry for n, entry in read_outline(checkpoint).items() if n.startswith(MODEL)}
+    files = _split_into_files(outline)
+    weight_map: dict[str, str] = {}
     for number, names in enumerate(files, start=1):
-        name = _file_name(number, len(files))
-        tensors = {n: torch.empty(found[n][0], dtype=found[n][1]) for n in names}
-        fill_alone(checkpoint, tensors)
-        plain = {n.removeprefix(MODEL): tensor for n, tensor in tensors.items()}
-        save_file(plain, aside / name, {"format": "pt"})  # transformers asks for it
-        places |= dict.fromkeys(plain, name)
+        file_name = _file_name(number, len(files))
+        tensors = {n: torch.empty(outline[n][0], dtype=outline[n][1]) for n in names}
+        read_on_this_rank(checkpoint, tensors)
+        weights = {n.removeprefix(MODEL): tensor for n, tensor in tensors.items()}
+        save_file(weights, folder / file_name, {"format": "pt"})  # transformers requires the entry
+        weight_map |= dict.fromkeys(weights, file_name)
     if len(files) > 1:
-        total = sum(_nbytes(entry) for entry in found.values())
-        index = {"metadata": {"total_size": total}, "weight_map": places}
-        (aside / _INDEX).write_text(json.dumps(index, indent=2) + "\n")
-    shutil.copyfile(checkpoint / CONFIG, aside / CONFIG)
-    (aside / _SOURCE).write_text(_source(checkpoint))
+        total = sum(_nbytes(entry) for entry in outline.values())
+        index = {"metadata": {"total_size": total}, "weight_map": weight_map}
+        (folder / _INDEX).write_text(json.dumps(index, indent=2) + "\n")
+    shutil.copyfile(checkpoint / CONFIG, folder / CONFIG)
+    (folder / _SOURCE).write_text(_source(checkpoint))
     if origin is not None:
-        for path in _companions(origin):
-            shutil.copyfile(path, aside / path.name)
-        copy_code(origin, aside, json.loads((aside / CONFIG).read_text()).get("auto_map") or {})
+        for pattern in _COPIED:
+            for path in filter(Path.is_file, origin.glob(pattern)):
+                shutil.copyfile(path, folder / path.name)
+        copy_code(origin, folder, json.loads((folder / CONFIG).read_text()).get("auto_map") or {})
 
 
-def _companions(origin: Path) -> list[Path]:
-    return [path for pattern in _COMPANIONS for path in origin.glob(pattern) if path.is_file()]
-
-
-def _split(found: Outline) -> list[list[str]]:
+def _split_into_files(outline: Outline) -> list[list[str]]:
     """Names of the tensors of each file."""
     files: list[list[str]] = [[]]
     size = 0
-    for name in sorted(found):
-        if files[-1] and size + _nbytes(found[name]) > _FILE_BYTES:
+    for name in sorted(outline):
+        if files[-1] and size + _nbytes(outline[name]) > _FILE_BYTES:
             files.append([])
             size = 0
         files[-1].append(name)
-        size += _nbytes(found[name])
+        size += _nbytes(outline[name])
     return files
 
 
@@ -147,6 +144,6 @@ def _file_name(number: int, count: int) -> str:
 
 
 def _source(checkpoint: Path) -> str:
-    """Which checkpoint this is of: equal exactly for equal content."""
+    """A description of the exported checkpoint, equal exactly for equal contents."""
     digest = hashlib.sha256((checkpoint / MANIFEST).read_bytes()).hexdigest()
     return json.dumps({"step": read_state(checkpoint).step, "manifest": digest}, indent=2) + "\n"

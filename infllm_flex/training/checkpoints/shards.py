@@ -1,8 +1,7 @@
-"""Tensors that each process holds a part of, in safetensors files, by PyTorch's own engine.
+"""Sharded tensors in safetensors files, written and read by ``torch.distributed.checkpoint``.
 
-torch.distributed.checkpoint writes and reads them through its Hugging Face storage: every file is
-plain safetensors with the place of its parts in the header. Its default storage is not used: that
-unpickles an index when it loads.
+Its Hugging Face storage writes plain safetensors files with the offsets of the shards in their
+headers. Its default storage is not used, because that unpickles an index.
 """
 
 from __future__ import annotations
@@ -26,71 +25,71 @@ from torch.distributed.checkpoint.state_dict_loader import load
 from torch.distributed.checkpoint.state_dict_saver import save
 
 from infllm_flex.training.checkpoints.errors import CheckpointError
-from infllm_flex.training.collectives import gather, num_ranks, rank
+from infllm_flex.training.collectives import all_gather_text, num_ranks, rank
 
-_FILE_BYTES = 2**31  # DCP builds a file in memory before it writes it
-_OTHER = "it is of another model or optimizer"
+_FILE_BYTES = 2**31  # DCP builds a whole file in memory before it writes it
 Outline = dict[str, tuple[tuple[int, ...], torch.dtype]]
 
 
 def write_shards(folder: Path, tensors: dict[str, Tensor]) -> list[str]:
-    """Write this process's parts of all tensors. Every process must call it.
+    """Write this process's shards of all tensors. All processes must call it.
 
     Args:
         folder: An empty folder.
-        tensors: By name. DTensors are written in parts; of others that several processes have
-            under one name, one copy.
+        tensors: Tensors by name. DTensors are written as shards. Other tensors that several
+            processes hold under one name are written once.
 
     Returns:
         Names of the files that this process wrote.
 
     Raises:
         OSError: A process could not write.
-        CheckpointError: The tensors do not fit together.
+        CheckpointError: The processes hold incompatible tensors.
     """
     writer = HuggingFaceStorageWriter(
-        str(folder), fqn_to_index_mapping=_files_of(tensors), save_distributed=True
+        str(folder), fqn_to_index_mapping=_assign_files(tensors), save_distributed=True
     )
-    with _engine(folder):
+    with _converted_errors(folder):
         save(tensors, storage_writer=writer, no_dist=not dist.is_initialized())
     return [path.name for path in folder.glob(f"shard-{rank() + 1:05d}-*")]
 
 
 def read_shards(folder: Path, tensors: dict[str, Tensor]) -> None:
-    """Fill tensors with what was written, however it was cut. Every process must call it.
+    """Read into tensors with any sharding. All processes must call it.
 
     Args:
-        folder: What `write_shards` filled, from any number of processes.
-        tensors: By name; each process may ask for others.
+        folder: A folder that `write_shards` filled, from any number of processes.
+        tensors: Tensors by name; the names may differ between processes.
 
     Raises:
-        CheckpointError: A tensor is missing, or of another shape or type.
+        CheckpointError: A tensor is missing, or has another shape or dtype.
     """
-    found = outline(folder)
+    found = read_outline(folder)
     for name, tensor in tensors.items():
         if name not in found:
             raise CheckpointError(
-                f"{folder}: it has no {name}; it is of another model or optimizer"
+                f"{folder} has no {name}: the checkpoint belongs to another model or optimizer"
             )
         wanted = (tuple(tensor.shape), tensor.dtype)
         if found[name] != wanted:
             raise CheckpointError(
-                f"{folder}: {name} is {_words(found[name])} there and {_words(wanted)} here; "
-                f"{_OTHER}"
+                f"{folder}: {name} is {_describe(found[name])} in the checkpoint and "
+                f"{_describe(wanted)} in this run: the checkpoint belongs to another model or "
+                "optimizer"
             )
     reader = HuggingFaceStorageReader(str(folder))
-    with _engine(folder), torch.no_grad():
+    with _converted_errors(folder), torch.no_grad():
         load(tensors, storage_reader=reader, no_dist=not dist.is_initialized())
 
 
-def fill_alone(folder: Path, tensors: dict[str, Tensor]) -> None:
-    """Fill whole tensors by this process alone, whatever the others do."""
-    with _engine(folder):
+def read_on_this_rank(folder: Path, tensors: dict[str, Tensor]) -> None:
+    """Read into unsharded tensors, without the other processes."""
+    with _converted_errors(folder):
         load(tensors, storage_reader=HuggingFaceStorageReader(str(folder)), no_dist=True)
 
 
-def outline(folder: Path) -> Outline:
-    """Shape and type of every tensor in a folder, by name."""
+def read_outline(folder: Path) -> Outline:
+    """Shape and dtype of every tensor in a folder, by name."""
     metadata = HuggingFaceStorageReader(str(folder)).read_metadata()
     return {
         name: (tuple(entry.size), entry.properties.dtype)
@@ -99,11 +98,12 @@ def outline(folder: Path) -> Outline:
     }
 
 
-def _files_of(tensors: dict[str, Tensor]) -> dict[str, int]:
-    """Which of a process's files each tensor goes to; for the tensors of all processes."""
+def _assign_files(tensors: dict[str, Tensor]) -> dict[str, int]:
+    """The number of the file that each tensor goes to, for the tensors of all processes."""
+    own_sizes = {name: t.numel() * t.itemsize for name, t in tensors.items()}
     sizes: dict[str, int] = {}
-    for theirs in gather(json.dumps({name: t.numel() * t.itemsize for name, t in tensors.items()})):
-        sizes |= json.loads(theirs)
+    for rank_sizes in all_gather_text(json.dumps(own_sizes)):
+        sizes |= json.loads(rank_sizes)
     files, number, size = {}, 1, 0
     for name in sorted(sizes):
         nbytes = sizes[name] // num_ranks()
@@ -114,19 +114,19 @@ def _files_of(tensors: dict[str, Tensor]) -> dict[str, int]:
     return files
 
 
-def _words(entry: tuple[tuple[int, ...], torch.dtype]) -> str:
+def _describe(entry: tuple[tuple[int, ...], torch.dtype]) -> str:
     shape, dtype = entry
     return f"{str(dtype).removeprefix('torch.')} {list(shape)}"
 
 
 @contextmanager
-def _engine(folder: Path) -> Iterator[None]:
-    """The engine's errors as ours; its note that a single process is alone is no news."""
+def _converted_errors(folder: Path) -> Iterator[None]:
+    """Raise DCP's errors as OSError or CheckpointError; silence its note about a single process."""
     try:
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", "torch.distributed is disabled", UserWarning)
             yield
-    except CheckpointException as error:  # not an Exception, so nothing else would catch it
+    except CheckpointException as error:  # derives from BaseException
         number, (cause, _) = min(error.failures.items())
         if isinstance(cause, OSError):
             raise cause from None

@@ -1,4 +1,4 @@
-"""Text: where it comes from, its tokens, and which of them each step of training sees."""
+"""Training text: reading, tokenising, packing and sampling."""
 
 from infllm_flex.training.data.batch import NO_LABEL, Batch
 from infllm_flex.training.data.corpus import Corpus, TextFile, held_out_windows, load_corpus

@@ -1,4 +1,4 @@
-"""What one step of training reads: tokens, what to predict, and where documents begin."""
+"""A batch: tokens, labels and document boundaries."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ import torch
 from torch import Tensor
 
 NO_LABEL = -100
-"""Label of a token after which nothing is to be predicted; PyTorch's losses leave it out."""
+"""Label that the loss ignores; PyTorch's default ``ignore_index``."""
 
-_DOCUMENTS_AT_ONCE = 16
+_BOUNDARY_MULTIPLE = 16
 
 
 @dataclass(frozen=True)
@@ -21,12 +21,12 @@ class Batch:
 
     Attributes:
         input_ids: int64 ``[B, S]``.
-        labels: int64 ``[B, S]``, the token that follows, `NO_LABEL` where there is none: at the
-            end of a document and in padding. Already shifted.
-        position_ids: int64 ``[B, S]``, 0 where a document begins, so that none sees another.
-            Padding is a document of its own. None where every row is one document.
-        weights: float32 ``[B, S]``, how much the cost of each label counts; None: all 1. The
-            weighted sum over the number of labels is what training minimises.
+        labels: int64 ``[B, S]``, already shifted: the next token, or `NO_LABEL` at the end of a
+            document and in padding.
+        position_ids: int64 ``[B, S]``, 0 at the start of each document; documents do not attend to
+            each other. Padding is a document of its own. None: every row is one document.
+        weights: float32 ``[B, S]``, factors on the loss of each label; None: all 1. Training
+            minimises the weighted sum divided by the number of labels.
     """
 
     input_ids: Tensor
@@ -36,32 +36,32 @@ class Batch:
 
     @property
     def num_labels(self) -> int:
-        """Tokens that are predicted."""
+        """Number of labels that count."""
         return int((self.labels != NO_LABEL).sum())
 
     def to(self, device: torch.device) -> Batch:
-        """The batch on another device."""
+        """Copy the batch to a device."""
         return self.map(lambda tensor: tensor.to(device))
 
     def pin_memory(self) -> Batch:
-        """The batch in page-locked memory; DataLoader calls this."""
+        """Copy the batch to page-locked memory; DataLoader calls this."""
         return self.map(Tensor.pin_memory)
 
-    def rows(self, some: slice) -> Batch:
-        """Some of the rows."""
-        return self.map(lambda tensor: tensor[some])
+    def rows(self, which: slice) -> Batch:
+        """A slice of the rows."""
+        return self.map(lambda tensor: tensor[which])
 
     def map(self, change: Callable[[Tensor], Tensor]) -> Batch:
-        """The batch with every tensor of it changed."""
+        """Apply a function to every tensor of the batch."""
         parts = (self.input_ids, self.labels, self.position_ids, self.weights)
         return Batch(*(None if part is None else change(part) for part in parts))  # type: ignore[arg-type]
 
     def model_inputs(self) -> dict[str, Any]:
-        """Keywords for a transformers model.
+        """Keyword arguments for a transformers model.
 
-        ``position_ids`` that restart, and for a single row also ``cu_seq_lens_q/k`` and
-        ``max_length_q/k`` as FlashAttention takes them. No cache: with one, transformers would not
-        look at the positions, and documents would see each other.
+        With several documents: ``position_ids`` that restart, and for a single row also
+        FlashAttention's ``cu_seq_lens_q/k`` and ``max_length_q/k``. The cache is off, because with
+        one, transformers ignores restarting positions and documents would attend to each other.
         """
         inputs: dict[str, Any] = {"input_ids": self.input_ids, "use_cache": False}
         if self.position_ids is None:
@@ -69,7 +69,7 @@ class Batch:
         inputs["position_ids"] = self.position_ids
         if len(self.input_ids) == 1:
             boundaries = document_boundaries(self.position_ids[0])
-            # The length of the row, not of its longest document, so that no step recompiles.
+            # The length of the row instead of its longest document avoids recompilation.
             longest = self.input_ids.shape[1]
             inputs |= {"cu_seq_lens_q": boundaries, "cu_seq_lens_k": boundaries}
             inputs |= {"max_length_q": longest, "max_length_k": longest}
@@ -77,17 +77,17 @@ class Batch:
 
 
 def document_boundaries(position_ids: Tensor) -> Tensor:
-    """Where documents begin, and the end.
+    """The start of each document, and the end of the last, as ``cu_seqlens``.
 
     Args:
         position_ids: ``[S]``, 0 at the first token of each document.
 
     Returns:
-        int32 ``[N + 1]``, ascending from 0 to S. As many empty documents follow as make N a
-        multiple of 16, so that compiled code sees few shapes.
+        int32 ``[N + 1]``, ascending from 0 to S. Empty documents at the end pad N to a multiple of
+        16, so that compiled code sees few shapes.
     """
     starts = (position_ids == 0).nonzero().flatten()
-    size = -(-len(starts) // _DOCUMENTS_AT_ONCE) * _DOCUMENTS_AT_ONCE
+    size = -(-len(starts) // _BOUNDARY_MULTIPLE) * _BOUNDARY_MULTIPLE
     boundaries = torch.full((size + 1,), len(position_ids), dtype=torch.int32)
     boundaries[: len(starts)] = starts
     return boundaries.to(position_ids.device)

@@ -1,4 +1,4 @@
-"""Local text as bytes, split by file into what is trained on and what is held out."""
+"""Local text files as bytes, split by file into training and held-out text."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ _MAX_BYTES = 2**32
 
 @dataclass(frozen=True)
 class TextFile:
-    """A file of the corpus: its path relative to the source, with forward slashes, and bytes."""
+    """A file of the corpus: its content, and its path relative to the source with slashes."""
 
     name: str
     content: bytes
@@ -27,24 +27,24 @@ class TextFile:
 
 @dataclass(frozen=True)
 class Corpus:
-    """Files in the order of the hash of their names, so that neighbours are unrelated."""
+    """Files ordered by the hash of their names, so that neighbours are unrelated."""
 
     train: tuple[TextFile, ...]
     held_out: tuple[TextFile, ...]
 
     def train_stream(self) -> Tensor:
-        """All training files behind one another, uint8 ``[N]``."""
+        """All training files concatenated, uint8 ``[N]``."""
         return _as_tensor(_SEPARATOR.join(file.content for file in self.train))
 
 
 def load_corpus(settings: DataSettings) -> Corpus:
     """Read the files and split them.
 
-    Which part a file belongs to depends on its relative path alone, so it is the same on every
-    machine and stays so when files are added. A copy of a training file is not held out.
+    The relative path of a file alone decides its part, so the split is the same on every machine
+    and unaffected by added files. A copy of a training file is not held out.
 
     Raises:
-        DataError: No files, too much text, or a part would be empty.
+        DataError: There are no files, there is too much text, or a part would be empty.
     """
     root, names = find_files(settings)
     files = [TextFile(name, (root / name).read_bytes()) for name in names]
@@ -56,31 +56,36 @@ def load_corpus(settings: DataSettings) -> Corpus:
         )
     limit = settings.held_out_percent
     train = [file for file in files if _hash(file.name) % 100 >= limit]
-    known = {hashlib.sha256(file.content).digest() for file in train}
+    train_digests = {hashlib.sha256(file.content).digest() for file in train}
     held_out = [
         file
         for file in files
-        if _hash(file.name) % 100 < limit and hashlib.sha256(file.content).digest() not in known
+        if _hash(file.name) % 100 < limit
+        and hashlib.sha256(file.content).digest() not in train_digests
     ]
     if not train:
-        raise DataError(f"data.source: none of the {len(files)} text files in {root} to train on")
+        raise DataError(
+            f"data.source: none of the {len(files)} text files in {root} is left for training: "
+            "add files or lower data.held_out_percent"
+        )
     if limit and not held_out:
         raise DataError(
-            f"data.held_out_percent: {limit} % of the {len(files)} files in {root} is none; "
-            "give more files or a larger share, or 0 to hold out nothing"
+            f"data.held_out_percent: {limit} % of the {len(files)} files in {root} is none: "
+            "add files, raise the percentage, or set it to 0 to hold out nothing"
         )
     return Corpus(tuple(train), tuple(held_out))
 
 
 def held_out_windows(files: Sequence[TextFile], length: int, count: int) -> Tensor:
-    """Stretches of held-out text, each within one file and none overlapping another.
+    """Non-overlapping windows of held-out text, each within one file.
 
-    Files take turns, so that a long one does not fill the list.
+    The n-th windows of all files come before any file's next window, so that a long file does not
+    fill the list.
 
     Args:
         files: The held-out files.
-        length: Tokens the model sees; one more is cut, to be predicted.
-        count: How many to cut at most.
+        length: Input tokens; a window has one more, the last label.
+        count: Maximum number of windows.
 
     Returns:
         int64 ``[N, length + 1]``, N at most ``count``.
@@ -90,13 +95,14 @@ def held_out_windows(files: Sequence[TextFile], length: int, count: int) -> Tens
     """
     size = length + 1
     windows: list[Tensor] = []
-    turn = 0
+    number = 0
     while len(windows) < count:
-        longer = [file for file in files if len(file.content) >= (turn + 1) * size]
-        if not longer:
+        window = slice(number * size, (number + 1) * size)
+        long_enough = [file for file in files if len(file.content) >= window.stop]
+        if not long_enough:
             break
-        windows += [_as_tensor(f.content[turn * size : (turn + 1) * size]) for f in longer]
-        turn += 1
+        windows += [_as_tensor(file.content[window]) for file in long_enough]
+        number += 1
     if not windows:
         raise DataError(f"data.source: no held-out file has {size} bytes")
     return torch.stack(windows[:count]).long()

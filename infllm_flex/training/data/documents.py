@@ -1,4 +1,4 @@
-"""Documents out of .txt, .jsonl and .parquet files and data sets on disk, a little at a time."""
+"""Read documents in chunks from text, .jsonl and .parquet files and saved data sets."""
 
 from __future__ import annotations
 
@@ -15,31 +15,31 @@ _ROWS = 256
 
 
 class DamagedError(ValueError):
-    """A document cannot be read; the message says where and why."""
+    """A document cannot be read; the message names the file, the place and the reason."""
 
 
 Chunks = Iterator[str]
-"""The text of one document, in order. Raises `DamagedError` where it turns out to be damaged."""
+"""The text of one document in order. Iterating raises `DamagedError` if it is damaged."""
 
 
 def is_dataset(folder: Path) -> bool:
-    """Whether a folder is what Hugging Face's ``Dataset.save_to_disk`` leaves."""
+    """Whether Hugging Face's ``Dataset.save_to_disk`` wrote the folder."""
     return (folder / "dataset_info.json").is_file() and (folder / "state.json").is_file()
 
 
 def read_documents(path: Path, name: str, field: str) -> Iterator[Chunks]:
-    """The documents of a file or data set, of which at most one is in memory, and that in parts.
+    """Iterate over the documents of a file or data set; only one chunk of text is in memory.
 
-    A ``.jsonl`` file has one per line, a ``.parquet`` file and a data set one per row, any other
-    file is one. Each must be used up, or given up, before the next is asked for.
+    A ``.jsonl`` file has one document per line, a ``.parquet`` file or data set one per row. Any
+    other file is one document. A document must be consumed or dropped before the next is requested.
 
     Args:
         path: A file, or the folder of a data set.
-        name: What to call it in messages.
-        field: The key or column of the text.
+        name: Name of the file in messages.
+        field: Key or column of the text.
 
     Raises:
-        DataError: The file as a whole cannot be read.
+        DataError: The file cannot be read at all.
     """
     return _reader(path)(path, name, field)
 
@@ -59,16 +59,17 @@ def _text_chunks(path: Path, name: str) -> Chunks:
     try:
         with path.open(encoding="utf-8", newline="") as file:
             while chunk := file.read(_CHUNK):
-                # Cut behind a line, where tokenizers cut too; a line without end is cut anywhere.
-                cut = chunk.rfind("\n") + 1
-                if cut:
-                    yield rest + chunk[:cut]
-                    rest = chunk[cut:]
+                # Split after a newline, where tokenizers split too. A chunk without a newline is
+                # split at its end.
+                end_of_line = chunk.rfind("\n") + 1
+                if end_of_line:
+                    yield rest + chunk[:end_of_line]
+                    rest = chunk[end_of_line:]
                 else:
                     yield rest
                     rest = chunk
     except UnicodeDecodeError as error:
-        raise DamagedError(f"{name}: no UTF-8: {error.reason}") from error
+        raise DamagedError(f"{name}: not UTF-8: {error.reason}") from error
     yield rest
 
 
@@ -90,7 +91,7 @@ def _json_text(line: bytes, where: str, field: str) -> Chunks:
     try:
         record = json.loads(line)
     except (ValueError, RecursionError) as error:
-        raise DamagedError(f"{where}: no JSON: {error}") from error
+        raise DamagedError(f"{where}: not JSON: {error}") from error
     if not isinstance(record, dict):
         raise DamagedError(f"{where}: expected a JSON object, got {type(record).__name__}")
     yield _text_of(record.get(field), where, field)
@@ -102,13 +103,13 @@ def _text_of(value: Any, where: str, field: str) -> str:
     try:
         value.encode()
     except UnicodeEncodeError as error:
-        raise DamagedError(f"{where}: no Unicode text: {error.reason}") from error
+        raise DamagedError(f"{where}: not Unicode text: {error.reason}") from error
     return value
 
 
 def _damaged(message: str) -> Chunks:
     raise DamagedError(message)
-    yield  # a generator, so that it is raised to who reads the document
+    yield  # makes this a generator, so that the error is raised when the document is read
 
 
 def _read_parquet(path: Path, name: str, field: str) -> Iterator[Chunks]:
@@ -130,7 +131,7 @@ def _read_parquet(path: Path, name: str, field: str) -> Iterator[Chunks]:
                 number += 1
                 yield iter([value.as_py()]) if value.is_valid else _row(None, name, number, field)
     except (pyarrow.ArrowException, OSError) as error:
-        raise DataError(f"{name}: no readable .parquet file: {error}") from error
+        raise DataError(f"{name}: not a readable .parquet file: {error}") from error
 
 
 def _read_dataset(path: Path, name: str, field: str) -> Iterator[Chunks]:
@@ -141,7 +142,7 @@ def _read_dataset(path: Path, name: str, field: str) -> Iterator[Chunks]:
     try:
         rows = datasets.load_from_disk(path)
     except (ValueError, OSError) as error:
-        raise DataError(f"{name}: no readable data set: {error}") from error
+        raise DataError(f"{name}: not a readable data set: {error}") from error
     if field not in rows.column_names:
         raise DataError(
             f"{name}: no column {field!r} (data.text_field), "

@@ -1,4 +1,4 @@
-"""Text to token numbers: bytes, or the tokenizer of a model."""
+"""Encode text as tokens: bytes, or the tokenizer of a model."""
 
 from __future__ import annotations
 
@@ -18,34 +18,34 @@ BYTE_VALUES = 256
 
 
 class Encoding(Protocol):
-    """How text becomes tokens.
+    """An encoding of text as tokens.
 
     Attributes:
-        dtype: Of the tokens as stored.
-        vocabulary: Token numbers are below this.
-        before: Tokens before each document, as stored.
-        after: Tokens behind each document, as stored.
-        fingerprint: Differs where the tokens of a text would.
+        dtype: Dtype of the stored tokens.
+        vocabulary: Size of the vocabulary.
+        prefix: Stored tokens before each document.
+        suffix: Stored tokens after each document.
+        fingerprint: Differs between encodings that can give different tokens for a text.
     """
 
     dtype: torch.dtype
     vocabulary: int
-    before: bytes
-    after: bytes
+    prefix: bytes
+    suffix: bytes
     fingerprint: str
 
     def encode(self, texts: Sequence[str]) -> list[bytes]:
-        """The tokens of each text, as stored."""
+        """Encode each text; returns the bytes of its stored tokens."""
 
 
 class Bytes:
     """One token per byte of UTF-8."""
 
-    dtype, vocabulary, before, after = torch.uint8, BYTE_VALUES, b"", b""
+    dtype, vocabulary, prefix, suffix = torch.uint8, BYTE_VALUES, b"", b""
     fingerprint = "bytes"
 
     def encode(self, texts: Sequence[str]) -> list[bytes]:
-        """The tokens of each text, as stored."""
+        """Encode each text; returns the bytes of its stored tokens."""
         return [text.encode() for text in texts]
 
 
@@ -53,10 +53,11 @@ class ModelTokenizer:
     """The tokenizer in a local folder; each document ends with its end-of-text token.
 
     Args:
-        folder: With ``tokenizer.json`` or what else transformers reads. None of its code is run.
+        folder: A folder with ``tokenizer.json`` or other files that transformers reads. No code of
+            the folder is run.
 
     Raises:
-        DataError: There is no tokenizer that works without code of its own.
+        DataError: There is no tokenizer, or it needs code of the folder.
     """
 
     dtype = torch.int32
@@ -74,25 +75,25 @@ class ModelTokenizer:
         self.vocabulary = len(self._tokenizer)
         end = self._tokenizer.eos_token_id
         begin = [token for token in self._tokenizer("")["input_ids"] if token != end]
-        self.before = _stored(begin)
-        self.after = b"" if end is None else _stored([end])
-        whole = [self._tokenizer.get_vocab(), begin, end, _rules(self._tokenizer)]
-        self.fingerprint = hashlib.sha256(json.dumps(whole, sort_keys=True).encode()).hexdigest()
+        self.prefix = _stored(begin)
+        self.suffix = b"" if end is None else _stored([end])
+        content = [self._tokenizer.get_vocab(), begin, end, _rules(self._tokenizer)]
+        self.fingerprint = hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
     def encode(self, texts: Sequence[str]) -> list[bytes]:
-        """The tokens of each text, as stored."""
-        found = self._tokenizer(
+        """Encode each text; returns the bytes of its stored tokens."""
+        encoded = self._tokenizer(
             list(texts), add_special_tokens=False, return_attention_mask=False, verbose=False
         )
-        return [_stored(ids) for ids in found["input_ids"]]
+        return [_stored(ids) for ids in encoded["input_ids"]]
 
 
 def encoding_of(settings: DataSettings, model: Path | None) -> Encoding:
-    """The encoding that ``data.tokenizer`` asks for.
+    """The encoding of ``data.tokenizer``.
 
     Args:
         settings: The ``data`` section.
-        model: The folder that ``model`` means.
+        model: The model folder, for ``data.tokenizer: model``.
 
     Raises:
         DataError: There is no such tokenizer.
@@ -102,7 +103,9 @@ def encoding_of(settings: DataSettings, model: Path | None) -> Encoding:
     if settings.tokenizer != "model":
         return ModelTokenizer(Path(settings.tokenizer).expanduser())
     if model is None:
-        raise DataError("data.tokenizer: model.tiny has no tokenizer; use bytes, or give a folder")
+        raise DataError(
+            "data.tokenizer: model.tiny has no tokenizer: use bytes or the folder of a tokenizer"
+        )
     return ModelTokenizer(model)
 
 

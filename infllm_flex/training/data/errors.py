@@ -1,7 +1,7 @@
-"""What can be wrong with the text."""
+"""The error of unusable training text."""
 
 from __future__ import annotations
 
 
 class DataError(ValueError):
-    """The text is not there, is damaged, or there is not enough of it."""
+    """The text is missing, damaged or too short; the message says what to do."""

@@ -1,4 +1,4 @@
-"""The files that the data section of the settings names."""
+"""Find the files of the ``data`` section."""
 
 from __future__ import annotations
 
@@ -9,24 +9,24 @@ from infllm_flex.training.data.documents import is_dataset
 from infllm_flex.training.data.errors import DataError
 from infllm_flex.training.settings import STDLIB, DataSettings
 
-# Installed packages differ between machines; tests and tables are text of another kind.
+# Installed packages differ between machines; tests and tables are unlike ordinary source code.
 _NOT_LIBRARY = {"site-packages", "dist-packages", "test", "tests", "idlelib", "encodings"}
 
 
 def find_files(settings: DataSettings) -> tuple[Path, list[str]]:
-    """The folder of the text, and the files in it.
+    """Find the text files.
 
     Returns:
-        The folder, and paths relative to it with forward slashes, sorted. A data set that Hugging
-        Face's datasets saved is one file, ``"."``.
+        The folder, and the sorted paths relative to it with forward slashes. A data set saved by
+        Hugging Face's ``datasets`` is the single path ``"."``.
 
     Raises:
-        DataError: There are none.
+        DataError: There are no text files.
     """
     if settings.source == STDLIB:
         root = Path(sysconfig.get_paths()["stdlib"])
         paths = [p for p in root.rglob("*.py") if not _NOT_LIBRARY & set(p.relative_to(root).parts)]
-        hint = "this Python comes without its sources; set data.source to a folder of text"
+        hint = "this Python has no source files; set data.source to a folder of text"
     else:
         root = Path(settings.source).expanduser()
         if root.is_file():
@@ -36,11 +36,11 @@ def find_files(settings: DataSettings) -> tuple[Path, list[str]]:
         if (root / "dataset_dict.json").is_file():
             splits = sorted(path.name for path in root.iterdir() if is_dataset(path))
             raise DataError(
-                f"data.source: {root} is a data set in parts ({', '.join(splits)}): "
-                f"name one, as in {root / splits[0] if splits else root}"
+                f"data.source: {root} is a data set with splits ({', '.join(splits)}): "
+                f"name one, for example {root / splits[0] if splits else root}"
             )
         paths = list(root.rglob(settings.pattern))
-        hint = "set data.pattern to the names of your text files"
+        hint = "set data.pattern to match the names of your text files"
     names = sorted(path.relative_to(root).as_posix() for path in paths if path.is_file())
     if not names:
         raise DataError(f"data.source: no text files in {root}: {hint}")

@@ -1,4 +1,4 @@
-"""Batches of a stage in order, made beside the training by as many processes as are wanted."""
+"""The batches of a stage in order, prepared by worker processes."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from torch.utils.data import DataLoader, Dataset
 from infllm_flex.training.data.batch import Batch
 from infllm_flex.training.data.sampler import Sampler
 
-_AHEAD = 4  # batches that each worker makes before they are asked for
+_PREFETCHED = 4  # batches per worker
 
 
 def batches(
@@ -26,36 +26,38 @@ def batches(
     workers: int = 0,
     pin_memory: bool = False,
 ) -> Iterator[Batch]:
-    """This process's part of each step's samples.
+    """Iterate over this process's samples of each step.
 
-    Which samples a step has depends on ``batch_size`` alone, not on how many processes share it,
-    nor on where the run was resumed.
+    The samples of a step depend on ``batch_size`` alone, not on the number of processes or on
+    where the run was resumed.
 
     Args:
-        sampler: Of the stage.
-        batch_size: Samples of a step, over all processes. A multiple of ``ranks``.
-        first: Step of the stage to begin with.
-        last: Step to end before.
-        rank: This process, among those that see different samples.
-        ranks: How many of those there are.
-        workers: Processes to start; 0 makes each batch when it is asked for.
-        pin_memory: Whether to put batches where a GPU copies them from fastest.
+        sampler: Sampler of the stage.
+        batch_size: Samples of a step over all processes, a multiple of ``ranks``.
+        first: First step.
+        last: Step after the last.
+        rank: Rank of this process among those with different samples.
+        ranks: Number of processes with different samples.
+        workers: Number of worker processes; 0 makes each batch in this process.
+        pin_memory: Whether to return batches in page-locked memory.
 
     Raises:
-        ValueError: ``batch_size`` cannot be shared evenly.
+        ValueError: ``batch_size`` is not a multiple of ``ranks``.
     """
     if batch_size % ranks:
-        raise ValueError(f"batch_size must be a multiple of the {ranks} processes that share it")
-    share = batch_size // ranks
+        raise ValueError(f"batch_size must be a multiple of the {ranks} ranks, got {batch_size}")
+    samples_per_rank = batch_size // ranks
+    offset = rank * samples_per_rank
     loader = DataLoader(
         _Samples(sampler, last * batch_size),
-        batch_sampler=_Shares(range(first, last), batch_size, rank * share, share),
+        batch_sampler=_RankSamples(range(first, last), batch_size, offset, samples_per_rank),
         num_workers=workers,
-        collate_fn=_as_it_is,
+        collate_fn=_return_unchanged,
         pin_memory=pin_memory,
-        prefetch_factor=_AHEAD if workers else None,
-        worker_init_fn=_leave_interrupts_to_the_training,
-        # It would draw from the global generator otherwise, at a resume too.
+        prefetch_factor=_PREFETCHED if workers else None,
+        worker_init_fn=_ignore_stop_signals,
+        # Without its own generator, the loader would draw from the global one and change a resumed
+        # run.
         generator=torch.Generator(),
     )
     return iter(loader)
@@ -75,11 +77,11 @@ class _Samples(Dataset[Batch]):
         return self._sampler.batch(indices)
 
 
-class _Shares(torch.utils.data.Sampler[list[int]]):
-    """The samples of each step that are this process's."""
+class _RankSamples(torch.utils.data.Sampler[list[int]]):
+    """The indices of this process's samples of each step."""
 
-    def __init__(self, steps: range, batch_size: int, offset: int, share: int) -> None:
-        self._steps, self._batch_size, self._offset, self._share = steps, batch_size, offset, share
+    def __init__(self, steps: range, batch_size: int, offset: int, count: int) -> None:
+        self._steps, self._batch_size, self._offset, self._count = steps, batch_size, offset, count
 
     def __len__(self) -> int:
         return len(self._steps)
@@ -87,15 +89,15 @@ class _Shares(torch.utils.data.Sampler[list[int]]):
     def __iter__(self) -> Iterator[list[int]]:
         for step in self._steps:
             start = step * self._batch_size + self._offset
-            yield list(range(start, start + self._share))
+            yield list(range(start, start + self._count))
 
 
-def _as_it_is(batch: Any) -> Any:
+def _return_unchanged(batch: Any) -> Any:
     return batch
 
 
-def _leave_interrupts_to_the_training(worker: int) -> None:
-    # Ctrl-C and a cluster's SIGTERM reach every process; the training decides when to stop, and
-    # a worker that misses it for five seconds ends by itself.
+def _ignore_stop_signals(worker: int) -> None:
+    # Ctrl-C and a cluster's SIGTERM reach every process, but the training process decides when to
+    # stop. A worker whose parent is gone ends by itself within five seconds.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_IGN)

@@ -1,6 +1,6 @@
-"""Which documents come when: an endless, shuffled stream per length class, in equal token shares.
+"""Mix documents: an endless, shuffled stream per length class, with equal numbers of tokens.
 
-All of it is a function of the seed and a number, so that any process finds any place by itself.
+Every window is a function of the seed and its number, so that any process can make any window.
 """
 
 from __future__ import annotations
@@ -15,21 +15,21 @@ from infllm_flex.training.data.errors import DataError
 from infllm_flex.training.data.packing import Piece
 from infllm_flex.training.data.store import Documents
 
-_ROWS_PER_WINDOW = 64  # at most one row of so many is wasted: 1.6 %
+_ROWS_PER_WINDOW = 64  # packing wastes at most one row per window, 1.6 %
 
 
 class Mixture:
-    """Documents in windows of about 64 rows' worth of tokens.
+    """Documents in windows of about 64 rows of tokens.
 
-    A document longer than a row is cut into rows and a rest, each mixed as if it were a document.
-    Every class gives every window the same number of tokens, up to its last piece. Within a class
-    an epoch is one permutation: none comes twice before all came once.
+    A document longer than a row is split into pieces of a row and a rest, which are mixed
+    separately. Every window has the same number of tokens of every class, up to the length of one
+    piece. An epoch of a class is one permutation of its pieces.
 
     Args:
-        documents: What to mix.
+        documents: The documents.
         length: Tokens per row.
-        bounds: Lengths that separate the classes, ascending, each the longest of its class; the
-            last class ends at ``length``.
+        bounds: Largest length of each class but the last, ascending. The last class ends at
+            ``length``.
         key: The seed, as text.
 
     Raises:
@@ -37,7 +37,7 @@ class Mixture:
     """
 
     def __init__(self, documents: Documents, length: int, bounds: Sequence[int], key: str) -> None:
-        starts, lengths, goes_on = _cut(documents.starts, length)
+        starts, lengths, continues = _split(documents.starts, length)
         classes = torch.bucketize(lengths, torch.tensor([*bounds], dtype=torch.int64))
         self._streams = []
         for number in range(len(bounds) + 1):
@@ -46,64 +46,65 @@ class Mixture:
                 low, high = [0, *bounds][number] + 1, [*bounds, length][number]
                 raise DataError(
                     f"data.source: none of the {len(documents)} documents has {low} to {high} "
-                    "tokens: change length_buckets, or give text of that length"
+                    "tokens: change length_buckets, or add documents of that length"
                 )
-            stream = _Stream(starts[chosen], lengths[chosen], goes_on[chosen], f"{key}/{number}")
+            stream = _Stream(starts[chosen], lengths[chosen], continues[chosen], f"{key}/{number}")
             self._streams.append(stream)
         self._tokens = max(1, _ROWS_PER_WINDOW * length // len(self._streams))
 
     def window(self, number: int) -> list[Piece]:
-        """The pieces of a window, class by class."""
+        """The pieces of a window, ordered by class."""
         low, high = number * self._tokens, (number + 1) * self._tokens
         return [piece for stream in self._streams for piece in stream.between(low, high)]
 
     def num_tokens(self, number: int) -> int:
-        """Tokens of a window, found without making it."""
+        """Number of tokens of a window, computed without making its pieces."""
         low, high = number * self._tokens, (number + 1) * self._tokens
         return sum(stream.position(high) - stream.position(low) for stream in self._streams)
 
 
 class _Stream:
-    """The pieces of one class behind one another, epoch after epoch, each in an order of its own.
+    """The pieces of one class, concatenated over epochs, each epoch in its own order.
 
-    Tokens are counted from the start of the first epoch. A piece belongs where its first token is.
+    Positions are counted in tokens from the start of the first epoch. The first token of a piece
+    is its position.
     """
 
-    def __init__(self, starts: Tensor, lengths: Tensor, goes_on: Tensor, key: str) -> None:
-        self._starts, self._lengths, self._goes_on, self._key = starts, lengths, goes_on, key
+    def __init__(self, starts: Tensor, lengths: Tensor, continues: Tensor, key: str) -> None:
+        self._starts, self._lengths, self._continues, self._key = starts, lengths, continues, key
         self._total = int(lengths.sum())
         self._epoch = -1
-        self._order, self._offsets = starts, starts  # of the epoch, made when first asked for
+        self._order, self._offsets = starts, starts  # set by _load_epoch
 
     def between(self, low: int, high: int) -> list[Piece]:
-        """The pieces that begin in ``[low, high)``."""
-        found = []
+        """The pieces with positions in ``[low, high)``."""
+        pieces = []
         for epoch in range(low // self._total, -(-high // self._total)):
-            self._enter(epoch)
+            self._load_epoch(epoch)
             base = epoch * self._total
-            first, last = (self._first_from(bound - base) for bound in (low, high))
+            first, last = (self._index_from(bound - base) for bound in (low, high))
             chosen = self._order[first:last]
             rows = zip(
                 self._starts[chosen].tolist(),
                 self._lengths[chosen].tolist(),
-                self._goes_on[chosen].tolist(),
+                self._continues[chosen].tolist(),
                 strict=True,
             )
-            found += [Piece(*row) for row in rows]
-        return found
+            pieces += [Piece(*row) for row in rows]
+        return pieces
 
     def position(self, token: int) -> int:
-        """Where the first piece at or behind a token begins."""
+        """Position of the first piece at or after a token."""
         epoch, rest = divmod(token, self._total)
-        self._enter(epoch)
-        place = self._first_from(rest)
-        offset = self._total if place == len(self._offsets) else int(self._offsets[place])
+        self._load_epoch(epoch)
+        index = self._index_from(rest)
+        offset = self._total if index == len(self._offsets) else int(self._offsets[index])
         return epoch * self._total + offset
 
-    def _first_from(self, offset: int) -> int:
+    def _index_from(self, offset: int) -> int:
         return int(torch.searchsorted(self._offsets, offset))
 
-    def _enter(self, epoch: int) -> None:
+    def _load_epoch(self, epoch: int) -> None:
         if epoch != self._epoch:
             generator = torch.Generator().manual_seed(seed_of(f"{self._key}/{epoch}"))
             self._order = torch.randperm(len(self._starts), generator=generator)
@@ -117,15 +118,15 @@ def seed_of(text: str) -> int:
     return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big") >> 1
 
 
-def _cut(starts: Tensor, length: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Cut what is longer than a row: first tokens, lengths, and whether a document goes on."""
+def _split(starts: Tensor, length: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Split documents longer than a row; returns the fields of the pieces, as in `Piece`."""
     tokens = starts.diff()
     counts = (tokens + length - 1) // length
     first = (counts.cumsum(0) - counts).repeat_interleave(counts)
     within = (torch.arange(len(first)) - first) * length
     lengths = (tokens.repeat_interleave(counts) - within).clamp_max(length)
     begins = starts[:-1].repeat_interleave(counts) + within
-    goes_on = begins + lengths < starts[1:].repeat_interleave(counts)
-    # A single last token predicts nothing, and the piece before it predicts it.
-    worth = (lengths > 1) | goes_on
-    return begins[worth], lengths[worth], goes_on[worth]
+    continues = begins + lengths < starts[1:].repeat_interleave(counts)
+    # A last piece of one token has no label; the piece before already predicts that token.
+    has_labels = (lengths > 1) | continues
+    return begins[has_labels], lengths[has_labels], continues[has_labels]

@@ -1,4 +1,4 @@
-"""Documents into rows of one length, with few cut and next to nothing wasted."""
+"""Pack documents into rows of one length, with few splits and almost no padding."""
 
 from __future__ import annotations
 
@@ -11,25 +11,25 @@ class Piece:
     """Part of a document.
 
     Attributes:
-        start: Its first token, counted from the start of all text.
-        length: Tokens.
-        goes_on: Whether the token behind it belongs to the same document.
+        start: Index of its first token in the text.
+        length: Number of tokens.
+        continues: Whether the next token of the text belongs to the same document.
     """
 
     start: int
     length: int
-    goes_on: bool
+    continues: bool
 
 
 def pack(pieces: list[Piece], length: int) -> list[list[Piece]]:
-    """Fill as few rows as the tokens need at all.
+    """Pack pieces into the smallest possible number of rows.
 
-    Best fit in order of decreasing length: each piece goes where it leaves the smallest gap. One
-    that fits nowhere is cut, its first part filling the largest gap, so that never more than one
-    row's worth of tokens is wasted in all.
+    Best fit decreasing: from the longest piece on, each goes into the row where it leaves the
+    smallest gap. A piece that fits nowhere is split, and its first part fills the largest gap. The
+    padding of all rows together is less than one row.
 
     Args:
-        pieces: Of at most ``length`` tokens each.
+        pieces: Pieces of at most ``length`` tokens each.
         length: Tokens per row.
 
     Returns:
@@ -43,7 +43,7 @@ def pack(pieces: list[Piece], length: int) -> list[list[Piece]]:
         while (place := bisect.bisect_left(gaps, (rest.length, 0))) == len(gaps):
             gap, row = gaps.pop()
             rows[row].append(Piece(rest.start, gap, True))
-            rest = Piece(rest.start + gap, rest.length - gap, rest.goes_on)
+            rest = Piece(rest.start + gap, rest.length - gap, rest.continues)
         gap, row = gaps.pop(place)
         rows[row].append(rest)
         if gap > rest.length:

@@ -1,4 +1,4 @@
-"""Reading the text once: processes that ask at the same time wait for the first of them."""
+"""Make the token store of the text once, under a lock, or open the existing one."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import json
 from collections.abc import Iterator
 from pathlib import Path
 
-from infllm_flex.training.atomic_folder import clear_leftovers, publish
+from infllm_flex.training.atomic_folder import publish, remove_leftovers
 from infllm_flex.training.data.documents import Chunks, read_documents
 from infllm_flex.training.data.encoding import Encoding
 from infllm_flex.training.data.files import find_files
@@ -21,10 +21,15 @@ _FORMAT = 1
 
 
 def open_or_write(settings: DataSettings, folder: Path, encoding: Encoding) -> TokenStore:
-    """Find the tokens of the files in a folder of such, or put them there.
+    """Open the token store of the files, or write it first.
+
+    Args:
+        settings: The ``data`` section.
+        folder: The folder of the token stores.
+        encoding: The encoding of the text.
 
     Raises:
-        DataError: A file cannot be read, too many documents are damaged, or the tokens are.
+        DataError: A file cannot be read, too many documents are damaged, or the store is damaged.
     """
     from tqdm import tqdm
 
@@ -33,18 +38,18 @@ def open_or_write(settings: DataSettings, folder: Path, encoding: Encoding) -> T
     if is_published(target):
         return open_store(target)
     with _locked(folder):
-        if not is_published(target):  # by another process, while this one waited
-            clear_leftovers(folder, target.name)
+        if not is_published(target):  # another process may have written it meanwhile
+            remove_leftovers(folder, target.name)
 
-            def write(aside: Path) -> None:
+            def write(temporary: Path) -> None:
                 documents = tqdm(
                     _all_documents(root, names, settings.text_field),
                     desc="reading text",
                     unit=" documents",
-                    disable=None,  # on a terminal only
+                    disable=None,  # shows the bar on a terminal only
                 )
-                write_store(aside, documents, encoding, settings.held_out_percent)
-                check_damage(aside, settings.damaged_percent)
+                write_store(temporary, documents, encoding, settings.held_out_percent)
+                check_damage(temporary, settings.damaged_percent)
 
             publish(target, write)
     return open_store(target)
@@ -56,12 +61,12 @@ def _all_documents(root: Path, names: list[str], field: str) -> Iterator[Chunks]
 
 
 def _key(settings: DataSettings, encoding: Encoding, root: Path, names: list[str]) -> str:
-    """A name for the tokens of these files: another wherever they could differ."""
+    """The name of the store, which changes with everything that can change its tokens."""
     files = []
     for name in names:
         inner = sorted((root / name).rglob("*")) if name == "." else [root / name]
         stats = [(path.name, path.stat()) for path in inner]
-        files.append([name, [(inner, stat.st_size, stat.st_mtime_ns) for inner, stat in stats]])
+        files.append([name, [(part, stat.st_size, stat.st_mtime_ns) for part, stat in stats]])
     about = [_FORMAT, files, encoding.fingerprint, settings.held_out_percent, settings.text_field]
     return "tokens-" + hashlib.sha256(json.dumps(about).encode()).hexdigest()[:16]
 

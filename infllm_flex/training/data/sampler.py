@@ -1,4 +1,4 @@
-"""Sample ``index`` of a stage: a function of seed, stage and index, with no state to save."""
+"""Samplers: sample ``index`` of a stage is a function of seed, stage and index, without state."""
 
 from __future__ import annotations
 
@@ -17,23 +17,23 @@ from infllm_flex.training.data.store import Documents
 
 
 class Sampler(Protocol):
-    """Finds samples by number, whatever was asked for before."""
+    """Makes samples by index, independent of earlier calls."""
 
     def batch(self, indices: Iterable[int]) -> Batch:
         """The samples of ``indices``, one per row."""
 
 
 class WindowSampler:
-    """Windows of one stream of text, regardless of where its documents end.
+    """Windows of one stream of text; document boundaries are ignored.
 
-    The stream is cut at an offset that moves from epoch to epoch; an epoch is one permutation of
-    the windows, so none comes twice and none is skipped, wherever a run is resumed.
+    Each epoch splits the stream into windows at another offset and is one permutation of them, so
+    that a resumed run repeats and skips none.
 
     Args:
-        stream: ``[N]``, integers of any type.
+        stream: ``[N]``, integers of any dtype.
         length: Tokens per sample.
-        seed: Of the run.
-        name: Of the stage.
+        seed: Seed of the run.
+        name: Name of the stage.
 
     Raises:
         DataError: The stream has less than two windows.
@@ -41,11 +41,11 @@ class WindowSampler:
 
     def __init__(self, stream: Tensor, length: int, seed: int, name: str) -> None:
         self._stream, self._length, self._key = stream, length, f"{seed}/{name}"
-        self._count = len(stream) // length - 1  # one window less leaves room for the offset
+        self._count = len(stream) // length - 1  # one less, to leave room for the offset
         if self._count < 1:
             raise DataError(
                 f"data.source: {len(stream)} bytes of training text are too few for sequences of "
-                f"{length}; at least {2 * length} are needed"
+                f"{length}: add text, at least {2 * length} bytes are needed"
             )
         self._epoch, self._starts = -1, torch.empty(0)
 
@@ -66,17 +66,17 @@ class WindowSampler:
 
 
 class PackedSampler:
-    """Rows of whole documents, mixed by length, as few of them cut as can be.
+    """Rows of documents, mixed by length and split as rarely as possible.
 
     Args:
-        documents: The text.
+        documents: The documents.
         length: Tokens per row.
-        seed: Of the run.
-        name: Of the stage.
+        seed: Seed of the run.
+        name: Name of the stage.
         buckets: Bounds of the length classes, see `Mixture`.
 
     Raises:
-        DataError: There are no documents, or none of a class.
+        DataError: A length class has no documents.
     """
 
     def __init__(
@@ -89,11 +89,11 @@ class PackedSampler:
     ) -> None:
         self._documents, self._length, self._key = documents, length, f"{seed}/{name}"
         self._mixture = Mixture(documents, length, buckets, self._key)
-        self._first_rows = [0]  # of every window known so far, and of the next
+        self._first_rows = [0]  # first row of every window so far, and of the next window
         self._window, self._rows = -1, list[list[Piece]]()
 
     def batch(self, indices: Iterable[int]) -> Batch:
-        """The samples of ``indices``, one per row, padded at the end of the row."""
+        """The samples of ``indices``, one per row, with padding at the end of the row."""
         rows = [self._row(self._pieces(index)) for index in indices]
         return Batch(*(torch.stack(parts) for parts in zip(*rows, strict=True)))
 
@@ -109,7 +109,7 @@ class PackedSampler:
 
     def _pack(self, window: int) -> list[list[Piece]]:
         rows = pack(self._mixture.window(window), self._length)
-        # Packing puts long documents first; no step should see only those.
+        # Packing orders rows by document length; shuffling mixes them within the window.
         generator = torch.Generator().manual_seed(seed_of(f"{self._key}/rows/{window}"))
         return [rows[place] for place in torch.randperm(len(rows), generator=generator).tolist()]
 
@@ -117,13 +117,15 @@ class PackedSampler:
         ids = torch.zeros(self._length, dtype=torch.int64)
         labels = torch.full((self._length,), NO_LABEL, dtype=torch.int64)
         positions = torch.empty(self._length, dtype=torch.int64)
-        first = 0
+        start = 0
         for piece in pieces:
-            last = first + piece.length
-            text = self._documents.tokens[piece.start : piece.start + piece.length + piece.goes_on]
-            ids[first:last] = text[: piece.length]
-            labels[first : first + len(text) - 1] = text[1:]
-            torch.arange(piece.length, out=positions[first:last])
-            first = last
-        torch.arange(self._length - first, out=positions[first:])
+            end = start + piece.length
+            # With the next token of the document, if there is one, as the last label.
+            text_end = piece.start + piece.length + piece.continues
+            text = self._documents.tokens[piece.start : text_end]
+            ids[start:end] = text[: piece.length]
+            labels[start : start + len(text) - 1] = text[1:]
+            torch.arange(piece.length, out=positions[start:end])
+            start = end
+        torch.arange(self._length - start, out=positions[start:])
         return ids, labels, positions

@@ -1,7 +1,7 @@
-"""Documents as tokens in two flat files per part, mapped into memory: only what is read is loaded.
+"""The token store: the tokens of all documents in memory-mapped files.
 
-``<part>_tokens.bin`` holds all tokens behind one another, ``<part>_starts.bin`` where each document
-begins, as int64, and the end.
+``<part>_tokens.bin`` holds the concatenated tokens. ``<part>_starts.bin`` holds the index of each
+document's first token and the number of tokens, as int64.
 """
 
 from __future__ import annotations
@@ -27,8 +27,8 @@ class Documents:
     """Tokens of documents.
 
     Attributes:
-        tokens: ``[N]``, uint8 or int32, of all documents.
-        starts: int64 ``[D + 1]``, where in ``tokens`` each begins, and N.
+        tokens: uint8 or int32 ``[N]``, the tokens of all documents.
+        starts: int64 ``[D + 1]``, the index in ``tokens`` of each document's first token, and N.
     """
 
     tokens: Tensor
@@ -38,20 +38,20 @@ class Documents:
         return len(self.starts) - 1
 
     def __getitem__(self, number: int) -> Tensor:
-        """The tokens of one document, a view."""
+        """The tokens of one document, as a view."""
         return self.tokens[int(self.starts[number]) : int(self.starts[number + 1])]
 
 
 @dataclass(frozen=True)
 class TokenStore:
-    """The text of a run.
+    """The tokens of a run's text.
 
     Attributes:
-        train: What is trained on.
-        held_out: What never is.
-        vocabulary: Token numbers are below this.
-        damaged: Documents left out because they could not be read.
-        examples: What was wrong with the first of them.
+        train: Training documents.
+        held_out: Held-out documents.
+        vocabulary: Size of the vocabulary.
+        damaged: Number of damaged documents, which are left out.
+        examples: Error messages of the first damaged documents.
         identity: Equal exactly for equal tokens, on any machine.
     """
 
@@ -64,14 +64,14 @@ class TokenStore:
 
 
 def open_store(folder: Path, checksums: bool = True) -> TokenStore:
-    """Map a published store into memory.
+    """Open a published store by mapping its files into memory.
 
     Args:
-        folder: Of the store.
-        checksums: Whether to read all of it once to compare it with its manifest.
+        folder: The folder of the store.
+        checksums: Whether to read the files once and compare them with their checksums.
 
     Raises:
-        DataError: It is damaged.
+        DataError: The store is damaged.
     """
     try:
         verify(folder, checksums)
@@ -81,7 +81,7 @@ def open_store(folder: Path, checksums: bool = True) -> TokenStore:
         train, held_out = (_open_part(folder, name, dtype) for name in PARTS)
     except (BrokenFolderError, OSError, KeyError, ValueError) as error:
         raise DataError(
-            f"{folder} is damaged ({error}): delete it, and the text is read again"
+            f"{folder} is damaged ({error}): delete it and start again, which rebuilds it"
         ) from error
     text = json.dumps([about["dtype"], *(files[f"{name}_tokens.bin"] for name in PARTS)])
     starts = json.dumps([files[f"{name}_starts.bin"] for name in PARTS])
@@ -96,7 +96,7 @@ def open_store(folder: Path, checksums: bool = True) -> TokenStore:
 
 
 def is_published(folder: Path) -> bool:
-    """Whether a store is there, whole or damaged."""
+    """Whether a store exists, damaged or not."""
     return (folder / MANIFEST).is_file()
 
 

@@ -1,4 +1,4 @@
-"""The text of a run, as the settings ask for it: one stream of bytes, or documents."""
+"""Open the training text as the settings ask: one stream of bytes, or documents."""
 
 from __future__ import annotations
 
@@ -17,22 +17,22 @@ from infllm_flex.training.settings import DataSettings, StageSettings
 
 
 class Text(Protocol):
-    """What is trained on.
+    """Training text.
 
     Attributes:
         identity: Equal exactly for equal text.
-        vocabulary: Token numbers are below this.
+        vocabulary: Size of the vocabulary.
     """
 
     identity: str
     vocabulary: int
 
     def sampler(self, name: str, stage: StageSettings, seed: int) -> Sampler:
-        """The samples of a stage."""
+        """The sampler of a stage."""
 
 
 class StreamText:
-    """All files behind one another, as bytes."""
+    """All files concatenated, as bytes."""
 
     vocabulary = BYTE_VALUES
 
@@ -41,19 +41,19 @@ class StreamText:
         self.identity = hashlib.sha256(self._stream.numpy().data).hexdigest()
 
     def sampler(self, name: str, stage: StageSettings, seed: int) -> Sampler:
-        """Windows of the stream."""
+        """A sampler of windows of the stream."""
         return WindowSampler(self._stream, stage.max_length, seed, name)
 
 
 class DocumentText:
-    """Documents, packed into rows."""
+    """Documents in a token store."""
 
     def __init__(self, store: TokenStore) -> None:
         self.store = store
         self.identity, self.vocabulary = store.identity, store.vocabulary
 
     def sampler(self, name: str, stage: StageSettings, seed: int) -> Sampler:
-        """Rows of documents."""
+        """A sampler of rows of packed documents."""
         bounds = stage.length_buckets
         return PackedSampler(self.store.train, stage.max_length, seed, name, bounds)
 
@@ -61,19 +61,19 @@ class DocumentText:
 def open_text(
     settings: DataSettings, folder: Path, model: Path | None = None, corpus: Corpus | None = None
 ) -> Text:
-    """Read the text, or find it where it was read before.
+    """Open the text.
 
-    Documents are read once, into a folder of tokens that later runs of the same settings and files
-    find. Processes that ask at the same time wait for the first.
+    Documents are tokenised once, into a token store that later runs with the same settings and
+    files reuse. Concurrent processes wait for the first one.
 
     Args:
         settings: The ``data`` section.
-        folder: For the tokens, where ``data.cache`` names none.
-        model: The folder that ``data.tokenizer: model`` means.
-        corpus: The files, where the caller has read them before.
+        folder: Folder of the token stores if ``data.cache`` is not set.
+        model: The model folder, for ``data.tokenizer: model``.
+        corpus: The files, if the caller has already read them.
 
     Raises:
-        DataError: The text is not there, damaged, or too little.
+        DataError: The text is missing, damaged or too short.
     """
     if settings.packing == "stream":
         return StreamText(corpus or load_corpus(settings))
@@ -88,24 +88,24 @@ def open_text(
     return DocumentText(store)
 
 
-def check_vocabulary(text: Text, known: int) -> None:
-    """See to it that a model knows the tokens of the text, and that they are likely its own.
+def check_vocabulary(text: Text, vocab_size: int) -> None:
+    """Check that the tokens of the text are in a model's vocabulary; warn if they are bytes.
 
     Args:
-        text: What is trained on.
-        known: Tokens of the model's vocabulary.
+        text: The training text.
+        vocab_size: Size of the model's vocabulary.
 
     Raises:
-        ValueError: The text has tokens that the model does not know.
+        ValueError: The vocabulary of the text is larger.
     """
-    if text.vocabulary > known:
+    if text.vocabulary > vocab_size:
         raise ValueError(
-            f"data.tokenizer: it has {text.vocabulary} tokens, the model knows {known}: "
+            f"data.tokenizer: it has {text.vocabulary} tokens, the model has {vocab_size}: "
             "set data.tokenizer to model"
         )
-    if text.vocabulary == BYTE_VALUES and known > 2 * BYTE_VALUES:
+    if text.vocabulary == BYTE_VALUES and vocab_size > 2 * BYTE_VALUES:
         warnings.warn(
-            f"data.tokenizer: text as bytes uses {BYTE_VALUES} of the model's {known} tokens, and "
-            "hardly as it learnt them: set data.tokenizer to model, and data.packing to documents",
+            f"data.tokenizer: bytes are not the {vocab_size} tokens that the model was trained "
+            "with: set data.tokenizer to model and data.packing to documents",
             stacklevel=2,
         )

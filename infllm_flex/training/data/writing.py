@@ -1,4 +1,4 @@
-"""Documents into the files of a token store, a few megabytes of text at a time."""
+"""Write documents into the files of a token store, a few megabytes of text at a time."""
 
 from __future__ import annotations
 
@@ -7,14 +7,15 @@ import json
 from array import array
 from collections.abc import Iterable
 from pathlib import Path
+from typing import NamedTuple
 
 from infllm_flex.training.data.documents import Chunks, DamagedError
 from infllm_flex.training.data.encoding import Encoding
 from infllm_flex.training.data.errors import DataError
 from infllm_flex.training.data.store import ABOUT, PARTS
 
-_AT_ONCE = 2**22  # characters to encode in one call: enough for a tokenizer's own threads
-_REPORTED = 3
+_ENCODED_CHARACTERS = 2**22  # per call of the tokenizer; enough work for its threads
+_MAX_EXAMPLES = 3
 
 
 def write_store(
@@ -22,11 +23,17 @@ def write_store(
 ) -> None:
     """Encode documents into an empty folder, a few megabytes at a time.
 
-    A document's first part decides by its hash whether it is held out, so that copies of it are
-    too. Documents of fewer than two tokens have nothing to predict and are left out.
+    The hash of a document's first chunk decides whether it is held out, so that copies get the same
+    decision. Documents of fewer than two tokens have no label and are left out.
+
+    Args:
+        folder: The empty folder.
+        documents: The documents, each as an iterator of chunks.
+        encoding: The encoding of the text.
+        held_out_percent: Percentage of the documents to hold out.
 
     Raises:
-        DataError: A file as a whole cannot be read.
+        DataError: A file cannot be read at all.
     """
     parts = [_PartWriter(folder, name, encoding.dtype.itemsize) for name in PARTS]
     pipeline = _Pipeline(encoding, held_out_percent, parts)
@@ -40,7 +47,7 @@ def write_store(
     about = {
         "dtype": str(encoding.dtype).removeprefix("torch."),
         "vocabulary": encoding.vocabulary,
-        "documents": pipeline.read,
+        "documents": pipeline.documents,
         "damaged": pipeline.damaged,
         "examples": pipeline.examples,
     }
@@ -48,26 +55,26 @@ def write_store(
 
 
 def check_damage(folder: Path, percent: float) -> None:
-    """Refuse text of which too much is damaged.
+    """Refuse a store if too many of its documents are damaged.
 
     Args:
-        folder: What `write_store` filled.
-        percent: The largest share of damaged documents to accept.
+        folder: A folder that `write_store` filled.
+        percent: Largest accepted percentage of damaged documents.
 
     Raises:
-        DataError: More are.
+        DataError: More documents are damaged.
     """
     about = json.loads((folder / ABOUT).read_text())
-    damaged, read = about["damaged"], about["documents"]
-    if damaged * 100 > percent * read:
+    damaged, documents = about["damaged"], about["documents"]
+    if damaged * 100 > percent * documents:
         raise DataError(
-            f"data.source: {damaged} of {read} documents are damaged, more than "
+            f"data.source: {damaged} of {documents} documents are damaged, more than "
             f"data.damaged_percent = {percent:g}: {about['examples'][0]}"
         )
 
 
 class _PartWriter:
-    """The two files of a part, written document by document."""
+    """Writes the two files of a part, one document after the other."""
 
     def __init__(self, folder: Path, name: str, token_size: int) -> None:
         self._tokens = (folder / f"{name}_tokens.bin").open("wb")
@@ -80,11 +87,11 @@ class _PartWriter:
     def end_document(self) -> None:
         end = self._tokens.tell() // self._token_size
         if end - self._starts[-1] < 2:
-            self.abandon_document()
+            self.drop_document()
         else:
             self._starts.append(end)
 
-    def abandon_document(self) -> None:
+    def drop_document(self) -> None:
         self._tokens.seek(self._starts[-1] * self._token_size)
         self._tokens.truncate()
 
@@ -94,66 +101,73 @@ class _PartWriter:
             self._starts.tofile(file)
 
 
+class _Chunk(NamedTuple):
+    part: _PartWriter
+    text: str
+    is_first: bool
+    is_last: bool
+
+
 class _Pipeline:
-    """Collects text until there is enough for one call of the tokenizer, and sorts it into parts.
+    """Collects chunks until one call of the tokenizer is worthwhile, and writes them to the parts.
 
     Attributes:
-        read: Documents read, damaged ones included.
-        damaged: How many are.
-        examples: What was wrong with the first of those.
+        documents: Number of documents read, damaged ones included.
+        damaged: Number of damaged documents.
+        examples: Error messages of the first damaged documents.
     """
 
     def __init__(self, encoding: Encoding, held_out_percent: int, parts: list[_PartWriter]) -> None:
         self._encoding, self._percent, self._parts = encoding, held_out_percent, parts
-        self._waiting: list[tuple[_PartWriter, str, bool, bool]] = []  # text, begins, ends
+        self._pending: list[_Chunk] = []
         self._size = 0
-        self.read, self.damaged, self.examples = 0, 0, list[str]()
+        self.documents, self.damaged, self.examples = 0, 0, list[str]()
 
     def feed(self, chunks: Chunks) -> None:
-        """Take in one document."""
-        self.read += 1
+        """Add one document."""
+        self.documents += 1
         part, blank = None, True
         try:
             for text in chunks:
-                begins = part is None
+                is_first = part is None
                 part = part or self._part_of(text)
-                self._add(part, text, begins, ends=False)
+                self._add(_Chunk(part, text, is_first, is_last=False))
                 blank = blank and not text.strip()
         except DamagedError as error:
             self.damaged += 1
-            if self.damaged <= _REPORTED:
+            if self.damaged <= _MAX_EXAMPLES:
                 self.examples.append(str(error))
-            self._forget(part)
+            self._drop_document(part)
             return
         if part is None or blank:
-            self._forget(part)
+            self._drop_document(part)
         else:
-            self._add(part, "", begins=False, ends=True)
+            self._add(_Chunk(part, "", is_first=False, is_last=True))
 
     def flush(self) -> None:
-        """Encode and write what waits."""
-        encoded = self._encoding.encode([text for _, text, _, _ in self._waiting])
-        for (part, _, begins, ends), tokens in zip(self._waiting, encoded, strict=True):
-            if begins:
-                part.write(self._encoding.before)
-            part.write(tokens)
-            if ends:
-                part.write(self._encoding.after)
-                part.end_document()
-        self._waiting, self._size = [], 0
+        """Encode and write the pending chunks."""
+        encoded = self._encoding.encode([chunk.text for chunk in self._pending])
+        for chunk, tokens in zip(self._pending, encoded, strict=True):
+            if chunk.is_first:
+                chunk.part.write(self._encoding.prefix)
+            chunk.part.write(tokens)
+            if chunk.is_last:
+                chunk.part.write(self._encoding.suffix)
+                chunk.part.end_document()
+        self._pending, self._size = [], 0
 
-    def _add(self, part: _PartWriter, text: str, begins: bool, ends: bool) -> None:
-        self._waiting.append((part, text, begins, ends))
-        self._size += len(text) + 1
-        if self._size >= _AT_ONCE:
+    def _add(self, chunk: _Chunk) -> None:
+        self._pending.append(chunk)
+        self._size += len(chunk.text) + 1
+        if self._size >= _ENCODED_CHARACTERS:
             self.flush()
 
-    def _forget(self, part: _PartWriter | None) -> None:
-        """Drop the document that is not complete, wherever it has got to."""
-        while self._waiting and not self._waiting[-1][3]:
-            self._waiting.pop()
-        if part is not None and not self._waiting:
-            part.abandon_document()
+    def _drop_document(self, part: _PartWriter | None) -> None:
+        """Drop the incomplete document, from the pending chunks and from the files."""
+        while self._pending and not self._pending[-1].is_last:
+            self._pending.pop()
+        if part is not None and not self._pending:
+            part.drop_document()
 
     def _part_of(self, text: str) -> _PartWriter:
         digest = hashlib.sha256(text.encode()).digest()

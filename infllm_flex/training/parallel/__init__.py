@@ -1,4 +1,4 @@
-"""One training over many processes: who does what, and how weights and sequences are cut."""
+"""Training on several processes: their ranks, sharded weights and context parallelism."""
 
 from infllm_flex.training.parallel.world import (
     World,

@@ -1,9 +1,10 @@
-"""Context parallelism: one sequence over several processes, exactly.
+"""Context parallelism: exact attention over sequences split among several processes.
 
-A sequence is cut into ``2 N`` chunks and process r holds chunks r and ``2 N - 1 - r``: a late one,
-whose queries see much, goes with an early one, so that all have the same work, dense or sparse. In
-each layer the keys and values, of which grouped heads leave few, are gathered; each chunk of
-queries then attends to the keys up to its own end, as the last positions of them.
+A sequence is split into ``2 N`` chunks, and rank r of the context group holds chunks r and
+``2 N - 1 - r``. A late chunk, whose queries attend to many keys, is paired with an early one, which
+balances the work of dense and sparse attention. Each layer gathers the keys and values of all
+processes, which are small with grouped heads. Each chunk of queries then attends to the keys up to
+its own end.
 """
 
 from __future__ import annotations
@@ -22,15 +23,15 @@ from infllm_flex.attention import infllm_attention
 from infllm_flex.config import InfLLMConfig
 from infllm_flex.training.parallel.world import World
 
-# Their names before torch 2.13.
+# torch 2.13 renamed both.
 _all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
 _reduce_scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
 
-ALWAYS_DENSE = 2**31 - 1  # as dense_len
+ALWAYS_DENSE = 2**31 - 1  # a dense_len above every length
 
 
-def part_of(sequences: Tensor, world: World) -> Tensor:
-    """This process's two chunks, ``[B, S / N]``, of sequences ``[B, S]``."""
+def local_chunks(sequences: Tensor, world: World) -> Tensor:
+    """The two chunks of this process, ``[B, S / N]``, of sequences ``[B, S]``."""
     if world.context == 1:
         return sequences
     chunks = sequences.chunk(2 * world.context, dim=1)
@@ -38,13 +39,13 @@ def part_of(sequences: Tensor, world: World) -> Tensor:
 
 
 @dataclass(frozen=True)
-class _Piece:
-    """Queries of this process that belong to one document.
+class _Segment:
+    """Consecutive queries of this process that belong to one document.
 
     Attributes:
-        queries: Places among this process's tokens.
-        keys: Places in the whole sequence, from the document's first to the last query's own.
-        dense: Whether the document is short.
+        queries: Their positions among the tokens of this process.
+        keys: Positions in the whole sequence, from the start of the document to the last query.
+        dense: Whether the document attends densely.
     """
 
     queries: slice
@@ -53,13 +54,13 @@ class _Piece:
 
 
 class ContextAttention:
-    """Attention of this process's queries to the keys of all processes of its group.
+    """Attention of this process's queries to the keys of its context group.
 
-    `begin` says before each forward pass where documents begin; it holds until the backward pass
-    has computed everything again that it needs.
+    `set_documents` must be called before each forward pass. Its documents stay in force through
+    the recomputation of the backward pass.
 
     Args:
-        config: Of the sparse attention.
+        config: Settings of the sparse attention.
         world: The processes.
     """
 
@@ -67,15 +68,15 @@ class ContextAttention:
         self._config, self._world = config, world
         self._sparse = dataclasses.replace(config, dense_len=-1)
         self._dense = dataclasses.replace(config, dense_len=ALWAYS_DENSE)
-        self._rows: list[list[_Piece]] = []  # of each row; a single list stands for all rows
+        self._rows: list[list[_Segment]] = []  # one list per row, or a single list for all rows
 
-    def begin(self, length: int, positions: Tensor | None) -> None:
-        """Prepare for a batch.
+    def set_documents(self, length: int, positions: Tensor | None) -> None:
+        """Set the document boundaries of the next batch.
 
         Args:
-            length: Of its sequences.
-            positions: Of all their tokens, int64 ``[B, S]`` on the CPU, 0 where a document begins.
-                None where every row is one document.
+            length: Tokens per sequence.
+            positions: int64 ``[B, S]`` on the CPU, 0 at the start of each document. None: every
+                row is one document.
         """
         documents = (
             [[0]]
@@ -85,34 +86,34 @@ class ContextAttention:
         self._rows = [
             sorted(
                 (
-                    piece
+                    segment
                     for start, end in pairwise([*starts, length])
-                    for piece in self._pieces(start, end, length)
+                    for segment in self._segments(start, end, length)
                 ),
-                key=lambda piece: piece.queries.start,
+                key=lambda segment: segment.queries.start,
             )
             for starts in documents
         ]
 
-    def _pieces(self, start: int, end: int, length: int) -> Iterator[_Piece]:
-        """What this process holds of the document from ``start`` to ``end``."""
+    def _segments(self, start: int, end: int, length: int) -> Iterator[_Segment]:
+        """The segments that this process holds of the document from ``start`` to ``end``."""
         rank, size = self._world.context_rank, self._world.context
         chunk = length // (2 * size)
         for place, number in enumerate((rank, 2 * size - 1 - rank)):
-            first, last = max(start, number * chunk), min(end, (number + 1) * chunk)
-            if first < last:
+            first, stop = max(start, number * chunk), min(end, (number + 1) * chunk)
+            if first < stop:
                 shift = (place - number) * chunk
-                # Its whole length decides, wherever this process's part of it ends.
+                # The length of the whole document decides, not that of the local part.
                 dense = self._config.is_dense(end - start)
-                yield _Piece(slice(first + shift, last + shift), slice(start, last), dense)
+                yield _Segment(slice(first + shift, stop + shift), slice(start, stop), dense)
 
     def __call__(self, query: Tensor, key: Tensor, value: Tensor, scale: float | None) -> Tensor:
         """Attend.
 
         Args:
-            query: ``[B, Hq, S / N, D]`` of this process's chunks.
-            key: ``[B, Hkv, S / N, D]``, alike.
-            value: ``[B, Hkv, S / N, D]``, alike.
+            query: ``[B, Hq, S / N, D]``, the chunks of this process.
+            key: ``[B, Hkv, S / N, D]``, the chunks of this process.
+            value: ``[B, Hkv, S / N, D]``, the chunks of this process.
             scale: Factor on the dot products. None: ``1 / sqrt(D)``.
 
         Returns:
@@ -122,27 +123,34 @@ class ContextAttention:
         if len(self._rows) == 1:
             return self._attend(query, keys, values, self._rows[0], scale)
         rows = zip(query.split(1), keys.split(1), values.split(1), self._rows, strict=True)
-        return torch.cat([self._attend(q, k, v, pieces, scale) for q, k, v, pieces in rows])
+        return torch.cat([self._attend(q, k, v, segments, scale) for q, k, v, segments in rows])
 
     def _attend(
-        self, query: Tensor, key: Tensor, value: Tensor, pieces: list[_Piece], scale: float | None
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        segments: list[_Segment],
+        scale: float | None,
     ) -> Tensor:
         outputs = [
             infllm_attention(
-                query[:, :, piece.queries],
-                key[:, :, piece.keys],
-                value[:, :, piece.keys],
-                self._dense if piece.dense else self._sparse,
+                query[:, :, segment.queries],
+                key[:, :, segment.keys],
+                value[:, :, segment.keys],
+                self._dense if segment.dense else self._sparse,
                 scale=scale,
             )
-            for piece in pieces
+            for segment in segments
         ]
         return torch.cat(outputs, dim=2)
 
     @torch.compiler.disable
-    def _gather(self, both: Tensor) -> Tensor:
-        """``[2, B, Hkv, S / N, D]`` of each process to ``[2, B, Hkv, S, D]`` in order."""
-        parts = _AllGather.apply(both.contiguous(), self._world.group, self._world.context)
+    def _gather(self, keys_and_values: Tensor) -> Tensor:
+        """Gather ``[2, B, Hkv, S / N, D]`` of each process to ``[2, B, Hkv, S, D]`` in order."""
+        parts = _AllGather.apply(
+            keys_and_values.contiguous(), self._world.group, self._world.context
+        )
         chunks = parts.unflatten(4, (2, -1))  # [N, 2, B, Hkv, 2, S / 2N, D]
         early = chunks[:, :, :, :, 0].unbind()
         late = chunks[:, :, :, :, 1].unbind()
@@ -150,7 +158,7 @@ class ContextAttention:
 
 
 class _AllGather(torch.autograd.Function):
-    """Stack the parts of all processes; the gradient of a part is summed over all who used it."""
+    """Stack the parts of all processes; the gradient of a part is summed over the processes."""
 
     @staticmethod
     def forward(ctx: Any, part: Tensor, group: dist.ProcessGroup, size: int) -> Tensor:

@@ -1,4 +1,4 @@
-"""Tensors of which every process holds a part, and the whole ones they stand for."""
+"""Sharded tensors and their unsharded values; broadcast of the weights of the first process."""
 
 from __future__ import annotations
 
@@ -10,41 +10,44 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 from infllm_flex.training.parallel.world import World
 
 
-def whole(tensor: Tensor) -> Tensor:
-    """All of a tensor. Where it is in parts, every process must ask for it."""
+def full(tensor: Tensor) -> Tensor:
+    """The unsharded tensor. For a DTensor, all processes must call it."""
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
 @torch.no_grad()
-def fill(target: Tensor, full: Tensor) -> None:
-    """Copy a whole tensor, or this process's part of it, into ``target``."""
+def copy_full(target: Tensor, full: Tensor) -> None:
+    """Copy an unsharded tensor, or this process's shard of it, into ``target``."""
     if isinstance(target, DTensor):
-        # Every process has all of it: there is nothing to send.
+        # Every process holds the whole tensor, so no communication is needed.
         full = distribute_tensor(
             full.to(target.device), target.device_mesh, target.placements, src_data_rank=None
         )
     target.copy_(full)
 
 
-def every_tensor(model: nn.Module) -> dict[str, Tensor]:
-    """Parameters and buffers by name, also those that are not saved; tied ones once."""
+def all_tensors(model: nn.Module) -> dict[str, Tensor]:
+    """Parameters and buffers by name, non-persistent buffers included; tied tensors once."""
     return {**dict(model.named_parameters()), **dict(model.named_buffers())}
 
 
-def spread(model: nn.Module, source: dict[str, Tensor], world: World) -> None:
-    """Give the model of every process the values that the first one has.
+def broadcast_model(model: nn.Module, source: dict[str, Tensor], world: World) -> None:
+    """Broadcast the parameters and buffers of the first process to all processes.
 
-    One tensor at a time, so that no more than that is ever held in addition.
+    One tensor is sent at a time, which limits the additional memory to one unsharded tensor.
+    ``set_model_state_dict(broadcast_from_rank0=True)`` is not used: it skips non-persistent
+    buffers, and it pickles.
 
     Args:
-        model: Wrapped or not.
-        source: `every_tensor` of the model from before it was wrapped; the first process's counts.
+        model: The model, wrapped or not.
+        source: `all_tensors` of the model before it was wrapped. Only that of the first process
+            is read.
         world: The processes.
     """
-    for name, target in every_tensor(model).items():
+    for name, target in all_tensors(model).items():
         if world.is_first:
             full = source[name].detach().to(world.device)
         else:
             full = torch.empty(target.shape, dtype=target.dtype, device=world.device)
         dist.broadcast(full, src=0)
-        fill(target.detach(), full)
+        copy_full(target.detach(), full)

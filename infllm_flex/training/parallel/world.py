@@ -1,4 +1,4 @@
-"""The processes of a run, as torchrun starts them, and what they tell one another."""
+"""The processes of a run, as torchrun starts them."""
 
 from __future__ import annotations
 
@@ -19,17 +19,17 @@ from infllm_flex.training.settings import TrainingSettings
 
 @dataclass(frozen=True)
 class World:
-    """The place of this process among those of the run.
+    """The rank of this process and the processes of the run.
 
-    Ranks are counted so that those which share a sequence are neighbours.
+    Processes that split a sequence among them (a context group) have consecutive ranks.
 
     Attributes:
-        device: Where this process computes.
-        rank: Of this process, from 0.
+        device: Device of this process.
+        rank: Rank of this process.
         size: Number of processes.
-        context: Processes that share a sequence.
-        mesh: All processes in one row, ``all``, None where there is only one plain process.
-        group: The processes that share this one's sequences, where there are several.
+        context: Number of processes of a context group.
+        mesh: All processes in one dimension, ``all``. None without torchrun.
+        group: The context group of this process. None if it has one process.
     """
 
     device: torch.device
@@ -41,27 +41,27 @@ class World:
 
     @property
     def is_first(self) -> bool:
-        """Whether this is the process that writes files and talks to the user."""
+        """Whether this process writes files and prints messages."""
         return self.rank == 0
 
     @property
     def context_rank(self) -> int:
-        """Which part of its sequences this process holds."""
+        """Rank of this process in its context group."""
         return self.rank % self.context
 
     @property
     def data_size(self) -> int:
-        """Number of groups that hold different sequences."""
+        """Number of context groups, each of which has its own sequences."""
         return self.size // self.context
 
     def sum(self, value: Tensor) -> Tensor:
-        """The sum over all processes, the same bits in each. Changes ``value``."""
+        """Sum over all processes, in place; every process gets the same bits."""
         if self.mesh is not None:
             dist.all_reduce(value)
         return value
 
-    def largest(self, value: int) -> int:
-        """The largest of the processes' values."""
+    def max(self, value: int) -> int:
+        """The maximum over all processes."""
         if self.mesh is None:
             return value
         shared = torch.tensor(value)
@@ -70,15 +70,15 @@ class World:
 
 
 def is_first_process() -> bool:
-    """Whether this process is the one to talk to the user, also before `open_world`."""
+    """Whether this process prints messages; works before `open_world`."""
     return int(os.environ.get("RANK", "0")) == 0
 
 
 def check_processes(settings: TrainingSettings, size: int) -> None:
-    """Refuse a number of processes that cannot share the work evenly.
+    """Refuse a number of processes that cannot split the batches and sequences evenly.
 
     Raises:
-        ValueError: With the setting that does not fit.
+        ValueError: Names the setting to change.
     """
     context = settings.parallel.context
     if size % context:
@@ -88,8 +88,8 @@ def check_processes(settings: TrainingSettings, size: int) -> None:
     for name, stage in settings.stages.items():
         if stage.batch_size % (size // context):
             raise ValueError(
-                f"stages.{name}: batch_size must be a multiple of the {size // context} groups of "
-                f"processes that hold different sequences, got {stage.batch_size}"
+                f"stages.{name}: batch_size must be a multiple of {size // context}, the number of "
+                f"processes divided by parallel.context, got {stage.batch_size}"
             )
         if context > 1 and stage.max_length % (2 * context):
             raise ValueError(
@@ -99,12 +99,12 @@ def check_processes(settings: TrainingSettings, size: int) -> None:
 
 
 def num_processes() -> int:
-    """How many torchrun started; 1 without it."""
+    """Number of processes that torchrun started; 1 without torchrun."""
     return int(os.environ.get("WORLD_SIZE", "1"))
 
 
 def was_restarted() -> bool:
-    """Whether torchrun started this process again, after one of the run had failed."""
+    """Whether torchrun restarted this process because a process of the run had failed."""
     return _attempt() > 0
 
 
@@ -114,10 +114,11 @@ def _attempt() -> int:
 
 @contextlib.contextmanager
 def open_world(settings: TrainingSettings) -> Iterator[World]:
-    """Join the processes that torchrun started for the block; alone without torchrun.
+    """Join the processes that torchrun started, for the block. Without torchrun: one process.
 
     Raises:
-        ValueError: The device is not there, or the number of processes does not fit the settings.
+        ValueError: The device is not available, or the number of processes does not fit the
+            settings.
     """
     device = pick_device(settings.run.device)
     size = num_processes()
@@ -133,7 +134,7 @@ def open_world(settings: TrainingSettings) -> Iterator[World]:
     if device.type == "cuda":
         device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
         torch.cuda.set_device(device)
-    # Words between processes are CPU tensors, on machines with GPUs too.
+    # Messages between processes are CPU tensors, on machines with GPUs too.
     backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
     with _process_group(backend):
         context = settings.parallel.context
@@ -147,13 +148,13 @@ def open_world(settings: TrainingSettings) -> Iterator[World]:
 
 @contextlib.contextmanager
 def _process_group(backend: str) -> Iterator[None]:
-    """The group of all processes, ended with the block where it began with it."""
+    """The process group of all processes; destroyed after the block unless it existed before."""
     if dist.is_initialized():
         yield
         return
     store, rank, size = next(rendezvous("env://"))
-    # torchrun may start processes again on the same store: what those before them said there, of
-    # addresses that are gone, must not be heard.
+    # torchrun may restart processes on the same store. The prefix hides the keys of the previous
+    # attempt, which hold addresses of processes that no longer exist.
     store = PrefixStore(f"attempt-{_attempt()}", store)
     dist.init_process_group(backend, store=store, rank=rank, world_size=size)
     try:
@@ -166,7 +167,7 @@ def pick_device(name: str) -> torch.device:
     """The device of ``run.device``.
 
     Raises:
-        ValueError: It is not there.
+        ValueError: It is not available.
     """
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"

@@ -1,4 +1,4 @@
-"""FSDP2 or DDP around the loss of a model."""
+"""Wrap the loss of a model in FSDP2 or DDP."""
 
 from __future__ import annotations
 
@@ -11,18 +11,18 @@ from torch import nn
 from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
-from infllm_flex.training.parallel.weights import every_tensor, spread
+from infllm_flex.training.parallel.weights import all_tensors, broadcast_model
 from infllm_flex.training.parallel.world import World
 from infllm_flex.training.settings import TrainingSettings
 
 
 def wrap(loss: nn.Module, layers: list[nn.Module], settings: TrainingSettings, world: World) -> Any:
-    """Spread a model over the processes, with the weights that it has in the first one.
+    """Wrap the loss for the processes of the run and broadcast the weights of the first process.
 
     Args:
         loss: The module whose forward is the whole computation of a step.
-        layers: Its parts that are gathered one after the other.
-        settings: The whole run.
+        layers: Its decoder layers, which FSDP gathers one at a time.
+        settings: Settings of the run.
         world: The processes.
 
     Returns:
@@ -30,10 +30,10 @@ def wrap(loss: nn.Module, layers: list[nn.Module], settings: TrainingSettings, w
     """
     if world.mesh is None:
         return _autocast(loss.to(world.device), settings, world)
-    source = every_tensor(loss)
+    source = all_tensors(loss)
     if settings.parallel.kind == "ddp":
         loss = _autocast(loss.to(world.device), settings, world)
-        spread(loss, source, world)
+        broadcast_model(loss, source, world)
         return DistributedDataParallel(loss, init_sync=False)
     options: dict[str, Any] = {"mesh": world.mesh}
     if settings.model.arithmetic != "weights":
@@ -45,17 +45,17 @@ def wrap(loss: nn.Module, layers: list[nn.Module], settings: TrainingSettings, w
     for layer in layers:
         fully_shard(layer, **options)
     fully_shard(loss, **options)
-    spread(loss, source, world)
+    broadcast_model(loss, source, world)
     return loss
 
 
 @contextlib.contextmanager
-def gradients_later(module: nn.Module, later: bool) -> Iterator[None]:
-    """Leave the exchange of gradients to a later micro-batch, where that spares time.
+def defer_gradient_sync(module: nn.Module, defer: bool) -> Iterator[None]:
+    """Skip the gradient all-reduce of DDP inside the block, if ``defer`` is set.
 
-    FSDP's parts are exchanged at once: waiting would cost the memory that it is there to spare.
+    FSDP always reduces at once: deferring would keep unsharded gradients in memory.
     """
-    if later and isinstance(module, DistributedDataParallel):
+    if defer and isinstance(module, DistributedDataParallel):
         with module.no_sync():
             yield
     else:
@@ -63,7 +63,7 @@ def gradients_later(module: nn.Module, later: bool) -> Iterator[None]:
 
 
 def _autocast(loss: nn.Module, settings: TrainingSettings, world: World) -> nn.Module:
-    """Let a module that is not cut into parts compute in another precision than its weights'."""
+    """Run an unsharded module under autocast, if ``model.arithmetic`` asks for it."""
     if settings.model.arithmetic != "weights":
         dtype = getattr(torch, settings.model.arithmetic)
         loss.forward = torch.autocast(world.device.type, dtype)(loss.forward)

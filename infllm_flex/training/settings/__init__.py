@@ -1,4 +1,4 @@
-"""Everything a training run can be told, one frozen dataclass per section of its YAML file."""
+"""The settings of a training run, one frozen dataclass per section of its YAML file."""
 
 from __future__ import annotations
 
@@ -6,7 +6,11 @@ from dataclasses import dataclass, field
 
 from infllm_flex.config import InfLLMConfig
 from infllm_flex.training.settings.data import STDLIB, DataSettings
-from infllm_flex.training.settings.model import ModelSettings, TinyModelSettings
+from infllm_flex.training.settings.model import (
+    ModelSettings,
+    TinyModelSettings,
+    check_llama_sizes,
+)
 from infllm_flex.training.settings.parallel import MemorySettings, ParallelSettings
 from infllm_flex.training.settings.run import (
     CheckpointSettings,
@@ -30,25 +34,26 @@ __all__ = [
     "StageSettings",
     "TinyModelSettings",
     "TrainingSettings",
+    "check_llama_sizes",
 ]
 
 
 @dataclass(frozen=True, kw_only=True)
 class TrainingSettings:
-    """A whole run, as ``scripts/finetune.py`` reads it from one YAML file.
+    """All settings of a run, as ``scripts/finetune.py`` reads them from one YAML file.
 
     Attributes:
-        run: Folder, seed, device.
-        model: What is trained.
-        stages: The parts of the training by name, in order.
-        attention: The sparse attention of the stages that ask for it.
+        run: Folder, seed and device.
+        model: The model to train.
+        stages: The stages of the training by name, in order.
+        attention: The attention of the sparse stages.
         data: The text.
         optim: The optimizer.
-        parallel: How processes share the work.
-        memory: What is computed twice or kept elsewhere to spare memory.
+        parallel: Sharding and context parallelism.
+        memory: Recomputation and offloading.
         checkpoint: When to save.
         log: When to write metrics.
-        compare: Only read by ``scripts/quickstart``.
+        compare: Read by ``scripts/quickstart`` only.
     """
 
     run: RunSettings
@@ -70,13 +75,13 @@ class TrainingSettings:
             for name, stage in self.stages.items():
                 if stage.length_buckets:
                     raise ValueError(
-                        f"data must pack documents where stages.{name} has length_buckets: "
-                        "set data.packing to documents"
+                        f"data must have packing: documents, because stages.{name} has "
+                        "length_buckets"
                     )
         if self.memory.cpu_offload and self.parallel.kind == "ddp":
             raise ValueError(
-                "memory must have cpu_offload: false with parallel.kind ddp, which keeps a copy of "
-                "everything on each device; fsdp can offload"
+                "memory must have cpu_offload: false with parallel.kind ddp: set parallel.kind to "
+                "fsdp to offload"
             )
 
     @property

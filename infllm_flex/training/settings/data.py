@@ -6,30 +6,31 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from infllm_flex.training.settings.bounds import check_range
+from infllm_flex.strict_yaml import check_range
 
 STDLIB = "python_stdlib"
-_OF_DOCUMENTS = ("text_field", "tokenizer", "damaged_percent", "cache")
+_DOCUMENT_SETTINGS = ("text_field", "tokenizer", "damaged_percent", "cache")
 
 
 @dataclass(frozen=True, kw_only=True)
 class DataSettings:
-    """The text, and how it becomes rows of tokens.
+    """The training text, and its conversion to rows of tokens.
 
     Attributes:
-        source: ``python_stdlib`` for the sources of the Python that runs this, or a local file or
-            folder: of text, of ``.jsonl`` or ``.parquet`` files, or a data set that Hugging Face's
-            ``datasets`` saved.
-        pattern: Which files of a folder are meant, its subfolders included.
-        text_field: Key or column of the text, in all but plain text files.
-        tokenizer: ``bytes``, one token each; ``model``, that of ``model.path``; or a local folder.
-        packing: ``stream`` puts all files behind one another, as bytes and in memory, and cuts
-            the stream anywhere; ``documents`` packs whole documents that do not see each other.
-        held_out_percent: Share that is never trained on: of the files, chosen by a hash of their
-            relative path, or of the documents, chosen by a hash of their text.
-        damaged_percent: The largest share of unreadable documents to leave out with a warning.
-        cache: Folder for the documents' tokens, to share among runs; None: inside the run's own.
-        workers: Processes that prepare batches beside the training; 0: the training itself.
+        source: ``python_stdlib`` for the source files of the running Python. Or a local file, a
+            folder of text, ``.jsonl`` or ``.parquet`` files, or a data set saved by Hugging Face's
+            ``datasets``.
+        pattern: Pattern of the names of the files to read, in all subfolders.
+        text_field: Key or column of the text in ``.jsonl`` and ``.parquet`` files and data sets.
+        tokenizer: ``bytes`` for one token per byte, ``model`` for the tokenizer in ``model.path``,
+            or a local folder.
+        packing: ``stream`` concatenates the bytes of all files in memory and splits them anywhere.
+            ``documents`` packs whole documents that do not attend to each other.
+        held_out_percent: Percentage to hold out from training: of the files, chosen by a hash of
+            their relative path, or of the documents, chosen by a hash of their text.
+        damaged_percent: Largest percentage of unreadable documents to leave out with a warning.
+        cache: Folder of the token stores, which runs may share. None: inside the run's folder.
+        workers: Processes that prepare batches. 0: the training process itself.
     """
 
     source: str = STDLIB
@@ -43,9 +44,9 @@ class DataSettings:
     workers: int = 0
 
     def __post_init__(self) -> None:
-        check_range(self, "held_out_percent", 0, 90)
-        check_range(self, "damaged_percent", 0, 100)
-        check_range(self, "workers", 0, 256)
+        check_range("held_out_percent", self.held_out_percent, 0, 90)
+        check_range("damaged_percent", self.damaged_percent, 0, 100)
+        check_range("workers", self.workers, 0, 256)
         if self.source != STDLIB and not Path(self.source).expanduser().exists():
             raise ValueError(
                 f"source must be {STDLIB} or a local folder or file, got {self.source!r}"
@@ -61,16 +62,16 @@ class DataSettings:
         self._check_tokenizer()
 
     def _check_stream(self) -> None:
-        for name in _OF_DOCUMENTS:
+        for name in _DOCUMENT_SETTINGS:
             if getattr(self, name) != type(self).__dataclass_fields__[name].default:
                 raise ValueError(
-                    f"{name} has no effect where packing is stream, got {getattr(self, name)}: "
+                    f"{name} has no effect with packing: stream, got {getattr(self, name)}: "
                     "set packing to documents"
                 )
         for name in ("source", "pattern"):
             if Path(getattr(self, name)).suffix in (".jsonl", ".parquet"):
                 raise ValueError(
-                    f"{name} must be plain text where packing is stream, got "
+                    f"{name} must be plain text with packing: stream, got "
                     f"{getattr(self, name)!r}: set packing to documents"
                 )
 

@@ -5,11 +5,34 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
-from infllm_flex.training.settings.bounds import check_range
+from infllm_flex.strict_yaml import check_range
 
 _HUB_NAME = re.compile(r"\w[\w.-]*/\w[\w.-]*")
+
+
+def check_llama_sizes(sizes: Any) -> None:
+    """Check the sizes of a Llama-style model.
+
+    Args:
+        sizes: Settings with the size fields of `TinyModelSettings`.
+
+    Raises:
+        ValueError: A size is out of range, or sizes do not divide each other.
+    """
+    for name in ("num_layers", "hidden_size", "intermediate_size", "num_heads", "num_kv_heads"):
+        check_range(name, getattr(sizes, name), 1, 65536)
+    if sizes.hidden_size % (2 * sizes.num_heads):
+        raise ValueError(
+            f"hidden_size must be a multiple of twice num_heads = {2 * sizes.num_heads}, "
+            f"got {sizes.hidden_size}"
+        )
+    if sizes.num_heads % sizes.num_kv_heads:
+        raise ValueError(
+            f"num_heads must be a multiple of num_kv_heads = {sizes.num_kv_heads}, "
+            f"got {sizes.num_heads}"
+        )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -18,7 +41,7 @@ class TinyModelSettings:
 
     Attributes:
         num_layers: Transformer layers.
-        hidden_size: Width, a multiple of ``num_heads``.
+        hidden_size: Width, a multiple of twice ``num_heads``.
         intermediate_size: Width of the feed-forward layers.
         num_heads: Query heads, a multiple of ``num_kv_heads``.
         num_kv_heads: Key/value heads.
@@ -33,18 +56,7 @@ class TinyModelSettings:
     rope_theta: float = 10_000.0
 
     def __post_init__(self) -> None:
-        for name in ("num_layers", "hidden_size", "intermediate_size", "num_heads", "num_kv_heads"):
-            check_range(self, name, 1, 65536)
-        if self.hidden_size % (2 * self.num_heads):
-            raise ValueError(
-                f"hidden_size must be a multiple of twice num_heads = {2 * self.num_heads}, "
-                f"got {self.hidden_size}"
-            )
-        if self.num_heads % self.num_kv_heads:
-            raise ValueError(
-                f"num_heads must be a multiple of num_kv_heads = {self.num_kv_heads}, "
-                f"got {self.num_heads}"
-            )
+        check_llama_sizes(self)
         if self.rope_theta <= 1:
             raise ValueError(f"rope_theta must be above 1, got {self.rope_theta}")
 
@@ -56,15 +68,15 @@ class ModelSettings:
     Attributes:
         path: A local transformers folder with ``config.json`` and safetensors weights. Nothing is
             downloaded and no code of the folder is run.
-        hub: The name of a model on the Hugging Face hub, as ``Qwen/Qwen3-8B``, taken from the cache
-            of this machine.
-        revision: Of the model on the hub: a commit, tag or branch.
-        download: Whether to fetch what the cache lacks.
-        tiny: A small model to make, with random weights.
-        dtype: Precision of the weights, their gradients and the optimizer's state.
-        arithmetic: Precision of the products; ``weights``: that of the weights. ``bfloat16`` over
-            float32 weights is the usual way to fine-tune on a GPU.
-        float8: Whether the layers' products are in float8, on GPUs that have it.
+        hub: Name of a model on the Hugging Face hub, such as ``Qwen/Qwen3-8B``, read from the local
+            cache.
+        revision: Commit, tag or branch of the model on the hub.
+        download: Whether to download files that are not in the cache.
+        tiny: A small model with random weights.
+        dtype: Dtype of the weights, their gradients and the optimizer state.
+        arithmetic: Dtype of matrix products. ``weights``: that of the weights. ``bfloat16`` with
+            float32 weights is usual for fine-tuning on a GPU.
+        float8: Whether the products of the decoder layers are in float8, on GPUs with float8.
     """
 
     path: Path | None = None
@@ -80,14 +92,14 @@ class ModelSettings:
         if sum(source is not None for source in (self.path, self.hub, self.tiny)) != 1:
             raise ValueError("exactly one of path, hub and tiny must be given")
         if self.hub is not None and not _HUB_NAME.fullmatch(self.hub):
-            raise ValueError(f"hub must be a name like Qwen/Qwen3-8B, got {self.hub!r}")
+            raise ValueError(f"hub must be a name such as Qwen/Qwen3-8B, got {self.hub!r}")
         if self.hub is None and (self.download or self.revision != "main"):
             setting = "download" if self.download else "revision"
-            raise ValueError(f"{setting} must not be set without hub: only that is fetched")
+            raise ValueError(f"{setting} must not be set without hub: it has no effect")
         if self.path is None:
             return
         if not self.path.is_dir():
-            raise ValueError(f"path must be a local folder, got {self.path}, which is none")
+            raise ValueError(f"path must be an existing local folder, got {self.path}")
         if not (self.path / "config.json").is_file():
             raise ValueError(f"path must hold a config.json, {self.path} has none")
         if not any(self.path.glob("*.safetensors")):

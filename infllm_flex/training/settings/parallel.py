@@ -1,45 +1,45 @@
-"""How a run is spread over processes, and what it spares memory with."""
+"""Parallelism of a run, and how it saves memory."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 from typing import Literal
 
-from infllm_flex.training.settings.bounds import check_range
+from infllm_flex.strict_yaml import check_range
 
 
 @dataclass(frozen=True, kw_only=True)
 class ParallelSettings:
-    """How the processes that torchrun starts share the work; one plain process has it all.
+    """The split of the work among the processes that torchrun starts.
 
-    The training is the same on any number of processes, within rounding: ``batch_size`` counts the
-    sequences of all of them together.
+    The result does not depend on the number of processes, up to rounding: ``batch_size`` counts the
+    sequences of all processes.
 
     Attributes:
-        kind: ``fsdp`` cuts weights, gradients and optimizer state into one part per process;
-            ``ddp`` keeps a copy of everything in each.
-        context: Processes that share one sequence. Each holds the queries of its part; keys and
-            values are gathered. Divides the number of processes.
+        kind: ``fsdp`` shards weights, gradients and optimizer state over the processes. ``ddp``
+            replicates them.
+        context: Number of processes that split each sequence among them. Each computes the queries
+            of its part, over the gathered keys and values. Must divide the number of processes.
     """
 
     kind: Literal["fsdp", "ddp"] = "fsdp"
     context: int = 1
 
     def __post_init__(self) -> None:
-        check_range(self, "context", 1, 4096)
+        check_range("context", self.context, 1, 4096)
 
 
 @dataclass(frozen=True, kw_only=True)
 class MemorySettings:
-    """What is computed twice, or kept elsewhere, to spare memory; none of it changes the result.
+    """Ways to save memory; none of them changes the result.
 
     Attributes:
         activation_checkpointing: Keep only the input of each layer for the backward pass and
-            compute the rest again.
-        cpu_offload: Keep weights, gradients and optimizer state in the memory of the CPU, and
-            update the weights there. With ``parallel.kind: fsdp``, under torchrun.
-        logits_mib: Logits of a sequence that are in memory at once, in MiB of float32. Several
-            times as much is needed to train; less takes longer.
+            recompute the rest.
+        cpu_offload: Keep weights, gradients and optimizer state in CPU memory, and update the
+            weights there. Needs ``parallel.kind: fsdp`` and torchrun.
+        logits_mib: Size of a chunk of logits, in MiB of float32. Training needs several times as
+            much; smaller chunks are slower.
     """
 
     activation_checkpointing: bool = False
@@ -47,4 +47,4 @@ class MemorySettings:
     logits_mib: int = 64
 
     def __post_init__(self) -> None:
-        check_range(self, "logits_mib", 1, 65536)
+        check_range("logits_mib", self.logits_mib, 1, 65536)

@@ -1,4 +1,4 @@
-"""Where a run happens, and what it leaves behind."""
+"""Where a run takes place, and what it writes."""
 
 from __future__ import annotations
 
@@ -6,20 +6,22 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from infllm_flex.training.settings.bounds import LARGEST_COUNT, check_range
+from infllm_flex.strict_yaml import check_range
+from infllm_flex.training.settings.stage import LARGEST_COUNT
 
 
 @dataclass(frozen=True, kw_only=True)
 class RunSettings:
-    """Where and how the run happens.
+    """Folder, seed and device of the run.
 
     Attributes:
-        folder: Holds the run: settings, metrics and checkpoints. New, or the same run's own.
-        seed: Decides the initial weights and the order of the data.
-        device: ``"auto"`` takes the GPU where there is one.
-        threads: CPU threads; 0 leaves PyTorch's choice.
-        compile: Whether torch.compile makes one program of each layer; ``auto``: on a GPU, where
-            the minutes that it takes come back.
+        folder: Folder of the settings, metrics and checkpoints: a new folder, or that of a run to
+            resume.
+        seed: Seed of the initial weights and of the order of the data.
+        device: ``"auto"`` uses a GPU if there is one.
+        threads: CPU threads; 0 leaves PyTorch's default.
+        compile: Whether to compile each layer with torch.compile. ``auto``: on a GPU only, where
+            the compilation time pays off.
     """
 
     folder: Path
@@ -29,36 +31,36 @@ class RunSettings:
     compile: Literal["auto", "always", "never"] = "auto"
 
     def __post_init__(self) -> None:
-        check_range(self, "seed", 0, 2**63 - 1)
-        check_range(self, "threads", 0, 1024)
+        check_range("seed", self.seed, 0, 2**63 - 1)
+        check_range("threads", self.threads, 0, 1024)
 
 
 @dataclass(frozen=True, kw_only=True)
 class CheckpointSettings:
-    """When checkpoints are written; one is always written at the end.
+    """When checkpoints are written. The end of a run always writes one.
 
     Attributes:
         every: Steps between checkpoints.
-        keep: How many of the newest are kept.
+        keep: Number of newest checkpoints to keep.
     """
 
     every: int = 500
     keep: int = 2
 
     def __post_init__(self) -> None:
-        check_range(self, "every", 1, LARGEST_COUNT)
-        check_range(self, "keep", 2, 1000)
+        check_range("every", self.every, 1, LARGEST_COUNT)
+        check_range("keep", self.keep, 2, 1000)
 
 
 @dataclass(frozen=True, kw_only=True)
 class LogSettings:
-    """What is written to ``metrics.jsonl``.
+    """The contents of ``metrics.jsonl``.
 
     Attributes:
         every: Steps between lines.
-        tensorboard: Write the same to ``tensorboard/`` where the package is installed.
-        peak_tflops: What a device can do at most, for the ``mfu`` of a line, in 10^12 products and
-            sums per second. None: known for the usual GPUs, else ``mfu`` is null.
+        tensorboard: Also write TensorBoard events to ``tensorboard/``, if TensorBoard is installed.
+        peak_tflops: Peak of a device in TFLOP/s, for ``mfu``. None: looked up for common GPUs,
+            otherwise ``mfu`` is null.
     """
 
     every: int = 10
@@ -66,21 +68,21 @@ class LogSettings:
     peak_tflops: float | None = None
 
     def __post_init__(self) -> None:
-        check_range(self, "every", 1, LARGEST_COUNT)
+        check_range("every", self.every, 1, LARGEST_COUNT)
         if self.peak_tflops is not None and self.peak_tflops <= 0:
             raise ValueError(f"peak_tflops must be above 0, got {self.peak_tflops}")
 
 
 @dataclass(frozen=True, kw_only=True)
 class CompareSettings:
-    """What ``scripts/quickstart`` compares, and how much of it.
+    """The comparison of ``scripts/quickstart``.
 
     Attributes:
-        sequences: Sequences of the last stage's length that each trained model answers.
-        batch_size: Of these, how many go through the model together.
-        package: The Python package that holds a pretrained model; null: compare none.
-        length: Tokens that the pretrained model reads.
-        facts: Sentences hidden among them.
+        sequences: Test sequences for each trained model, of the last stage's length.
+        batch_size: Sequences per forward pass.
+        package: Python package with a pretrained model; null: no pretrained model is compared.
+        length: Tokens of the pretrained model's input.
+        facts: Facts hidden in that input.
     """
 
     sequences: int = 64
@@ -90,7 +92,7 @@ class CompareSettings:
     facts: int = 16
 
     def __post_init__(self) -> None:
-        check_range(self, "sequences", 1, 100_000)
-        check_range(self, "batch_size", 1, 65536)
-        check_range(self, "length", 2048, 8192)
-        check_range(self, "facts", 2, 32)
+        check_range("sequences", self.sequences, 1, 100_000)
+        check_range("batch_size", self.batch_size, 1, 65536)
+        check_range("length", self.length, 2048, 8192)
+        check_range("facts", self.facts, 2, 32)

@@ -1,4 +1,4 @@
-"""How long, how fast and with which optimizer to train."""
+"""Stages of a training run, and the optimizer."""
 
 from __future__ import annotations
 
@@ -6,32 +6,33 @@ from dataclasses import dataclass
 from itertools import pairwise
 from typing import Literal
 
-from infllm_flex.training.settings.bounds import LARGEST_COUNT, check_range
+from infllm_flex.strict_yaml import check_range
 
+LARGEST_COUNT = 2**31 - 1
 _LARGEST_LENGTH = 2**24
 
 
 @dataclass(frozen=True, kw_only=True)
 class StageSettings:
-    """One part of the training; stages follow one another with a fresh optimizer each.
+    """One stage of the training. Each stage starts with a fresh optimizer.
 
-    The learning rate rises linearly, stays, and falls linearly to zero at the end.
+    The learning rate warms up linearly, stays constant, and decays linearly to zero.
 
     Attributes:
         max_length: Tokens per sequence.
-        batch_size: Sequences per step, of all processes together.
-        sequences_at_once: Of those that a process has part in, how many go through the model
-            together; the gradients of the rest are added. 0: all.
+        batch_size: Sequences per step, over all processes.
+        sequences_at_once: Sequences of a process per micro-batch; gradients are accumulated. 0:
+            all sequences of the process in one micro-batch.
         steps: Optimizer steps.
-        learning_rate: Its highest value.
+        learning_rate: Peak learning rate.
         attention: ``"sparse"`` patches the model with the ``attention`` section.
-        warmup_steps: Steps of the rise.
-        decay_steps: Steps of the fall.
-        rope_theta: Base of the rotary embedding from this stage on. A larger one than before lets
-            a model reach beyond the positions it was made for. None: as it was.
-        length_buckets: Lengths in tokens that sort the documents into classes, each the longest
-            of its class; the last class reaches to ``max_length``. Every class gives the same
-            number of tokens. Empty: documents come as often as they are.
+        warmup_steps: Steps of the warm-up.
+        decay_steps: Steps of the decay.
+        rope_theta: Base of the rotary embedding from this stage on. A larger base extends a model
+            beyond the positions it was trained with. None: unchanged.
+        length_buckets: Largest length in tokens of each length class but the last, which ends at
+            ``max_length``. Every class contributes the same number of tokens. Empty: one class,
+            so that documents are drawn uniformly.
     """
 
     max_length: int
@@ -46,16 +47,16 @@ class StageSettings:
     length_buckets: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
-        check_range(self, "max_length", 2, _LARGEST_LENGTH)
-        check_range(self, "batch_size", 1, 65536)
-        check_range(self, "sequences_at_once", 0, 65536)
-        check_range(self, "steps", 1, LARGEST_COUNT)
+        check_range("max_length", self.max_length, 2, _LARGEST_LENGTH)
+        check_range("batch_size", self.batch_size, 1, 65536)
+        check_range("sequences_at_once", self.sequences_at_once, 0, 65536)
+        check_range("steps", self.steps, 1, LARGEST_COUNT)
         if not 0 < self.learning_rate <= 1:
             raise ValueError(
                 f"learning_rate must be above 0 and at most 1, got {self.learning_rate}"
             )
-        check_range(self, "warmup_steps", 0, LARGEST_COUNT)
-        check_range(self, "decay_steps", 0, LARGEST_COUNT)
+        check_range("warmup_steps", self.warmup_steps, 0, LARGEST_COUNT)
+        check_range("decay_steps", self.decay_steps, 0, LARGEST_COUNT)
         if self.rope_theta is not None and self.rope_theta <= 1:
             raise ValueError(f"rope_theta must be above 1, got {self.rope_theta}")
         bounds = (0, *self.length_buckets, self.max_length)
@@ -72,7 +73,7 @@ class StageSettings:
 
     @property
     def tokens_per_step(self) -> int:
-        """Tokens the model sees per optimizer step."""
+        """Tokens per optimizer step, over all processes."""
         return self.batch_size * self.max_length
 
 
@@ -81,12 +82,12 @@ class OptimSettings:
     """The optimizer.
 
     Attributes:
-        kind: ``adamw``; ``muon`` (Muon for the layers' matrices, AdamW for the rest, at the same
-            learning rate); or ``adamw8bit`` (AdamW with 8-bit state, from torchao).
-        beta1: Decay of AdamW's mean of gradients.
-        beta2: Decay of AdamW's mean of squared gradients.
-        weight_decay: Decoupled, on matrices only.
-        clip_norm: Largest norm of the gradient of all weights together.
+        kind: ``adamw``; ``muon`` (Muon for the matrices of the layers, AdamW for the rest, with the
+            same learning rate); or ``adamw8bit`` (AdamW with 8-bit state, from torchao).
+        beta1: Decay of AdamW's first moment.
+        beta2: Decay of AdamW's second moment.
+        weight_decay: Decoupled weight decay, applied to matrices only.
+        clip_norm: Largest norm of the gradient of all weights.
     """
 
     kind: Literal["adamw", "muon", "adamw8bit"] = "adamw"

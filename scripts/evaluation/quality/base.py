@@ -11,7 +11,7 @@ import torch
 
 from evaluation.quality.settings import BaseSettings
 from infllm_flex.patch import UnsupportedModelError, patch_model
-from infllm_flex.training.atomic_folder import clear_leftovers, publish
+from infllm_flex.training.atomic_folder import publish, remove_leftovers
 from infllm_flex.training.model import quiet_transformers
 
 
@@ -84,7 +84,7 @@ def prepare(settings: BaseSettings, source: Source, longest: int, folder: Path) 
     if folder.exists():
         return
     folder.parent.mkdir(parents=True, exist_ok=True)
-    clear_leftovers(folder.parent, folder.name)
+    remove_leftovers(folder.parent, folder.name)
     with quiet_transformers() as transformers:
         options: dict[str, Any] = {"local_files_only": True, "trust_remote_code": False}
         if source.gguf_file is not None:

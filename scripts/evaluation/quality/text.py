@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from evaluation.quality.settings import PYTHON, TextSettings
-from infllm_flex.training.atomic_folder import clear_leftovers, publish
+from infllm_flex.training.atomic_folder import publish, remove_leftovers
 from infllm_flex.training.data.encoding import ModelTokenizer
 from infllm_flex.training.data.store import ABOUT, Documents, TokenStore, open_store
 
@@ -68,7 +68,7 @@ def prepare(settings: TextSettings, model: Path, folder: Path) -> None:
     if folder.exists():
         return
     folder.parent.mkdir(parents=True, exist_ok=True)
-    clear_leftovers(folder.parent, folder.name)
+    remove_leftovers(folder.parent, folder.name)
     encoding = ModelTokenizer(model)
     publish(folder, lambda aside: _write(aside, settings, encoding))
 

@@ -5,14 +5,12 @@ from __future__ import annotations
 import csv
 import importlib.util
 import json
-import os
 import re
 import signal
 import subprocess
 import sys
 import time
 import warnings
-from pathlib import Path
 
 import pytest
 
@@ -21,9 +19,8 @@ from evaluation.quality.parts import Folder
 from evaluation.quality.plan import plan
 from evaluation.quality.settings import QualitySettings
 from infllm_flex.strict_yaml import build_dataclass, load_yaml
+from tests.checkout import ROOT, environment
 from tests.evaluation.quality.tiny import make_base, make_texts, settings_of, write_settings
-
-ROOT = Path(__file__).parents[3]
 
 
 @pytest.fixture(scope="module")
@@ -48,10 +45,9 @@ def config(tmp_path, base, texts):
 
 def start(config, *arguments, **options):
     command = [sys.executable, str(ROOT / "scripts/quality.py"), "--config", str(config)]
-    environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     return subprocess.Popen(
         [*command, *arguments],
-        env=environment,
+        env=environment(OMP_NUM_THREADS="1"),
         text=True,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,

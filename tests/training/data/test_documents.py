@@ -44,7 +44,7 @@ def test_a_text_file_that_is_no_text_is_damaged(tmp_path):
     path = tmp_path / "a.txt"
     path.write_bytes(b"good\n" * 10 + b"\xff\xfe")
     (error,) = read(path)
-    assert str(error).startswith("a.txt: no UTF-8: ")
+    assert str(error).startswith("a.txt: not UTF-8: ")
 
 
 def test_damaged_lines_are_told_one_by_one_and_the_others_are_read(tmp_path, monkeypatch):
@@ -67,14 +67,14 @@ def test_damaged_lines_are_told_one_by_one_and_the_others_are_read(tmp_path, mon
     assert found[0] == "first"
     assert found[-1] == "last ü"
     assert [str(error) for error in found[1:-1]] == [
-        "a.jsonl:2: no JSON: Expecting property name enclosed in double quotes: "
+        "a.jsonl:2: not JSON: Expecting property name enclosed in double quotes: "
         "line 1 column 2 (char 1)",
         "a.jsonl:4: expected a JSON object, got list",
         "a.jsonl:5: expected text under 'text', got NoneType",
         "a.jsonl:6: expected text under 'text', got NoneType",
-        "a.jsonl:7: no Unicode text: surrogates not allowed",
+        "a.jsonl:7: not Unicode text: surrogates not allowed",
         "a.jsonl:8: the line is longer than 64 bytes",
-        "a.jsonl:9: no JSON: Expecting value: line 2 column 1 (char 61)",
+        "a.jsonl:9: not JSON: Expecting value: line 2 column 1 (char 61)",
     ]
 
 
@@ -82,7 +82,7 @@ def test_bytes_that_are_no_utf_8_are_a_damaged_line(tmp_path):
     path = tmp_path / "a.jsonl"
     path.write_bytes(b'{"text": "\xff"}\n{"text": "good"}\n')
     error, good = read(path)
-    assert str(error).startswith("a.jsonl:1: no JSON: 'utf-8' codec can't decode")
+    assert str(error).startswith("a.jsonl:1: not JSON: 'utf-8' codec can't decode")
     assert good == "good"
 
 
@@ -105,7 +105,7 @@ def test_a_parquet_file_is_read_row_by_row(tmp_path):
     with pytest.raises(DataError, match=r"no column 'body' .*, the columns are text, id"):
         read(path, "body")
     path.write_bytes(path.read_bytes()[:50])
-    with pytest.raises(DataError, match=r"a\.parquet: no readable \.parquet file"):
+    with pytest.raises(DataError, match=r"a\.parquet: not a readable \.parquet file"):
         read(path)
 
 

@@ -75,7 +75,7 @@ def test_interrupts_are_left_to_the_training(sampler):
 
 
 def test_a_step_that_cannot_be_shared_evenly_is_refused(sampler):
-    with pytest.raises(ValueError, match="batch_size must be a multiple of the 3 processes"):
+    with pytest.raises(ValueError, match="batch_size must be a multiple of the 3 ranks"):
         batches(sampler, 4, 0, 1, ranks=3)
 
 

@@ -30,7 +30,7 @@ def test_only_the_last_part_of_a_document_says_that_it_ends(lengths):
     ends = {piece.start + piece.length for piece in given_pieces}
     for row in pack(given_pieces, 20):
         for piece in row:
-            assert piece.goes_on == (piece.start + piece.length not in ends)
+            assert piece.continues == (piece.start + piece.length not in ends)
 
 
 def test_what_fits_is_not_cut():

@@ -54,7 +54,7 @@ def test_no_window_reaches_beyond_the_text(length):
 
 
 def test_too_little_text_is_said_with_how_much_is_needed():
-    with pytest.raises(DataError, match=r"19 bytes of training text .* at least 20 are needed"):
+    with pytest.raises(DataError, match=r"19 bytes of training .* at least 20 bytes are needed"):
         WindowSampler(torch.zeros(19), 10, seed=0, name="a")
 
 

@@ -49,7 +49,7 @@ def test_a_long_text_is_one_document_however_much_is_read_at_once(tmp_path, monk
     (tmp_path / "a.txt").write_text(text)
     (tmp_path / "b.txt").write_text("short")
     monkeypatch.setattr("infllm_flex.training.data.documents._CHUNK", 50)
-    monkeypatch.setattr(writing, "_AT_ONCE", 200)
+    monkeypatch.setattr(writing, "_ENCODED_CHARACTERS", 200)
     store = open_text(settings(tmp_path, pattern="*.txt"), tmp_path / "data").store
     assert texts_of(store.train) == [text, "short"]
 
@@ -122,7 +122,7 @@ def test_damage_below_the_limit_is_reported_and_above_it_fatal(tmp_path):
         open_text(settings(path), tmp_path / "data")
     assert not list((tmp_path / "data").glob("*tokens*"))
     for _ in range(2):  # when read, and when found
-        with pytest.warns(UserWarning, match=r"left out 2 damaged documents: a\.jsonl:99: no JSON"):
+        with pytest.warns(UserWarning, match=r"left out 2 damaged .*: a\.jsonl:99: not JSON"):
             text = open_text(settings(path, damaged_percent=2.0), tmp_path / "data")
     assert len(text.store.train) == 98
 
@@ -132,8 +132,8 @@ def test_a_long_document_that_turns_out_damaged_leaves_no_tokens(tmp_path, monke
     (tmp_path / "b.txt").write_bytes(b"line\n" * 100 + b"\xff")
     (tmp_path / "c.txt").write_text("fine " * 30)
     monkeypatch.setattr("infllm_flex.training.data.documents._CHUNK", 20)
-    monkeypatch.setattr(writing, "_AT_ONCE", 60)
-    with pytest.warns(UserWarning, match=r"1 damaged documents: b\.txt: no UTF-8"):
+    monkeypatch.setattr(writing, "_ENCODED_CHARACTERS", 60)
+    with pytest.warns(UserWarning, match=r"1 damaged documents: b\.txt: not UTF-8"):
         text = open_text(
             settings(tmp_path, pattern="*.txt", damaged_percent=50.0), tmp_path / "data"
         )
@@ -149,9 +149,7 @@ def test_a_flipped_bit_in_the_tokens_is_noticed(lines, tmp_path):
         damaged = bytearray(whole)
         damaged[rng.randrange(len(whole))] ^= 1 << rng.randrange(8)
         path.write_bytes(damaged)
-        with pytest.raises(
-            DataError, match=r"is damaged .*: delete it, and the text is read again"
-        ):
+        with pytest.raises(DataError, match=r"is damaged .*: delete it and start again"):
             open_text(settings(lines), tmp_path / "data")
         path.write_bytes(whole)
 
@@ -239,7 +237,7 @@ def test_a_data_set_in_parts_is_refused_with_the_names_of_its_parts(tmp_path):
     datasets = pytest.importorskip("datasets")
     part = datasets.Dataset.from_dict({"text": ["one", "two"]})
     datasets.DatasetDict({"train": part, "test": part}).save_to_disk(tmp_path / "set")
-    with pytest.raises(DataError, match=r"is a data set in parts \(test, train\): name one"):
+    with pytest.raises(DataError, match=r"is a data set with splits \(test, train\): name one"):
         open_text(settings(tmp_path / "set"), tmp_path / "data")
     text = open_text(settings(tmp_path / "set" / "train"), tmp_path / "data")
     assert texts_of(text.store.train) == ["one", "two"]
@@ -248,9 +246,9 @@ def test_a_data_set_in_parts_is_refused_with_the_names_of_its_parts(tmp_path):
 def test_tokens_that_the_model_does_not_know_are_refused_and_bytes_are_wondered_at(tmp_path):
     text = open_text(DataSettings(source=str(write_text(tmp_path))), tmp_path / "data")
     check_vocabulary(text, 256)
-    with pytest.raises(ValueError, match=r"it has 256 tokens, the model knows 255: set"):
+    with pytest.raises(ValueError, match=r"it has 256 tokens, the model has 255: set"):
         check_vocabulary(text, 255)
-    with pytest.warns(UserWarning, match="uses 256 of the model's 32000 tokens"):
+    with pytest.warns(UserWarning, match="bytes are not the 32000 tokens"):
         check_vocabulary(text, 32000)
 
 
