@@ -24,6 +24,6 @@ __all__ = [
     "unpatch_model",
 ]
 
-# So that `attn_implementation="infllm_flex"` and MiniCPM's folders are known in transformers.
+# Registers `attn_implementation="infllm_flex"` and MiniCPM's folders with transformers.
 register_when_imported()
 register_minicpm_when_imported()

@@ -1,4 +1,4 @@
-"""How much memory this process has held."""
+"""The largest memory that this process has held."""
 
 from __future__ import annotations
 
@@ -8,10 +8,10 @@ from pathlib import Path
 
 
 def peak_resident_bytes() -> int:
-    """The most bytes that this process has held in memory.
+    """Return the largest number of bytes that this process has held in memory.
 
-    ``ru_maxrss`` is not asked where /proc is: it survives exec, so that a process started by a
-    large one seems large.
+    It is read from /proc where that exists. ``ru_maxrss`` survives exec, so that a process started
+    by a large one seems large.
     """
     status = Path("/proc/self/status")
     if status.exists():

@@ -1,4 +1,4 @@
-"""The definition of InfLLM-V2 in float64, slow and plain: the judge of everything else.
+"""The definition of InfLLM-V2 in float64, slow and plain, by which everything else is tested.
 
 It follows the rule in docs/architecture.md, one query at a time, and shares no code with the
 operators it judges. For tests and for readers; use small sizes.
@@ -64,7 +64,7 @@ def score_blocks(query: Tensor, key: Tensor, config: InfLLMConfig, *, scale: flo
 
 
 def _score_pooled(query: Tensor, key: Tensor, config: InfLLMConfig) -> Tensor:
-    """Score blocks by the group's mean query: its best dot product with a window of the block."""
+    """Score blocks by the group's mean query: its largest dot product with a window of a block."""
     size, block_size = config.kernel_size, config.block_size
     pooled, compressed = query.double().mean(0), compress_keys(key, size, size)
     if config.score_dtype == "float8":
@@ -91,7 +91,7 @@ def is_forced(block: int, own: int, config: InfLLMConfig) -> bool:
 
 
 def select_blocks(query: Tensor, key: Tensor, config: InfLLMConfig, *, scale: float) -> Tensor:
-    """Choose the blocks of every query.
+    """Select the blocks of every query.
 
     Args:
         query: ``[B, Hq, Sq, D]``.
@@ -115,18 +115,18 @@ def select_blocks(query: Tensor, key: Tensor, config: InfLLMConfig, *, scale: fl
                 ranked = sorted(
                     range(own + 1), key=lambda n: (not is_forced(n, own, config), -scores[s][n], n)
                 )
-                chosen = sorted(ranked[:K])
-                selected[b, h, s, : len(chosen)] = torch.tensor(chosen, dtype=torch.int32)
+                best = sorted(ranked[:K])
+                selected[b, h, s, : len(best)] = torch.tensor(best, dtype=torch.int32)
     return selected
 
 
 def attention_mask(selected: Tensor, block_size: int, kv_len: int) -> Tensor:
-    """Spell a selection out, key by key: bool ``[B, Hkv, Sq, Skv]``, causal."""
+    """Expand a selection to a causal mask over keys: bool ``[B, Hkv, Sq, Skv]``."""
     Sq = selected.shape[2]
     key_block = torch.arange(kv_len) // block_size
-    chosen = (selected[..., None].cpu() == key_block).any(-2)
+    is_selected = (selected[..., None].cpu() == key_block).any(-2)
     position = torch.arange(kv_len - Sq, kv_len)[:, None]
-    return chosen & (torch.arange(kv_len) <= position)
+    return is_selected & (torch.arange(kv_len) <= position)
 
 
 def masked_attention(
@@ -173,7 +173,7 @@ def attention(
 def find_sequences(
     length: int, attention_mask: Tensor | None = None, cu_seqlens: Tensor | None = None
 ) -> list[tuple[int, slice]]:
-    """Name the batch row and the tokens of every sequence of a batch that has any.
+    """List the batch row and the tokens of every sequence that is not empty.
 
     Args:
         length: Tokens per row.

@@ -1,4 +1,4 @@
-"""Act once another package's module has been imported, without importing it."""
+"""Run an action when a module of another package is imported, without importing it."""
 
 from __future__ import annotations
 
@@ -14,16 +14,16 @@ _log = logging.getLogger(__name__)
 
 
 def when_imported(module: str, action: Callable[[], None], what: str) -> None:
-    """Call ``action`` now if a module is there, else at the end of its import.
+    """Call ``action`` now if a module is imported, else at the end of its import.
 
     transformers has no entry point for plug-ins, and importing it early would make ``import
-    infllm_flex`` take seconds for those who never need it.
+    infllm_flex`` take seconds for users who do not need it.
 
     Args:
         module: Full name.
-        action: Takes no argument. Its ImportError becomes a warning: another package's import is
-            not ours to break.
-        what: What is not available then, in a few words.
+        action: Takes no argument. Its ImportError becomes a warning, so that the import of the
+            other package succeeds.
+        what: What is not available after an ImportError, in a few words.
     """
     if module in sys.modules:
         action()
@@ -32,7 +32,7 @@ def when_imported(module: str, action: Callable[[], None], what: str) -> None:
 
 
 class _ActAfterImport(MetaPathFinder):
-    """Finds one module as Python would, lets its loader call the action, then is gone."""
+    """Finds one module as Python does, makes its loader call the action, and removes itself."""
 
     def __init__(self, module: str, action: Callable[[], None], what: str) -> None:
         self._module, self._action, self._what = module, action, what
@@ -40,7 +40,7 @@ class _ActAfterImport(MetaPathFinder):
     def find_spec(
         self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None
     ) -> ModuleSpec | None:
-        """Claim the module; None for every other."""
+        """Return a spec for the module; None for every other module."""
         if fullname != self._module:
             return None
         spec = importlib.machinery.PathFinder.find_spec(fullname, path, target)
@@ -56,6 +56,6 @@ class _ActAfterImport(MetaPathFinder):
             except ImportError as error:
                 _log.warning("%s is not available: %s", self._what, error)
 
-        # On the loader itself: whatever else it can do, like handing out source, it still does.
+        # The loader itself is changed, so that its other methods (`get_source`) still work.
         spec.loader.exec_module = exec_module  # type: ignore[method-assign]
         return spec

@@ -1,4 +1,4 @@
-"""Decoding over a key/value cache: the state beside it, and attention that reads little of it."""
+"""Decoding over a key/value cache: the state kept beside it, and sparse attention over it."""
 
 from infllm_flex.decoding.attention import decode_attention, select_cached
 from infllm_flex.decoding.compressed_keys import CompressedKeys

@@ -1,4 +1,4 @@
-"""One step of decoding: the newest tokens attend to their rows of a cache."""
+"""One decode step: the newest tokens of each row attend to its cache."""
 
 from __future__ import annotations
 
@@ -24,24 +24,24 @@ def decode_attention(
     *,
     scale: float | None = None,
 ) -> Tensor:
-    """Attend from the newest tokens of each row: densely while the row is short, then sparsely.
+    """Attend from the newest tokens of each row, densely while the row is short, then sparsely.
 
-    What it costs grows with the compressed keys; of the cache itself only the attended blocks are
-    read. Nothing waits for the device, and no shape depends on a length but ``S``: a step over a
-    preallocated cache is one graph, and can be captured in a CUDA graph. Inside an autocast region
-    all is cast as SDPA casts it, the cache only where it is read.
+    The cost grows with the number of compressed keys; only the attended blocks of the cache are
+    read. Nothing waits for the device, and no shape depends on a length other than ``S``. A step
+    over a preallocated cache is therefore one graph, and a CUDA graph can capture it. Inside an
+    autocast region inputs are cast as SDPA casts them, the cache only where it is read.
 
     Args:
         query: ``[B, Hq, n, D]``, the last ``n`` tokens, after the rotary embedding; few at a time.
         key: The cache ``[B, Hkv, S, D]``, with the newest tokens in it; may be preallocated.
         value: The cache ``[B, Hkv, S, D]``.
-        compressed_keys: Of ``key``, with the newest tokens appended. A query is dense iff
+        compressed_keys: Those of ``key``, with the newest tokens appended. A query is dense iff
             its row holds fewer than ``dense_len`` tokens up to it, its own included.
         scale: Factor on the dot products. Defaults to ``1 / sqrt(D)``.
 
     Returns:
-        ``[B, Hq, n, D]`` in the dtype of ``query``, or autocast's; 0 for a query on padding. Not
-        differentiable.
+        ``[B, Hq, n, D]`` in the dtype of ``query``, or that of autocast; 0 for a query that is
+        padding. Not differentiable.
 
     Raises:
         ValueError: Shapes, dtypes or devices do not fit together.
@@ -88,18 +88,19 @@ def select_cached(
     scale: float | None = None,
     key: Tensor | None = None,
 ) -> Tensor:
-    """Pick the blocks of the newest tokens of each row.
+    """Select the blocks of the newest tokens of each row.
 
     Args:
         query: ``[B, Hq, n, D]``, the last ``n`` tokens of the rows.
-        compressed_keys: Of the cache, with these tokens appended.
+        compressed_keys: Those of the cache, with these tokens appended.
         capacity: Slots of the cache, ``S``; no row is longer.
         scale: Factor on the dot products. Defaults to ``1 / sqrt(D)``.
-        key: The cache ``[B, Hkv, S, D]``, which ``pool_queries`` with ``kernel_size`` 1 scores.
+        key: The cache ``[B, Hkv, S, D]``. Required if ``pool_queries`` is true and ``kernel_size``
+            is 1: the keys themselves are then scored.
 
     Returns:
-        int32 ``[B, Hkv, n, W]``, counted from each row's first token, ascending, unused slots last
-        as -1; all blocks up to its own for a query that is dense.
+        int32 ``[B, Hkv, n, W]``, ascending, unused slots last as -1. Blocks count from each row's
+        first token; a dense query gets all blocks up to its own.
     """
     query = as_autocast(query)
     keys, config = compressed_keys, compressed_keys.config
@@ -136,7 +137,10 @@ def select_cached(
 
 
 def _windows(keys: CompressedKeys, query: Tensor) -> tuple[Tensor, Tensor]:
-    """Compressed and coarse keys in the dtype of the query: autocast may have begun since."""
+    """Return the compressed and coarse keys in the dtype of the query.
+
+    They differ in dtype if the autocast region was entered after the keys were compressed.
+    """
     compressed, coarse = keys.compressed, keys.coarse
     if compressed.dtype == query.dtype:
         return compressed, coarse

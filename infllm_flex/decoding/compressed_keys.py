@@ -14,31 +14,33 @@ from infllm_flex.config import InfLLMConfig
 from infllm_flex_ops.dispatch import skip_dispatcher
 from infllm_flex_ops.selection.compress_keys import num_windows
 from infllm_flex_ops.selection.rule import COLUMNS
+from infllm_flex_ops.sizes import ceil_div
 
-# Products over the windows are as wide as a whole tile of queries sees, which may end so many
-# tokens after the last one, and take whole groups of columns.
+# Score products cover all windows that a tile of queries may see. The tile may end this many tokens
+# after the last one.
 _SLACK_TOKENS = 512
 
 
 class CompressedKeys:
-    """Compressed and coarse keys of a cache ``[B, Hkv, S, D]``, by row from its own first token.
+    """Compressed and coarse keys of a cache ``[B, Hkv, S, D]``.
 
-    Allocated once per capacity and written in place; all that depends on lengths is on the device,
-    so that a compiled graph serves every step. After any operation the whole windows have the bits
-    that compressing the cache from scratch would give. Made inside an autocast region, they are of
-    the keys cast as attention casts them there; the cache itself is not cast.
+    The windows of a row count from its first token. Memory is allocated once per capacity and
+    written in place. Lengths are tensors on the device, so that one compiled graph serves every
+    step. After any operation the whole windows have the bits that compressing the cache from
+    scratch gives. Inside an autocast region keys are cast as attention casts them before they are
+    compressed; the cache itself is not cast.
 
     Args:
         config: Sparsity settings.
-        key: The cache of keys, ``[B, Hkv, S, D]``, for its shape, dtype and device; no token of it
-            is taken in yet.
+        key: The cache of keys, ``[B, Hkv, S, D]``, for its shape, dtype and device; none of its
+            tokens is compressed yet.
 
     Attributes:
         config: Sparsity settings.
-        capacity: Slots of the longest cache that the windows have room for.
-        compressed: ``[B, Hkv, C, D]``; the first windows count, as many as a row's length makes
-            whole. C is 0 where the cache's own keys are scored.
-        coarse: ``[B, Hkv, C2, D]``, alike; ``compressed`` itself where it plays no part.
+        capacity: Slots of the longest cache for which memory is allocated.
+        compressed: ``[B, Hkv, C, D]``, of which the first windows are valid, as many as the length
+            of a row makes whole. C is 0 if the keys of the cache themselves are scored.
+        coarse: ``[B, Hkv, C2, D]``, likewise; ``compressed`` itself if coarse keys are not used.
         start: Slot of each row's first token, int64 ``[B]``.
         end: One past the slot of each row's last token, int64 ``[B]``.
     """
@@ -60,7 +62,7 @@ class CompressedKeys:
 
     @property
     def scores_keys(self) -> bool:
-        """Whether blocks are chosen by the cache's own keys, of which nothing is kept here."""
+        """Whether the keys of the cache themselves are scored; nothing is then compressed here."""
         return self.config.pool_queries and self.config.kernel_size == 1
 
     @torch.no_grad()
@@ -72,19 +74,19 @@ class CompressedKeys:
         start: Tensor | None = None,
         end: Tensor | None = None,
     ) -> None:
-        """Take in the next ``num_new`` slots of a cache, those after the ones taken in so far.
+        """Compress the next ``num_new`` slots of a cache, after those appended so far.
 
         Args:
-            key: The cache ``[B, Hkv, S, D]``, with the new keys in it; longer than what is taken in
-                where it is preallocated.
-            num_new: How many slots follow, 0 or more, the same in all rows.
-            start: Slot of each row's first token, ``[B]``, where rows are padded on the left; kept
-                by default. As given before, or larger while a row was nothing but padding.
-            end: How many slots are filled, the new ones included, of any shape that broadcasts to
-                ``[B]``; by default those so far and the new ones.
+            key: The cache ``[B, Hkv, S, D]``, with the new keys in it. A preallocated cache is
+                longer than the slots appended.
+            num_new: New slots, 0 or more, the same in all rows.
+            start: Slot of each row's first token, ``[B]``, for rows padded on the left. None keeps
+                the last value. A value may grow only while its row holds nothing but padding.
+            end: Filled slots, the new ones included, of any shape that broadcasts to ``[B]``. None
+                adds ``num_new`` to the last value.
 
         Raises:
-            ValueError: ``key`` has not the shape, dtype or device of the cache so far.
+            ValueError: ``key`` differs from the cache so far in shape, dtype or device.
         """
         self._make_room(key)
         if self.scores_keys:
@@ -107,7 +109,7 @@ class CompressedKeys:
         )
 
     def _count(self, num_new: int, start: Tensor | None, end: Tensor | None) -> None:
-        """Note where rows begin and end now."""
+        """Update where rows begin and end."""
         if start is not None:
             self.start.copy_(start)
         if end is not None:
@@ -116,7 +118,7 @@ class CompressedKeys:
             self.end.add_(num_new)
 
     def _make_room(self, key: Tensor) -> None:
-        """Let the windows of a cache as long as ``key`` fit."""
+        """Allocate memory for the windows of a cache as long as ``key``."""
         have, config = self.compressed, self.config
         B, Hkv, S, D = key.shape
         if (B, Hkv, D) != (have.shape[0], have.shape[1], have.shape[3]) or (
@@ -129,7 +131,7 @@ class CompressedKeys:
             )
         if self.capacity >= S:
             return
-        # So that a cache that grows token by token is copied seldom.
+        # Growth by half makes a cache that grows token by token copy its windows rarely.
         self.capacity = max(S + _SLACK_TOKENS, self.capacity * 3 // 2)
         if self.scores_keys:
             return
@@ -143,16 +145,16 @@ class CompressedKeys:
             self.coarse = _lengthen(self.coarse, self.capacity, *sizes)
 
     def crop(self, num_removed: int) -> None:
-        """Forget the last ``num_removed`` slots; their windows are written anew with their like."""
+        """Remove the last ``num_removed`` slots; later slots overwrite their windows."""
         self.end.sub_(num_removed).clamp_(min=0)
 
     def reset(self) -> None:
-        """Forget all tokens; the memory stays."""
+        """Remove all tokens; the memory stays allocated."""
         self.start.zero_()
         self.end.zero_()
 
     def select(self, rows: Tensor) -> None:
-        """Make row ``rows[i]`` the i-th, to reorder beams or to drop rows: any index of rows."""
+        """Index the rows by ``rows``, to reorder beams or to drop rows."""
         self._replace(lambda x: x[rows.to(x.device)])
 
     def repeat(self, repeats: int) -> None:
@@ -160,7 +162,7 @@ class CompressedKeys:
         self._replace(lambda x: x.repeat_interleave(repeats, dim=0))
 
     def to(self, device: torch.device | str) -> None:
-        """Move to another device, and back."""
+        """Move to another device."""
         self._replace(lambda x: x.to(device))
 
     def _replace(self, change: Callable[[Tensor], Tensor]) -> None:
@@ -171,7 +173,8 @@ class CompressedKeys:
 
 
 def _num_slots(S: int, size: int, stride: int) -> int:
-    return -(-num_windows(S + _SLACK_TOKENS, size, stride) // COLUMNS) * COLUMNS
+    # Score products take whole groups of columns.
+    return ceil_div(num_windows(S + _SLACK_TOKENS, size, stride), COLUMNS) * COLUMNS
 
 
 def _allocate(key: Tensor, size: int, stride: int) -> Tensor:

@@ -1,4 +1,4 @@
-"""What a MiniCPM ``config.json`` may ask for, and the refusal of all else."""
+"""Checks of a MiniCPM ``config.json``: what is supported, and errors for everything else."""
 
 from __future__ import annotations
 
@@ -26,8 +26,8 @@ def check_settings(settings: Mapping[str, Any]) -> None:
     architectures = settings.get("architectures")
     if architectures and ARCHITECTURE not in architectures:
         raise ValueError(
-            f"architectures is {architectures}, of model_type minicpm only {ARCHITECTURE} is "
-            "supported: load this folder in a process that has not imported infllm_flex"
+            f"architectures is {architectures}, but only {ARCHITECTURE} is supported for "
+            "model_type minicpm: load this folder in a process that has not imported infllm_flex"
         )
     if settings.get("num_experts"):
         raise ValueError(
@@ -38,8 +38,8 @@ def check_settings(settings: Mapping[str, Any]) -> None:
         value = settings.get(name)
         if isinstance(value, bool) or not isinstance(value, int | float) or not value > 0:
             raise ValueError(
-                f"{name} must be a number above 0, got {value!r}: programs differ in what they "
-                "take where it is missing; add it to config.json as the model was trained"
+                f"{name} must be a number above 0, got {value!r}: programs use different defaults "
+                "for it; add the value that the model was trained with to config.json"
             )
     _check_heads(settings)
     _check_choice("hidden_act", settings.get("hidden_act", "silu"), _activations())
@@ -55,7 +55,7 @@ def _activations() -> Collection[str]:
 
 
 def _check_quantisation(config: object) -> None:
-    """Leave methods that transformers knows to it: it reads them, or says what it needs."""
+    """Accept the methods that transformers knows: it reads them, or raises for what it lacks."""
     if not isinstance(config, Mapping):
         return
     from transformers.quantizers.auto import AUTO_QUANTIZER_MAPPING
@@ -87,18 +87,18 @@ def _check_heads(settings: Mapping[str, Any]) -> None:
 def read_rope(
     scaling: Mapping[str, Any] | None, theta: float, types: Collection[str]
 ) -> dict[str, Any]:
-    """The rotary embedding as transformers describes it.
+    """Read the rotary embedding into the form that transformers uses.
 
     Args:
-        scaling: ``rope_scaling``; its kind may stand under ``rope_type`` or the older ``type``.
+        scaling: ``rope_scaling``, with its type under ``rope_type`` or the older ``type``.
         theta: ``rope_theta``.
-        types: The kinds that transformers computes.
+        types: The types that transformers computes.
 
     Returns:
-        ``scaling`` and ``rope_theta`` in one, with ``rope_type``.
+        ``scaling`` and ``rope_theta`` in one mapping, with ``rope_type``.
 
     Raises:
-        ValueError: An unknown kind, or two that differ.
+        ValueError: An unknown type, or two types that differ.
     """
     rope = dict(scaling or {})
     kind = rope.setdefault("rope_type", rope.get("type", "default" if not scaling else None))
@@ -112,18 +112,18 @@ def read_rope(
 
 
 def check_longrope(rope: Mapping[str, Any], head_dim: int, max_positions: int) -> None:
-    """Refuse longrope that is incomplete, or that programs read in different ways.
+    """Refuse longrope that is incomplete, or that programs interpret differently.
 
-    MiniCPM's code, and most programs that serve it, take the factor on attention from the ratio of
-    both lengths and know no other key.
+    MiniCPM's code, and most programs that serve it, compute the factor on attention from the ratio
+    of the two lengths and read no other key for it.
 
     Args:
         rope: As `read_rope` gives it.
-        head_dim: Of the model; each frequency has a factor.
+        head_dim: Head dim of the model; each frequency has a factor.
         max_positions: ``max_position_embeddings``.
 
     Raises:
-        ValueError: A factor is missing or too many, or a number contradicts another.
+        ValueError: There are too few or too many factors, or two numbers contradict each other.
     """
     original = rope.get("original_max_position_embeddings")
     if isinstance(original, bool) or not isinstance(original, int) or original < 2:
@@ -151,6 +151,6 @@ def check_longrope(rope: Mapping[str, Any], head_dim: int, max_positions: int) -
             raise ValueError(
                 f"rope_scaling.{name} is {value}, but max_position_embeddings / "
                 f"original_max_position_embeddings = {max_positions} / {original} gives "
-                f"{expected:g}, which is what MiniCPM's own code takes: remove {name}, or set "
+                f"{expected:g}, which is what MiniCPM's own code uses: remove {name}, or set "
                 "max_position_embeddings"
             )

@@ -1,4 +1,4 @@
-"""The Python files that a folder's ``auto_map`` names: copied for other programs, never run."""
+"""The Python files named by a folder's ``auto_map``: copied for other programs, never run."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ _HUB = re.compile(r"[\w.-]+/[\w.-]+")
 
 
 def copy_code(source: Path, target: Path, auto_map: Mapping[str, Any]) -> None:
-    """Copy the code that ``auto_map`` names, as far as the source has it.
+    """Copy the code files named by ``auto_map`` that exist in the source.
 
     Args:
-        source: The model's folder; another path, as the name of a hub's model, has no code.
+        source: The model's folder. A name on the hub is no folder, so it has no files.
         target: A folder.
-        auto_map: Of ``config.json``.
+        auto_map: As in ``config.json``.
     """
     for name in _modules(auto_map):
         file = source / f"{name}.py"
@@ -27,11 +27,12 @@ def copy_code(source: Path, target: Path, auto_map: Mapping[str, Any]) -> None:
 
 
 def refer_to_hub(source: str, auto_map: Mapping[str, Any]) -> dict[str, Any]:
-    """``auto_map`` for any folder: code beside a model of the hub is named with the model.
+    """Return an ``auto_map`` valid in any folder: code on the hub is named with its model.
 
     Args:
-        source: What the model has been read from; a folder changes nothing.
-        auto_map: Of its ``config.json``.
+        source: The folder or the name on the hub that the model was read from. For a folder nothing
+            changes.
+        auto_map: As in its ``config.json``.
     """
     if Path(source).exists() or not _HUB.fullmatch(source):
         return dict(auto_map)
@@ -43,5 +44,5 @@ def _is_beside(reference: object) -> bool:
 
 
 def _modules(auto_map: Mapping[str, Any]) -> set[str]:
-    """Names of modules beside ``config.json``; references to other repositories are none."""
+    """Return the modules beside ``config.json``; references to other repositories are left out."""
     return {reference.split(".")[0] for reference in auto_map.values() if _is_beside(reference)}

@@ -5,12 +5,12 @@ from __future__ import annotations
 import math
 from typing import Any, ClassVar
 
-# And no model's configuration: this is imported in the middle of transformers' own imports.
+# The base class alone: this module is imported in the middle of transformers' own imports.
 from transformers.configuration_utils import PreTrainedConfig
 
 from infllm_flex.minicpm.checks import check_longrope, check_settings, read_rope
 
-# What MiniCPM's own configuration takes where config.json says nothing.
+# The defaults of MiniCPM's own configuration, for settings that config.json does not have.
 _DEFAULTS: dict[str, Any] = {
     "vocab_size": 32000,
     "hidden_size": None,
@@ -37,24 +37,24 @@ _DEFAULTS: dict[str, Any] = {
 
 
 class MiniCPMConfig(PreTrainedConfig):
-    """Settings of MiniCPM 1, 2, 4 and 4.1, as in their ``config.json``, which is what is saved.
+    """Settings of MiniCPM 1, 2, 4 and 4.1, read and saved under the names of their ``config.json``.
 
-    ``AutoConfig`` finds it by ``model_type``. A folder that names none, as early ones do, needs it
-    by name: ``from_pretrained(folder, config=MiniCPMConfig.from_pretrained(folder))``.
+    ``AutoConfig`` finds the class by ``model_type``. Early folders have no ``model_type`` and need
+    the class by name: ``from_pretrained(folder, config=MiniCPMConfig.from_pretrained(folder))``.
 
-    With longrope, sequences of up to ``original_max_position_embeddings`` tokens take the short
-    factors, longer ones the long factors.
+    With longrope, sequences of up to ``original_max_position_embeddings`` tokens use the short
+    factors, longer sequences the long factors.
 
     Args:
-        settings: By name. ``scale_emb``, ``scale_depth``, ``dim_model_base`` and the sizes have no
-            default; ``rope_scaling`` has its kind under ``rope_type`` or ``type``.
+        settings: Settings by name. ``scale_emb``, ``scale_depth``, ``dim_model_base`` and the sizes
+            have no default; ``rope_scaling`` has its type under ``rope_type`` or ``type``.
 
     Raises:
-        ValueError: A model that is not supported, or a setting that is missing or impossible.
+        ValueError: The model is not supported, or a setting is missing or impossible.
     """
 
     model_type = "minicpm"
-    has_no_defaults_at_init = True  # else older versions make one without settings
+    has_no_defaults_at_init = True  # otherwise older versions make one without settings
     base_model_tp_plan: ClassVar = {  # how transformers splits the layers of a model over devices
         **{f"layers.*.self_attn.{name}_proj": "colwise" for name in ("q", "k", "v")},
         **{f"layers.*.mlp.{name}_proj": "colwise" for name in ("gate", "up")},
@@ -66,12 +66,12 @@ class MiniCPMConfig(PreTrainedConfig):
         "layers": (["hidden_states", "attention_mask"], ["hidden_states"]),
         "norm": (["hidden_states"], ["hidden_states"]),
     }
-    mlp_bias = False  # Granite's code asks for it
+    mlp_bias = False  # read by Granite's code
 
     def __new__(cls, *args: Any, **kwargs: Any) -> MiniCPMConfig:
-        """Make transformers know the model, which nobody builds without a configuration."""
-        # Here and not where the configuration is registered: this takes seconds. Copies and
-        # unpickled configurations come by here, too.
+        """Register the model, which cannot be built without a configuration."""
+        # Not where the configuration is registered, since this import takes seconds. Copies and
+        # unpickled configurations are made by this method, too.
         import infllm_flex.minicpm.model  # noqa: F401
 
         return super().__new__(cls)
@@ -81,7 +81,7 @@ class MiniCPMConfig(PreTrainedConfig):
         check_settings(settings)
         if settings["num_key_value_heads"] is None:
             settings["num_key_value_heads"] = settings["num_attention_heads"]
-        for name in _DEFAULTS:  # before transformers' own part, which reads some of them
+        for name in _DEFAULTS:  # before the base class, which reads some of them
             setattr(self, name, settings[name])
         scaling = settings.pop("rope_scaling", None) or settings.pop("rope_parameters", None)
         self.rope_parameters = self._read_rope(scaling, settings.pop("rope_theta", 10_000.0))
@@ -103,7 +103,7 @@ class MiniCPMConfig(PreTrainedConfig):
 
     @property
     def rope_scaling(self) -> dict[str, Any] | None:
-        """How the rotary embedding is scaled, as in ``config.json``; None for a plain one."""
+        """Scaling of the rotary embedding, as in ``config.json``; None without scaling."""
         rope = {name: v for name, v in self.rope_parameters.items() if name != "rope_theta"}
         return None if rope == {"rope_type": "default"} else rope
 
@@ -112,7 +112,7 @@ class MiniCPMConfig(PreTrainedConfig):
         self.rope_parameters = self._read_rope(scaling, self.rope_theta)
 
     def _validate_longrope_rope_parameters(self, *args: Any, **kwargs: Any) -> None:
-        """Nothing more to say: transformers warns of a missing factor, which has no place here."""
+        """Check nothing: transformers would warn of a missing factor, which is no fault here."""
 
     # The names under which Granite's code reads the scales.
 
@@ -123,7 +123,7 @@ class MiniCPMConfig(PreTrainedConfig):
 
     @property
     def residual_multiplier(self) -> float:
-        """Factor on what each half of a layer adds."""
+        """Factor on the residual that each half of a layer adds."""
         return self.scale_depth / math.sqrt(self.num_hidden_layers)
 
     @property
@@ -143,9 +143,9 @@ class MiniCPMConfig(PreTrainedConfig):
         return {**settings, "rope_theta": self.rope_theta, "rope_scaling": self.rope_scaling}
 
     def to_diff_dict(self) -> dict[str, Any]:
-        """What ``config.json`` holds: every setting of MiniCPM, and what else was set."""
+        """Return the content of ``config.json``: every setting of MiniCPM, and others set."""
         settings = super().to_diff_dict()
         settings |= {name: getattr(self, name) for name in _DEFAULTS}
-        if "dtype" in settings:  # MiniCPM's own code runs in versions of transformers that ask so
+        if "dtype" in settings:  # MiniCPM's own code runs with versions that read `torch_dtype`
             settings["torch_dtype"] = settings.pop("dtype")
         return settings

@@ -1,4 +1,4 @@
-"""MiniCPM's causal LM: Granite's code of transformers under MiniCPM's names."""
+"""MiniCPM's causal LM: the code of transformers' Granite under MiniCPM's names."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ from infllm_flex.patch import patch_model
 
 
 class MiniCPMForCausalLM(GraniteForCausalLM):
-    """A MiniCPM; `from_pretrained` makes it sparse where its folder has a ``sparse_config``."""
+    """MiniCPM; `from_pretrained` makes it sparse if its folder has a ``sparse_config``."""
 
     config_class = MiniCPMConfig
-    # Folders of older versions keep what is computed here.
+    # Folders of older versions hold buffers that are computed here.
     _keys_to_ignore_on_load_unexpected = [r"rotary_emb\."]  # noqa: RUF012
 
     def __init__(self, config: MiniCPMConfig) -> None:
@@ -28,22 +28,22 @@ class MiniCPMForCausalLM(GraniteForCausalLM):
 
     @classmethod
     def from_pretrained(cls, *args: Any, output_loading_info: bool = False, **kwargs: Any) -> Any:
-        """Read a folder, and `patch_model` the model where its ``sparse_config`` asks for it.
+        """Read a folder, and patch the model if the folder has a ``sparse_config``.
 
         Args:
             args: As transformers takes them.
-            output_loading_info: Whether to return what was found, too.
+            output_loading_info: Whether to return the loading info, too.
             kwargs: As transformers takes them; ``sparse_config=None`` leaves the model dense.
 
         Raises:
-            ValueError: The tensors of the folder are not those of the model.
-            UnsupportedModelError: ``sparse_config`` with an ``attn_implementation`` that cannot be
-                made sparse.
+            ValueError: The tensors of the folder do not match the model.
+            UnsupportedModelError: There is a ``sparse_config``, but the ``attn_implementation``
+                cannot be made sparse.
         """
         loaded: Any = super().from_pretrained(*args, output_loading_info=True, **kwargs)
         model, info = loaded
         _check_tensors(info)
-        # Now, while it is certain whether a name of this form is a folder.
+        # Resolved now: later, another folder of this name may exist.
         source, auto_map = model.config.name_or_path, getattr(model.config, "auto_map", None)
         if source and auto_map:
             model.config.auto_map = refer_to_hub(source, auto_map)
@@ -54,14 +54,14 @@ class MiniCPMForCausalLM(GraniteForCausalLM):
     def save_pretrained(
         self, save_directory: Any, is_main_process: bool = True, *args: Any, **kwargs: Any
     ) -> None:
-        """Write the model as MiniCPM has it, with the code that its ``auto_map`` names.
+        """Write the model in MiniCPM's own format, with the code that its ``auto_map`` names.
 
-        For programs that run it: copied where the model was read from a folder that has it, named
-        with the model where that is of the hub.
+        Other programs run that code. It is copied if the model was read from a folder that has it,
+        and referred to by the model's name if it is on the hub.
 
         Args:
             save_directory: The folder.
-            is_main_process: Whether this process writes what all have.
+            is_main_process: Whether this process writes the files that all processes share.
             args: As transformers takes them.
             kwargs: As transformers takes them.
         """
@@ -80,7 +80,7 @@ def _check_tensors(info: dict[str, Any]) -> None:
     if problems:
         raise ValueError(
             f"the folder {' and '.join(problems)}: it is of another architecture, incomplete, or "
-            "quantised in a way that its config.json does not tell; use the folder as released"
+            "quantised though its config.json does not say so; use the folder as released"
         )
 
 

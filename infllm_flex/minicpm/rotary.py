@@ -1,4 +1,4 @@
-"""Longrope without a branch on values: one graph in every version of transformers."""
+"""Longrope without a branch on values, so that every version of transformers makes one graph."""
 
 from __future__ import annotations
 
@@ -10,17 +10,16 @@ from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 
 class LongRotaryEmbedding(nn.Module):
-    """Rotary embedding with two sets of frequencies; the highest position decides between them.
+    """Rotary embedding with two sets of frequencies; the highest position decides which is used.
 
-    Older versions of transformers wait for the device to say which set to take, and cannot be
-    compiled to one graph for it.
+    Older versions of transformers read the decision from the device, which breaks the graph.
 
     Args:
         config: A `MiniCPMConfig` with longrope.
     """
 
-    # So that transformers fills both buffers by the function below when it loads a model: a name
-    # with RotaryEmbedding, this type, and an `original_inv_freq`.
+    # When transformers loads a model, it fills both buffers by the function below for a class with
+    # RotaryEmbedding in its name, this type, and an `original_inv_freq`.
     rope_type = "default"
     inv_freq: Tensor
 
@@ -33,7 +32,7 @@ class LongRotaryEmbedding(nn.Module):
 
     @staticmethod
     def compute_default_rope_parameters(config: Any, *args: Any, **kwargs: Any) -> Any:
-        """Short and long frequencies, ``[2, D / 2]``, and the factor on cosines and sines."""
+        """Compute short and long frequencies, ``[2, D / 2]``, and a factor on cosines and sines."""
         original = config.rope_parameters["original_max_position_embeddings"]
         compute = ROPE_INIT_FUNCTIONS["longrope"]
         short, factor = compute(config, seq_len=original)
@@ -42,14 +41,14 @@ class LongRotaryEmbedding(nn.Module):
 
     @torch.no_grad()
     def forward(self, x: Tensor, position_ids: Tensor) -> tuple[Tensor, Tensor]:
-        """Cosines and sines of all positions.
+        """Compute the cosines and sines of all positions.
 
         Args:
-            x: For its dtype.
+            x: A tensor whose dtype the result takes.
             position_ids: int64 ``[B, S]``.
 
         Returns:
-            Two of ``[B, S, D]``.
+            Cosines and sines, ``[B, S, D]`` each.
         """
         original = self.config.rope_parameters["original_max_position_embeddings"]
         short, long = self.inv_freq.float()
