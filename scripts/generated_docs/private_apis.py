@@ -94,7 +94,7 @@ def private_apis_page() -> str:
     parts = ["# Private APIs", *paragraphs(_ABOUT), _COMMANDS.strip()]
     for library, room in _ROOMS.items():
         rows = [(f"`{f.name}`", *_read(ast.get_docstring(f) or "")) for f in _functions(room)]
-        head = ("function", "for", "API", "if it goes", "instead")
+        head: Sequence[str] = ("function", "for", "API", "if it goes", "instead")
         parts += [f"## {library}", f"The room is `{room}`.", _table(head, rows)]
     head = ("API", "for", "if it goes", "instead")
     parts += ["## transformers", "Used in `infllm_flex/patch/huggingface`."]
