@@ -41,41 +41,43 @@ def patch_model(
 ) -> _Model:
     """Give a causal LM InfLLM-V2 attention for sequences of ``dense_len`` tokens and more.
 
-    In place, without a new parameter; below ``dense_len`` every output keeps its bits. Patching a
-    patched model changes its settings. Other models in the process are not touched.
+    The model changes in place and gets no new parameter. Below ``dense_len`` every output keeps its
+    bits. Patching a patched model changes its settings. Other models in the process do not change.
 
-    Rows padded by ``attention_mask`` are dense or sparse each by its own length. Documents packed
-    by ``cu_seq_lens_q``, or by ``position_ids`` that go back, never see each other at any length,
-    also where transformers lets them.
+    Each row padded by ``attention_mask`` is dense or sparse by its own length. Documents packed by
+    ``cu_seq_lens_q``, or by ``position_ids`` that go back, never see each other at any length, even
+    where transformers would let them.
 
     Args:
-        model: A causal LM whose attention goes through transformers' attention registry, through
-            torchtune's, litgpt's, torchtitan's or x-transformers' own place for it, or calls
+        model: A causal LM that attends through transformers' attention registry, through the
+            attention of torchtune, litgpt, torchtitan or x-transformers, or by calls of
             ``torch.nn.functional.scaled_dot_product_attention`` with ``is_causal=True`` or a causal
-            mask anywhere.
-        config: Settings, as a config, a mapping, or the path of a YAML file. None: the model's own
-            ``config.sparse_config``, else every key is scored by pooled queries, in float8 where
-            the model is on a GPU that multiplies it (docs/choosing-settings.md says why).
-        attention_modules: The attention layers, where they should not be looked for: names as in
+            mask.
+        config: Settings, as a config, a mapping, or the path of a YAML file. With None, the model's
+            own ``config.sparse_config`` is used. A model without one scores every key by pooled
+            queries, in float8 if it is on a GPU that multiplies float8 (docs/choosing-settings.md
+            says why).
+        attention_modules: The attention layers, instead of a search for them: names as in
             ``named_modules``, in which ``*`` stands for anything between dots, classes, or modules.
-        num_key_value_heads: Key/value heads of a model that expands them before attention, where
-            neither its layers nor its config tell. Their queries choose blocks together.
-        example_inputs: What the model takes, as one tensor, a sequence or a mapping of keywords.
-            The model runs once without gradients, and its layers are those that attend then.
-            Without it they are told by their code, and by their first forward, which raises an
-            UnsupportedModelError where the code was misleading.
-        overrides: Single settings by name, on top of ``config``. One that says how blocks are
-            scored, such as ``kernel_size``, starts from the defaults of InfLLMConfig where the
-            model has no ``sparse_config``.
+        num_key_value_heads: Key/value heads of a model that expands them before attention, if
+            neither its layers nor its config say how many there are. The queries of one key/value
+            head select blocks together.
+        example_inputs: Inputs of the model, as one tensor, a sequence or a mapping of keywords. The
+            model runs once without gradients, and the modules that attend become its attention
+            layers. Without example inputs the code of the modules decides; where it is misleading,
+            the first forward raises an UnsupportedModelError.
+        overrides: Single settings by name, which take precedence over ``config``. If one of them
+            changes how blocks are scored, such as ``kernel_size``, and the model has no
+            ``sparse_config``, the other settings are the defaults of InfLLMConfig.
 
     Returns:
         The same ``model``.
 
     Raises:
-        UnsupportedModelError: No attention layer can be sparse, or one that was named cannot.
-        TypeError: ``model`` is no ``torch.nn.Module``, or ``config`` none of the above.
-        ValueError: An unknown setting, with the nearest known one, or an impossible value; or a
-            name that no module has.
+        UnsupportedModelError: No attention layer can be sparse, or a named one cannot.
+        TypeError: ``model`` is no ``torch.nn.Module``, or ``config`` has another type.
+        ValueError: A setting is unknown (the error shows the nearest known one) or has an invalid
+            value, or no module has a name in ``attention_modules``.
         RuntimeError: ``model`` is being traced.
         NotImplementedError: ``use_nope``.
     """
@@ -133,11 +135,11 @@ def unpatch_model(model: _Model) -> _Model:
 
 @contextmanager
 def dense(model: nn.Module) -> Iterator[None]:
-    """Attend as before patching inside the block, whatever the length. Blocks may be nested.
+    """Attend as before patching inside the block, at any length. Blocks may be nested.
 
-    It holds for the thread that opened it. What activation checkpointing recomputes in a backward
-    pass, in whatever thread or block, attends as it did in the forward. Where a checkpoint is
-    around compiled layers, keep the backward pass in the same block as the forward.
+    A block holds for the thread that opened it. Layers that activation checkpointing recomputes in
+    a backward pass attend as they did in the forward, in any thread and inside or outside a block.
+    If a checkpoint contains compiled layers, keep the backward pass in the block of the forward.
 
     Args:
         model: A patched model.
@@ -174,7 +176,7 @@ def _log_decisions(model: nn.Module, layers: Mapping[str, AttentionModule]) -> N
 
 
 def _log_how_to_save(model: nn.Module) -> None:
-    """Say what transformers' refusal to save a model read from a GGUF file does not."""
+    """Log how to save a model that was read from a GGUF file, which transformers refuses to do."""
     quantization = getattr(getattr(model, "config", None), "quantization_config", None)
     if getattr(quantization, "quant_method", None) == "gguf":
         _log.info(
@@ -186,7 +188,7 @@ def _log_how_to_save(model: nn.Module) -> None:
 def _log_where_it_pays(
     model: nn.Module, layers: Mapping[str, AttentionModule], num_key_value_heads: int | None
 ) -> None:
-    """Say from which length sparse attention is faster than dense, if ``dense_len`` is less."""
+    """Log from which length sparse attention is faster than dense, if ``dense_len`` is less."""
     module = next(found.module for found in layers.values() if found.skip_reason is None)
     query_heads, kv_heads = count_heads(module, model, num_key_value_heads)
     device = _device_of(model)

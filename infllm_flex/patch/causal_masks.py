@@ -1,117 +1,22 @@
-"""Whether the mask of a call says "causal", and how many keys there are to see."""
+"""Is a mask causal? Every question of that kind, asked of tensors and of mask functions.
+
+Masks are as SDPA takes them: bool (True: seen), or numbers that are added to the logits.
+"""
 
 from __future__ import annotations
+
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
-import infllm_flex_ops
-from infllm_flex.patch.errors import UnsupportedModelError
-from infllm_flex.validation import has_values, is_recorded
-
 _HIDDEN = -1e4  # additive masks hide by -inf, by the least number, or by some large one
-_ENTRIES_AT_ONCE = 2**24  # entries of a mask, looked at together
-_NOT_CAUSAL = (
-    "an attention mask beyond plain causal (padding, packed documents, a window, ALiBi or another "
-    "bias): sparse attention serves plain causal sequences here; run it inside "
-    "infllm_flex.dense(model), or call infllm_flex.infllm_attention in the model's own code"
-)
-_REFUSAL = f"the model passes {_NOT_CAUSAL}"
+_ENTRIES_AT_ONCE = 2**24  # entries of a mask that are compared together
 
 
-def count_visible_keys(query: Tensor, key: Tensor, mask: Tensor | None, is_causal: bool) -> int:
-    """Count the keys that the last query sees, which are the first ones.
-
-    Args:
-        query: ``[B, Hq, Sq, D]``.
-        key: ``[B, Hkv, Skv, D]``, longer where a cache is preallocated.
-        mask: ``[..., Sq, Skv]``, bool (True: seen) or additive, or None.
-        is_causal: As SDPA takes it: the first query sees the first key alone.
-
-    Raises:
-        UnsupportedModelError: The mask is not that of the last ``Sq`` of some first keys.
-    """
-    q_len, kv_len = query.shape[-2], key.shape[-2]
-    if mask is None:
-        return q_len if is_causal else kv_len
-    if _is_causal_bias(mask):  # no tensor of numbers: its kind and shape say all
-        return q_len if mask.variant.name == "UPPER_LEFT" else kv_len  # type: ignore[attr-defined]
-    if torch.compiler.is_compiling():
-        if q_len != kv_len:
-            raise UnsupportedModelError(
-                f"{q_len} queries of {kv_len} keys under a mask, a preallocated cache, cannot be "
-                "served by torch.compile at sparse length: decode without it, or compile inside "
-                "infllm_flex.dense(model)"
-            )
-        return kv_len  # `assert_causal` puts the check into the graph
-    visible = _visible(mask)
-    last = int(visible[..., -1, :].sum(-1).max())
-    if last < q_len or not bool(_is_causal_prefix(visible, last, q_len)):
-        raise UnsupportedModelError(_REFUSAL)
-    return last
-
-
-def assert_causal(query: Tensor, mask: Tensor | None) -> Tensor:
-    """Put the check of a mask into a graph that is being compiled, where it cannot be read.
-
-    Returns:
-        ``query``, whose values depend on the check, so that no pass takes it out.
-    """
-    if mask is None or _is_causal_bias(mask) or not torch.compiler.is_compiling():
-        return query
-    visible = _visible(mask)
-    plain = _is_causal_prefix(visible, visible.shape[-1], visible.shape[-2])
-    return query + infllm_flex_ops.zero_if(plain, _REFUSAL).to(query.dtype)
-
-
-def assert_equal_mask(query: Tensor, mask: Tensor, expected: Tensor) -> Tensor:
-    """Raise unless a mask shows what is expected; in a graph, put the check into it.
-
-    Args:
-        query: ``[B, Hq, S, D]``.
-        mask: ``[..., S, S]`` as SDPA takes it.
-        expected: bool ``[B, 1, S, S]``.
-
-    Returns:
-        ``query``; in a graph its values depend on the check.
-
-    Raises:
-        UnsupportedModelError: The mask shows anything else.
-    """
-    equal = (_visible(mask) == expected).all()
-    if is_recorded(query):
-        return query + infllm_flex_ops.zero_if(equal, _REFUSAL).to(query.dtype)
-    if has_values(query) and not equal:
-        raise UnsupportedModelError(_REFUSAL)
-    return query
-
-
-def is_plain_causal(mask: Tensor) -> Tensor:
-    """Whether a mask ``[..., S, S]`` shows every query all up to itself, and no more: bool ``[]``.
-
-    Every entry is looked at. Where that is not fused into one pass, it goes by rows, so that what
-    is stored on the way stays small.
-    """
-    S = mask.shape[-1]
-    step = S
-    if not torch.compiler.is_compiling():
-        step = max(1, _ENTRIES_AT_ONCE * S // max(mask.numel(), 1))
-    right = [
-        _is_causal_prefix(_visible(mask[..., i : i + step, :]), min(i + step, S), min(step, S - i))
-        for i in range(0, S, step)
-    ]
-    return torch.stack(right).all()
-
-
-def _is_causal_bias(mask: Tensor) -> bool:
-    # By name: its module imports the compiler, which `import infllm_flex` must not wait for.
-    return type(mask).__name__ == "CausalBias"
-
-
-def is_biased(mask: Tensor) -> bool:
-    """Whether a mask does more than show and hide; reads its values. Of none, it says no."""
-    numbers = mask.dtype != torch.bool and not _is_causal_bias(mask)
-    return numbers and not mask.is_meta and bool(adds_to_logits(mask))
+def visible_keys(mask: Tensor) -> Tensor:
+    """True where a mask shows a key."""
+    return mask if mask.dtype is torch.bool else mask == 0
 
 
 def adds_to_logits(mask: Tensor) -> Tensor:
@@ -119,13 +24,135 @@ def adds_to_logits(mask: Tensor) -> Tensor:
     return ((mask != 0) & (mask > _HIDDEN)).any()
 
 
-def _visible(mask: Tensor) -> Tensor:
-    """True where a key is seen. A bias that neither shows nor hides breaks the causal pattern."""
-    return mask if mask.dtype == torch.bool else (mask == 0) & ~adds_to_logits(mask)
+def unbiased_visible_keys(mask: Tensor) -> Tensor:
+    """`visible_keys`, but nothing where the mask adds to logits: it then matches no pattern."""
+    visible = visible_keys(mask)
+    return visible if mask.dtype is torch.bool else visible & ~adds_to_logits(mask)
 
 
-def _is_causal_prefix(visible: Tensor, last: int, q_len: int) -> Tensor:
-    """Whether query s sees the first ``last - q_len + s + 1`` keys and no other, in every row."""
+def is_causal_bias(mask: Tensor) -> bool:
+    """Whether a mask is PyTorch's ``CausalBias``, which is causal by its kind and holds no data."""
+    # By name: its module imports the compiler, which `import infllm_flex` must not load.
+    return type(mask).__name__ == "CausalBias"
+
+
+def is_biased(mask: Tensor) -> bool:
+    """Whether a mask does more than show and hide. Reads its values; False where it has none."""
+    numbers = mask.dtype is not torch.bool and not is_causal_bias(mask)
+    return numbers and not mask.is_meta and bool(adds_to_logits(mask))
+
+
+def is_causal_prefix(visible: Tensor, last: int, q_len: int) -> Tensor:
+    """Whether query s sees the first ``last - q_len + s + 1`` keys and no other, in every row.
+
+    Args:
+        visible: bool ``[..., q_len, S]``.
+        last: Number of keys that the last query should see.
+        q_len: Number of queries.
+
+    Returns:
+        bool ``[]``.
+    """
     ends = torch.arange(last - q_len + 1, last + 1, device=visible.device)
     expected = torch.arange(visible.shape[-1], device=visible.device) < ends[:, None]
     return (visible == expected).all()
+
+
+def is_plain_causal(mask: Tensor) -> Tensor:
+    """Whether a mask ``[..., S, S]`` shows every query all keys up to itself, and no more.
+
+    Every entry is compared. Eager code does so by rows, which keeps the intermediates small; a
+    compiler fuses it into one pass.
+
+    Returns:
+        bool ``[]``.
+    """
+    S = mask.shape[-1]
+    step = S
+    if not torch.compiler.is_compiling():
+        step = max(1, _ENTRIES_AT_ONCE * S // max(mask.numel(), 1))
+    parts = []
+    for i in range(0, S, step):
+        visible = unbiased_visible_keys(mask[..., i : i + step, :])
+        parts.append(is_causal_prefix(visible, min(i + step, S), min(step, S - i)))
+    return torch.stack(parts).all()
+
+
+def first_visible_slots(mask: Tensor, key: Tensor) -> Tensor:
+    """Find where each row's tokens begin, by what its last query sees.
+
+    Args:
+        mask: ``[B, H, n, S]``.
+        key: ``[B, H, S, D]``.
+
+    Returns:
+        int64 ``[B]``.
+    """
+    B, _, S, _ = key.shape
+    visible = visible_keys(mask)[:, 0, -1]
+    return torch.where(visible.any(-1), visible.int().argmax(-1), S).expand(B)
+
+
+def is_causal_after_padding(mask: Tensor, start: Tensor, end: Tensor | int) -> Tensor:
+    """Whether every query sees its row from slot ``start`` up to itself, and no more.
+
+    A mask that adds to logits, or that differs by head, does more than that.
+
+    Args:
+        mask: ``[B, H, n, S]``.
+        start: Slot of each row's first token, int64 ``[B]``.
+        end: Slot after the last query.
+
+    Returns:
+        bool ``[]``.
+    """
+    n, S = mask.shape[2:]
+    slot = torch.arange(S, device=mask.device)
+    own = torch.arange(-n, 0, device=mask.device) + end
+    expected = (slot >= start[:, None, None]) & (slot <= own[:, None])
+    plain = (visible_keys(mask)[:, 0] == expected).all()
+    if mask.dtype is not torch.bool:
+        plain &= ~adds_to_logits(mask)
+    return plain if mask.shape[1] == 1 else plain & (mask == mask[:, :1]).all()
+
+
+def isolates_documents(
+    sees: Callable[[Tensor, Tensor, Tensor], Tensor], opens: Tensor, is_real: Tensor
+) -> Tensor:
+    """Whether a mask function is causal within documents, judged without a table of all pairs.
+
+    Only lines through the table are evaluated: what each query sees just before and just after
+    itself, of its document's first token and of the token before that; and what each document's
+    last query sees of its tokens. This tells packing from prefixes, windows and blocks.
+
+    Args:
+        sees: Maps rows ``[B, 1]``, queries ``[B, S]`` and keys ``[B, S]`` to bool ``[B, S]``.
+        opens: bool ``[B, S]``, whether a document starts at this token.
+        is_real: bool ``[B, S]``, false at padding.
+
+    Returns:
+        bool ``[]``.
+    """
+    B, S = opens.shape
+    token = torch.arange(S, device=opens.device).expand(B, -1)
+    first = torch.where(opens, token, 0).cummax(-1).values
+    # A document's last token stands before the next one's first. Found from the end backwards.
+    closes = opens.roll(-1, -1)
+    closes = torch.where(token == S - 1, True, closes)
+    last = torch.where(closes, token, S - 1).flip(-1).cummin(-1).values.flip(-1)
+    row = torch.arange(B, device=opens.device)[:, None]
+
+    def visible(query: Tensor, key: Tensor) -> Tensor:
+        inside = (key >= 0) & (key < S)
+        key = key.clamp(0, S - 1)
+        # A mask function knows nothing of padding.
+        return sees(row, query, key) & inside & is_real.gather(-1, key)
+
+    right = (
+        (visible(token, token - 1) == ~opens)
+        & ~visible(token, token + 1)
+        & visible(token, first)
+        & ~visible(token, first - 1)
+        & visible(last, token)
+    )
+    return (right | ~is_real).all()

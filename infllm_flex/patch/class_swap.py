@@ -1,8 +1,8 @@
-"""Give one module another class: a subclass of its own that overrides where attention happens.
+"""Replace the class of one module by a subclass that overrides where attention happens.
 
-Nothing is stored on the module but its class, so there is nothing to undo beyond giving the old one
-back. A closure or an instance attribute would not do: a deep copy would go on calling the first
-module's weights, and ``torch.save`` could not pickle it.
+Only the class of the module changes, so undoing is to give the old one back. A closure or an
+instance attribute would not work: a deep copy would still call the first module's weights, and
+``torch.save`` could not pickle it.
 """
 
 from __future__ import annotations
@@ -20,7 +20,12 @@ Overrides = Callable[[Any], dict[str, Any]]
 
 
 def swap_class(module: nn.Module, adapter: str, overrides: Overrides) -> None:
-    """Give the module the subclass of its class that ``members`` makes; it may have it already.
+    """Replace the module's class by a subclass with overrides, unless that is done already.
+
+    Args:
+        module: The module.
+        adapter: Name of the adapter that overrides.
+        overrides: Makes the overriding members.
 
     Raises:
         TypeError: Python cannot give this module another class (a ``ScriptModule``).
@@ -39,7 +44,7 @@ def restore_class(module: nn.Module) -> bool:
         Whether it had another.
 
     Raises:
-        ValueError: Something has put a further class on top since.
+        ValueError: The class was replaced once more since.
     """
     if swapped_adapter(module) is None:
         return False
@@ -54,7 +59,7 @@ def restore_class(module: nn.Module) -> bool:
 
 
 def swapped_adapter(module: nn.Module) -> str | None:
-    """The way that the module's class was swapped for; None where it has its own class."""
+    """The adapter for which the module's class was swapped; None where it has its own class."""
     return getattr(type(module), "_infllm_adapter", None)
 
 
@@ -64,10 +69,10 @@ def original_class(module: nn.Module) -> type:
 
 
 def runs_own_forward(module: nn.Module) -> bool:
-    """Whether calling the module comes to the forward of its class.
+    """Whether calling the module runs the forward of its class.
 
-    So it does through accelerate's hooks. They put a forward of theirs on the instance, and that of
-    the class beside it; when they go, they leave that of the class on the instance.
+    accelerate's hooks set a forward on the instance that calls the class's, which they store beside
+    it. When they are removed, the class's forward stays on the instance.
     """
     return "forward" not in vars(module) or bool(_bound_forwards(module))
 
@@ -90,7 +95,7 @@ def _subclass(original: Any, adapter: str, overrides: Overrides) -> type:
     """One subclass per class and adapter, so that equal layers compile to one graph."""
 
     def reduce(self: nn.Module, protocol: Any) -> tuple[Any, ...]:
-        # The subclass has no importable name: a pickle holds the original and how to get here.
+        # The subclass has no importable name, so a pickle holds the original and how to swap it.
         function, arguments, *rest = original.__reduce_ex__(self, protocol)
         if function is copyreg.__newobj__:  # type: ignore[attr-defined]
             return _new, (original, adapter, overrides), *rest
@@ -105,11 +110,11 @@ def _subclass(original: Any, adapter: str, overrides: Overrides) -> type:
         "_infllm_original": original,
         "_infllm_adapter": adapter,
     }
-    # The same name: it is what sharding rules and printed models go by.
+    # The same name, because sharding rules and printed models use it.
     return type(original)(original.__name__, (original,), body)
 
 
 def _new(original: Any, adapter: str, overrides: Overrides) -> nn.Module:
-    """An empty module of the swapped class, as ``pickle`` and ``copy`` want it."""
+    """An empty module of the swapped class, for ``pickle`` and ``copy``."""
     cls: Any = _subclass(original, adapter, overrides)
     return cls.__new__(cls)

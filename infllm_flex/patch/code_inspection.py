@@ -1,4 +1,9 @@
-"""What the code of a module's class says about attention, without running it."""
+"""What the code of a module's class says about attention, without running it.
+
+`calls_sdpa` and `other_attention` read the names in compiled code. `never_causal` reads source
+text, because a model with an encoder and a decoder must be patched without a list of its layers;
+the first forward would otherwise refuse the encoder.
+"""
 
 from __future__ import annotations
 
@@ -21,7 +26,7 @@ _MASK_AT, _CAUSAL_AT = 3, 5  # positions of attn_mask and is_causal among SDPA's
 
 
 def calls_sdpa(module: nn.Module) -> bool:
-    """Whether some code of the module, or a helper it calls, names SDPA. It may never run."""
+    """Whether code of the module, or a helper that it calls, names SDPA. It may never run."""
     if _sdpa_functions(original_class(module)):
         return True
     stored = [value for value in vars(module).values() if isinstance(value, FunctionType)]
@@ -29,7 +34,7 @@ def calls_sdpa(module: nn.Module) -> bool:
 
 
 def other_attention(module: nn.Module) -> str | None:
-    """The name of another way to attend that the module's own code uses, if any."""
+    """The name of another attention function, or of softmax, in the module's own code, if any."""
     for function in _members(original_class(module)):
         found = names(function.__code__)
         for name in _OTHERS:
@@ -39,9 +44,9 @@ def other_attention(module: nn.Module) -> str | None:
 
 
 def never_causal(module: nn.Module) -> bool:
-    """Whether no SDPA call in the module's code can be causal: neither ``is_causal`` nor a mask.
+    """Whether every SDPA call in the module's code lacks both ``is_causal`` and a mask.
 
-    False where the code does not tell.
+    False where the code does not tell, or its source is not available.
     """
     calls = [call for f in _sdpa_functions(original_class(module)) for call in _sdpa_calls(f)]
     return bool(calls) and not any(_may_be_causal(call, module) for call in calls)
@@ -55,7 +60,7 @@ def mentions(module: nn.Module, word: str) -> bool:
 
 @functools.cache
 def _sdpa_functions(cls: type) -> tuple[FunctionType, ...]:
-    """The class's own functions, and the plain functions they reach, that name SDPA."""
+    """The functions that name SDPA: methods of the class and plain functions that they call."""
     found: list[FunctionType] = []
     seen: set[FunctionType] = set()
     queue = list(_functions(cls))
@@ -73,17 +78,17 @@ def _sdpa_functions(cls: type) -> tuple[FunctionType, ...]:
 
 
 def _functions(cls: type) -> Iterator[FunctionType]:
-    """The methods of a class, without PyTorch's own: those of bases where none goes before them."""
+    """User-defined methods of a class, including inherited ones that are not overridden."""
     taken: set[str] = set()
     for base in cls.__mro__:
         own = list(_members(base))
         yield from (function for function in own if function.__name__ not in taken)
-        # One that calls its base's does not take that one's place.
+        # A method that calls `super` does not hide the base's method.
         taken.update(f.__name__ for f in own if "super" not in f.__code__.co_names)
 
 
 def _members(cls: type) -> Iterator[FunctionType]:
-    """What a class itself defines, without constructors; nothing if it is PyTorch's own."""
+    """Functions that a class itself defines, but ``__init__``; none for PyTorch's own classes."""
     for name, member in vars(cls).items() if _is_users(cls.__module__) else ():
         member = inspect.unwrap(getattr(member, "__func__", member))
         if isinstance(member, FunctionType) and name != "__init__":
@@ -95,13 +100,13 @@ def _is_users(module: str | None) -> bool:
 
 
 def names(code: CodeType) -> set[str]:
-    """All names that code reads or writes, with those of the functions inside it."""
+    """All names that code reads or writes, including those of nested functions."""
     own = {*code.co_names, *code.co_varnames, *code.co_freevars}
     return own.union(*(names(c) for c in code.co_consts if isinstance(c, CodeType)))
 
 
 def _sdpa_names(function: FunctionType) -> set[str]:
-    """The names by which a function may call SDPA, its own or those it was imported under."""
+    """The names under which a function may call SDPA, including aliases of its module."""
     found = names(function.__code__)
     scope = function.__globals__
     return {n for n in found if n == _SDPA or scope.get(n) is F.scaled_dot_product_attention}
@@ -109,7 +114,7 @@ def _sdpa_names(function: FunctionType) -> set[str]:
 
 @functools.cache
 def _sdpa_calls(function: FunctionType) -> tuple[ast.Call, ...]:
-    """The SDPA calls in the source of a function; none where there is no source."""
+    """The SDPA calls in the source of a function; none where the source is not available."""
     try:
         tree = ast.parse(textwrap.dedent(inspect.getsource(function)))
     except (OSError, TypeError, SyntaxError):
@@ -136,7 +141,7 @@ def _may_be_causal(call: ast.Call, module: nn.Module) -> bool:
 
 
 def _value(expression: ast.expr, module: nn.Module) -> Any:
-    """A constant or an attribute of the module; True for what only running it would tell."""
+    """The value of a constant or of a module's flag; True for what only running it would tell."""
     if isinstance(expression, ast.Constant):
         return expression.value
     if isinstance(expression, ast.Attribute) and getattr(expression.value, "id", None) == "self":

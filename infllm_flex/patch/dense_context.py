@@ -18,6 +18,8 @@ from contextlib import contextmanager
 
 import torch
 
+from infllm_flex_ops import torch_private
+
 _NEAR = 512  # nodes: more than one layer makes
 _FORWARD = -1  # PyTorch's id of the backward pass where none runs
 _REMEMBERED = 4096  # contexts, and sparse calls of a thread, whose graphs may still be alive
@@ -55,7 +57,7 @@ class DenseSwitch:
         if torch.compiler.is_compiling():
             # PyTorch's threads open no contexts, but recompute for threads that do.
             return contexts.depth > 0 or (contexts.is_worker and self.num_contexts > 0)
-        backward = torch._C._current_graph_task_id()
+        backward = torch_private.current_backward()
         if backward == _FORWARD:
             if contexts.depth == 0:
                 _note_sparse_call()
@@ -102,7 +104,7 @@ def dense_context(layers: Iterable[DenseSwitch]) -> Iterator[None]:
         layers: Their records.
     """
     context = _Context(tuple(layers))
-    backward = torch._C._current_graph_task_id()
+    backward = torch_private.current_backward()
     with _lock:
         _contexts.append(context)
         for layer in context.layers:
@@ -126,7 +128,7 @@ def dense_context(layers: Iterable[DenseSwitch]) -> Iterator[None]:
 
 
 def _next_node() -> int:
-    return torch._C._autograd._get_sequence_nr()
+    return torch_private.next_node_number()
 
 
 def _note_sparse_call() -> None:
@@ -137,10 +139,9 @@ def _note_sparse_call() -> None:
 
 def _was_in_dense_context(layer: DenseSwitch) -> bool:
     """Whether the forward that is being recomputed was in a dense context."""
-    node = torch._C._current_autograd_node()
-    if node is None:
+    number = torch_private.current_node_number()
+    if number is None:
         return False
-    number = node._sequence_nr()
     with _lock:
         threads = {context.thread for context in _contexts if context.covers(number, layer)}
     # Each thread has its own numbers. If this thread made a node of that number, it is that one.

@@ -1,9 +1,9 @@
 """One forward of a model: what it was given, and what its layers found out about that.
 
-All layers of a forward ask the same questions about the same batch, and some are never told the
-positions that the model was given. Hooks on the models inside (a causal LM, its base) note both.
-Nothing is remembered from one forward to the next: no counter tells whether a tensor was changed by
-a collective, by numpy or through ``.data``.
+All layers of a forward ask the same questions about the same batch, and some never receive the
+positions that the model was given. Hooks on the models inside (a causal LM, its base) record both.
+Nothing is kept from one forward to the next, because no counter shows every change of a tensor:
+collectives, numpy and ``.data`` bypass it.
 """
 
 from __future__ import annotations
@@ -18,6 +18,8 @@ from typing import Any, TypeVar, cast
 import torch
 from torch import Tensor, nn
 
+from infllm_flex_ops import torch_private
+
 _Answer = TypeVar("_Answer")
 _GIVEN = ("attention_mask", "position_ids", "cu_seq_lens_q", "cu_seq_lens_k")
 _ATTRIBUTE = "infllm_forward"
@@ -25,9 +27,9 @@ _ATTRIBUTE = "infllm_forward"
 
 class _Running(threading.local):
     def __init__(self) -> None:
-        # There in every thread from the start: a graph of one thread serves all others.
+        # Set in every thread from the start: a graph of one thread serves all others.
         self.forward: ForwardContext | None = None
-        self.masked: ForwardContext | None = None
+        self.unhooked: ForwardContext | None = None
 
 
 _running = _Running()
@@ -37,13 +39,13 @@ class ForwardContext:
     """A forward that is running, or whose layers are recomputed in the backward pass.
 
     Attributes:
-        owner: The module whose forward it is; None where only its masks were seen.
+        owner: The module whose forward it is; None in a model without hooks.
         enclosing: The forward that it is part of.
         positions: The text's ``position_ids`` as the caller gave them, ``[1 or B, S]``; None where
             the model makes its own.
         bounds: ``cu_seq_lens_q`` as the caller gave them.
         counts_up: Whether the model is known to make positions that only count up.
-        layers: Ids of those that have asked, where only masks were seen.
+        layers: Ids of the layers that have asked, in a model without hooks.
     """
 
     def __init__(
@@ -69,31 +71,31 @@ class ForwardContext:
     def recall(
         self, question: object, tensors: tuple[Tensor | None, ...], answer: Callable[[], _Answer]
     ) -> _Answer:
-        """The answer to a question about some tensors, found once.
+        """The answer to a question about some tensors, computed once per forward.
 
         Args:
-            question: What is asked.
-            tensors: What it is asked about, by identity.
-            answer: Finds the answer.
+            question: Key of the question.
+            tensors: The tensors that it is about, by identity.
+            answer: Computes the answer.
         """
         key = (question, *map(id, tensors))
         known = self._answers.get(key)
         if known is not None and all(ref() is x for ref, x in zip(known[0], tensors, strict=True)):
             return cast(_Answer, known[1])
         new = answer()
-        # Weak references: the tensors carry this object.
+        # Weak references, because the tensors hold this object.
         self._answers[key] = ([_nothing if x is None else weakref.ref(x) for x in tensors], new)
         self.mark(*tensors)
         return new
 
     def mark(self, *tensors: object) -> None:
-        """Let tensors, and masks, carry this forward to where their layers are recomputed."""
+        """Attach this forward to tensors and masks, so that recomputed layers find it."""
         for x in tensors:
             if x is not None:
                 setattr(x, _ATTRIBUTE, self)
 
     def __reduce__(self) -> tuple[Any, ...]:
-        # A tensor that is copied or saved leaves its forward behind.
+        # A tensor that is copied or saved loses its forward.
         return _nothing, ()
 
 
@@ -107,28 +109,29 @@ def current_forward() -> ForwardContext | None:
 
 
 def is_backward() -> bool:
-    """Whether this thread is inside a backward pass, say to recompute a checkpointed layer."""
+    """Whether this thread is inside a backward pass, for example to recompute a layer."""
     if torch.compiler.is_compiling():
         return False
-    return torch._C._current_graph_task_id() != -1
+    return torch_private.current_backward() != -1
 
 
 def begin_unhooked_forward() -> None:
-    """Take the layers that ask next for those of one forward, in a model that has no hooks.
+    """Assume that the layers that ask next belong to one forward, in a model without hooks.
 
-    A model that only names us as its attn_implementation never came by here, but makes its masks
-    before its layers run.
+    A model that only names us as its attn_implementation has no hooks, but makes its masks before
+    its layers run.
     """
     if current_forward() is None and not torch.compiler.is_compiling():
-        _running.masked = ForwardContext()
+        _running.unhooked = ForwardContext()
 
 
 def forward_of(tensors: tuple[object, ...], layer: object = None) -> ForwardContext | None:
-    """The forward in which a layer is asked: the running one, or the one that is recomputed.
+    """The forward to which a layer's call belongs: the running or the recomputed one.
 
     Args:
-        tensors: What the layer was given: a checkpoint keeps it, and it carries its forward.
-        layer: Who asks. Where only masks were seen, one that asks again is in another forward.
+        tensors: The layer's arguments. A checkpoint keeps them, and they hold their forward.
+        layer: The layer that asks. In a model without hooks, a layer that asks again is in another
+            forward.
     """
     if is_backward():
         for x in tensors:
@@ -138,24 +141,24 @@ def forward_of(tensors: tuple[object, ...], layer: object = None) -> ForwardCont
     running = current_forward()
     if running is not None or layer is None or torch.compiler.is_compiling():
         return running
-    masked = _running.masked
-    if masked is None or id(layer) in masked.layers:
-        _running.masked = None
+    unhooked = _running.unhooked
+    if unhooked is None or id(layer) in unhooked.layers:
+        _running.unhooked = None
         return None
-    masked.layers.add(id(layer))
-    return masked
+    unhooked.layers.add(id(layer))
+    return unhooked
 
 
 def recall(
     question: object, tensors: tuple[Tensor | None, ...], answer: Callable[[], _Answer]
 ) -> _Answer:
-    """As `Forward.recall`; outside any forward, the answer is found anew each time."""
+    """As `ForwardContext.recall`; outside any forward, the answer is computed anew each time."""
     forward = forward_of(tensors)
     return answer() if forward is None else forward.recall(question, tensors, answer)
 
 
 def install_forward_hooks(model: nn.Module) -> None:
-    """Have every forward of ``model``, and of the models inside it, noted."""
+    """Record every forward of ``model``, and of the transformers models inside it."""
     remove_forward_hooks(model)
     for module in model.modules():
         names = _arguments(module)
@@ -166,23 +169,22 @@ def install_forward_hooks(model: nn.Module) -> None:
 
 
 def remove_forward_hooks(model: nn.Module) -> None:
-    """Undo `install_forward_hooks`. By the hooks: a copied model has them, but no handles."""
+    """Undo `install_forward_hooks`."""
     for module in model.modules():
-        for key, hook in list(module._forward_pre_hooks.items()):
-            if isinstance(hook, functools.partial) and hook.func is _open:
-                del module._forward_pre_hooks[key]
-                module._forward_pre_hooks_with_kwargs.pop(key, None)
-        for key, after in list(module._forward_hooks.items()):
-            if after is _close:
-                del module._forward_hooks[key]
-                module._forward_hooks_always_called.pop(key, None)
+        torch_private.remove_forward_pre_hooks(module, _opens)
+        torch_private.remove_forward_hooks(module, lambda hook: hook is _close)
+
+
+def _opens(hook: Any) -> bool:
+    return isinstance(hook, functools.partial) and hook.func is _open
 
 
 def _arguments(module: nn.Module) -> tuple[str, ...]:
-    """What the forward of a transformers model takes, in order; nothing for other modules.
+    """Arguments of a transformers model's forward, in order; nothing for other modules.
 
-    Layers have no forward of their own here: they may be recomputed where no model runs.
+    Layers have no forward context of their own: they may be recomputed where no model runs.
     """
+    # By name, because transformers may not be installed.
     if not any(cls.__name__ == "PreTrainedModel" for cls in type(module).__mro__):
         return ()
     return tuple(inspect.signature(type(module).forward).parameters)[1:]
@@ -201,10 +203,10 @@ def _open(
 ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
     given = {**dict(zip(names, args, strict=False)), **kwargs}
     positions = given.get("position_ids")
-    # The models of transformers make positions that count up, unless another hook brings some.
-    counts_up = is_known and positions is None and len(module._forward_pre_hooks) == 1
+    # The models of transformers make positions that count up, unless another hook adds some.
+    is_alone = is_known and positions is None and len(torch_private.forward_pre_hooks(module)) == 1
     _running.forward = ForwardContext(
-        module, current_forward(), _of_text(positions), given.get("cu_seq_lens_q"), counts_up
+        module, current_forward(), _of_text(positions), given.get("cu_seq_lens_q"), is_alone
     )
     if torch.compiler.is_compiling():
         return None
@@ -220,7 +222,7 @@ def _of_text(positions: Any) -> Tensor | None:
         return None
     if positions.dim() == 1:
         return positions[None]
-    # Over images: the text's, or those in time, which go back only where the text does.
+    # With images, the first axis is the text's, or time, which goes back only where the text does.
     return positions[0] if positions.dim() == 3 else positions
 
 

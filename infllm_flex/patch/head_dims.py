@@ -1,4 +1,4 @@
-"""Sizes of heads that sparse attention cannot serve, read from a layer before it runs."""
+"""Head sizes that sparse attention cannot serve, read from a layer before it runs."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ _VALUE_NAMES = ("v_head_dim", "value_head_dim", "head_v_dim")
 
 
 def unsupported_head_dims(key_dim: int, value_dim: int) -> str | None:
-    """What is wrong with the size of a head, in a few words; None if nothing is.
+    """Why a head size is not served, in a few words; None if it is.
 
     Args:
-        key_dim: Of queries and keys.
-        value_dim: Of values.
+        key_dim: Head size of queries and keys.
+        value_dim: Head size of values.
     """
     if key_dim > MAX_HEAD_DIM:
         return f"heads of {key_dim}, more than {MAX_HEAD_DIM}"
@@ -27,13 +27,13 @@ def unsupported_head_dims(key_dim: int, value_dim: int) -> str | None:
 
 
 def head_dim_skip_reason(module: nn.Module) -> str | None:
-    """The same of an attention layer, by its attributes and projections; None where none tells."""
+    """The same for a layer, by its attributes and projections; None where these do not tell."""
     key_dim = _first(module, _KEY_NAMES)
     if key_dim is None:
         return None
     value_dim = _first(module, _VALUE_NAMES)
     if value_dim is None:
-        value_dim = _project_ratio(module, key_dim)
+        value_dim = _value_dim(module, key_dim)
     return unsupported_head_dims(key_dim, value_dim)
 
 
@@ -42,8 +42,8 @@ def _first(module: nn.Module, names: tuple[str, ...]) -> int | None:
     return next((size for size in found if isinstance(size, int) and size > 0), None)
 
 
-def _project_ratio(module: nn.Module, key_dim: int) -> int:
-    """The size of a value: keys and values have as many heads, so as their projections' widths."""
+def _value_dim(module: nn.Module, key_dim: int) -> int:
+    """Head size of values, from the widths of the projections; keys have as many heads."""
     keys, values = (_width(getattr(module, name, None)) for name in ("k_proj", "v_proj"))
     return key_dim if keys is None or values is None else key_dim * values // keys
 

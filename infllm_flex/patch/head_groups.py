@@ -1,7 +1,7 @@
-"""Query groups of models that expand their keys and values to the query heads before attention.
+"""Recover the query groups of models that expand keys and values to the query heads.
 
-The choice of blocks is shared by a group, so the group must be known again: from the model's
-configuration or the caller, and checked on the keys themselves.
+A group selects its blocks together. Its size comes from the model's config or the caller, and is
+checked on the keys themselves.
 """
 
 from __future__ import annotations
@@ -12,9 +12,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-import infllm_flex_ops
 from infllm_flex.patch.errors import UnsupportedModelError
 from infllm_flex.patch.layer_state import PatchedLayer
+from infllm_flex.validation import assert_in_graph
 
 _KV_NAMES = (
     "num_key_value_heads",
@@ -36,12 +36,19 @@ _DISTINCT = "distinct"  # abcd: not expanded
 
 
 class Regrouped(NamedTuple):
-    """Queries, and keys and values with one head per group."""
+    """Queries, and keys and values with one head per group.
+
+    Attributes:
+        query: ``[B, Hq, Sq, D]``.
+        key: ``[B, Hkv, Skv, D]``.
+        value: ``[B, Hkv, Skv, D]``.
+        cycles: Heads per cycle, where the query heads were reordered; None elsewhere.
+    """
 
     query: Tensor
     key: Tensor
     value: Tensor
-    cycles: int | None  # heads per cycle, where the query heads were reordered
+    cycles: int | None
 
     def restore(self, out: Tensor) -> Tensor:
         """Put the heads of an output ``[B, Hq, Sq, D]`` back into the model's order."""
@@ -49,7 +56,7 @@ class Regrouped(NamedTuple):
 
 
 def check_kv_heads(kv_heads: object) -> None:
-    """Raise a ValueError for what cannot be a number of heads."""
+    """Raise a ValueError unless ``kv_heads`` is None or a positive integer."""
     if kv_heads is None:
         return
     if not isinstance(kv_heads, int) or isinstance(kv_heads, bool) or kv_heads < 1:
@@ -64,10 +71,10 @@ def count_heads(
     Args:
         module: The attention layer.
         model: The model around it.
-        kv_heads: What the user says, which goes first.
+        kv_heads: The user's number, which takes precedence.
 
     Returns:
-        Query heads and key/value heads; None where nothing tells.
+        Query heads and key/value heads; None for a number that is not found.
     """
     places = [module, *_configs(module), *_configs(model)]
     query_heads = _first_number(places, _QUERY_NAMES)
@@ -93,7 +100,7 @@ def _first_number(places: Iterable[Any], names: tuple[str, ...]) -> int | None:
 def regroup(
     layer: PatchedLayer, query: Tensor, key: Tensor, value: Tensor, kv_heads: int | None
 ) -> Regrouped:
-    """Keep one key head per group where the model has expanded them.
+    """Keep one key head per group where the model has expanded the key heads.
 
     Args:
         layer: The record of the layer; remembers how the model orders its heads.
@@ -103,7 +110,7 @@ def regroup(
         kv_heads: Key/value heads, where the caller knows better than the record.
 
     Raises:
-        UnsupportedModelError: The keys are not what ``kv_heads`` says.
+        UnsupportedModelError: The keys are not expanded from ``kv_heads`` heads.
     """
     groups = _group_size(layer, query.shape[1], kv_heads)
     if groups == 1 or key.shape[1] != query.shape[1]:
@@ -119,7 +126,7 @@ def regroup(
 
 def _group_size(layer: PatchedLayer, query_heads: int, kv_heads: int | None) -> int:
     if kv_heads is None and layer.kv_heads is not None and layer.query_heads is not None:
-        # Both of the whole layer, so that their ratio also holds for a part of it.
+        # Both are of the whole layer, so their ratio also holds for a tensor-parallel part.
         return layer.query_heads // layer.kv_heads
     kv_heads = kv_heads or layer.kv_heads
     return 1 if kv_heads is None or query_heads % kv_heads else query_heads // kv_heads
@@ -131,10 +138,9 @@ def _transpose_heads(x: Tensor, outer: int) -> Tensor:
 
 
 def _find_head_order(layer: PatchedLayer, key: Tensor, count: int) -> tuple[str, Tensor]:
-    """How ``count`` heads were expanded, read off the last key, once per layer.
+    """How ``count`` heads were expanded, read from the last key, once per layer.
 
-    In a graph that is being compiled nothing can be read: there the order is the one seen before,
-    else the usual one, and the graph makes sure of it.
+    A graph cannot read it. It takes the order seen before, or else the common one, and asserts it.
 
     Returns:
         The order, and ``key``; in a graph its values depend on the check.
@@ -151,19 +157,19 @@ def _find_head_order(layer: PatchedLayer, key: Tensor, count: int) -> tuple[str,
     if torch.compiler.is_compiling():
         order = layer.head_order or _RUNS
         fits = in_runs if order == _RUNS else in_cycles
-        return order, key + infllm_flex_ops.zero_if(fits, message).to(key.dtype)
+        return order, assert_in_graph(key, fits, message)
     if layer.head_order is None:
         fits_runs, fits_cycles = bool(in_runs), bool(in_cycles)
         if not (fits_runs or fits_cycles):
             raise UnsupportedModelError(message)
-        if fits_runs and fits_cycles and count > 1:  # keys that are all alike tell nothing
+        if fits_runs and fits_cycles and count > 1:  # equal keys do not tell the order
             return _RUNS, key
         layer.head_order = _RUNS if fits_runs else _CYCLES
     return layer.head_order, key
 
 
 def _require_distinct(layer: PatchedLayer, key: Tensor) -> None:
-    """Refuse expanded keys of a model that does not say so: each head would choose for itself."""
+    """Refuse expanded keys of a model that does not say so: each head would select for itself."""
     if torch.compiler.is_compiling() or layer.head_order is not None:
         return
     last = key[:, :, -1].detach()

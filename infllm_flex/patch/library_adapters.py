@@ -1,8 +1,8 @@
-"""The ways into models of projects that keep their attention in one replaceable place.
+"""Adapters for libraries whose attention happens in one replaceable place.
 
-Recognised by structure, so that copies and forks are served, and none of the projects is imported.
-Against the generic way, only the place itself is intercepted, its length is known before, and what
-the layer's own settings forbid is known when patching.
+Layers are recognised by their structure, so that copies and forks are served, and no library is
+imported. Unlike the general SDPA adapter, these intercept that place alone, know the length before
+they do, and know from the layer's settings when patching what cannot be sparse.
 """
 
 from __future__ import annotations
@@ -15,19 +15,20 @@ from torch import Tensor, nn
 
 from infllm_flex.patch import code_inspection
 from infllm_flex.patch.class_swap import Overrides, original_class
-from infllm_flex.patch.sdpa_adapter import layer_of, swap_skip_reason
+from infllm_flex.patch.sdpa_adapter import require_layer, swap_skip_reason
 from infllm_flex.patch.sdpa_interception import run_intercepted
+from infllm_flex.patch.skip_reasons import NOT_CAUSAL, sliding_window, soft_capped
 
 
 @dataclass(frozen=True)
 class LibraryAdapter:
-    """One place where a project's models attend.
+    """The adapter for one library's attention.
 
     Attributes:
-        name: As `describe` shows it.
+        name: Name of the adapter, as `describe` shows it.
         recognises: Whether a module, under its name in the model, has such a place.
         find_skip_reason: Why a recognised layer cannot be sparse; None when it can.
-        overrides: What the swapped class overrides.
+        overrides: The members that the swapped class overrides.
     """
 
     name: str
@@ -37,7 +38,7 @@ class LibraryAdapter:
 
 
 def find_library_adapter(name: str, module: nn.Module) -> LibraryAdapter | None:
-    """The seam that a module, under its name in the model, is made for."""
+    """The adapter that serves a module, under its name in the model."""
     return next((adapter for adapter in LIBRARY_ADAPTERS if adapter.recognises(name, module)), None)
 
 
@@ -50,11 +51,11 @@ def _serve(
     **kwargs: Any,
 ) -> Any:
     """Call the layer's own code, intercepted where the sequence is long enough."""
-    layer = layer_of(module)
+    layer = require_layer(module)
     if layer.attends_densely(length):
         return inner(*args, **kwargs)
-    what = original_class(module).__name__
-    return run_intercepted(layer, what, inner, *args, kv_heads=kv_heads, **kwargs)
+    owner = original_class(module).__name__
+    return run_intercepted(layer, owner, inner, *args, kv_heads=kv_heads, **kwargs)
 
 
 # torchtune: `self._attention_call(q, k, v, mask=..., ...)`, a function on the instance.
@@ -65,11 +66,11 @@ def _is_torchtune(name: str, module: nn.Module) -> bool:
 
 
 def _torchtune_skip_reason(module: nn.Module) -> str | None:
-    return "not causal" if getattr(module, "is_causal", True) is False else None
+    return NOT_CAUSAL if getattr(module, "is_causal", True) is False else None
 
 
 def _torchtune_overrides(original: Any) -> dict[str, Any]:
-    # A property goes before what is stored on the instance, which stays there as it is.
+    # A property takes precedence over the instance's attribute, which stays as it is.
     def attention_call(self: nn.Module) -> Callable[..., Any]:
         inner = self.__dict__["_attention_call"]
 
@@ -91,9 +92,9 @@ def _is_litgpt(name: str, module: nn.Module) -> bool:
 def _litgpt_skip_reason(module: nn.Module) -> str | None:
     config = getattr(module, "config", None)
     if (cap := getattr(config, "attention_logit_softcapping", None)) is not None:
-        return f"logits soft-capped at {cap:g}"
+        return soft_capped(cap)
     if getattr(module, "apply_sliding_window_attention", False):
-        return f"sliding window {getattr(config, 'sliding_window_size', '')}"
+        return sliding_window(getattr(config, "sliding_window_size", ""))
     return None
 
 
@@ -124,8 +125,8 @@ def _torchtitan_overrides(original: Any) -> dict[str, Any]:
     inner = original.forward
 
     def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
-        # Its tensors are [B, H, S, D] or [B, S, H, D], by version: the call inside knows.
-        layer = layer_of(self)
+        # Tensors are [B, H, S, D] or [B, S, H, D], by version. Only the SDPA call inside knows.
+        layer = require_layer(self)
         if layer.is_in_dense_context():
             return inner(self, *args, **kwargs)
         return run_intercepted(layer, original.__name__, inner, self, *args, **kwargs)
@@ -133,7 +134,7 @@ def _torchtitan_overrides(original: Any) -> dict[str, Any]:
     return {"forward": forward}
 
 
-# x-transformers: `self.attend(q, k, v, mask=..., ...)`, a module that is told what it is.
+# x-transformers: `self.attend(q, k, v, mask=..., ...)`, a module with flags for its kind.
 
 
 def _is_x_transformers(name: str, module: nn.Module) -> bool:
@@ -142,7 +143,7 @@ def _is_x_transformers(name: str, module: nn.Module) -> bool:
 
 def _x_transformers_skip_reason(module: Any) -> str | None:
     if not module.causal:
-        return "not causal"
+        return NOT_CAUSAL
     if not module.flash:
         return "softmax written by hand: build it with attn_flash=True"
     if getattr(module, "add_zero_kv", False):
@@ -154,7 +155,7 @@ def _x_transformers_overrides(original: Any) -> dict[str, Any]:
     inner = original.forward
 
     def forward(self: nn.Module, q: Tensor, k: Tensor, v: Tensor, *args: Any, **kwargs: Any) -> Any:
-        # It expands the key heads on its own, so here they are still to be counted.
+        # The layer expands the key heads inside, so their number can be read here.
         return _serve(self, inner, k.shape[2], self, q, k, v, *args, kv_heads=k.shape[1], **kwargs)
 
     return {"forward": forward}

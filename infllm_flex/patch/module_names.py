@@ -1,4 +1,4 @@
-"""The modules that a user names as attention layers."""
+"""Find the modules that a user names as attention layers."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ def resolve_modules(model: nn.Module, names: Names) -> set[nn.Module]:
 
     Args:
         model: The model.
-        names: One or more of: a name as in ``named_modules``, in which ``*`` stands for anything
-            between two dots; a class; a module.
+        names: One or more names, classes or modules. A name is as in ``named_modules``; ``*`` in it
+            stands for anything between two dots.
 
     Raises:
-        ValueError: A name that no module has, with the nearest that one has; or no name at all.
-        TypeError: Something else than a name, a class or a module.
+        ValueError: No module has a name (the error shows the nearest one), or no name is given.
+        TypeError: An item is neither a name, nor a class, nor a module.
     """
     single = isinstance(names, str | type | nn.Module)
     wanted = [names] if single else list(names)  # type: ignore[arg-type]

@@ -1,4 +1,4 @@
-"""The way into any module whose code calls ``F.scaled_dot_product_attention``."""
+"""The adapter for any module whose code calls ``F.scaled_dot_product_attention``."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from infllm_flex.patch import code_inspection
 from infllm_flex.patch.class_swap import runs_own_forward
 from infllm_flex.patch.layer_state import PatchedLayer, get_layer
 from infllm_flex.patch.sdpa_interception import run_intercepted
+from infllm_flex.patch.skip_reasons import FORWARD_ON_INSTANCE, NOT_CAUSAL, OWN_INDEXER
 
 NAME = "F.scaled_dot_product_attention"
 
@@ -20,25 +21,22 @@ def recognises(module: nn.Module) -> bool:
 
 
 def find_skip_reason(module: nn.Module) -> str | None:
-    """Why the layer cannot be sparse, as far as its code tells; None when nothing speaks against.
+    """Why the layer cannot be sparse, as far as its code tells; None where nothing forbids it.
 
-    What the code does not tell, the first forward does: a call that is not causal, or none at all,
-    is an error there.
+    The first forward tells the rest: a call that is not causal, or no call at all, is an error.
     """
     if code_inspection.never_causal(module):
-        return "not causal"
+        return NOT_CAUSAL
     if code_inspection.mentions(module, "alibi") and _alibi_is_on(module):
         return "ALiBi"
     if getattr(module, "indexer", None) is not None:
-        return "the model's own sparse indexer"
+        return OWN_INDEXER
     return swap_skip_reason(module)
 
 
 def swap_skip_reason(module: nn.Module) -> str | None:
-    """Why giving the module another class would have no effect; None when it has."""
-    if not runs_own_forward(module):
-        return "a forward set on the instance: patch before that"
-    return None
+    """Why another class would have no effect on the module; None where it would."""
+    return None if runs_own_forward(module) else FORWARD_ON_INSTANCE
 
 
 def _alibi_is_on(module: nn.Module) -> bool:
@@ -53,7 +51,7 @@ def overrides(original: Any) -> dict[str, Any]:
     """What the swapped class overrides: the whole forward."""
 
     def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
-        layer = layer_of(self)
+        layer = require_layer(self)
         if layer.is_in_dense_context():
             return original.forward(self, *args, **kwargs)
         return run_intercepted(layer, original.__name__, original.forward, self, *args, **kwargs)
@@ -61,8 +59,8 @@ def overrides(original: Any) -> dict[str, Any]:
     return {"forward": forward}
 
 
-def layer_of(module: nn.Module) -> PatchedLayer:
-    """The record of a module of a swapped class, which has one."""
+def require_layer(module: nn.Module) -> PatchedLayer:
+    """The record of a module of a swapped class, which always has one."""
     layer = get_layer(module)
     assert layer is not None
     return layer

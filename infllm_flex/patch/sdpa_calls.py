@@ -1,4 +1,4 @@
-"""What one call of ``F.scaled_dot_product_attention`` asks for, and its sparse answer."""
+"""One call of ``F.scaled_dot_product_attention``, and its sparse answer."""
 
 from __future__ import annotations
 
@@ -9,7 +9,6 @@ from torch import Tensor
 
 from infllm_flex.attention import attend_in_layout, infllm_attention
 from infllm_flex.chunks import attend_chunk
-from infllm_flex.patch.causal_masks import assert_causal, assert_equal_mask, count_visible_keys
 from infllm_flex.patch.errors import UnsupportedModelError
 from infllm_flex.patch.forward_context import current_forward
 from infllm_flex.patch.head_dims import unsupported_head_dims
@@ -21,6 +20,7 @@ from infllm_flex.patch.huggingface.sequence_info import (
     reject_recompute_without_info,
 )
 from infllm_flex.patch.layer_state import PatchedLayer
+from infllm_flex.patch.sdpa_masks import assert_causal, assert_equal_mask, count_visible_keys
 from infllm_flex.validation import is_recorded
 
 
@@ -38,15 +38,15 @@ class SdpaCall(NamedTuple):
 
     @property
     def is_bidirectional(self) -> bool:
-        """Whether a query sees keys after itself. One query alone is the last of its sequence."""
+        """Whether a query sees keys after itself. A single query is the last of its sequence."""
         return not self.is_causal and self.attn_mask is None and self.query.shape[-2] > 1
 
 
 def attend(layer: PatchedLayer, call: SdpaCall, kv_heads: int | None = None) -> Tensor | None:
     """Answer a call sparsely where it is long enough.
 
-    Documents that a transformers model was told of never see each other, though a layer that calls
-    SDPA itself is not told of them.
+    A layer that calls SDPA itself knows nothing of documents. They are isolated nevertheless where
+    the transformers model around it was given their bounds or positions.
 
     Args:
         layer: The record of the layer that calls.
@@ -55,7 +55,7 @@ def attend(layer: PatchedLayer, call: SdpaCall, kv_heads: int | None = None) -> 
         kv_heads: Key/value heads, where the caller knows better than the record.
 
     Returns:
-        ``[B, Hq, Sq, D]``, or None where the call is dense and SDPA's to answer, untouched.
+        ``[B, Hq, Sq, D]``, or None where the call is dense and SDPA should answer it unchanged.
 
     Raises:
         UnsupportedModelError: This is not plain causal attention.
@@ -70,6 +70,31 @@ def attend(layer: PatchedLayer, call: SdpaCall, kv_heads: int | None = None) -> 
     call, sequences = _read_documents(layer, call)
     if layer.attends_densely(call.key.shape[-2]):
         return None if sequences is None else _attend_densely(call, sequences)
+    _reject_unsupported_shapes(call)
+    length = call.key.shape[-2]
+    if sequences is None:
+        length = count_visible_keys(call.query, call.key, call.attn_mask, call.is_causal)
+        if layer.attends_densely(length):
+            return None
+    if call.dropout_p > 0:
+        raise NotImplementedError(
+            f"sparse attention cannot serve attention dropout ({call.dropout_p:g}) yet: got "
+            f"{length} keys; set it to 0, or run inside infllm_flex.dense(model)"
+        )
+    # A preallocated cache has unused slots after the visible keys.
+    key, value = call.key[:, :, :length], call.value[:, :, :length]
+    heads = regroup(layer, _check_mask(call, sequences), key, value, kv_heads)
+    config, scale = layer.config, call.scale
+    if sequences is not None:
+        layout = sequences.layout(config)
+        out = attend_in_layout(heads.query, heads.key, heads.value, config, layout, scale=scale)
+    else:
+        attend_plain = attend_chunk if call.query.shape[2] < length else infllm_attention
+        out = attend_plain(heads.query, heads.key, heads.value, config, scale=scale)
+    return heads.restore(out)
+
+
+def _reject_unsupported_shapes(call: SdpaCall) -> None:
     if call.query.dim() != 4:
         raise UnsupportedModelError(
             "sparse attention needs [B, H, S, D] queries, keys and values, got shape "
@@ -81,47 +106,31 @@ def attend(layer: PatchedLayer, call: SdpaCall, kv_heads: int | None = None) -> 
             f"sparse attention cannot serve {reason}: run it inside infllm_flex.dense(model), "
             "or leave the layer out by attention_modules="
         )
+
+
+def _check_mask(call: SdpaCall, sequences: Sequences | None) -> Tensor:
+    """The query; in a graph its values depend on the check of the mask."""
     if sequences is None:
-        length = count_visible_keys(call.query, call.key, call.attn_mask, call.is_causal)
-    else:
-        length = call.key.shape[-2]
-    if layer.attends_densely(length):
-        return None
-    if call.dropout_p > 0:
-        raise NotImplementedError(
-            f"sparse attention cannot serve attention dropout ({call.dropout_p:g}) yet: got "
-            f"{length} keys; set it to 0, or run inside infllm_flex.dense(model)"
-        )
-    query = call.query
-    if sequences is None:
-        query = assert_causal(query, call.attn_mask)
-    elif call.attn_mask is not None:  # that of the forward, or a causal one that lets them leak
-        isolated, causal = sequences.isolate(call.attn_mask), sequences.isolate(None)
-        query = assert_equal_mask(query, cast(Tensor, isolated), cast(Tensor, causal))
-    # What lies beyond is the unused room of a preallocated cache.
-    key, value = call.key[:, :, :length], call.value[:, :, :length]
-    heads = regroup(layer, query, key, value, kv_heads)
-    if sequences is None:
-        attend = attend_chunk if query.shape[2] < length else infllm_attention
-        out = attend(heads.query, heads.key, heads.value, layer.config, scale=call.scale)
-    else:
-        layout = sequences.layout(layer.config)
-        out = attend_in_layout(
-            heads.query, heads.key, heads.value, layer.config, layout, scale=call.scale
-        )
-    return heads.restore(out)
+        return assert_causal(call.query, call.attn_mask)
+    if call.attn_mask is None:
+        return call.query
+    # Either the mask isolates the documents, or it is plain causal and we isolate them.
+    isolated, causal = sequences.isolate(call.attn_mask), sequences.isolate(None)
+    return assert_equal_mask(call.query, cast(Tensor, isolated), cast(Tensor, causal))
 
 
 def _read_documents(layer: PatchedLayer, call: SdpaCall) -> tuple[SdpaCall, Sequences | None]:
-    """The sequences of a call, by what the model around the layer was told; None for one per row.
+    """Find the sequences of a call, by what the model around the layer was given.
 
     Returns:
-        The call, in a graph with the check that nothing leaks where it would take a mask to see.
+        The call, and its sequences; None for one per row. In a graph the query of a dense call
+        without a mask carries an assertion that there is one document per row, because isolating
+        several would take a mask.
     """
     if call.query.dim() != 4:
         return call, None
     if call.attn_mask is None and current_forward() is None and not layer.was_packed_by_model:
-        return call, None  # nobody could tell: spare a hand-written model the questions
+        return call, None  # a hand-written model, around which nothing is known
     info = read_sequence_info(call.query, call.key, call.attn_mask, {})
     positions = info.positions_only
     is_dense = layer.attends_densely(call.key.shape[-2])

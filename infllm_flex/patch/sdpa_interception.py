@@ -12,6 +12,7 @@ from torch.overrides import TorchFunctionMode
 from infllm_flex.patch.errors import UnsupportedModelError
 from infllm_flex.patch.layer_state import PatchedLayer
 from infllm_flex.patch.sdpa_calls import SdpaCall, attend
+from infllm_flex_ops import torch_private
 
 _Result = TypeVar("_Result")
 _SDPA = F.scaled_dot_product_attention
@@ -76,12 +77,11 @@ def run_intercepted(
     if torch.compiler.is_dynamo_compiling():
         # Dynamo refuses side effects inside a checkpointed region, and entering a mode counts as
         # one. This mode ends with the region, so the check is lifted for it alone.
-        unchecked = torch._dynamo.utils._disable_side_effect_safety_checks_for_current_subtracer
-        unchecked(mode.__enter__)
+        torch_private.without_side_effect_check(mode.__enter__)
         try:
             out = function(*args, **kwargs)
         finally:
-            unchecked(mode.__exit__, None, None, None)
+            torch_private.without_side_effect_check(mode.__exit__, None, None, None)
     else:
         with mode:
             out = function(*args, **kwargs)

@@ -1,4 +1,4 @@
-"""From what `patch_model` is given to one InfLLMConfig."""
+"""Make one InfLLMConfig of the settings that `patch_model` accepts."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ GIVEN = "given to patch_model"
 OWN = "the model's sparse_config"
 RULE = "for models without a sparse_config: every key scored, docs/choosing-settings.md"
 
-# Settings that say by what blocks are scored. Whoever names one has a scoring of his own in mind.
+# Settings of the scoring. A user who names one of them does not want the rule's scoring.
 _SCORING = ("kernel_size", "kernel_stride", "lse", "use_nope", "pool_queries", "score_dtype")
 
 
@@ -38,15 +38,14 @@ def resolve_config(
     """Read settings in any of their forms, then apply overrides by name.
 
     Args:
-        settings: A config, a mapping, the path of a YAML file, or None for what the model itself
-            asks for.
-        overrides: Single settings that go on top.
-        model_configs: Where to look for ``sparse_config`` when ``settings`` is None, in order.
-        device: Where the model is.
+        settings: A config, a mapping, the path of a YAML file, or None for the model's own.
+        overrides: Single settings that take precedence.
+        model_configs: Configs whose ``sparse_config`` is used when ``settings`` is None, in order.
+        device: Device of the model.
 
     Raises:
         TypeError: ``settings`` is none of these.
-        ValueError: An unknown name, with the nearest known one, or an impossible value.
+        ValueError: An unknown name (the error shows the nearest known one) or an invalid value.
         NotImplementedError: ``use_nope``.
     """
     config, origin = _read(settings, model_configs, device)
@@ -63,13 +62,13 @@ def resolve_config(
 
 
 def settings_by_rule(device: torch.device | None) -> InfLLMConfig:
-    """Settings for a model that was trained with dense attention and brings none of its own.
+    """Settings for a model that was trained with dense attention and has no settings of its own.
 
-    Windows of 32 keys hide single keys, which small models look for. The mean query of a group
-    against every key finds them without training; float8 is for speed on GPUs that multiply it.
+    A window of 32 keys hides single keys, which small models look for. The mean query of a group
+    against every key finds them without training. float8 is for speed on GPUs that multiply it.
 
     Args:
-        device: Where the model is; None where it has no parameters.
+        device: Device of the model; None where it has no parameters.
     """
     has_float8 = device is not None and device_capability(device) >= FLOAT8_CAPABILITY
     score_dtype = "float8" if has_float8 else "same"
@@ -77,7 +76,7 @@ def settings_by_rule(device: torch.device | None) -> InfLLMConfig:
 
 
 def read_own(model_config: object, device: torch.device | None) -> Resolved:
-    """The settings of a model config's ``sparse_config``, else those of the rule.
+    """The settings in a model config's ``sparse_config``, else those of the rule.
 
     Raises:
         ValueError: ``sparse_config`` is no valid mapping of settings.

@@ -14,7 +14,7 @@ OTHER_KEYS = "keys of another model"
 LEARNED_MASK = "a mask that the layer learns"
 POSITION_BIAS = "a position bias on its logits"
 CHUNKED = "chunked attention"
-ALREADY_SET_FORWARD = "a forward set on the instance: patch before that"
+FORWARD_ON_INSTANCE = "a forward set on the instance: patch before that"
 
 
 def sliding_window(size: object) -> str:

@@ -13,6 +13,7 @@ from infllm_flex.patch.class_swap import original_class
 from infllm_flex.patch.discovery import AttentionModule
 from infllm_flex.patch.errors import UnsupportedModelError
 from infllm_flex.patch.skip_reasons import advice_for
+from infllm_flex_ops import torch_private
 
 _TRIED = (
     "tried the registry of transformers, the attention of torchtune, litgpt, torchtitan and "
@@ -30,8 +31,8 @@ def require_module(model: object) -> None:
 
 def require_not_traced(function: str) -> None:
     """Raise a RuntimeError inside any kind of tracing."""
-    tracing = torch._C._is_tracing() or torch.fx._symbolic_trace.is_fx_symbolic_tracing()
-    if tracing or torch.compiler.is_compiling():
+    tracing = torch.jit.is_tracing()  # type: ignore[attr-defined]
+    if tracing or torch_private.is_traced_otherwise() or torch.compiler.is_compiling():
         raise RuntimeError(
             f"{function} was called while the model is being traced; call it before "
             "torch.compile, torch.export or torch.jit.trace run the model"

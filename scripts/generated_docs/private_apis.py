@@ -11,12 +11,16 @@ from generated_docs.docstrings import paragraphs
 
 _ROOT = Path(__file__).parents[2]
 # Each room is a module or a folder of modules; every public function in it stands for one API.
-_ROOMS = {"PyTorch": "custom_ops/infllm_flex_ops/torch_private"}
+_ROOMS = {
+    "PyTorch": "custom_ops/infllm_flex_ops/torch_private",
+    "transformers": "infllm_flex/patch/huggingface/transformers_private",
+}
 _FIELD = re.compile(r"^(API|If it goes|Instead): ", re.M)
 _ABOUT = """
 This project uses some parts of PyTorch, Triton and transformers that their authors do not promise
 to keep. An upgrade of one of them should start here.
 
+<<<<<<< HEAD
 PyTorch's have one room. Every function there stands for one API, and its docstring says what this
 page shows. `tests/test_private_apis.py` has a test for each, and `scripts/test_private_apis` runs
 them with another version:
@@ -26,34 +30,12 @@ _COMMANDS = """
 scripts/test_private_apis transformers   # the newest
 scripts/test_private_apis torch==2.11.0
 ```
+=======
+Those of PyTorch and of transformers have one room each. Every function there stands for one API,
+and its docstring says what this page shows.
+>>>>>>> fdb5a63 (patch: one decision per call, one room for causal masks, one for private APIs)
 """
-# The others: what is used, for what, what happens if it goes, and the public way.
-_TRANSFORMERS = [
-    (
-        "`_attn_implementation`, `_attn_implementation_internal`",
-        "Name our attention function in one model.",
-        "an error, or a refusal",
-        "`set_attn_implementation`, which changes configs that models share",
-    ),
-    (
-        "`ALL_ATTENTION_FUNCTIONS` in a layer's code, `eager_attention_forward` in its module",
-        "Find attention layers.",
-        "layers are not recognised",
-        "nothing public",
-    ),
-    (
-        "`sdpa_mask` and its arguments, mask functions, `allow_is_bidirectional_skip`",
-        "Decide whether a mask is causal without building it.",
-        "another mask: the most fragile of all",
-        "nothing public",
-    ),
-    (
-        "`DynamicLayer` and its attributes, its class swapped in place",
-        "Compressed keys that follow a cache.",
-        "an error",
-        "nothing public",
-    ),
-]
+# What is used of Triton, for what, what happens if it goes, and the public way.
 _TRITON = [
     (
         "`triton.experimental.gluon`",
@@ -97,9 +79,8 @@ def private_apis_page() -> str:
         head: Sequence[str] = ("function", "for", "API", "if it goes", "instead")
         parts += [f"## {library}", f"The room is `{room}`.", _table(head, rows)]
     head = ("API", "for", "if it goes", "instead")
-    parts += ["## transformers", "Used in `infllm_flex/patch/huggingface`."]
-    parts += [_table(head, _TRANSFORMERS), "## Triton", "Used in kernel files."]
-    parts += [_table(head, _TRITON), "## Others", *paragraphs(_OTHERS)]
+    parts += ["## Triton", "Used in kernel files.", _table(head, _TRITON)]
+    parts += ["## Others", *paragraphs(_OTHERS)]
     return "\n\n".join(parts) + "\n"
 
 

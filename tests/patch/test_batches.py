@@ -69,8 +69,9 @@ def test_below_dense_len_documents_are_isolated_too(kwargs, implementation):
 @pytest.mark.parametrize("grad", [False, True])
 def test_while_it_waits_for_positions_it_attends_to_one_sequence(grad, monkeypatch):
     """On a GPU; here the wait is made up. Without gradients, and not after a wrong guess."""
-    monkeypatch.setattr(documents, "_was_packed", False)
-    monkeypatch.setattr(documents, "_wait_for", lambda flag, do: (do and do(), bool(flag))[1])
+    monkeypatch.setattr(
+        documents, "read_flag", lambda flag, call: (call and call.launch(), bool(flag))[1]
+    )
     calls, attend = [], torch.nn.functional.scaled_dot_product_attention
     monkeypatch.setattr(
         torch.nn.functional,

@@ -132,7 +132,7 @@ def test_a_checkpointed_layer_recomputes_the_batch_of_its_own_forward(use_reentr
 
 
 def test_a_model_that_makes_its_own_positions_reads_nothing(monkeypatch):
-    monkeypatch.setattr(documents, "_wait_for", None)
+    monkeypatch.setattr(documents, "read_flag", None)
     model = ifx.patch_model(build(), SETTINGS)
     enable_checkpointing(model.train())
     model(IDS, use_cache=False).logits.sum().backward()

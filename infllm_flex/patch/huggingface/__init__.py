@@ -1,8 +1,8 @@
-"""The way into transformers models: one attention function, registered under one name.
+"""The adapter for transformers models: one attention function in transformers' registry.
 
 The registry is global to the process, so it holds only the function. The settings of a layer are an
-attribute of its module (`infllm_flex.patch.layer_state`). The name under which it finds the
-function is in a config of its own (`infllm_flex.patch.huggingface.config_view`).
+attribute of its module (`infllm_flex.patch.layer_state`). The name under which the layer finds the
+function stands in a view of its config (`infllm_flex.patch.huggingface.config_view`).
 """
 
 from __future__ import annotations
@@ -15,9 +15,9 @@ from infllm_flex.config import InfLLMConfig
 from infllm_flex.patch.huggingface.attention_layers import (
     attention_layers,
     find_skip_reason,
+    get_or_make_layer,
     implementation,
     inherited_windows,
-    layer_of,
     make_layer,
 )
 from infllm_flex.patch.huggingface.cache_hook import install_cache_hook, remove_cache_hook
@@ -45,12 +45,12 @@ __all__ = [
 
 
 def attach(model: nn.Module, layers: Mapping[nn.Module, str | None], config: InfLLMConfig) -> None:
-    """Make the layers that can be sparse so, and note at the others why they are left.
+    """Make the supported layers sparse, and record at the others why they stay dense.
 
     Args:
-        model: The model around them.
-        layers: Its layers, each with why it is left, or None.
-        config: Settings for all of them.
+        model: The model around the layers.
+        layers: Its attention layers, each with its skip reason or None.
+        config: Settings for all layers.
     """
     sparse = [module for module, reason in layers.items() if reason is None]
     if not sparse:
@@ -67,7 +67,7 @@ def attach(model: nn.Module, layers: Mapping[nn.Module, str | None], config: Inf
 def patched_layers(model: nn.Module) -> dict[str, PatchedLayer]:
     """The records of all layers that go through our attention function, by module name."""
     layers = {
-        name: layer_of(module)
+        name: get_or_make_layer(module)
         for name, module in attention_layers(model).items()
         if implementation(module) in PREVIOUS_NAMES and not _is_bystander(module)
     }
@@ -93,5 +93,5 @@ def detach(model: nn.Module) -> bool:
         if module not in staying:
             remove_layer(module)
     for module in staying:
-        layer_of(module).skip_reason = NOT_PATCHED
+        get_or_make_layer(module).skip_reason = NOT_PATCHED
     return undone

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 import inspect
-import re
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -12,8 +11,8 @@ import torch
 from torch import nn
 
 from infllm_flex.config import InfLLMConfig
-from infllm_flex.patch.code_inspection import names
 from infllm_flex.patch.head_dims import head_dim_skip_reason
+from infllm_flex.patch.huggingface import transformers_private
 from infllm_flex.patch.huggingface.cache_hook import install_cache_hook
 from infllm_flex.patch.huggingface.config_view import PATCHED_NAMES, PREVIOUS_NAMES, is_view
 from infllm_flex.patch.huggingface.instance_forward import unreached_reason
@@ -29,25 +28,19 @@ from infllm_flex.patch.skip_reasons import (
     sliding_window,
     soft_capped,
 )
+from infllm_flex_ops import torch_private
 
-_FULL = ("full_attention", "hybrid")  # hybrid: beside a state space model in the same layer
-_MAKES_MASKS = re.compile(r"create_\w*mask")
+# Layer types that attend to all keys. "hybrid": beside a state space model in the same layer.
+_FULL = ("full_attention", "hybrid")
 
 
 def attention_layers(model: nn.Module) -> dict[str, nn.Module]:
     """All modules that take their attention function from transformers' registry, by name."""
-    return {name: module for name, module in model.named_modules() if _reads_registry(module)}
-
-
-def _reads_registry(module: nn.Module) -> bool:
-    """Whether a module's forward looks its attention function up under its config's name.
-
-    Read from the code, as class names tell nothing and transformers' own check greps the file.
-    ``ALL_ATTENTION_FUNCTIONS`` is in the body of every such forward, and in that of remote code
-    written for the indexed form, which ``set_attn_implementation`` refuses to serve.
-    """
-    code = getattr(_undecorated_forward(module), "__code__", None)
-    return code is not None and "ALL_ATTENTION_FUNCTIONS" in code.co_names
+    return {
+        name: module
+        for name, module in model.named_modules()
+        if transformers_private.reads_attention_registry(_undecorated_forward(module))
+    }
 
 
 def makes_masks(module: nn.Module) -> bool:
@@ -57,9 +50,8 @@ def makes_masks(module: nn.Module) -> bool:
 
 @functools.cache
 def _class_makes_masks(cls: type) -> bool:
-    forwards = [vars(base)["forward"] for base in cls.__mro__ if "forward" in vars(base)]
-    codes = [getattr(inspect.unwrap(forward), "__code__", None) for forward in forwards]
-    return any(_MAKES_MASKS.search(name) for code in codes if code for name in names(code))
+    forwards = (vars(base)["forward"] for base in cls.__mro__ if "forward" in vars(base))
+    return transformers_private.makes_masks(map(inspect.unwrap, forwards))
 
 
 def _undecorated_forward(module: nn.Module) -> Callable[..., Any]:
@@ -73,7 +65,7 @@ def find_skip_reason(module: nn.Module) -> str | None:
         return NOT_CAUSAL
     if getattr(module, "is_cross_attention", False):
         return "cross-attention"
-    if (window := _sliding_window(module)) is not None:
+    if (window := _window(module)) is not None:
         return sliding_window(window)
     if _has_no_keys(config):
         return OTHER_KEYS
@@ -87,7 +79,7 @@ def find_skip_reason(module: nn.Module) -> str | None:
         return OWN_INDEXER
     if hasattr(module, "prepare_dynamic_mask"):  # Doge: weights of the keys, added to logits
         return LEARNED_MASK
-    if _passes(module, "position_bias"):
+    if transformers_private.passes_keyword(_undecorated_forward(module), "position_bias"):
         return POSITION_BIAS
     if (heads := head_dim_skip_reason(module)) is not None:
         return heads
@@ -99,16 +91,16 @@ def find_skip_reason(module: nn.Module) -> str | None:
 
 
 def _layer_type(module: nn.Module) -> str | None:
-    """What the config calls the layer; None where it has no place of its own."""
+    """The config's word for the layer; None where it has none."""
     layer_types = getattr(module.config, "layer_types", None)
     index = getattr(module, "layer_idx", None)
     return None if layer_types is None or index is None or index < 0 else layer_types[index]
 
 
-def _sliding_window(module: nn.Module) -> int | None:
-    """The window of this layer, its own or its config's, if any sequence can be longer than it."""
+def _window(module: nn.Module) -> int | None:
+    """The layer's window, its own or its config's, if any sequence can be longer than it."""
     layer_type = _layer_type(module)
-    if layer_type == "full_attention":  # some classes note the window of the others here, too
+    if layer_type == "full_attention":  # some classes store the other layers' window here as well
         return None
     window: Any = None
     if hasattr(module, "sliding_window"):
@@ -121,7 +113,7 @@ def _sliding_window(module: nn.Module) -> int | None:
 
 
 def inherited_windows(model: nn.Module) -> dict[nn.Module, int]:
-    """Windows in the masks that a model makes for layers which are not told of them.
+    """Windows that a model puts into the masks of layers whose own config has none.
 
     BLT's config has one window for both its local parts, whose own configs lack it.
     """
@@ -143,7 +135,7 @@ def _has_no_keys(config: Any) -> bool:
 
 
 def _longest_sequence(config: Any) -> float | None:
-    """How many positions a model has, with those that rope scaling gives it; None if not told."""
+    """Number of positions of a model, rope scaling included; None if the config has none."""
     longest = getattr(config, "max_position_embeddings", None)
     rope = getattr(config, "rope_parameters", None)
     if not isinstance(longest, int) or not isinstance(rope, Mapping):
@@ -154,16 +146,9 @@ def _longest_sequence(config: Any) -> float | None:
     return max(longest, *(a * b for a, b in zip(original, factor, strict=True)))
 
 
-def _passes(module: nn.Module, keyword: str) -> bool:
-    """Whether a layer's forward gives its attention function an argument of this name."""
-    code = _undecorated_forward(module).__code__
-    named = [const for const in code.co_consts if isinstance(const, tuple)]
-    return any(keyword in given and "scaling" in given for given in named)
-
-
 def implementation(module: nn.Module) -> str:
     """The name under which a layer looks up its attention function."""
-    return str(module.config._attn_implementation)  # type: ignore[union-attr]
+    return str(transformers_private.get_implementation(module.config))
 
 
 def previous_implementation(module: nn.Module) -> str:
@@ -175,30 +160,24 @@ def previous_implementation(module: nn.Module) -> str:
 def make_layer(
     module: nn.Module, config: InfLLMConfig, skip_reason: str | None, **fields: Any
 ) -> PatchedLayer:
-    """A new record for an attention layer, with the attention functions that it had before."""
-    return PatchedLayer(config, _dense_attention(module), skip_reason, **fields)
+    """Make the record of an attention layer, with the attention functions that it had before."""
+    forward = _undecorated_forward(module)
+    previous = transformers_private.attention_functions(forward, PATCHED_NAMES)
+    return PatchedLayer(config, previous, skip_reason, **fields)
 
 
-def _dense_attention(module: nn.Module) -> dict[str, Callable[..., Any]]:
-    # As the modelling file does it: its own function for "eager", which the registry lacks.
-    from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+def get_or_make_layer(module: nn.Module) -> PatchedLayer:
+    """The record of an attention layer, made at its first call.
 
-    eager = _undecorated_forward(module).__globals__.get("eager_attention_forward")
-    return {name: ALL_ATTENTION_FUNCTIONS.get(name, eager) for name in PATCHED_NAMES}
-
-
-def layer_of(module: nn.Module) -> PatchedLayer:
-    """The record of an attention layer; made on first sight.
-
-    A model built with ``attn_implementation="infllm_flex"`` never passed through ``patch_model``:
-    its layers take the settings of their own ``sparse_config``, or those of the rule. A layer made
-    of the config view of a patched model never asked for anything, and stays dense.
+    A model built with ``attn_implementation="infllm_flex"`` has never passed through
+    ``patch_model``. Its layers take the settings of their own ``sparse_config``, or those of the
+    rule. A layer built from the config view of a patched model stays dense: nobody patched it.
     """
     layer = get_layer(module)
     if layer is None:
         if torch.compiler.is_compiling():
-            # Reading settings cannot be traced. Said here, it is one line instead of a stack.
-            torch._dynamo.graph_break(
+            # Reading settings cannot be traced. This message is shorter than Dynamo's own.
+            torch_private.graph_break(
                 "for a single graph, call infllm_flex.patch_model(model) before torch.compile"
             )
         device = next((weight.device for weight in module.parameters()), None)
@@ -207,5 +186,5 @@ def layer_of(module: nn.Module) -> PatchedLayer:
         layer = make_layer(module, config, skip_reason, origin=origin)
         set_layer(module, layer)
         if layer.skip_reason is None:
-            install_cache_hook(module)  # from the next call on; the cache's first needs no state
+            install_cache_hook(module)  # works from the next call on; the first needs no state
     return layer

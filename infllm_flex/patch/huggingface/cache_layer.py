@@ -1,4 +1,4 @@
-"""A dynamic cache layer that takes its compressed keys along. Imports transformers."""
+"""A dynamic cache layer that keeps its compressed keys up to date. Imports transformers."""
 
 from __future__ import annotations
 
@@ -9,10 +9,13 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import cache_utils
 from transformers.cache_utils import DynamicLayer
 
 from infllm_flex.patch.huggingface.growable_buffer import GrowableBuffer, can_extend
+from infllm_flex.patch.huggingface.transformers_private import (
+    growing_layer_class,
+    hybrid_layer_class,
+)
 
 __all__ = ["TrackedDynamicLayer", "tracked_class"]
 
@@ -20,18 +23,18 @@ _OURS = ("infllm_state", "_key_buffer", "_value_buffer", "_returned")
 
 
 class TrackedDynamicLayer(DynamicLayer):
-    """`DynamicLayer`, made of one by assigning its class, so that whoever holds it holds this.
+    """A `DynamicLayer` whose class was replaced in place, so that everyone who holds it has this.
 
-    Keys and values grow in place, in rooms that only this layer writes. Whoever reads ``keys`` or
-    ``values`` gets a tensor of its own, as from `DynamicLayer`: contiguous, the only one in its
-    memory, and never written by the layer. The next token then costs a copy, as it always does
-    there. Copies and pickles are plain layers.
+    Keys and values grow in place, in buffers that only this layer writes. Code that reads ``keys``
+    or ``values`` gets a tensor of its own, as from `DynamicLayer`: contiguous, alone in its memory,
+    and never written by the layer. The next token then costs a copy, as it always does there.
+    Copies and pickles are plain layers.
 
-    The compressed keys belong to one tensor of keys. They are computed anew at the next sparse
-    step once somebody has read ``keys``, and so may have changed them, or has set them.
+    The compressed keys belong to one tensor of keys. After other code has read ``keys``, which it
+    may have changed, or has set them, they are computed anew at the next sparse step.
 
     Attributes:
-        infllm_state: The compressed keys and what they belong to; None until the first sparse step.
+        infllm_state: The compressed keys, as a `CacheState`; None until the first sparse step.
     """
 
     infllm_state: Any = None
@@ -68,7 +71,7 @@ class TrackedDynamicLayer(DynamicLayer):
         self.__dict__["values"] = values
 
     def infllm_holds(self, key: Tensor) -> bool:
-        """Whether ``key`` is what the layer holds, or what it returned before it was offloaded."""
+        """Whether ``key`` is the layer's tensor, or the one that it returned before offloading."""
         returned = self._returned
         return self.__dict__["keys"] is key or (returned is not None and returned() is key)
 
@@ -77,8 +80,8 @@ class TrackedDynamicLayer(DynamicLayer):
     ) -> tuple[Tensor, Tensor]:
         """Append keys and values in place; the compressed keys catch up when attention asks.
 
-        `DynamicLayer` copies all it holds with every token, at long lengths more work than the
-        attention.
+        `DynamicLayer` copies all keys and values with every token. At long lengths that is more
+        work than the attention.
         """
         if torch.compiler.is_compiling():
             return super().update(key_states, value_states, *args, **kwargs)
@@ -103,17 +106,17 @@ class TrackedDynamicLayer(DynamicLayer):
 
     def crop(self, *args: Any, **kwargs: Any) -> None:
         """Remove the last tokens."""
-        rooms = self._key_buffer, self._value_buffer
+        buffers = self._key_buffer, self._value_buffer
         with self._tracking() as state:
             self._plain().crop(*args, **kwargs)
             if state is not None:
                 kept = min(state.num_slots, self.get_seq_length())
                 state.compressed_keys.crop(state.num_slots - kept)
                 state.num_slots = kept
-        self._key_buffer, self._value_buffer = rooms
-        for room, name in zip(rooms, ("keys", "values"), strict=True):
-            if room is not None:
-                room.held = self.__dict__[name]
+        self._key_buffer, self._value_buffer = buffers
+        for buffer, name in zip(buffers, ("keys", "values"), strict=True):
+            if buffer is not None:
+                buffer.held = self.__dict__[name]
 
     def reorder_cache(self, beam_idx: Any) -> None:
         """Permute the rows of the batch."""
@@ -137,7 +140,7 @@ class TrackedDynamicLayer(DynamicLayer):
                 state.compressed_keys.select(indices)
 
     def offload(self) -> None:
-        """Move keys and values to the CPU; the compressed keys, a twentieth of them, stay."""
+        """Move keys and values to the CPU; the compressed keys, which are small, stay."""
         keys = self.__dict__["keys"]
         self._returned = None if keys is None else weakref.ref(keys)
         with self._tracking():
@@ -154,20 +157,20 @@ class TrackedDynamicLayer(DynamicLayer):
         self.infllm_state = self._key_buffer = self._value_buffer = self._returned = None
 
     def __reduce_ex__(self, protocol: Any) -> Any:
-        """Copy and pickle as a plain layer, with keys and values that are alone in their memory."""
+        """Copy and pickle as a plain layer, with keys and values that share no memory."""
         _ = self.keys, self.values
         plain = object.__new__(self._plain_class)
         plain.__dict__ = {name: x for name, x in self.__dict__.items() if name not in _OURS}
-        return plain.__reduce_ex__(1)  # later protocols insist on the class of what is pickled
+        return plain.__reduce_ex__(1)  # later protocols check the class of the object
 
     def _plain(self) -> DynamicLayer:
-        """This layer, with this layer's attributes, as transformers knows it."""
+        """A plain layer that shares this layer's attributes."""
         plain = object.__new__(self._plain_class)
         plain.__dict__ = self.__dict__
         return plain
 
     def _current_state(self) -> Any:
-        """The state, if it belongs to what the layer holds; else None, from now on."""
+        """The state, if it belongs to the layer's keys; else drop it and return None."""
         state = self.infllm_state
         if state is not None and not state.is_bound_to(self.__dict__["keys"]):
             self.infllm_state = state = None
@@ -175,7 +178,7 @@ class TrackedDynamicLayer(DynamicLayer):
 
     @contextmanager
     def _tracking(self) -> Iterator[Any]:
-        """Replace keys and values inside the block, and change the state in the same way."""
+        """Let the block replace keys and values, and change the state in the same way."""
         state = self._current_state()
         self._key_buffer = self._value_buffer = None
         yield state
@@ -188,14 +191,14 @@ def _own(held: Tensor) -> Tensor:
 
 
 def tracked_class(kind: type) -> type | None:
-    """The class to give to a layer of class ``kind``; None where its keys do not simply grow.
+    """The tracked class for a class of layers; None where the keys do more than grow.
 
-    Hybrid layers hold the state of a recurrence beside keys and values: theirs is made here.
+    The class for hybrid layers, which hold a recurrent state beside keys and values, is made here.
     """
     if issubclass(kind, TrackedDynamicLayer):
         return kind
-    if kind is DynamicLayer:
+    if kind is growing_layer_class():
         return TrackedDynamicLayer
-    if kind is getattr(cache_utils, "LinearAttentionAndFullAttentionLayer", None):
+    if kind is hybrid_layer_class():
         return type("TrackedHybridLayer", (TrackedDynamicLayer, kind), {"_plain_class": kind})
     return None

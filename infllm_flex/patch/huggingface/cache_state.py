@@ -12,44 +12,40 @@ from torch import Tensor
 from infllm_flex.autocast import attention_dtype
 from infllm_flex.config import InfLLMConfig
 from infllm_flex.decoding import CompressedKeys
+from infllm_flex.patch.huggingface.transformers_private import is_static
+from infllm_flex_ops import torch_private
 
 _ATTRIBUTE = "infllm_state"
 
 
-def is_static(layer: Any) -> bool:
-    """Whether a cache layer is preallocated, and its length known to the device alone."""
-    return isinstance(getattr(layer, "cumulative_length", None), Tensor)
-
-
 @functools.cache
 def _tracked(kind: type) -> type | None:
-    """The same kind of layer, but one whose state follows what is done to it."""
+    """The class of tracked layers for a class of layers; None where there is none."""
     from infllm_flex.patch.huggingface.cache_layer import tracked_class
 
     return tracked_class(kind)
 
 
 def track_layer(layer: Any) -> bool:
-    """Make the state of a growing layer follow it from now on; False for other layers."""
+    """Make the state of a growing layer follow every change from now on; False for other layers."""
     kind: type = type(layer)
-    followed = _tracked(kind)
-    if followed is not None and followed is not type(layer):
-        layer.__class__ = followed
-    return followed is not None
+    tracked = _tracked(kind)
+    if tracked is not None and tracked is not type(layer):
+        layer.__class__ = tracked
+    return tracked is not None
 
 
 @dataclass
-class State:
-    """What a cache layer carries.
+class CacheState:
+    """The compressed keys of a cache layer, and the keys that they belong to.
 
     Attributes:
         compressed_keys: Of the slots taken in so far.
-        keys: The tensor of keys they belong to. If the layer holds another, something changed the
-            cache in a way that was not followed.
-        no_padding: Zero, for where no row is padded: made once, not at every step.
-        num_slots: How many are taken in; not kept for static caches.
-        version: Count of the changes in place that ``keys`` had gone through by then; None where
-            PyTorch does not count them, in inference mode.
+        keys: The tensor of keys that they belong to. A layer that holds another was changed in a
+            way that was not tracked.
+        no_padding: Zero, the first slot where no row is padded; made once, not at every step.
+        num_slots: Number of slots taken in; not kept for static caches.
+        version: Count of writes to ``keys`` by then; None in inference mode, which has no count.
     """
 
     compressed_keys: CompressedKeys
@@ -59,8 +55,8 @@ class State:
     version: int | None = None
 
     @classmethod
-    def begin(cls, config: InfLLMConfig, key: Tensor, keys: Tensor) -> State:
-        """The state of a cache layer that holds ``keys``, and returned them as ``key``; empty."""
+    def begin(cls, config: InfLLMConfig, key: Tensor, keys: Tensor) -> CacheState:
+        """The empty state of a cache layer that holds ``keys``, and returned them as ``key``."""
         no_padding = torch.zeros(1, dtype=torch.int64, device=key.device)
         return cls(CompressedKeys(config, key), keys, no_padding)
 
@@ -69,7 +65,7 @@ class State:
         self.keys, self.version = keys, _version(keys)
 
     def is_bound_to(self, keys: Tensor | None, changes: int = 0) -> bool:
-        """Whether they are those of ``keys``, but for at most so many changes in place."""
+        """Whether they are those of ``keys``, after at most so many writes in place."""
         if self.keys is not keys:
             return False
         now = _version(self.keys)
@@ -78,17 +74,17 @@ class State:
         return 0 <= now - self.version <= changes
 
     def serves(self, key: Tensor, config: InfLLMConfig) -> bool:
-        """Whether they are of these settings, and of keys as cast as ``key`` is here."""
+        """Whether they have these settings, and the dtype that attention casts ``key`` to."""
         keys = self.compressed_keys
         return keys.config == config and keys.compressed.dtype == attention_dtype(key)
 
     def __reduce__(self) -> tuple[Any, ...]:
-        """Copy and pickle as None: what it belongs to is another tensor then."""
+        """Copy and pickle as None, because a copied layer holds another tensor."""
         return type(None), ()
 
 
 def _version(x: Tensor) -> int | None:
-    return None if x.is_inference() else x._version
+    return None if x.is_inference() else torch_private.write_count(x)
 
 
 def compressed_keys_of(
@@ -96,13 +92,13 @@ def compressed_keys_of(
 ) -> CompressedKeys:
     """The compressed keys of a cache layer, brought up to date with it.
 
-    Kept and extended for the layers of dynamic and of static caches. For all others, and while a
-    dynamic one is compiled, computed anew from the keys of each call: slower, and as right.
+    The layers of dynamic and of static caches keep and extend them. For other layers, and for a
+    dynamic layer inside a graph, they are computed anew in each call, which is slower.
 
     Args:
         layer: The cache's layer, after its own update.
-        key: ``[B, Hkv, S, D]``, as that returned them.
-        num_new: How many of them are new.
+        key: ``[B, Hkv, S, D]``, as that update returned them.
+        num_new: Number of new keys among them.
         start: Slot of each row's first token, int64 ``[B]``; None where no row is padded.
         config: Sparsity settings.
     """
@@ -125,7 +121,7 @@ def _update_dynamic(
         or not state.serves(key, config)
         or not _may_write(state)
     ):
-        state = layer.infllm_state = State.begin(config, key, keys)
+        state = layer.infllm_state = CacheState.begin(config, key, keys)
         state.bind(keys)
     start = state.no_padding if start is None else start
     state.compressed_keys.append(key, key.shape[2] - state.num_slots, start=start)
@@ -133,15 +129,15 @@ def _update_dynamic(
     return state.compressed_keys
 
 
-def _may_write(state: State) -> bool:
-    """Tensors made in inference mode may not be changed outside of it."""
+def _may_write(state: CacheState) -> bool:
+    """Whether PyTorch allows writes: tensors of inference mode are read-only outside of it."""
     return torch.is_inference_mode_enabled() or not state.compressed_keys.end.is_inference()
 
 
 def _update_static(
     layer: Any, key: Tensor, num_new: int, start: Tensor | None, config: InfLLMConfig
 ) -> CompressedKeys:
-    state: State | None = getattr(layer, _ATTRIBUTE, None)
+    state: CacheState | None = getattr(layer, _ATTRIBUTE, None)
     compiling = torch.compiler.is_compiling()
     if state is None or state.keys is not layer.keys or not state.serves(key, config):
         from infllm_flex.patch.huggingface.static_state import begin_state
@@ -149,8 +145,8 @@ def _update_static(
         state = begin_state(layer, key, config)
         setattr(layer, _ATTRIBUTE, state)
         num_new = key.shape[2]  # all there are
-    # A call writes its new keys at once. Unseen here: changes that a user makes between two steps
-    # that are compiled whole.
+    # A call writes its new keys in one operation. What a user changes between two steps of a graph
+    # cannot be seen.
     elif not compiling and not state.is_bound_to(layer.keys, changes=1):
         num_new = key.shape[2]
     if not compiling:

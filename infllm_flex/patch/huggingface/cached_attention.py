@@ -1,4 +1,4 @@
-"""Attention of new tokens over a cache, as transformers asks for it."""
+"""Sparse attention of new tokens over a cache of transformers."""
 
 from __future__ import annotations
 
@@ -10,16 +10,21 @@ from torch import Tensor
 from infllm_flex.chunks import attend_chunk
 from infllm_flex.config import InfLLMConfig
 from infllm_flex.decoding import decode_attention
-from infllm_flex.patch.causal_masks import adds_to_logits
-from infllm_flex.patch.huggingface.cache_state import compressed_keys_of, is_static
+from infllm_flex.patch.causal_masks import (
+    first_visible_slots,
+    is_causal_after_padding,
+    visible_keys,
+)
+from infllm_flex.patch.huggingface.cache_state import compressed_keys_of
 from infllm_flex.patch.huggingface.masks import LazyMask
+from infllm_flex.patch.huggingface.transformers_private import is_static, plain_mask_arguments
 from infllm_flex.patch.layer_state import PatchedLayer
-from infllm_flex_ops import zero_if
+from infllm_flex.validation import assert_in_graph
 
 _FEW = 16  # queries; more of them gain from sharing the blocks that neighbours select
 _MASK = (
-    "sparse attention over a cache serves rows that are padded on the left, alike at every step, "
-    "and no other attention_mask"
+    "sparse attention over a cache serves rows that are padded on the left, the same at every "
+    "step, and no other attention_mask"
 )
 
 
@@ -32,28 +37,32 @@ def attend_cached(
     attention_mask: Tensor | None,
     scale: float | None,
 ) -> Tensor:
-    """Attend from new tokens to a cache: ``[B, Hq, n, D]``.
+    """Attend from new tokens to a cache.
 
     Args:
         layer: The record of the attention layer.
-        cached: The layer of the cache; `update_static_state` has seen it if it is preallocated.
+        cached: The layer of the cache. `update_static_state` has been called if it is preallocated.
         query: ``[B, Hq, n, D]``.
-        key: ``[B, Hkv, S, D]``, as the cache returned them, as many as there are where that is
-            known.
-        value: ``[B, Hkv, S, D]``, alike.
-        attention_mask: As ``sdpa_mask`` made it; None where all see all that is before them.
+        key: ``[B, Hkv, S, D]``, as the cache returned them, cut to the slots in use where their
+            number is known.
+        value: ``[B, Hkv, S, D]``, likewise.
+        attention_mask: The mask of ``sdpa_mask``; None where every query sees all before it.
         scale: Factor on the dot products.
+
+    Returns:
+        ``[B, Hq, n, D]``.
     """
     n, start = query.shape[2], None
-    through_state = _is_step(query, key, value, cached)
-    preallocated = through_state and is_static(cached)
+    by_step = _is_step(query, key, value, cached)
+    preallocated = by_step and is_static(cached)
     if attention_mask is not None:
         start = first_visible_slots(attention_mask, key)
         if layer.reads_positions:
             end = cached.cumulative_length if preallocated else key.shape[2]
-            query = query + zero_if(_is_causal(attention_mask, start, end), _MASK)
-    if not through_state:
-        padding = None if attention_mask is None else _visible(attention_mask)[:, -1]
+            is_causal = is_causal_after_padding(attention_mask, start, end)
+            query = assert_in_graph(query, is_causal, _MASK)
+    if not by_step:
+        padding = None if attention_mask is None else visible_keys(attention_mask)[:, 0, -1]
         padding = padding if padding is None else padding.expand(query.shape[0], -1)
         return attend_chunk(query, key, value, layer.config, scale=scale, attention_mask=padding)
     if preallocated:
@@ -71,11 +80,11 @@ def update_static_state(
     attention_mask: Tensor | None,
     config: InfLLMConfig,
 ) -> int:
-    """Bring the state of a preallocated cache up to date, whatever the call then attends to.
+    """Bring the compressed keys of a preallocated cache up to date, before any kind of call.
 
     Returns:
-        How many keys there are. Only a longer prompt, and training, wait for the device to tell; a
-        step of generation takes the cache's capacity for it.
+        Number of slots in use. Only a longer prompt, and training, wait for the device to tell it;
+        a step of generation gets the capacity of the cache.
 
     Raises:
         NotImplementedError: A compiled step that needs gradients.
@@ -87,7 +96,7 @@ def update_static_state(
 
 
 def _is_step(query: Tensor, key: Tensor, value: Tensor, cached: Any) -> bool:
-    """Whether to go through the compressed keys that the cache carries, token by token."""
+    """Whether to attend token by token, through the compressed keys that the cache carries."""
     compiled = is_static(cached) and torch.compiler.is_compiling()
     if torch.is_grad_enabled() and any(x.requires_grad for x in (query, key, value)):
         if compiled:
@@ -100,61 +109,20 @@ def _is_step(query: Tensor, key: Tensor, value: Tensor, cached: Any) -> bool:
 
 
 def trim_mask(mask: Tensor | None, query: Tensor, length: int) -> LazyMask | Tensor | None:
-    """Cut the mask of a preallocated cache to the keys that there are.
+    """Cut the mask of a preallocated cache to the slots in use.
 
     Args:
-        mask: As ``sdpa_mask`` made it, ``[B, 1, n, S]``.
+        mask: The mask of ``sdpa_mask``, ``[B, 1, n, S]``.
         query: ``[B, Hq, n, D]``.
-        length: Keys that there are; if they are all new, a causal and padded mask turns lazy, as it
+        length: Slots in use. If all of them are new, a causal and padded mask becomes lazy, as it
             would have been without a cache.
     """
     if mask is None:
         return None
-    from transformers.masking_utils import causal_mask_function
-
     n = query.shape[2]
     mask = mask[..., :length]
     start = first_visible_slots(mask, query)
-    if length > n or not _is_causal(mask, start, n):
+    if length > n or not is_causal_after_padding(mask, start, n):
         return mask
-    arguments = {
-        "batch_size": query.shape[0],
-        "q_length": n,
-        "kv_length": n,
-        "mask_function": causal_mask_function,
-        "attention_mask": torch.arange(n, device=mask.device) >= start[:, None],
-        "device": mask.device,
-    }
-    return LazyMask(arguments, is_plain=True)
-
-
-def first_visible_slots(mask: Tensor, key: Tensor) -> Tensor:
-    """Where each row's tokens begin, by what its last query sees: int64 ``[B]``.
-
-    Args:
-        mask: As ``sdpa_mask`` made it, ``[B, 1, n, S]``.
-        key: ``[B, H, S, D]``.
-    """
-    B, _, S, _ = key.shape
-    visible = _visible(mask)[:, -1]
-    return torch.where(visible.any(-1), visible.int().argmax(-1), S).expand(B)
-
-
-def _is_causal(mask: Tensor, start: Tensor, end: Tensor | int) -> Tensor:
-    """Whether a mask lets every query see its row from slot ``start`` up to itself: bool ``[]``.
-
-    A mask that adds to logits, or differs by head, does more than that.
-    """
-    n, S = mask.shape[2:]
-    slot = torch.arange(S, device=mask.device)
-    own = torch.arange(-n, 0, device=mask.device) + end
-    expected = (slot >= start[:, None, None]) & (slot <= own[:, None])
-    plain = (_visible(mask) == expected).all()
-    if mask.dtype is not torch.bool:
-        plain &= ~adds_to_logits(mask)
-    return plain if mask.shape[1] == 1 else plain & (mask == mask[:, :1]).all()
-
-
-def _visible(mask: Tensor) -> Tensor:
-    """Which keys a mask lets a query see: bool ``[B, n, S]``."""
-    return (mask if mask.dtype is torch.bool else mask == 0)[:, 0]
+    padding = torch.arange(n, device=mask.device) >= start[:, None]
+    return LazyMask(plain_mask_arguments(query.shape[0], n, padding), is_plain=True)

@@ -1,4 +1,4 @@
-"""Give the modules of one model their config views, and take them away again."""
+"""Give the modules of one model views of their configs, and give the configs back."""
 
 from __future__ import annotations
 
@@ -26,25 +26,31 @@ from infllm_flex.patch.huggingface.config_view import (
     view_of,
     with_parts,
 )
+from infllm_flex.patch.huggingface.transformers_private import (
+    get_implementation,
+    has_implementation,
+    set_own_implementation,
+    sub_configs,
+)
 
 
 def install_views(model: nn.Module, sparse: list[nn.Module]) -> None:
-    """Have the attention layers of a model look up our function, and their masks be ours.
+    """Make attention layers look up our function, and modules that make masks ours.
 
-    A layer that stays as it was gets our masks, too, if it shares a config with one of ``sparse``.
+    A layer that stays dense gets our masks, too, if it shares a config with one of ``sparse``.
 
     Args:
         model: The model.
         sparse: Its attention layers that can be sparse.
 
     Raises:
-        UnsupportedModelError: A config that no view can be made of.
+        UnsupportedModelError: No view of a config can be made.
     """
     views = _views_within(model)
     ours: dict[int, Any] = {}
     for module in sparse:
         original = original_config(module.config)
-        if id(original) in ours or original._attn_implementation in PREVIOUS_NAMES:
+        if id(original) in ours or get_implementation(original) in PREVIOUS_NAMES:
             continue  # the config itself asks for us by name
         name = PATCHED_NAMES[previous_implementation(module)]
         view = views.get(id(original)) or _make_view(original, name)
@@ -63,7 +69,7 @@ def install_views(model: nn.Module, sparse: list[nn.Module]) -> None:
 
 
 def _views_within(model: nn.Module) -> dict[int, Any]:
-    """The views that a model has already, by the identity of their originals."""
+    """The views that a model already has, by the identity of their originals."""
     configs = [vars(module).get("config") for module in model.modules()]
     return {id(original_config(config)): config for config in configs if is_view(config)}
 
@@ -81,23 +87,19 @@ def _make_view(original: Any, name: str) -> Any:
 
 
 def _view_for(original: Any, views: Mapping[int, Any]) -> Any:
-    """The view of a config, or one of a config around it, made here; None if it holds none."""
+    """The view of a config, or a new view of one that holds it; None if it holds none."""
     if id(original) in views:
         return views[id(original)]
-    parts = {}
-    for key in getattr(original, "sub_configs", None) or ():
-        part = vars(original).get(key)
-        inner = None if part is None else _view_for(part, views)
-        if inner is not None:
-            parts[key] = inner
+    parts = {key: _view_for(part, views) for key, part in sub_configs(original).items()}
+    parts = {key: part for key, part in parts.items() if part is not None}
     return view_of(original, None, parts) if parts else None
 
 
 def remove_views(model: nn.Module) -> tuple[bool, list[nn.Module]]:
     """Undo `install_views`, or ``attn_implementation="infllm_flex"``.
 
-    A view stays where only a part of a model is undone, and the masks are made outside of it: the
-    attention layers must go on taking them.
+    A view stays where only a part of a model is undone and the masks are made outside of it,
+    because the attention layers must go on taking these masks.
 
     Returns:
         Whether there was anything to undo, and the layers whose view stays.
@@ -118,27 +120,25 @@ def remove_views(model: nn.Module) -> tuple[bool, list[nn.Module]]:
         else:
             staying.append(module)
     if any(implementation(m) in PREVIOUS_NAMES for m in attends if not is_view(m.config)):
-        _ask_no_more_by_name(model)
+        _remove_our_name(model)
         undone = True
     return undone, staying
 
 
-def _ask_no_more_by_name(model: nn.Module) -> None:
-    """Give a model that its config made sparse a config of its own: others may hold that one."""
+def _remove_our_name(model: nn.Module) -> None:
+    """Give a model whose config names us a config of its own, as others may hold that one."""
     memo: dict[int, Any] = {}
     for module in model.modules():
         config = vars(module).get("config")
-        if hasattr(config, "_attn_implementation"):
+        if has_implementation(config):
             own: Any = copy.deepcopy(config, memo)
             _name_previous(own)
             module.config = own
 
 
 def _name_previous(config: Any) -> None:
-    if config._attn_implementation in PREVIOUS_NAMES:
-        # The internal name: the public setter would overwrite the sub-configs.
-        config._attn_implementation_internal = PREVIOUS_NAMES[config._attn_implementation]
-    for key in getattr(config, "sub_configs", None) or ():
-        part = vars(config).get(key)
-        if hasattr(part, "_attn_implementation"):
-            _name_previous(part)
+    name = get_implementation(config)
+    if name in PREVIOUS_NAMES:
+        set_own_implementation(config, PREVIOUS_NAMES[name])
+    for part in sub_configs(config).values():
+        _name_previous(part)

@@ -1,9 +1,9 @@
-"""A config that names our attention function for one model, and shares all else with its original.
+"""A view of a config: it names our attention function and shares all other attributes.
 
 transformers looks the attention function up by a name in the config. Several models may hold one
-config object, so the name cannot be written there: it would switch all of them. A view is an object
-of its own with the attributes of the original (one ``__dict__``), held by those modules of one
-model that look something up under the name: attention layers, and modules that make masks.
+config object, and a name written there would switch all of them. A view is an object of its own
+that shares the ``__dict__`` of the original. It is held by those modules of one model that look
+something up under the name: attention layers, and modules that make masks.
 """
 
 from __future__ import annotations
@@ -13,23 +13,26 @@ import functools
 from collections.abc import Mapping
 from typing import Any
 
-# The attention implementation a model had before -> the name it has while patched. The previous one
-# stays readable from the name, so that undoing needs no memory of it.
+from infllm_flex.patch.huggingface.transformers_private import (
+    implementation_attribute,
+    override_implementation,
+)
+
+# From the attention implementation that a model had before to its name while patched. The previous
+# one can be read from the name, so that undoing needs no memory of it.
 PATCHED_NAMES = {"sdpa": "infllm_flex", "eager": "infllm_flex_eager"}
 PREVIOUS_NAMES = {name: previous for previous, name in PATCHED_NAMES.items()}
-
-_INTERNAL = "_attn_implementation_internal"  # where transformers keeps the name
 
 
 class ConfigView:
     """Base of all views; see `view_of`.
 
-    ``model.set_attn_implementation(name)`` writes to the configs that the modules hold, which here
-    is the view: the model then attends as it was told. The same written to the original, say by
-    another model made of it, changes only what a patched model does below ``dense_len``.
+    ``model.set_attn_implementation(name)`` writes to the configs that the modules hold, here the
+    view, and the model obeys. If the name is written to the original, say by another model that
+    holds it, a patched model obeys below ``dense_len`` only.
     """
 
-    # Not in the `__dict__`, which belongs to the original.
+    # Slots, because the `__dict__` belongs to the original.
     __slots__ = ("_infllm_for_masks", "_infllm_name", "_infllm_original", "_infllm_parts")
     _infllm_class: Any  # of the original
     _infllm_for_masks: bool
@@ -41,21 +44,11 @@ class ConfigView:
         """Keep transformers from making a dataclass of the view's class."""
 
     def __new__(cls, *args: Any, **kwargs: Any) -> Any:
-        """A plain config: what ``type(config)()`` and ``config.from_dict`` ask for."""
+        """Make a plain config, for ``type(config)()`` and ``config.from_dict``."""
         return cls._infllm_class(*args, **kwargs)
 
-    @property
-    def _attn_implementation(self) -> str | None:
-        own: str | None = self._attn_implementation_internal  # type: ignore[attr-defined]
-        name = self._infllm_name
-        return own if name is None else PATCHED_NAMES.get(own, name)  # type: ignore[arg-type]
-
-    @_attn_implementation.setter
-    def _attn_implementation(self, value: Any) -> None:
-        self._infllm_class._attn_implementation.fset(self, value)
-
     def __setattr__(self, key: str, value: Any) -> None:
-        if key == _INTERNAL:
+        if key == implementation_attribute():
             ours = value in PREVIOUS_NAMES
             object.__setattr__(self, "_infllm_name", value if ours else None)
             if ours:
@@ -79,6 +72,14 @@ class ConfigView:
         return view_of, (self._infllm_original, *state)
 
 
+def _rename(view: Any, stored: str | None) -> str | None:
+    name = view._infllm_name
+    return stored if name is None else PATCHED_NAMES.get(stored, name)  # type: ignore[arg-type]
+
+
+override_implementation(ConfigView, _rename)
+
+
 def view_of(
     original: Any,
     name: str | None,
@@ -89,7 +90,7 @@ def view_of(
 
     Args:
         original: The config, no view; an instance of ``PreTrainedConfig``.
-        name: What the view says its attention implementation is; None for what the original says.
+        name: Name of the view's attention implementation; None for the original's.
         parts: Views of some of its sub-configs, by attribute.
         masked: Whether a module makes masks by this view.
     """
@@ -110,7 +111,7 @@ def is_view(config: object) -> bool:
 
 
 def original_config(config: Any) -> Any:
-    """The config that a view was made of, else the same."""
+    """The config that a view was made of; a config that is no view itself."""
     return config._infllm_original if isinstance(config, ConfigView) else config
 
 
@@ -130,13 +131,13 @@ def mark_used_for_masks(view: Any) -> None:
 
 
 def rename_view(view: Any, name: str) -> None:
-    """Set what a view says its attention implementation is."""
+    """Set the name of a view's attention implementation."""
     object.__setattr__(view, "_infllm_name", name)
 
 
 @functools.cache
 def _view_class(cls: Any, parts: tuple[str, ...]) -> Any:
-    """One class per class of configs, under its name: by that transformers finds the model's."""
+    """One view class per class of configs, of the same name, by which transformers finds models."""
     body = {key: _part(key) for key in parts}
     body |= {"__slots__": (), "_infllm_class": cls, "__doc__": cls.__doc__}
     body |= {"__module__": cls.__module__, "__qualname__": cls.__qualname__}
@@ -144,7 +145,7 @@ def _view_class(cls: Any, parts: tuple[str, ...]) -> Any:
 
 
 def _part(key: str) -> Any:
-    """The sub-config under ``key``, by its view as long as the original has not got another."""
+    """A property for the sub-config ``key``: its view, unless the original got another one."""
 
     def get(self: Any) -> Any:
         held, part = self.__dict__[key], self._infllm_parts[key]

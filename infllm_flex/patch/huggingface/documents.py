@@ -1,9 +1,8 @@
-"""The sequences in a batch as transformers hands it over: by mask, by bounds, or by positions."""
+"""Find the sequences in a batch of transformers: by mask, by bounds, or by positions."""
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
@@ -13,6 +12,7 @@ from infllm_flex.batches import read_bounds
 from infllm_flex.config import InfLLMConfig
 from infllm_flex.layout import Layout, lay_out, layout_alignment
 from infllm_flex.patch.huggingface.sequence_info import SequenceInfo, never_decreases
+from infllm_flex.patch.huggingface.speculation import Speculation, read_flag
 from infllm_flex.validation import assert_in_graph, has_values, is_recorded, require_rows
 
 _GAP = (
@@ -25,8 +25,6 @@ _NO_ROOM = (
     "position_ids restart more often than a compiled graph has room for: pass the bounds of the "
     "documents as cu_seq_lens_q"
 )
-# Whether the last batch read held several sequences. It only says what to do while waiting.
-_was_packed = False
 
 
 class Sequences:
@@ -35,7 +33,7 @@ class Sequences:
     Attributes:
         opens: bool ``[B, S]``, whether a sequence starts at this token.
         is_real: bool ``[B, S]``, false at padding.
-        limit: No row holds more of them; None where only the device knows.
+        limit: Most sequences that a row can hold; None where only the device knows.
     """
 
     def __init__(
@@ -44,11 +42,11 @@ class Sequences:
         self.opens = opens
         self.is_real = is_real
         self.limit = limit
-        self._gaps = gaps  # tokens that go on with a sequence after padding within it
+        self._gaps = gaps  # tokens that continue a sequence after padding inside it
         self._layouts: dict[int, Layout] = {}
 
     def layout(self, config: InfLLMConfig) -> Layout:
-        """Lay them out for the blocks of ``config``."""
+        """Lay the sequences out for the blocks of ``config``."""
         alignment = layout_alignment(config)
         if alignment not in self._layouts:
             self._layouts[alignment] = self._lay_out(alignment)
@@ -58,7 +56,7 @@ class Sequences:
         S, opens = self.opens.shape[1], self.opens
         if self._gaps is not None:
             opens = require_rows(~self._gaps.any(-1), _GAP, opens)
-        if self.limit is not None:  # every start moves up by at most alignment - 1
+        if self.limit is not None:  # every start moves by at most alignment - 1
             room = (self.limit + (self._gaps is not None)) * (alignment - 1)
         else:
             room = max(S // 4, 8 * alignment)
@@ -71,7 +69,7 @@ class Sequences:
         return layout
 
     def isolate(self, mask: Tensor | None) -> Tensor | None:
-        """Take other sequences out of a mask for dense attention, where it lets them in.
+        """Hide other sequences in a mask for dense attention.
 
         Args:
             mask: bool or additive ``[B, 1, S, S]``, or None for causal.
@@ -88,39 +86,38 @@ class Sequences:
 
 
 def find_sequences(
-    query: Tensor, info: SequenceInfo, overlap: Callable[[], None] | None = None
+    query: Tensor, info: SequenceInfo, speculation: Speculation | None = None
 ) -> Sequences | None:
-    """Read the sequences of a call; None for one whole sequence per row.
+    """Find the sequences of a call; None for one whole sequence per row.
 
-    Eager, it waits for the device once per forward, as transformers itself does; in a graph, never.
+    Eager code waits for the device once per forward, as transformers itself does. A graph never
+    waits.
 
     Args:
         query: ``[B, Hq, S, D]``.
         info: What the call tells.
-        overlap: Gives the device work for as long as it is waited for, in vain if there are
-            several sequences; not called where there were several the last time.
+        speculation: A call that may keep the device busy while the host waits for it.
     """
-    padding, positions, bounds, same_bounds, _, forward = info
-    if padding is None and positions is None and bounds is None:
+    if info.is_empty:
         return None
     B, S = query.shape[0], query.shape[2]
     if is_recorded(query):
         return _read(B, S, info)
 
     def read() -> Sequences | None:
-        global _was_packed
-        sequences = _read(B, S, info, None if _was_packed else overlap)
-        _was_packed = sequences is not None
+        sequences = _read(B, S, info, speculation)
+        if speculation is not None:
+            speculation.note_result(sequences is not None)
         return sequences
 
-    if forward is None:
+    if info.forward is None:
         return read()
-    tensors = (padding, positions, bounds, same_bounds)
-    return forward.recall(("sequences", B), tensors, read)
+    tensors = (info.padding, info.positions, info.bounds, info.same_bounds)
+    return info.forward.recall(("sequences", B), tensors, read)
 
 
 def _read(
-    B: int, S: int, info: SequenceInfo, overlap: Callable[[], None] | None = None
+    B: int, S: int, info: SequenceInfo, speculation: Speculation | None = None
 ) -> Sequences | None:
     padding, positions, bounds, same_bounds, *_ = info
     first = next(x for x in (padding, positions, bounds) if x is not None)
@@ -129,9 +126,9 @@ def _read(
         positions = None
         if padding is None and bounds is None:
             return None
-    lone = None if recorded else info.positions_only
-    if lone is not None and _wait_for(never_decreases(lone), overlap):
-        return None  # as it mostly is, and quickly told
+    single = None if recorded else info.positions_only
+    if single is not None and read_flag(never_decreases(single), speculation):
+        return None  # the common case, which needs no more than one flag
     everything = torch.ones(B, S, dtype=torch.bool, device=device)
     is_real = everything if padding is None else padding != 0
     follows = is_real & F.pad(is_real[:, :-1], (1, 0))  # a real token after another
@@ -142,7 +139,7 @@ def _read(
         restarts = _restarts(positions.expand(B, S), is_real, after_padding)
     limit: int | None = 1
     if bounds is not None:
-        opens = opens | (_open_at(bounds, same_bounds, B, S) & is_real)
+        opens = opens | (_opens_at(bounds, same_bounds, B, S) & is_real)
         opens = require_rows((opens | ~restarts).all(-1), _CONTRADICTION, opens)
         limit = bounds.shape[0] - 1 + (padding is not None)
     elif positions is not None:
@@ -154,15 +151,16 @@ def _read(
 
 
 def _restarts(positions: Tensor, is_real: Tensor, after_padding: Tensor) -> Tensor:
-    """Mark the real tokens that positions say a document begins with: bool ``[B, S]``.
+    """Mark the real tokens with which a document begins, by positions: bool ``[B, S]``.
 
-    Those whose position lies before that of the last real token. In a row that has any, 0 after 0
-    is one more, behind a document of one token; and 0 after padding is one in any row.
+    A document begins where a position is less than that of the real token before. In a row that has
+    such a token, 0 after 0 begins one, too: the document before has one token. 0 after padding
+    begins one in any row.
 
     Args:
         positions: ``[B, S]``.
         is_real: bool ``[B, S]``.
-        after_padding: bool ``[B, S]``, real tokens behind padding behind real ones.
+        after_padding: bool ``[B, S]``, real tokens that follow padding that follows real ones.
     """
     token = torch.arange(positions.shape[1], device=positions.device)
     last_real = torch.where(is_real, token, -1).cummax(-1).values
@@ -174,23 +172,8 @@ def _restarts(positions: Tensor, is_real: Tensor, after_padding: Tensor) -> Tens
     return back | (at_zero & (step == 0) & back.any(-1, keepdim=True)) | (at_zero & after_padding)
 
 
-def _wait_for(flag: Tensor, overlap: Callable[[], None] | None) -> bool:
-    """Read a flag; what ``meanwhile`` gives the device to do comes after it, and is not waited for.
-
-    On one H100 the device else idles for 0.2 ms until the host has told it how to go on.
-    """
-    if overlap is None or not flag.is_cuda:
-        return bool(flag)
-    read = torch.empty_like(flag, device="cpu", pin_memory=True).copy_(flag, non_blocking=True)
-    is_read = torch.cuda.Event()
-    is_read.record()
-    overlap()
-    is_read.synchronize()
-    return bool(read)
-
-
-def _open_at(bounds: Tensor, same_bounds: Tensor | None, B: int, S: int) -> Tensor:
-    """Mark where ``bounds [N + 1]`` let a document start: bool ``[1, S]``."""
+def _opens_at(bounds: Tensor, same_bounds: Tensor | None, B: int, S: int) -> Tensor:
+    """Mark where documents start by ``bounds [N + 1]``: bool ``[1, S]``."""
     if B != 1 or bounds.dim() != 1:
         raise ValueError(
             f"cu_seq_lens_q packs documents in one row: expected [N + 1] and a batch of 1, "

@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from infllm_flex_ops import torch_private
+
 _LEAST = 64  # tokens
 
 
@@ -12,10 +14,10 @@ class GrowableBuffer:
     """A tensor whose beginning is what one cache layer holds, and whose end is free.
 
     Slots that were handed out are not written again while anyone else holds a tensor of this
-    memory. Whoever holds a tensor that is not the last one that was made here gets a new room.
+    memory. A layer that holds another tensor than the last one made here gets a new buffer.
 
     Attributes:
-        held: What the layer holds: ``[B, H, S, D]``, the beginning of the memory.
+        held: The layer's tensor ``[B, H, S, D]``, the beginning of the memory.
     """
 
     def __init__(self, held: Tensor, length: int) -> None:
@@ -27,30 +29,29 @@ class GrowableBuffer:
         self.held = self._memory[:, :, :S]
 
     @classmethod
-    def extend(cls, room: GrowableBuffer | None, held: Tensor, new: Tensor) -> GrowableBuffer:
-        """Put ``new`` behind ``held``: in their room if it may be written, else in a new one."""
+    def extend(cls, buffer: GrowableBuffer | None, held: Tensor, new: Tensor) -> GrowableBuffer:
+        """Append ``new`` to ``held``: in their buffer if it may be written, else in a new one."""
         begin = held.shape[2]
         length = begin + new.shape[2]
-        if room is None or room.held is not held or not room._may_take(length):
-            room = cls(held, length)
-        room._memory[:, :, begin:length] = new
-        room._filled = length
-        room.held = room._memory[:, :, :length]
-        return room
+        if buffer is None or buffer.held is not held or not buffer._may_take(length):
+            buffer = cls(held, length)
+        buffer._memory[:, :, begin:length] = new
+        buffer._filled = length
+        buffer.held = buffer._memory[:, :, :length]
+        return buffer
 
     def _may_take(self, length: int) -> bool:
         if length > self._size:
             return False
-        # Tensors made in inference mode may not be changed outside of it.
+        # PyTorch forbids writes to tensors of inference mode outside of it.
         if self._memory.is_inference() != torch.is_inference_mode_enabled():
             return False
         return self.held.shape[2] == self._filled or self._is_unshared()
 
     def _is_unshared(self) -> bool:
         """Whether no tensor but ours uses the memory, so that a cropped end may be overwritten."""
-        count = getattr(torch._C, "_storage_Use_Count", None)  # private: without it, we copy
-        storage = self._memory.untyped_storage()
-        return count is not None and count(storage._cdata) <= 3  # memory, held and this storage
+        users = torch_private.memory_users(self._memory)
+        return users is not None and users <= 2  # the memory itself, and what is held
 
 
 def can_extend(held: Tensor, new: Tensor) -> bool:

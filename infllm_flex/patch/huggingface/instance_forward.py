@@ -1,7 +1,7 @@
-"""A forward set on an attention layer itself, which goes before that of its class.
+"""A forward that was set on an attention layer's instance, in place of its class's.
 
-accelerate and others set one that ends in the class's. One that attends by itself never reaches our
-attention function, whatever the class's code says.
+The forward that accelerate and others set calls the class's. One that attends by itself never
+reaches our attention function, whatever the class's code says.
 """
 
 from __future__ import annotations
@@ -19,16 +19,17 @@ from torch import Tensor, nn
 from infllm_flex.patch.code_inspection import names
 from infllm_flex.patch.errors import UnsupportedModelError
 from infllm_flex.patch.layer_state import get_layer
+from infllm_flex_ops import torch_private
 
 _REASON = "a forward set on the instance, which calls neither that of its class nor the registry"
-_REACH = 100  # callables within callables that are looked at
+_REACH = 100  # most callables within callables that are examined
 _running = threading.local()
-# The forward of a module that was found to be able to reach our function, and whether to watch it.
+# By module: its instance forward, which can reach our function, and whether to watch its calls.
 _judged: weakref.WeakKeyDictionary[nn.Module, tuple[Any, bool]] = weakref.WeakKeyDictionary()
 
 
 def unreached_reason(module: nn.Module) -> str | None:
-    """Why our attention function cannot be reached, in a few words; None where it may be."""
+    """Why our attention function cannot be reached, in a few words; None where it can be."""
     own = vars(module).get("forward")
     if own is None:
         return None
@@ -36,12 +37,15 @@ def unreached_reason(module: nn.Module) -> str | None:
         id(f) for base in type(module).__mro__ for f in _unwrapped(vars(base).get("forward"))
     }
     reached = _reach(own)
-    leads = (id(f) in targets or (isinstance(f, FunctionType) and _names_a_way(f)) for f in reached)
+    leads = (
+        id(f) in targets or (isinstance(f, FunctionType) and _may_reach_registry(f))
+        for f in reached
+    )
     return None if any(leads) or len(reached) == _REACH else _REASON
 
 
 def _reach(forward: Any) -> list[Any]:
-    """A callable and what it may call, as far as it holds that."""
+    """A callable, and all callables that it holds and may call."""
     reached: list[Any] = []
     queue = [forward]
     while queue and len(reached) < _REACH:
@@ -58,15 +62,15 @@ def _unwrapped(forward: Any) -> Iterator[Any]:
         forward = getattr(forward, "__wrapped__", None)
 
 
-def _names_a_way(function: FunctionType) -> bool:
-    """Whether code looks up attention functions, or calls some forward: which, running it tells."""
+def _may_reach_registry(function: FunctionType) -> bool:
+    """Whether code looks up attention functions, or calls some forward."""
     return not {"ALL_ATTENTION_FUNCTIONS", "forward", "_old_forward"}.isdisjoint(
         names(function.__code__)
     )
 
 
 def _callables_in(found: Any) -> list[Any]:
-    """What a callable may call: wrapped, bound, in its closure, or an attribute of an object."""
+    """The callables that one holds: wrapped, bound, in its closure, or attributes of its object."""
     if isinstance(found, MethodType):
         return [found.__func__]
     held = list(getattr(found, "__dict__", {}).values())
@@ -88,10 +92,10 @@ def _is_filled(cell: Any) -> bool:
 
 
 def watch_call(module: nn.Module) -> None:
-    """Before a forward of a sparse layer with a forward of its own: have it watched.
+    """Watch a sparse layer's call, which runs the forward of its instance.
 
     Raises:
-        UnsupportedModelError: It was set since patching, and cannot reach our function.
+        UnsupportedModelError: That forward was set since patching, and cannot reach our function.
     """
     layer = get_layer(module)
     if layer is None or layer.skip_reason is not None:
@@ -104,28 +108,25 @@ def watch_call(module: nn.Module) -> None:
                 f"{type(module).__name__} was patched to be sparse, but has {_REASON}: unpatch the "
                 "model before setting it, or call infllm_flex.infllm_attention there"
             )
-        # In a graph of its own, what runs is no Python that could be watched.
-        compiled = any(hasattr(f, "_torchdynamo_orig_callable") for f in _reach(own))
-        known = _judged[module] = (weakref.ref(own), not compiled)  # it may hold the module
+        # A compiled forward runs no Python that could be watched.
+        compiled = any(torch_private.is_compiled(f) for f in _reach(own))
+        known = _judged[module] = (weakref.ref(own), not compiled)  # a forward may hold its module
     if not known[1]:
         return
-    if _require_call not in module._forward_hooks.values():
+    if _require_call not in torch_private.forward_hooks(module):
         module.register_forward_hook(_require_call, with_kwargs=True)
     _running.unreached = module
 
 
 def record_call(module: nn.Module) -> None:
-    """Our attention function was called for a layer."""
+    """Note that a layer has called our attention function."""
     if getattr(_running, "unreached", None) is module:
         _running.unreached = None
 
 
 def remove_call_hook(module: nn.Module) -> None:
-    """Undo what `watch_call` did."""
-    for key, hook in list(module._forward_hooks.items()):
-        if hook is _require_call:
-            del module._forward_hooks[key]
-            module._forward_hooks_with_kwargs.pop(key, None)
+    """Undo `watch_call`."""
+    torch_private.remove_forward_hooks(module, lambda hook: hook is _require_call)
 
 
 def _require_call(
@@ -141,6 +142,6 @@ def _require_call(
         return
     raise UnsupportedModelError(
         f"{type(module).__name__} attended to {hidden.shape[1]} tokens without its attention "
-        "function: a forward set on the instance went before that of its class; remove it, or call "
+        "function: a forward set on the instance replaces that of its class; remove it, or call "
         "infllm_flex.infllm_attention there"
     )

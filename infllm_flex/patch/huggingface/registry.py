@@ -14,8 +14,8 @@ from infllm_flex.when_imported import when_imported
 def register() -> None:
     """Enter our names into transformers' attention and mask registries. Imports transformers.
 
-    All of them stand for one attention function, which tells what a model had before, and one mask
-    function: None for a plain causal sequence, whatever its length.
+    All names share one attention function and one mask function. The name tells what a model had
+    before. The mask function returns None for a plain causal sequence of any length.
     """
     from transformers.masking_utils import AttentionMaskInterface
     from transformers.modeling_utils import AttentionInterface
@@ -27,5 +27,5 @@ def register() -> None:
 
 
 def register_when_imported() -> None:
-    """Register at once if transformers is there, else at the end of its own import."""
+    """Register now if transformers has been imported, else at the end of its import."""
     when_imported("transformers.modeling_utils", register, "attn_implementation='infllm_flex'")

@@ -1,4 +1,4 @@
-"""What a call tells about the sequences of its batch, itself or by the model around its layer."""
+"""Where a batch's sequences are, by the call itself or by the forward of the model around it."""
 
 from __future__ import annotations
 
@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from torch import Tensor
 
-import infllm_flex_ops
 from infllm_flex.patch.forward_context import (
     ForwardContext,
     current_forward,
@@ -17,31 +16,32 @@ from infllm_flex.patch.forward_context import (
 )
 from infllm_flex.patch.huggingface.masks import LazyMask
 from infllm_flex.patch.layer_state import PatchedLayer
+from infllm_flex.validation import assert_in_graph
 
 if TYPE_CHECKING:
     from infllm_flex.patch.huggingface.documents import Sequences
 
 _LEAK = (
-    "transformers would let documents told by position_ids alone see each other in this compiled "
-    "call: pass use_cache=False or cu_seq_lens_q"
+    "documents that only position_ids mark would see each other in this compiled call of "
+    "transformers: pass use_cache=False or cu_seq_lens_q"
 )
-_NOT_TOLD_AGAIN = (
-    "a checkpointed layer of this model is not told of documents again when it is recomputed: pass "
-    "use_cache=False without an attention_mask, or cu_seq_lens_q, or train without gradient "
+_NO_INFO_AGAIN = (
+    "a checkpointed layer of this model does not get the documents again when it is recomputed: "
+    "pass use_cache=False without an attention_mask, or cu_seq_lens_q, or train without gradient "
     "checkpointing"
 )
 
 
 class SequenceInfo(NamedTuple):
-    """What a call tells about its sequences.
+    """Everything that marks sequences in one call.
 
     Attributes:
         padding: bool ``[B, S]``, true for real tokens.
         positions: ``[1 or B, S]``, of the text where there are several axes.
         bounds: ``[N + 1]``, where documents start and the last one ends.
         same_bounds: The same for the keys.
-        by_layer: Whether the layer itself was told, not only the model around it.
-        forward: That of the model around it.
+        by_layer: Whether the layer's own call holds it, and not only the model around it.
+        forward: The forward of the model around the layer.
     """
 
     padding: Tensor | None = None
@@ -52,8 +52,13 @@ class SequenceInfo(NamedTuple):
     forward: ForwardContext | None = None
 
     @property
+    def is_empty(self) -> bool:
+        """Whether every row is one sequence, as nothing says otherwise."""
+        return self.padding is None and self.positions is None and self.bounds is None
+
+    @property
     def positions_only(self) -> Tensor | None:
-        """The positions, where nothing else would tell of documents."""
+        """The positions, where nothing else marks documents."""
         return self.positions if self.padding is None and self.bounds is None else None
 
 
@@ -67,12 +72,12 @@ def read_sequence_info(
     kwargs: Mapping[str, Any],
     layer: PatchedLayer | None = None,
 ) -> SequenceInfo:
-    """What a call, or the forward of the model around it, tells about its sequences.
+    """Collect what a call, or the forward of the model around it, tells about its sequences.
 
     Args:
-        query: ``[B, Hq, Sq, D]``.
+        query: ``[B, Hq, S, D]``.
         key: ``[B, Hkv, Skv, D]``.
-        mask: As handed to the attention function.
+        mask: As passed to the attention function.
         kwargs: The other keywords of the call.
         layer: The record of the layer, where it may be part of a model without hooks.
     """
@@ -97,21 +102,24 @@ def read_sequence_info(
 
 
 def _on_device_of(query: Tensor, x: Tensor | None) -> Tensor | None:
-    """The same on the device of the layer, where a model is spread over several."""
+    """Move to the device of the layer, where a model is spread over several."""
     return x if x is None or x.device == query.device else x.to(query.device)
 
 
 def _is_of_text(positions: Tensor | None, length: int) -> bool:
-    """Whether positions are ``[1 or B, S]``. What a layer gets over images may have more axes."""
+    """Whether positions are ``[1 or B, S]``. Layers that see images may get more axes."""
     return positions is not None and positions.dim() == 2 and positions.shape[-1] == length
 
 
 def assert_single_document(query: Tensor, positions: Tensor) -> Tensor:
-    """The query, and in the graph the check that no row of positions restarts.
+    """Put into the graph the check that no row of positions restarts.
 
-    Taking the mask down for a graph's every call would cost all those that are not packed.
+    Isolating documents would take a mask in every call of the graph, packed or not.
+
+    Returns:
+        ``query``, whose values depend on the check.
     """
-    return query + infllm_flex_ops.zero_if(never_decreases(positions), _LEAK)
+    return assert_in_graph(query, never_decreases(positions), _LEAK)
 
 
 def never_decreases(positions: Tensor) -> Tensor:
@@ -122,12 +130,15 @@ def never_decreases(positions: Tensor) -> Tensor:
 def reject_recompute_without_info(
     layer: PatchedLayer, info: SequenceInfo, sequences: Sequences | None
 ) -> None:
-    """Refuse to recompute a layer that has been given documents, and is not told of them again.
+    """Refuse to recompute a layer whose forward had documents if the recomputation has none.
 
     Args:
         layer: The record of the layer.
         info: What the call tells.
         sequences: What was found in it.
+
+    Raises:
+        NotImplementedError: Recomputing would attend across documents.
     """
     if info.by_layer or torch.compiler.is_compiling():
         return
@@ -136,4 +147,4 @@ def reject_recompute_without_info(
         is_training = forward.owner is not None and forward.owner.training
         layer.was_packed_by_model |= is_training or torch.is_grad_enabled()
     elif layer.was_packed_by_model and sequences is None and forward is None and is_backward():
-        raise NotImplementedError(_NOT_TOLD_AGAIN)
+        raise NotImplementedError(_NO_INFO_AGAIN)

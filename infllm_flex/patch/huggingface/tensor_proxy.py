@@ -1,4 +1,4 @@
-"""An object that stands for a tensor until somebody asks for one."""
+"""An object that stands for a tensor, which is made when code first uses it as one."""
 
 from __future__ import annotations
 
@@ -6,11 +6,12 @@ from collections.abc import Callable
 from typing import Any
 
 from torch import Tensor
-from torch.utils._pytree import tree_map
+
+from infllm_flex_ops.torch_private import tree_map
 
 
 class TensorProxy:
-    """Becomes its tensor in any attribute, operator or torch function that it does not know."""
+    """Becomes its tensor in any attribute, operator or torch function that it does not define."""
 
     def to_tensor(self) -> Tensor:
         """The tensor, for code that is not ours and may change it."""
@@ -25,7 +26,7 @@ class TensorProxy:
     def __torch_function__(
         cls, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
     ) -> Any:
-        """Call a torch function with the mask spelled out."""
+        """Call a torch function with tensors in place of proxies."""
         args, kwargs = tree_map(_as_tensor, (args, kwargs or {}))
         return func(*args, **kwargs)
 
@@ -41,7 +42,7 @@ def _as_tensor(x: Any) -> Any:
     return x.to_tensor() if isinstance(x, TensorProxy) else x
 
 
-# Python looks operators up on the class.
+# Python looks operators up on the class, not on the instance.
 _BINARY = ("add", "sub", "mul", "truediv", "and", "or", "xor")
 _OPERATORS = ("getitem", "setitem", "len", "iter", "bool", "invert", "neg", "abs", "matmul")
 _COMPARISONS = ("eq", "ne", "lt", "le", "gt", "ge")

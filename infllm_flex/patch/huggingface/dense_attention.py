@@ -1,0 +1,105 @@
+"""Attention below ``dense_len``: the layer's previous function, with documents isolated."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from infllm_flex.patch.huggingface.attention_call import AttentionCall, Output
+from infllm_flex.patch.huggingface.documents import Sequences, find_sequences
+from infllm_flex.patch.huggingface.masks import LazyMask, materialize
+from infllm_flex.patch.huggingface.sequence_info import (
+    assert_single_document,
+    reject_recompute_without_info,
+)
+from infllm_flex.patch.huggingface.speculation import Speculation
+from infllm_flex.patch.layer_state import PatchedLayer
+from infllm_flex.patch.skip_reasons import CHUNKED
+from infllm_flex.validation import is_recorded, require_rows
+
+_CHUNKS = (
+    "documents over a cache must not begin within the chunks of a layer of chunked attention: "
+    "pass use_cache=False"
+)
+
+
+def attend_dense(call: AttentionCall) -> Output:
+    """Attend by the layer's previous function. Bits are unchanged where a row is one document."""
+    info = call.read_sequence_info()
+    if info.is_empty:
+        reject_recompute_without_info(call.layer, info, None)
+        return _attend_by_previous(call, None)
+    recorded = is_recorded(call.query)
+    positions = info.positions_only if _is_plain(call.mask) else None
+    if recorded and positions is not None:
+        if call.layer.reads_positions:  # all layers get the same positions: one checks them
+            call.query = assert_single_document(call.query, positions)
+        return _attend_by_previous(call, None)
+    speculation = None
+    # Autograd would record a call that is discarded, and dropout would draw twice.
+    if not (recorded or torch.is_grad_enabled() or call.dropout > 0.0):
+        speculation = Speculation(call.layer, lambda: _attend_by_previous(call, None))
+    sequences = find_sequences(call.query, info, speculation)
+    reject_recompute_without_info(call.layer, info, sequences)
+    if sequences is None and speculation is not None and speculation.output is not None:
+        return speculation.output
+    return _attend_by_previous(call, sequences)
+
+
+def _attend_by_previous(call: AttentionCall, sequences: Sequences | None) -> Output:
+    mask = _dense_mask(call.mask, sequences, call.layer)
+    if call.previous == "eager":
+        mask = _additive_mask(call.module, call.query, call.key, mask)
+    return call.layer.dense_attention[call.previous](
+        call.module,
+        call.query,
+        call.key,
+        call.value,
+        mask,
+        dropout=call.dropout,
+        scaling=call.scale,
+        **call.kwargs,
+    )
+
+
+def _is_plain(mask: LazyMask | Tensor | None) -> bool:
+    """Whether a mask is known to be no more than causal, before any value is read."""
+    return mask is None or (isinstance(mask, LazyMask) and mask.is_plain and mask.padding is None)
+
+
+def _dense_mask(
+    mask: LazyMask | Tensor | None, sequences: Sequences | None, layer: PatchedLayer
+) -> Tensor | None:
+    """The mask for the layer's previous function."""
+    tensor = materialize(mask)
+    if sequences is None:
+        return tensor
+    isolated = sequences.isolate(tensor)
+    in_chunks = layer.skip_reason == CHUNKED and tensor is not None and tensor.dtype is torch.bool
+    if in_chunks and isolated is not None:
+        # Chunks begin where documents do, so the mask must have been made for these documents.
+        apart = (isolated == tensor) | ~sequences.is_real[:, None, :, None]
+        isolated = require_rows(apart.flatten(1).all(-1), _CHUNKS, isolated)
+    return isolated
+
+
+def _additive_mask(
+    module: nn.Module, query: Tensor, key: Tensor, attention_mask: Tensor | None
+) -> Tensor | None:
+    """Make the floating point mask of ``eager_mask`` from that of ``sdpa_mask``.
+
+    While patched, a model that was eager gets ``sdpa_mask``, so that a long causal sequence needs
+    no ``[S, S]`` mask. Short sequences get theirs here.
+    """
+    if attention_mask is None:
+        if not getattr(module, "is_causal", True):
+            return None
+        q_len, kv_len = query.shape[2], key.shape[2]
+        # A single query is the last token. Several queries without a mask start at the first key.
+        first = kv_len - 1 if q_len == 1 else 0
+        rows = torch.arange(first, first + q_len, device=query.device)
+        attention_mask = rows[None, None, :, None] >= torch.arange(kv_len, device=query.device)
+    if attention_mask.dtype is not torch.bool:
+        return attention_mask
+    zero = torch.zeros((), device=query.device, dtype=query.dtype)
+    return torch.where(attention_mask, zero, torch.finfo(query.dtype).min)
