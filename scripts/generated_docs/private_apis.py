@@ -13,27 +13,23 @@ _ROOT = Path(__file__).parents[2]
 # Each room is a module or a folder of modules; every public function in it stands for one API.
 _ROOMS = {
     "PyTorch": "custom_ops/infllm_flex_ops/torch_private",
-    "transformers": "infllm_flex/patch/huggingface/transformers_private",
+    "transformers": "infllm_flex/patch/huggingface/transformers_private.py",
 }
 _FIELD = re.compile(r"^(API|If it goes|Instead): ", re.M)
 _ABOUT = """
 This project uses some parts of PyTorch, Triton and transformers that their authors do not promise
 to keep. An upgrade of one of them should start here.
 
-<<<<<<< HEAD
-PyTorch's have one room. Every function there stands for one API, and its docstring says what this
-page shows. `tests/test_private_apis.py` has a test for each, and `scripts/test_private_apis` runs
-them with another version:
+Those of PyTorch and of transformers have one room each. Every function there stands for one API,
+and its docstring says what this page shows. `tests/test_private_apis.py` and
+`tests/patch/test_transformers_private.py` have a test for each, and `scripts/test_private_apis`
+runs them with another version:
 """
 _COMMANDS = """
 ```bash
 scripts/test_private_apis transformers   # the newest
 scripts/test_private_apis torch==2.11.0
 ```
-=======
-Those of PyTorch and of transformers have one room each. Every function there stands for one API,
-and its docstring says what this page shows.
->>>>>>> fdb5a63 (patch: one decision per call, one room for causal masks, one for private APIs)
 """
 # What is used of Triton, for what, what happens if it goes, and the public way.
 _TRITON = [
@@ -91,7 +87,7 @@ def _table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
 
 def _functions(room: str) -> list[ast.FunctionDef]:
     path = _ROOT / room
-    files = sorted(path.glob("*.py")) if path.is_dir() else [path.with_suffix(".py")]
+    files = sorted(path.glob("*.py")) if path.is_dir() else [path]
     nodes = [node for file in files for node in ast.parse(file.read_text()).body]
     functions = [node for node in nodes if isinstance(node, ast.FunctionDef)]
     return [function for function in functions if not function.name.startswith("_")]
