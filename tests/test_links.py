@@ -61,6 +61,11 @@ def test_paths_in_code_exist(page: Path) -> None:
     assert not missing
 
 
+def test_no_page_holds_the_marks_of_a_merge() -> None:
+    marks = re.compile(r"^\s*(<{7}|>{7}|={7}$)", re.M)
+    assert not [page for page in PAGES if marks.search(page.read_text())]
+
+
 def test_every_page_is_in_the_index() -> None:
     index = (ROOT / "docs/README.md").read_text()
     pages = {
