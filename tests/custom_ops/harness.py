@@ -83,11 +83,3 @@ def far_apart(x: Tensor, dim: int) -> Tensor:
         pages = mmap.mmap(-1, extent * x.element_size(), flags=flags)
         memory = torch.frombuffer(pages, dtype=x.dtype, count=extent)
     return memory.as_strided(x.shape, stride).copy_(x)
-
-
-@pytest.fixture(autouse=True)
-def uninitialised_memory_is_poison() -> Iterator[None]:
-    """Make ``torch.empty`` hand out NaN and the largest integer for the length of a test."""
-    torch.use_deterministic_algorithms(True, warn_only=True)
-    yield
-    torch.use_deterministic_algorithms(False)

@@ -17,7 +17,6 @@ from tests.custom_ops.harness import (
     fenced_allocations,
     require_kernels,
     run_on_device,
-    uninitialised_memory_is_poison,  # noqa: F401
 )
 from tests.inputs import make_qkv, small_config
 from tests.tolerance import assert_within_rounding

@@ -12,7 +12,6 @@ from tests.custom_ops.harness import (
     fenced_allocations,
     require_kernels,
     run_on_device,
-    uninitialised_memory_is_poison,  # noqa: F401
 )
 from tests.custom_ops.test_select_cached_blocks_pooled import arguments, draw_cache
 from tests.inputs import make_qkv

@@ -19,7 +19,6 @@ from tests.custom_ops.harness import (
     fenced_allocations,
     require_kernels,
     run_on_device,
-    uninitialised_memory_is_poison,  # noqa: F401
 )
 
 require_kernels()
