@@ -63,7 +63,7 @@ def infllm_attention(
         _refuse_nope(config)
         selected = select_blocks_unchecked(query, key, config, scale)
     engine = choose_engine(query, key, value, config, scale)
-    return engine.attend(query, key, value, engine.build_lists(selected, query, key))
+    return engine.attend(query, key, value, engine.build_lists(selected, key))
 
 
 def attend_in_layout(
@@ -113,7 +113,7 @@ def _attend_in_layout(
     else:
         laid_out = layout.move_selected(selected, config, dense_slots)
     engine = choose_engine(q, k, v, config, scale, layout.alignment)
-    out = engine.attend(q, k, v, engine.build_lists(laid_out, q, k))
+    out = engine.attend(q, k, v, engine.build_lists(laid_out, k))
     return layout.move_back(out, q_len)
 
 

@@ -13,17 +13,19 @@ _DEVICES = tuple(
 )
 
 
+def is_autocast_on(device: torch.device) -> bool:
+    """Whether an autocast region of this device is open here."""
+    return device.type in _DEVICES and torch.is_autocast_enabled(device.type)
+
+
 def attention_dtype(x: Tensor) -> torch.dtype:
     """Return the dtype in which SDPA would take ``x``: the autocast region's, else its own.
 
     Rotary embeddings leave queries and keys in float32 beside values in bfloat16.
     """
-    device = x.device.type
-    if device not in _DEVICES or not torch.is_autocast_enabled(device):
+    if not is_autocast_on(x.device) or not x.is_floating_point() or x.dtype == torch.float64:
         return x.dtype
-    if not x.is_floating_point() or x.dtype == torch.float64:
-        return x.dtype
-    return torch.get_autocast_dtype(device)
+    return torch.get_autocast_dtype(x.device.type)
 
 
 def as_autocast(x: Tensor) -> Tensor:

@@ -7,7 +7,7 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 
 import infllm_flex_ops
-from infllm_flex.autocast import as_autocast, attention_dtype
+from infllm_flex.autocast import as_autocast, attention_dtype, is_autocast_on
 
 MAX_HEAD_DIM = 256
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
@@ -25,7 +25,8 @@ def prepare_attention(
         ValueError: Shapes, dtypes or devices do not fit together.
     """
     query, key, scale = prepare_selection(query, key, scale)
-    value = as_autocast(value)
+    if is_autocast_on(value.device):
+        value = as_autocast(value)
     if value.shape != key.shape:
         raise ValueError(
             f"value must have the shape of key, {tuple(key.shape)}, got {tuple(value.shape)}"
@@ -43,7 +44,8 @@ def prepare_selection(
     query: Tensor, key: Tensor, scale: float | None
 ) -> tuple[Tensor, Tensor, float]:
     """Do the same for the inputs of block selection."""
-    query, key = as_autocast(query), as_autocast(key)
+    if is_autocast_on(query.device):
+        query, key = as_autocast(query), as_autocast(key)
     check_query_and_key(query, key)
     return query, key, resolve_scale(query, scale)
 

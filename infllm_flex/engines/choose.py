@@ -10,22 +10,20 @@ from torch import Tensor
 
 from infllm_flex.config import InfLLMConfig
 from infllm_flex.engines.flex import FlexInLevels, FlexOnCpu, FlexUnderOneMask, can_train
-from infllm_flex.engines.flex_level_masks import can_split
+from infllm_flex.engines.flex_level_masks import can_split, choose_levels
 from infllm_flex.engines.fused import FusedEngine
-from infllm_flex_ops.sizes import group_size
 from infllm_flex_ops.transforms import is_transformed
 
 
 class Engine(Protocol):
     """Attention of one call over selected blocks, in two steps."""
 
-    def build_lists(self, selected: Tensor, query: Tensor, key: Tensor) -> Any:
+    def build_lists(self, selected: Tensor, key: Tensor) -> Any:
         """Build the lists of blocks that the engine's kernels walk.
 
         Args:
             selected: int32 ``[B, Hkv, Sq, K]``, ascending, -1 for unused slots.
-            query: ``[B, Hq, Sq, D]``, for its shape, dtype and device.
-            key: ``[B, Hkv, Skv, D]``, likewise.
+            key: ``[B, Hkv, Skv, D]``, for its shape, dtype and device.
         """
 
     def attend(self, query: Tensor, key: Tensor, value: Tensor, lists: Any) -> Tensor:
@@ -35,7 +33,7 @@ class Engine(Protocol):
             query: ``[B, Hq, Sq, D]``.
             key: ``[B, Hkv, Skv, D]``.
             value: ``[B, Hkv, Skv, D]``.
-            lists: From ``build_lists``, for the same query and key.
+            lists: From ``build_lists``, for the selection of this query.
         """
 
 
@@ -63,7 +61,8 @@ def choose_engine(
         scale: Factor on the dot products.
         alignment: Sequences of a layout start at multiples of it; None for one sequence per row.
     """
-    fused = FusedEngine(config.block_size, scale, alignment)
+    G = query.shape[1] // key.shape[1]
+    fused = FusedEngine(config.block_size, scale, G, alignment)
     compiling = torch.compiler.is_compiling()
     if config.engine == "fused" or query.dtype == torch.float64:
         return fused
@@ -75,13 +74,12 @@ def choose_engine(
             if not compiling:  # a graph cannot hold a warning
                 _warn_cannot_train()
             return fused
-        groups = group_size(query, key)
-        if training or can_split(groups):
-            return FlexInLevels.of(config, scale, groups, training)
-        return FlexUnderOneMask(config, scale)
+        if training or can_split(G):
+            return FlexInLevels(config, fused, choose_levels(G, backward=training), training)
+        return FlexUnderOneMask(config, fused)
     if _needs_gradients(query, key, value) or compiling or is_transformed(query, key, value):
         return fused
-    return FlexOnCpu(config, scale) if _all_finite(query, key, value) else fused
+    return FlexOnCpu(config, fused) if _all_finite(query, key, value) else fused
 
 
 def _needs_gradients(*inputs: Tensor) -> bool:

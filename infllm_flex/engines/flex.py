@@ -26,7 +26,6 @@ from infllm_flex.engines.flex_level_masks import (
     Level,
     build_level_masks,
     can_split_backward,
-    choose_levels,
 )
 from infllm_flex.engines.flex_masks import build_block_mask
 from infllm_flex.engines.flex_options import (
@@ -56,82 +55,93 @@ class FlexOnCpu(NamedTuple):
 
     FlexAttention's CPU code generator fails on many symbolic sizes. Lengths must therefore be
     static, and few; rows without blocks cost next to nothing.
+
+    Attributes:
+        config: Sparsity settings.
+        fused: Takes over if PyTorch does not compile.
     """
 
     config: InfLLMConfig
-    scale: float
+    fused: FusedEngine
 
-    def build_lists(self, selected: Tensor, query: Tensor, key: Tensor) -> FlexLists:
+    def build_lists(self, selected: Tensor, key: Tensor) -> FlexLists:
         """Build one mask for the padded lengths."""
-        Sq, Skv = query.shape[2], key.shape[2]
+        Sq, Skv = selected.shape[2], key.shape[2]
         padded = F.pad(selected, (0, 0, 0, _power_of_two(Sq) - Sq), value=-1)
         mask = build_block_mask(
             padded,
             self.config,
             kv_len=_power_of_two(Skv),
-            num_groups=group_size(query, key),
+            num_groups=self.fused.G,
             q_offset=Skv - Sq,
         )
         return FlexLists(selected, [mask])
 
     def attend(self, query: Tensor, key: Tensor, value: Tensor, lists: FlexLists) -> Tensor:
         """Attend without gradients."""
-        G = group_size(query, key)
+        G, scale, mask = self.fused.G, self.fused.scale, lists.masks[0]
         rows, keys, values = (_pad_length(x) for x in (query, key, value))
         folded = fold_queries(rows, key.shape[1], G)
         try:
-            out = run_compiled(flex, False, folded, keys, values, lists.masks[0], self.scale, None)
+            out = run_compiled(flex, False, folded, keys, values, mask, scale, None)
         except NotCompiledError:
-            return _attend_fused(self.config, self.scale, query, key, value, lists)
+            return _attend_fused(self.fused, query, key, value, lists)
         return unfold_queries(out, G, G)[:, :, : query.shape[2]]
 
 
 class FlexUnderOneMask(NamedTuple):
-    """Inference on a GPU for groups that do not fill tensor cores: one mask with a bit test."""
+    """Inference on a GPU for groups that do not fill tensor cores: one mask with a bit test.
+
+    Attributes:
+        config: Sparsity settings.
+        fused: Takes over if PyTorch does not compile.
+    """
 
     config: InfLLMConfig
-    scale: float
+    fused: FusedEngine
 
-    def build_lists(self, selected: Tensor, query: Tensor, key: Tensor) -> FlexLists:
+    def build_lists(self, selected: Tensor, key: Tensor) -> FlexLists:
         """Build one mask."""
-        G, kv_len = group_size(query, key), key.shape[2]
+        kv_len, G = key.shape[2], self.fused.G
         mask = build_block_mask(selected, self.config, kv_len=kv_len, num_groups=G)
         return FlexLists(selected, [mask])
 
     def attend(self, query: Tensor, key: Tensor, value: Tensor, lists: FlexLists) -> Tensor:
         """Attend without gradients."""
-        G, mask = group_size(query, key), lists.masks[0]
+        G, scale, mask = self.fused.G, self.fused.scale, lists.masks[0]
         folded = fold_queries(query, key.shape[1], G)
         options = single_mask_options(mask)
         try:
-            out = run_compiled(flex, None, folded, key, value, mask, self.scale, options)
+            out = run_compiled(flex, None, folded, key, value, mask, scale, options)
         except NotCompiledError:
-            return _attend_fused(self.config, self.scale, query, key, value, lists)
+            return _attend_fused(self.fused, query, key, value, lists)
         out = unfold_queries(out, G, G).contiguous()
-        return _redo_nonfinite(out, query, key, value, lists, self.config, self.scale)
+        return _redo_nonfinite(self.fused, out, query, key, value, lists)
 
 
 class FlexInLevels(NamedTuple):
-    """Inference and training on a GPU by levels of tiles, whose masks need no bit test."""
+    """Inference and training on a GPU by levels of tiles, whose masks need no bit test.
+
+    Attributes:
+        config: Sparsity settings.
+        fused: Takes over if PyTorch does not compile.
+        levels: From `choose_levels`.
+        training: Whether gradients are needed.
+    """
 
     config: InfLLMConfig
-    scale: float
+    fused: FusedEngine
     levels: list[Level]
     training: bool
 
-    @classmethod
-    def of(cls, config: InfLLMConfig, scale: float, groups: int, training: bool) -> FlexInLevels:
-        """Choose the levels for ``groups`` query heads per KV head."""
-        return cls(config, scale, choose_levels(groups, backward=training), training)
-
-    def build_lists(self, selected: Tensor, query: Tensor, key: Tensor) -> FlexLists:
+    def build_lists(self, selected: Tensor, key: Tensor) -> FlexLists:
         """Build a mask per level."""
         masks = build_level_masks(
             selected,
             self.config,
             self.levels,
             kv_len=key.shape[2],
-            q_offset=key.shape[2] - query.shape[2],
+            q_offset=key.shape[2] - selected.shape[2],
             backward=self.training,
         )
         return FlexLists(selected, masks)
@@ -139,7 +149,7 @@ class FlexInLevels(NamedTuple):
     def attend(self, query: Tensor, key: Tensor, value: Tensor, lists: FlexLists) -> Tensor:
         """Attend, with gradients if the engine was chosen for training."""
         kind = query.shape[3], query.dtype, device_capability(query.device)
-        masks = lists.masks
+        masks, scale = lists.masks, self.fused.scale
         if self.training:
             admitted = [training_options(mask, *kind) for mask in masks]
             masks, options = [mask for mask, _ in admitted], [option for _, option in admitted]
@@ -147,13 +157,10 @@ class FlexInLevels(NamedTuple):
             options = [inference_options(mask, *kind) for mask in masks]
         rows = [level.rows for level in self.levels]
         try:
-            out = run_compiled(
-                flex_in_levels, None, query, key, value, masks, self.scale, options, rows
-            )
+            out = run_compiled(flex_in_levels, None, query, key, value, masks, scale, options, rows)
         except NotCompiledError:
-            return _attend_fused(self.config, self.scale, query, key, value, lists)
-        out = out.contiguous()
-        return _redo_nonfinite(out, query, key, value, lists, self.config, self.scale)
+            return _attend_fused(self.fused, query, key, value, lists)
+        return _redo_nonfinite(self.fused, out.contiguous(), query, key, value, lists)
 
 
 def can_train(query: Tensor, key: Tensor, block_size: int) -> bool:
@@ -168,27 +175,20 @@ def can_train(query: Tensor, key: Tensor, block_size: int) -> bool:
 
 
 def _attend_fused(
-    config: InfLLMConfig, scale: float, query: Tensor, key: Tensor, value: Tensor, lists: FlexLists
+    fused: FusedEngine, query: Tensor, key: Tensor, value: Tensor, lists: FlexLists
 ) -> Tensor:
-    fused = FusedEngine(config.block_size, scale)
-    return fused.attend(query, key, value, fused.build_lists(lists.selected, query, key))
+    return fused.attend(query, key, value, fused.build_lists(lists.selected, key))
 
 
 def _redo_nonfinite(
-    out: Tensor,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    lists: FlexLists,
-    config: InfLLMConfig,
-    scale: float,
+    fused: FusedEngine, out: Tensor, query: Tensor, key: Tensor, value: Tensor, lists: FlexLists
 ) -> Tensor:
     """Attend again, in place, in the heads whose keys or values hold nan or inf.
 
     Autograd does not see it: what is replaced is not finite, so it has no gradient.
     """
     unseen = [x.detach() for x in (out, query, key, value)]
-    infllm_flex_ops.redo_special_heads(*unseen, lists.selected, config.block_size, scale)
+    infllm_flex_ops.redo_special_heads(*unseen, lists.selected, fused.block_size, fused.scale)
     return out
 
 

@@ -30,18 +30,20 @@ class FusedEngine(NamedTuple):
     Attributes:
         block_size: Keys per block.
         scale: Factor on the dot products.
+        G: Query heads per key/value head.
         alignment: Sequences of a layout start at multiples of it; None for one sequence per row.
     """
 
     block_size: int
     scale: float
+    G: int
     alignment: int | None = None
 
-    def build_lists(self, selected: Tensor, query: Tensor, key: Tensor) -> FusedLists:
+    def build_lists(self, selected: Tensor, key: Tensor) -> FusedLists:
         """Unite the blocks of each tile's tokens."""
         if torch.compiler.is_compiling():
             return FusedLists(selected, None)
-        lists = build_lists(query, key, selected, self.block_size, None, self.alignment)
+        lists = build_lists(self.G, key, selected, self.block_size, None, self.alignment)
         return FusedLists(selected, lists)
 
     def attend(self, query: Tensor, key: Tensor, value: Tensor, lists: FusedLists) -> Tensor:

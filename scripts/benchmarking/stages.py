@@ -35,8 +35,8 @@ def engine_steps(qkv: QKV, selected: Tensor, config: InfLLMConfig) -> Steps:
     """
     query, key, value = qkv
     engine = choose_engine(query, key, value, config, resolve_scale(query, None))
-    lists = engine.build_lists(selected, query, key)
+    lists = engine.build_lists(selected, key)
     return Steps(
-        lambda: engine.build_lists(selected, query, key),
+        lambda: engine.build_lists(selected, key),
         lambda: engine.attend(query, key, value, lists),
     )

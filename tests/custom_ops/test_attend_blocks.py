@@ -6,6 +6,7 @@ from infllm_flex_ops import attend_blocks
 from infllm_flex_ops.block_attention import tile_chunks
 from infllm_flex_ops.block_attention.attend_blocks import build_lists
 from infllm_flex_ops.block_lists import union_lists
+from infllm_flex_ops.sizes import group_size
 from tests.inputs import make_qkv, make_selected
 from tests.tolerance import assert_within_rounding
 
@@ -129,7 +130,7 @@ def test_tiles_divide_the_unit_of_a_layout(tile_tokens, unit, tokens):
 @pytest.mark.parametrize(("shape", "tile_tokens"), SHAPES[:3])
 def test_lists_built_beforehand_give_the_same_bits_and_gradients(shape, tile_tokens, unit):
     (q, k, v), selected, _ = make_case(shape, tile_tokens)
-    lists = build_lists(q, k, selected, BLOCK, unit=unit)
+    lists = build_lists(group_size(q, k), k, selected, BLOCK, unit=unit)
     grad_out = torch.randn(q.shape, generator=torch.Generator().manual_seed(1))
 
     def itself(q, k, v):
@@ -156,7 +157,7 @@ def test_keeps_the_layout_of_the_query():
 @pytest.mark.parametrize("ready", [False, True])
 def test_is_registered_right(ready):
     qkv, selected, rest = make_case({"S": 40, "Hq": 4, "Hkv": 2, "D": 8}, 4)
-    lists = build_lists(*qkv[:2], selected, BLOCK, 4)[1:] if ready else ()
+    lists = build_lists(2, qkv[1], selected, BLOCK, 4)[1:] if ready else ()
     torch.library.opcheck(
         torch.ops.infllm_flex.attend_blocks.default,
         (*(x.requires_grad_() for x in qkv), *rest, *((None, *lists) if ready else ())),

@@ -229,9 +229,8 @@ def test_a_tile_has_the_rows_that_suit_its_kernel(groups, kv_len, block_size, ro
 
     monkeypatch.setattr(attend_blocks, "compute_capability", lambda _: 90)
     monkeypatch.setattr(attend_blocks, "knows_gluon", lambda: True)
-    q = torch.empty(1, groups, 8, 128, dtype=BRAIN)
     k = torch.empty(1, 1, kv_len, 128, dtype=BRAIN, device="meta")
-    assert attend_blocks.choose_tile_tokens(q, k, block_size) * groups == rows
+    assert attend_blocks.choose_tile_tokens(groups, k, block_size) * groups == rows
 
 
 def test_a_triton_whose_gluon_is_not_known_is_named_once(monkeypatch):

@@ -28,7 +28,7 @@ def engine_of(qkv, alignment=None, **settings):
 def test_on_the_cpu_flex_serves_inference_alone(engine):
     qkv = make_qkv(64)
     assert isinstance(engine_of(qkv, engine=engine), FlexOnCpu)
-    assert engine_of(qkv, engine="fused") == FusedEngine(16, 0.25)
+    assert engine_of(qkv, engine="fused") == FusedEngine(16, 0.25, 2)
     assert isinstance(engine_of([x.double() for x in qkv], engine=engine), FusedEngine)
     leaves = [x.clone().requires_grad_() for x in qkv]
     assert isinstance(engine_of(leaves, engine=engine), FusedEngine)
@@ -45,7 +45,7 @@ def test_what_is_not_finite_goes_to_the_fused_engine(which, poison):
 
 
 def test_the_fused_engine_gets_the_alignment_of_a_layout():
-    assert engine_of(make_qkv(64), 48, engine="fused") == FusedEngine(16, 0.25, 48)
+    assert engine_of(make_qkv(64), 48, engine="fused") == FusedEngine(16, 0.25, 2, 48)
 
 
 def test_a_gpu_takes_flex_only_if_asked():
@@ -89,7 +89,7 @@ def test_lists_are_built_in_one_step_and_attended_in_another(engine):
     config, (q, k, v) = small_config(engine=engine), make_qkv(205, Hq=8)
     selected = select_blocks(q, k, config)
     chosen = choose_engine(q, k, v, config, 0.25)
-    lists = chosen.build_lists(selected, q, k)
+    lists = chosen.build_lists(selected, k)
     for x in ((q, k, v), make_qkv(205, Hq=8, seed=1)):
         expected = infllm_attention(*x, config, selected=selected)
         assert torch.equal(chosen.attend(*x, lists), expected)

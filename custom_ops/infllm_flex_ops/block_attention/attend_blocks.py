@@ -10,6 +10,7 @@ from infllm_flex_ops.block_attention.tile_chunks import Head, TileLists, heads
 from infllm_flex_ops.block_lists import union_lists
 from infllm_flex_ops.dispatch import cuda_launcher, define_operator
 from infllm_flex_ops.in_parallel import in_parallel
+from infllm_flex_ops.sizes import group_size
 from infllm_flex_ops.transforms import register_gradients, register_vmap
 
 
@@ -30,20 +31,23 @@ class ForwardLists(NamedTuple):
 
 
 def build_lists(
-    q: Tensor,
+    G: int,
     k: Tensor,
     selected: Tensor,
     block_size: int,
     tile_tokens: int | None = None,
     unit: int | None = None,
 ) -> ForwardLists:
-    """Build the lists that ``attend_blocks`` walks; arguments as there."""
-    if tile_tokens is None and q.is_cuda:
+    """Build the lists that ``attend_blocks`` walks for ``G`` query heads per key/value head.
+
+    The other arguments are those of ``attend_blocks``.
+    """
+    if tile_tokens is None and k.is_cuda:
         from infllm_flex_ops.block_attention.kernels.attend_blocks import choose_tile_tokens
 
-        tile_tokens = choose_tile_tokens(q, k, block_size)
+        tile_tokens = choose_tile_tokens(G, k, block_size)
     elif tile_tokens is None:
-        tile_tokens = union_lists.choose_tile_tokens(q.shape[1] // k.shape[1])
+        tile_tokens = union_lists.choose_tile_tokens(G)
     tile_tokens = union_lists.fit_unit(tile_tokens, unit)
     lists = union_lists.list_blocks(selected, k.shape[2], block_size, tile_tokens)
     return ForwardLists(tile_tokens, *lists)
@@ -91,7 +95,8 @@ def attend_blocks(
     out = torch.empty_like(q)
     lse = q.new_empty(q.shape[:3], dtype=accumulate)
     if num is None or idx is None or words is None or tile_tokens is None:
-        tile_tokens, num, idx, words = build_lists(q, k, selected, block_size, tile_tokens, unit)
+        G = group_size(q, k)
+        tile_tokens, num, idx, words = build_lists(G, k, selected, block_size, tile_tokens, unit)
     lists = TileLists(num, idx, words, block_size, tile_tokens)
     for head in heads(q, k):
         keys, values = (head.blocks(x, block_size, accumulate) for x in (k, v))

@@ -15,6 +15,7 @@ from infllm_flex_ops.block_attention.kernels.attend_blocks.forward import attend
 from infllm_flex_ops.block_attention.kernels.tile_args import Shape, Tile
 from infllm_flex_ops.block_lists import union_lists
 from infllm_flex_ops.device import compute_capability, knows_gluon
+from infllm_flex_ops.sizes import group_size
 from infllm_flex_ops.triton_common.descriptors import can_use_tma, describe, describe_for_gluon
 from infllm_flex_ops.triton_common.tensor_args import Lists, view
 
@@ -40,7 +41,7 @@ def attend(
 ) -> tuple[Tensor, Tensor]:
     """List the blocks of every tile, unless the lists are given, and attend to them."""
     if num is None or idx is None or words is None or tile_tokens is None:
-        tile_tokens = tile_tokens or choose_tile_tokens(q, k, block_size)
+        tile_tokens = tile_tokens or choose_tile_tokens(group_size(q, k), k, block_size)
         tile_tokens = union_lists.fit_unit(tile_tokens, unit)
         num, idx, words = union_lists.list_blocks(selected, k.shape[2], block_size, tile_tokens)
     return launch(q, k, v, num, idx, words, block_size, tile_tokens, scale)
@@ -184,29 +185,27 @@ def _attend_carefully(k: Tensor, v: Tensor, q: Tensor, arguments: tuple[Any, ...
     )
 
 
-def choose_tile_tokens(q: Tensor, k: Tensor, block_size: int) -> int:
-    """Choose how many tokens share a tile: as many as one program's rows hold."""
-    groups = q.shape[1] // k.shape[1]
+def choose_tile_tokens(G: int, k: Tensor, block_size: int) -> int:
+    """Choose the tokens per tile: as many as fit into the rows of a program."""
     # Words of 64 bits take registers: only where they were measured.
-    most = union_lists.MAX_TILE_TOKENS if compute_capability(q) == 90 else 32
-    return union_lists.choose_tile_tokens(groups, _most_rows(q, k, block_size), most)
+    most = union_lists.MAX_TILE_TOKENS if compute_capability(k) == 90 else 32
+    return union_lists.choose_tile_tokens(G, _most_rows(G, k, block_size), most)
 
 
-def _most_rows(q: Tensor, k: Tensor, block_size: int) -> int:
+def _most_rows(G: int, k: Tensor, block_size: int) -> int:
     """Rows of the largest tile worth its union.
 
     More rows load more keys at once, of which each row uses fewer.
     """
-    if q.element_size() > 2:
+    if k.element_size() > 2:
         return 16  # float32 without tensor cores: operands in registers
-    if can_specialize(q, 2 * _GROUP_ROWS, block_size):
+    if can_specialize(k, 2 * _GROUP_ROWS, block_size):
         return 2 * _GROUP_ROWS
     # On one H200 at 64K and 128K tokens two programs of 128 rows side by side take 2 to 8 % less
     # time than more of 64 with 16 heads to a group. With 4, whose tokens choose less alike, on one
     # H100: 8 % less at 32K, the same at 64K, 2 % more at 128K; with 7 2 % less, the same, 9 % more.
-    groups = q.shape[1] // k.shape[1]
-    fits = compute_capability(q) == 90 and q.shape[3] in (64, 128)
-    wide = fits and (groups >= 8 or (groups >= 4 and k.shape[2] <= _WIDE_KEYS))
+    fits = compute_capability(k) == 90 and k.shape[3] in (64, 128)
+    wide = fits and (G >= 8 or (G >= 4 and k.shape[2] <= _WIDE_KEYS))
     return 128 if wide else 64
 
 
