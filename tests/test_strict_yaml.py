@@ -1,4 +1,4 @@
-"""A config file is either understood exactly or refused with every reason, file and line."""
+"""A config file is read exactly, or refused with every mistake, file and line."""
 
 from __future__ import annotations
 
@@ -109,18 +109,18 @@ def test_an_optional_setting_may_be_left_blank(build):
         ("learning_rate: -1", "must be positive, got -1.0"),
     ],
 )
-def test_a_wrong_value_is_named_with_its_line(complaints, line, complaint):
+def test_a_wrong_value_is_reported_with_its_line(complaints, line, complaint):
     (said,) = complaints(f"name: a\noptim:\n  {line}\n")
     key = line.partition(":")[0]
     assert said.startswith(f"x.yaml:3: optim.{key}: {complaint}")
 
 
-def test_text_that_other_readers_take_for_something_else_must_be_quoted(build, complaints):
+def test_text_that_yaml_reads_as_another_type_must_be_quoted(build, complaints):
     assert complaints("name: no") == ["x.yaml:1: name: expected text, got no (put it in quotes)"]
     assert build("name: 'no'").name == "no"
 
 
-def test_an_unknown_key_is_named_with_the_nearest_one(complaints):
+def test_an_unknown_key_is_reported_with_the_nearest_one(complaints):
     assert complaints("name: a\noptim:\n  lerning_rate: 1\n") == [
         "x.yaml:3: optim.lerning_rate: unknown key (did you mean learning_rate?)"
     ]
@@ -129,7 +129,7 @@ def test_an_unknown_key_is_named_with_the_nearest_one(complaints):
     ]
 
 
-def test_all_mistakes_are_said_at_once(complaints):
+def test_all_mistakes_are_reported_at_once(complaints):
     said = complaints(
         "folder: [a]\nlimit: few\noptim:\n  lerning_rate: 1\n  steps: 0\n  kind: 3\n"
         "  learning_rate: -2\nstages: {long: {steps: x}}\n"
@@ -146,12 +146,12 @@ def test_all_mistakes_are_said_at_once(complaints):
     ]
 
 
-def test_checks_that_stop_at_the_first_mistake_are_asked_again(complaints):
+def test_checks_that_stop_at_the_first_mistake_are_repeated(complaints):
     said = complaints("topk: 0\nblock_size: 24\nwindow_size: 100\n", cls=ifx.InfLLMConfig)
     assert [line.split(" must")[0] for line in said] == ["x.yaml:1: topk:", "x.yaml:2: block_size:"]
 
 
-def test_a_default_in_conflict_is_shown_at_the_line_that_conflicts(complaints):
+def test_a_conflict_with_a_default_is_reported_at_the_written_line(complaints):
     (said,) = complaints("lse: exact\ninit_blocks: 100\n", cls=ifx.InfLLMConfig)
     assert said.startswith("x.yaml:2: topk must be at least init_blocks + 1 = 101")
 
@@ -174,7 +174,7 @@ def test_a_default_in_conflict_is_shown_at_the_line_that_conflicts(complaints):
         ("[" * 5000, "x.yaml: is nested too deeply"),
     ],
 )
-def test_a_file_that_is_no_settings_file_is_refused_in_one_line(complaints, content, complaint):
+def test_a_file_without_settings_is_refused_in_one_line(complaints, content, complaint):
     (said,) = complaints(content)
     assert said.startswith(complaint)
 
@@ -217,7 +217,7 @@ def test_an_override_sets_what_the_file_would(build):
         ("optim.steps=[1", "optim.steps: '[1' is not a YAML value"),
     ],
 )
-def test_a_wrong_override_is_named_as_it_was_written(complaints, override, complaint):
+def test_a_wrong_override_is_reported_as_it_was_written(complaints, override, complaint):
     (said,) = complaints("name: a\n", override)
     assert said == f"override {override!r}: {complaint}"
 
@@ -228,7 +228,7 @@ def test_settings_written_as_yaml_are_read_back_equal(build):
 
 
 @given(st.binary(max_size=60) | st.text(alphabet="ab:-[]{}&*!'\"|>\n #?,.0", max_size=40))
-def test_no_content_ends_in_anything_but_settings_or_a_config_error(tmp_path_factory, content):
+def test_any_content_gives_settings_or_a_config_error(tmp_path_factory, content):
     path = tmp_path_factory.getbasetemp() / "fuzz.yaml"
     path.write_bytes(content if isinstance(content, bytes) else content.encode())
     with contextlib.suppress(ConfigError):

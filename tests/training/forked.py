@@ -1,4 +1,4 @@
-"""Several processes of one run on one machine, forked from the test."""
+"""Processes of a run, forked from the test."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
-import safetensors.torch  # noqa: F401 - here once, not in every process
+import safetensors.torch  # noqa: F401 - imported once, not in every process
 import torch
 import torch._dynamo
 import torch._inductor.codecache
@@ -22,10 +22,10 @@ import torch.distributed.checkpoint
 
 
 def run_ranks(count: int, folder: Path, work: Callable[..., Any], *arguments: Any) -> list[Any]:
-    """Call ``work(*arguments)`` in ``count`` processes that know each other.
+    """Call ``work(*arguments)`` in ``count`` processes of one process group.
 
     Returns:
-        What each returned, in order; an exception as its type and message.
+        The results in rank order; for an exception, its type and message.
     """
     context = multiprocessing.get_context("fork")
     meeting = folder / f"meeting-{os.urandom(8).hex()}"
@@ -44,7 +44,7 @@ def run_ranks(count: int, folder: Path, work: Callable[..., Any], *arguments: An
 
 
 def start(work: Callable[..., Any], *arguments: Any) -> int:
-    """Call ``work(*arguments)`` in a process of its own; returns the process's number.
+    """Call ``work(*arguments)`` in a new process; returns its process id.
 
     It ends with status 0, or 1 where ``work`` raised.
     """
@@ -60,24 +60,24 @@ def start(work: Callable[..., Any], *arguments: Any) -> int:
     except BaseException:
         traceback.print_exc()
     finally:
-        os._exit(status)  # nothing of the tests' process shall run here
+        os._exit(status)  # skips the exit handlers of the test process
 
 
 @contextmanager
 def _fork_beside_threads() -> Iterator[None]:
-    # Python 3.12 warns of PyTorch's threads; none of them holds a lock that a child needs.
+    # Python 3.12 warns about PyTorch's threads; none of them holds a lock that a child needs.
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", DeprecationWarning)
         yield
 
 
 def _compile_alone() -> None:
-    """Let Inductor compile in this thread: the threads of its pool stay behind in a fork."""
+    """Let Inductor compile in this thread, because a fork does not copy the threads of its pool."""
     torch._inductor.config.compile_threads = 1
 
 
 def start_ranks(count: int, folder: Path, work: Callable[..., Any], *arguments: Any) -> list[int]:
-    """Call ``work(*arguments)`` in processes that know each other; returns their numbers."""
+    """Call ``work(*arguments)`` in processes of one process group; returns their process ids."""
     meeting = folder / f"meeting-{os.urandom(8).hex()}"
     return [start(_join, rank, count, meeting, work, arguments) for rank in range(count)]
 
@@ -96,7 +96,7 @@ def _rank(rank: int, count: int, meeting: Path, queue: Any, work: Any, arguments
 
 def _join(rank: int, count: int, meeting: Path, work: Any, arguments: Any) -> Any:
     torch.set_num_threads(1)
-    # What torchrun would have set.
+    # As torchrun sets them.
     os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(count)}
     os.environ["TORCHELASTIC_RUN_ID"] = meeting.name
     dist.init_process_group(

@@ -1,9 +1,9 @@
-"""What one of several processes does for the tests of parallel training; torchrun starts it.
+"""The checks of test_parallel.py, run by each of several processes that torchrun starts.
 
     torchrun --nproc-per-node N -m tests.training.parallel_checks FOLDER
 
-Starting processes takes seconds, so they start once for all checks of a size. The first writes
-``FOLDER/results.json``: for every check "passed" or what went wrong, in any of them.
+All checks of a size share one start, which takes seconds. The first process writes
+``FOLDER/results.json``: for every check "passed" or the traceback of any process.
 """
 
 from __future__ import annotations
@@ -50,8 +50,8 @@ from tests.training.runs import ATTENTION, LONG, TINY, settings, stage
 
 SPARSE = replace(LONG, attention="sparse", max_length=128, batch_size=4)
 STAGES = {"short": stage(warmup_steps=1, batch_size=4), "long": SPARSE}
-IN_PASSES = {name: replace(some, sequences_at_once=1) for name, some in STAGES.items()}
-# The runs that so many processes train.
+IN_MICRO_BATCHES = {name: replace(some, sequences_at_once=1) for name, some in STAGES.items()}
+# The runs by number of processes.
 NAMES = {
     2: ("fsdp", "ddp", "muon", "checkpointing", "offload", "context", "packed", "bfloat16"),
     4: ("fsdp", "context"),
@@ -59,7 +59,7 @@ NAMES = {
 
 
 def runs(folder: Path) -> dict[str, TrainingSettings]:
-    """Every run by name, as one process and as several are to train it."""
+    """Every run by name."""
     texts = folder / "texts"
 
     def run(name: str, **changes: Any) -> TrainingSettings:
@@ -67,11 +67,11 @@ def runs(folder: Path) -> dict[str, TrainingSettings]:
 
     return {
         "fsdp": run("fsdp"),
-        "ddp": run("ddp", parallel=ParallelSettings(kind="ddp"), stages=IN_PASSES),
+        "ddp": run("ddp", parallel=ParallelSettings(kind="ddp"), stages=IN_MICRO_BATCHES),
         "muon": run("muon", optim=OptimSettings(kind="muon")),
         "checkpointing": run("checkpointing", memory=MemorySettings(activation_checkpointing=True)),
         "offload": run("offload", memory=MemorySettings(cpu_offload=True)),
-        "context": run("context", parallel=ParallelSettings(context=2), stages=IN_PASSES),
+        "context": run("context", parallel=ParallelSettings(context=2), stages=IN_MICRO_BATCHES),
         "packed": run(
             "packed",
             parallel=ParallelSettings(context=2),
@@ -82,14 +82,14 @@ def runs(folder: Path) -> dict[str, TrainingSettings]:
 
 
 def stopped_run(folder: Path) -> TrainingSettings:
-    """A run that is stopped after three steps by a signal to the last process."""
+    """A run that a signal to the last process stops after three steps."""
     run = runs(folder)["fsdp"]
     return replace(run, run=replace(run.run, folder=folder / "stopped"))
 
 
 def attention_equals_that_of_one_process(world: World) -> None:
     for S, starts in ((128, None), (192, [0, 7, 70, 71, 180])):
-        # Packed, the document of 109 tokens is sparse, the others are dense.
+        # Of the packed documents, that of 109 tokens is sparse and the others are dense.
         config = replace(ATTENTION, dense_len=100)
         _compare(world, config, S, starts)
     _compare(world, replace(ATTENTION, dense_len=129), 128, None)
@@ -111,29 +111,29 @@ def _compare(world: World, config: InfLLMConfig, S: int, starts: list[int] | Non
         ]
         return torch.cat(documents, dim=2)
 
-    def spread(x: Tensor) -> Tensor:
+    def local(x: Tensor) -> Tensor:
         return (
             local_chunks(x.transpose(1, 2).flatten(2), world).unflatten(2, (-1, 8)).transpose(1, 2)
         )
 
-    expected_choice, choice = _Choices(), _Choices()
+    expected_selections, selections = _Selections(), _Selections()
     weight = torch.randn(whole[0].shape, generator=torch.Generator().manual_seed(1))
-    with expected_choice as expected_calls:
+    with expected_selections as expected_calls:
         expected = alone(whole)
     expected.backward(weight)
     exact = [x.detach().double().requires_grad_() for x in whole]
     exact_out = alone(exact)
     exact_out.backward(weight.double())
 
-    parts = [spread(x.detach()).contiguous().requires_grad_() for x in whole]
+    parts = [local(x.detach()).contiguous().requires_grad_() for x in whole]
     context_attention = ContextAttention(config, world)
     context_attention.set_documents(S, positions)
-    with choice as calls:
+    with selections as calls:
         out = context_attention(*parts, None)
-    out.backward(spread(weight))
-    assert_within_rounding(out, spread(exact_out), spread(expected))
+    out.backward(local(weight))
+    assert_within_rounding(out, local(exact_out), local(expected))
     for x, y, z in zip(parts, exact, whole, strict=True):
-        assert_within_rounding(x.grad, spread(y.grad), spread(z.grad), factor=3.0)
+        assert_within_rounding(x.grad, local(y.grad), local(z.grad), factor=3.0)
     if starts is None and calls:
         (full,) = expected_calls
         ours = torch.cat([_padded(part, full.shape[3]) for part in calls], dim=2)
@@ -146,8 +146,8 @@ def _padded(selected: Tensor, width: int) -> Tensor:
     return torch.nn.functional.pad(selected, (0, width - selected.shape[3]), value=-1)
 
 
-class _Choices:
-    """Note the blocks that attention chooses inside the block."""
+class _Selections:
+    """Record the blocks that attention selects inside the with block."""
 
     def __enter__(self) -> list[Tensor]:
         self.calls: list[Tensor] = []
@@ -204,13 +204,13 @@ def a_nan_in_one_process_stops_all(folder: Path) -> None:
 
 
 def losses(path: Path) -> list[tuple[float, float]]:
-    """Of ``metrics.jsonl``: loss and norm of the gradient of each step."""
+    """Loss and gradient norm of each step in ``metrics.jsonl``."""
     lines = map(json.loads, path.read_text().splitlines())
     return [(line["loss"], line["gradient_norm"]) for line in lines]
 
 
 def checks_of(folder: Path, size: int) -> dict[str, Callable[[], object]]:
-    """Everything that so many processes do, by name, in order."""
+    """The checks for a number of processes, by name, in order."""
     shared = replace(runs(folder)["fsdp"], parallel=ParallelSettings(context=size))
 
     def compare_attention() -> None:
@@ -230,7 +230,7 @@ def checks_of(folder: Path, size: int) -> dict[str, Callable[[], object]]:
 def main() -> None:
     folder = Path(sys.argv[1])
     warnings.simplefilter("error")
-    # PyTorch's about its own parts.
+    # PyTorch's warnings about its own modules.
     warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.")
     torch.set_num_threads(1)
     dist.init_process_group("gloo")

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
+import signal
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +31,7 @@ ATTENTION = ifx.InfLLMConfig(
 
 
 def write_texts(folder: Path, files: int = 30, length: int = 400) -> Path:
-    """A folder of text files, all different, made from their own hashes."""
+    """Write a folder of different text files, made from hashes."""
     for number in range(files):
         words = [hashlib.sha256(f"{number}/{i}".encode()).hexdigest()[:7] for i in range(length)]
         path = folder / f"part{number % 3}" / f"{number}.txt"
@@ -39,14 +41,14 @@ def write_texts(folder: Path, files: int = 30, length: int = 400) -> Path:
 
 
 def write_lines(path: Path, texts: list[str]) -> Path:
-    """A .jsonl file with one document per line."""
+    """Write a .jsonl file with one document per line."""
     path.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
     return path
 
 
 def stage(**changes: Any) -> StageSettings:
     values = {"max_length": 32, "batch_size": 2, "steps": 3, "learning_rate": 1e-2}
-    values["warmup_steps"] = 1  # without any schedule a run is warned of
+    values["warmup_steps"] = 1  # a run without a schedule warns
     return StageSettings(**({"attention": "dense"} | values | changes))
 
 
@@ -73,7 +75,25 @@ def weights_hash(model: Path) -> str:
 
 
 def course(run: TrainingSettings) -> list[dict[str, Any]]:
-    """What two equal runs have in common of their metrics: all but speed and memory."""
+    """The metrics that are equal in equal runs: all but speed and memory."""
     same = ("step", "stage", "loss", "gradient_norm", "learning_rate", "sparse_layers")
     lines = (run.run.folder / "metrics.jsonl").read_text().splitlines()
     return [{name: json.loads(line)[name] for name in same} for line in lines]
+
+
+def metrics(run: TrainingSettings) -> list[dict[str, Any]]:
+    """The lines of ``metrics.jsonl``."""
+    lines = (run.run.folder / "metrics.jsonl").read_text().splitlines()
+    return [json.loads(line) for line in lines]
+
+
+def interrupted(real: Any, step: int, number: int = signal.SIGINT) -> Any:
+    """Wrap a sampler's ``batch`` to send a signal while it makes the batch of a step."""
+    calls = iter(range(1, 1000))
+
+    def batch(self: Any, indices: Any) -> Any:
+        if next(calls) == step:
+            os.kill(os.getpid(), number)
+        return real(self, indices)
+
+    return batch

@@ -1,4 +1,4 @@
-"""Checkpoints of several processes: each writes its part, any number reads them, all or none."""
+"""Checkpoints of several processes: each writes its shards, any number of processes reads them."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from infllm_flex.training.collectives import (
 )
 from tests.training.forked import run_ranks
 
-# Fewer rows than processes, rows that do not divide, no dimension, cut along the second one.
+# Fewer rows than processes, an uneven number of rows, no dimension, sharded by columns.
 SHAPES = {"even": (8, 6), "uneven": (7, 3), "few": (2, 5), "one": (1,), "long": (3, 16)}
 
 
@@ -35,7 +35,7 @@ def whole(seed=0):
 
 
 def spread(tensors):
-    """As FSDP leaves them: most cut by rows, one by columns, one copied to all."""
+    """Shard tensors as FSDP does: most by rows, one by columns, one replicated."""
     if num_ranks() == 1:
         return tensors
     mesh = init_device_mesh("cpu", (num_ranks(),))
@@ -57,7 +57,7 @@ def save(folder, step=1):
 
 
 def load(folder):
-    """Whether all is there in every bit, and the random number this process goes on with."""
+    """Whether every bit was restored, and this process's next random number."""
     path = checkpoints.newest(folder)
     zeros = {name: torch.zeros(shape) for name, shape in SHAPES.items()}
     weights, optimizer = spread(zeros), spread({n: t.clone() for n, t in zeros.items()})
@@ -93,7 +93,7 @@ def test_any_number_of_processes_reads_what_any_number_wrote(tmp_path, writers, 
     assert state.processes == writers
 
 
-def test_the_exported_model_does_not_tell_how_many_processes_wrote_it(tmp_path):
+def test_the_exported_model_does_not_depend_on_the_number_of_processes(tmp_path):
     save(tmp_path / "one")
     run_ranks(3, tmp_path, save, tmp_path / "three")
     hashes = set()
@@ -115,7 +115,7 @@ def damage_and_find(folder):
 
 
 @pytest.mark.filterwarnings("ignore:skipped a damaged checkpoint")
-def test_damage_in_the_part_of_any_process_makes_all_take_the_one_before(tmp_path):
+def test_damage_in_the_shard_of_any_process_makes_all_use_the_previous_checkpoint(tmp_path):
     folder = tmp_path / "checkpoints"
     for step in (1, 2):
         run_ranks(2, tmp_path, save, folder, step)
@@ -155,7 +155,7 @@ def fail():
     raise ValueError("no")
 
 
-def test_what_fails_in_one_process_fails_in_all(tmp_path):
+def test_a_failure_in_one_process_is_raised_in_all(tmp_path):
     found = [json.loads(text) for text in run_ranks(3, tmp_path, talk)]
     assert [texts for texts, _ in found] == [["", "ä", "ää"]] * 3
     assert [result for _, result in found] == [7, None, None]

@@ -1,4 +1,4 @@
-"""A checkpoint is whole or it is not there, whatever happens while it is written or kept."""
+"""A checkpoint is complete or absent, whatever happens while it is written or kept."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def checkpoint(step: int, **changes: Any) -> Checkpoint:
 
 
 def load(path: Path, like: Checkpoint) -> Checkpoint:
-    """What a checkpoint holds, in fresh tensors of the same shapes as those of ``like``."""
+    """Load a checkpoint into new tensors with the shapes of ``like``."""
     parts = {
         name: {key: torch.zeros_like(value) for key, value in getattr(like, name).items()}
         for name in ("weights", "optimizer", "random_state")
@@ -51,7 +51,7 @@ class PowerCut(BaseException):
     pass
 
 
-def test_what_was_saved_is_loaded_bit_for_bit(tmp_path):
+def test_a_checkpoint_loads_bit_for_bit(tmp_path):
     saved = checkpoint(7)
     path = checkpoints.save(tmp_path, saved, keep=2)
     assert checkpoints.newest(tmp_path) == path == tmp_path / "step-00000007"
@@ -64,7 +64,7 @@ def test_what_was_saved_is_loaded_bit_for_bit(tmp_path):
         assert all(torch.equal(ours[name], theirs[name]) for name in ours)
 
 
-def test_the_newest_ones_are_kept(tmp_path):
+def test_the_newest_checkpoints_are_kept(tmp_path):
     for step in (1, 2, 10, 11):
         checkpoints.save(tmp_path, checkpoint(step), keep=2)
     assert names(tmp_path) == ["step-00000010", "step-00000011"]
@@ -76,7 +76,7 @@ def test_without_checkpoints_there_is_nothing_to_resume_from(tmp_path):
 
 
 def test_a_power_cut_at_any_moment_leaves_the_old_or_the_new_checkpoint(tmp_path, monkeypatch):
-    """Cut at the n-th of the calls that change the disk, for every n, until one save completes."""
+    """For every n, stop at the n-th call that changes the disk, until one save completes."""
     real_rmtree = shutil.rmtree
     for cut in range(1, 100):
         folder = tmp_path / str(cut)
@@ -88,7 +88,7 @@ def test_a_power_cut_at_any_moment_leaves_the_old_or_the_new_checkpoint(tmp_path
                 nonlocal calls
                 calls += 1
                 if calls >= cut:  # noqa: B023 - used within the round only
-                    raise PowerCut  # nothing after a power cut changes the disk either
+                    raise PowerCut  # later calls fail too
                 return real(*args, **kwargs)
 
             return call
@@ -118,8 +118,8 @@ def test_a_power_cut_at_any_moment_leaves_the_old_or_the_new_checkpoint(tmp_path
     pytest.fail("no save completed")
 
 
-def test_everything_is_on_the_disk_before_it_bears_its_name(tmp_path, monkeypatch):
-    """A power cut drops what was not flushed."""
+def test_all_files_are_flushed_before_the_folder_is_renamed(tmp_path, monkeypatch):
+    """A power cut loses data that was not flushed."""
     synced: set[int] = set()
     renamed = []
     fsync, rename = os.fsync, os.rename
@@ -143,7 +143,7 @@ def test_everything_is_on_the_disk_before_it_bears_its_name(tmp_path, monkeypatc
     assert tmp_path.stat().st_ino in synced
 
 
-def test_a_full_disk_leaves_the_last_checkpoint_and_no_rest(tmp_path, monkeypatch):
+def test_a_full_disk_leaves_the_last_checkpoint_and_no_leftovers(tmp_path, monkeypatch):
     checkpoints.save(tmp_path, checkpoint(1), keep=2)
 
     def full(*_):
@@ -157,7 +157,9 @@ def test_a_full_disk_leaves_the_last_checkpoint_and_no_rest(tmp_path, monkeypatc
     assert checkpoints.read_state(checkpoints.newest(tmp_path)).step == 1
 
 
-def test_a_flipped_bit_or_a_cut_anywhere_is_noticed_and_the_one_before_is_taken(tmp_path):
+def test_any_damage_is_detected_and_the_previous_checkpoint_is_used(
+    tmp_path,
+):
     older = checkpoints.save(tmp_path, checkpoint(1), keep=2)
     newer = checkpoints.save(tmp_path, checkpoint(2), keep=2)
     rng = random.Random(0)
@@ -179,7 +181,7 @@ def test_a_flipped_bit_or_a_cut_anywhere_is_noticed_and_the_one_before_is_taken(
     assert checkpoints.newest(tmp_path) == newer
 
 
-def test_with_every_checkpoint_damaged_nothing_is_guessed(tmp_path):
+def test_if_every_checkpoint_is_damaged_the_run_is_refused(tmp_path):
     path = checkpoints.save(tmp_path, checkpoint(1), keep=2)
     (path / "state.json").unlink()
     with pytest.raises(CheckpointError, match=r"step-00000001: state\.json is missing"):
@@ -187,7 +189,7 @@ def test_with_every_checkpoint_damaged_nothing_is_guessed(tmp_path):
 
 
 @pytest.mark.parametrize("change", ["added", "linked"])
-def test_a_file_that_was_added_or_linked_is_noticed(tmp_path, change):
+def test_an_added_or_linked_file_is_detected(tmp_path, change):
     path = checkpoints.save(tmp_path, checkpoint(1), keep=2)
     if change == "added":
         (path / "extra.py").write_text("")
@@ -198,7 +200,7 @@ def test_a_file_that_was_added_or_linked_is_noticed(tmp_path, change):
         checkpoints.newest(tmp_path)
 
 
-def test_folders_of_others_are_left_alone(tmp_path):
+def test_foreign_folders_are_left_unchanged(tmp_path):
     foreign = tmp_path / "step-00000001"
     foreign.mkdir()
     (foreign / "work.txt").write_text("mine")
@@ -224,7 +226,7 @@ def test_folders_of_others_are_left_alone(tmp_path):
         ),
     ],
 )
-def test_a_checkpoint_of_another_format_is_refused_and_left_alone(tmp_path, state, said):
+def test_a_checkpoint_of_another_format_is_refused_and_left_unchanged(tmp_path, state, said):
     path = checkpoints.save(tmp_path, checkpoint(1), keep=2)
     (path / "state.json").write_text(json.dumps(state))
     with pytest.raises(CheckpointError, match=said):
@@ -268,14 +270,14 @@ def test_a_checkpoint_of_another_model_is_refused(tmp_path, weights, optimizer, 
     assert all(not tensor.any() for tensor in [*weights.values(), *optimizer.values()])
 
 
-def test_the_state_of_a_process_that_was_not_there_is_told_to_be_missing(tmp_path):
+def test_loading_reports_a_missing_random_state(tmp_path):
     path = checkpoints.save(tmp_path, checkpoint(1, random_state={}), keep=2)
     like = checkpoint(0)
     assert not checkpoints.load(path, like.weights, like.optimizer, like.random_state)
     assert (like.weights["w"] == 1).all()
 
 
-def test_nothing_that_is_read_is_unpickled_by_pytorch_either(tmp_path, monkeypatch):
+def test_pytorch_unpickles_nothing_of_a_checkpoint(tmp_path, monkeypatch):
     saved = checkpoint(1)
     path = checkpoints.save(tmp_path, saved, keep=2)
 
@@ -304,7 +306,7 @@ def test_no_code_of_the_packages_reads_or_writes_pickles():
                 modules = [a.name for a in node.names] + [getattr(node, "module", "") or ""]
                 assert not {"pickle", "dill", "cloudpickle", "joblib"} & set(modules), source
             if isinstance(node, ast.ImportFrom):
-                # torch.distributed.checkpoint's own storage, which unpickles its index.
+                # The default storage of torch.distributed.checkpoint unpickles its index.
                 imported = {alias.name for alias in node.names}
                 assert not {"FileSystemReader", "FileSystemWriter"} & imported, source
             if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name):

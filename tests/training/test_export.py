@@ -1,4 +1,4 @@
-"""A checkpoint becomes a model folder that transformers reads, and nothing else is touched."""
+"""A checkpoint is exported as a model folder that transformers reads."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def checkpoint(trained):
     return checkpoints.newest(trained.run.folder / "checkpoints")
 
 
-def test_every_checkpoint_gives_the_model_of_its_step(trained, checkpoint, tmp_path, texts):
+def test_every_checkpoint_exports_the_model_of_its_step(trained, checkpoint, tmp_path, texts):
     early = export(checkpoint.with_name("step-00000002"), tmp_path / "early")
     straight = settings(tmp_path / "run", texts, stages={"only": stage(steps=2)})
     assert weights_hash(early) == weights_hash(train(straight, show=False).model)
@@ -62,7 +62,7 @@ def test_a_model_in_several_files_is_the_same_model(trained, checkpoint, tmp_pat
     assert set(index["weight_map"].values()) == set(files)
 
 
-def test_the_tokenizer_of_the_original_comes_along(trained, checkpoint, tmp_path):
+def test_the_tokenizer_of_the_original_model_is_copied(trained, checkpoint, tmp_path):
     origin = tmp_path / "origin"
     origin.mkdir()
     for name in ("tokenizer.json", "tokenizer_config.json", "generation_config.json", "code.py"):
@@ -73,7 +73,7 @@ def test_the_tokenizer_of_the_original_comes_along(trained, checkpoint, tmp_path
     assert "code.py" not in copied
 
 
-def test_an_export_is_replaced_and_nothing_else_is(checkpoint, tmp_path):
+def test_an_export_is_replaced_and_other_folders_are_refused(checkpoint, tmp_path):
     model = export(checkpoint.with_name("step-00000001"), tmp_path / "model")
     first = weights_hash(model)
     assert weights_hash(export(checkpoint, tmp_path / "model")) != first
@@ -85,7 +85,7 @@ def test_an_export_is_replaced_and_nothing_else_is(checkpoint, tmp_path):
     assert sorted(os.listdir(tmp_path)) == ["model", "thesis"]
 
 
-def test_a_full_disk_leaves_the_export_that_was_there(checkpoint, tmp_path, monkeypatch):
+def test_a_full_disk_leaves_the_previous_export(checkpoint, tmp_path, monkeypatch):
     before = weights_hash(export(checkpoint.with_name("step-00000001"), tmp_path / "model"))
 
     def full(*_):
@@ -107,7 +107,7 @@ def test_a_finished_run_that_lost_its_model_exports_it_again(tmp_path, texts):
     assert weights_hash(model) == expected
 
 
-def test_training_goes_on_from_an_exported_model(trained, tmp_path, texts):
+def test_training_continues_from_an_exported_model(trained, tmp_path, texts):
     run = settings(
         tmp_path / "run",
         texts,
@@ -117,7 +117,7 @@ def test_training_goes_on_from_an_exported_model(trained, tmp_path, texts):
     assert train(run, show=False).step == 1
 
 
-def test_the_command_exports_the_newest_whole_checkpoint(trained, tmp_path, capsys):
+def test_the_command_exports_the_newest_undamaged_checkpoint(trained, tmp_path, capsys):
     spec = importlib.util.spec_from_file_location("finetune", SCRIPT)
     command = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(command)

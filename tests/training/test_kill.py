@@ -1,4 +1,4 @@
-"""kill -9 at any moment: what was lost is done again, and the run ends in the same bits."""
+"""After kill -9 at any moment, a run repeats the lost steps and ends in the same bits."""
 
 from __future__ import annotations
 
@@ -19,12 +19,12 @@ from tests.training.runs import course, settings, stage, weights_hash, write_lin
 KILLS = 25
 
 
-def go_on(run):
+def resume(run):
     train(run, resume=True, show=False)
 
 
 def kill_after(child, seconds):
-    """Whether the process was killed; False if it had ended well before."""
+    """Kill the process; returns False if it had already ended without error."""
     deadline = time.monotonic() + seconds
     while time.monotonic() < deadline:
         ended, status = os.waitpid(child, os.WNOHANG)
@@ -61,7 +61,7 @@ def steps_of(folder):
 def test_a_run_killed_at_random_moments_ends_in_the_same_bits(tmp_path, run):
     expected = weights_hash(train(run, show=False).model)
     again = replace(run, run=replace(run.run, folder=tmp_path / "again"))
-    began = time.monotonic()  # all is imported now, as in the processes to come
+    began = time.monotonic()  # imports are done, as in the forked processes
     train(again, show=False)
     duration = time.monotonic() - began
     rng = random.Random(0)
@@ -71,39 +71,39 @@ def test_a_run_killed_at_random_moments_ends_in_the_same_bits(tmp_path, run):
         killed = replace(run, run=replace(run.run, folder=tmp_path / f"killed-{runs}"))
         folder = killed.run.folder / "checkpoints"
         best = 0
-        while kill_after(start(go_on, killed), rng.uniform(0.1, 0.7) * duration):
+        while kill_after(start(resume, killed), rng.uniform(0.1, 0.7) * duration):
             kills += 1
             steps = steps_of(folder) if folder.is_dir() else []
-            assert not steps or steps[-1] >= best, "a whole checkpoint was lost"
+            assert not steps or steps[-1] >= best, "a complete checkpoint was lost"
             best = max([best, *steps])
         assert weights_hash(killed.run.folder / "model") == expected
         left = [n for n in os.listdir(folder) if not re.fullmatch(r"step-\d{8}", n)]
-        assert not left, "what a kill left was not cleared"
+        assert not left, "leftovers of a kill were not removed"
         assert course(killed) == course(run)
 
 
-def test_two_processes_of_which_one_is_killed_end_in_the_same_bits(tmp_path, run):
-    """The other process notices and ends; both go on from the last checkpoint that is whole."""
-    assert ended(start_ranks(2, tmp_path, go_on, run)) == [0, 0]
+def test_a_run_of_two_processes_ends_in_the_same_bits_after_one_is_killed(tmp_path, run):
+    """The other process notices and ends; both resume from the last complete checkpoint."""
+    assert ended(start_ranks(2, tmp_path, resume, run)) == [0, 0]
     expected = weights_hash(run.run.folder / "model")
     killed = replace(run, run=replace(run.run, folder=tmp_path / "killed"))
     rng, best, kills = random.Random(1), 0, 0
     for victim in (0, 1, 1, 0):
-        processes = start_ranks(2, tmp_path, go_on, killed)
+        processes = start_ranks(2, tmp_path, resume, killed)
         was_killed = kill_after(processes[victim], rng.uniform(0.2, 1.2))
         kills += was_killed
         (status,) = ended([processes[1 - victim]])
-        # Killed in its very last moments, a process is no longer missed by the other.
+        # The other process does not need one that is killed in its last moments.
         assert status in ((0, 1) if was_killed else (0,))
         folder = killed.run.folder / "checkpoints"
         steps = steps_of(folder) if folder.is_dir() else []
-        assert not steps or steps[-1] >= best, "a whole checkpoint was lost"
+        assert not steps or steps[-1] >= best, "a complete checkpoint was lost"
         best = max([best, *steps])
     assert kills
-    assert ended(start_ranks(2, tmp_path, go_on, killed)) == [0, 0]
+    assert ended(start_ranks(2, tmp_path, resume, killed)) == [0, 0]
     assert weights_hash(killed.run.folder / "model") == expected
 
 
 def ended(processes):
-    """Their statuses, once they have ended."""
+    """Wait for the processes; returns their statuses."""
     return [os.waitstatus_to_exitcode(os.waitpid(process, 0)[1]) for process in processes]

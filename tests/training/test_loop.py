@@ -1,22 +1,16 @@
-"""A run ends as its settings say, and a stopped and resumed one ends in the same bits."""
+"""A run follows its settings; a stopped and resumed run ends in the same bits."""
 
 from __future__ import annotations
 
 import json
-import os
 import signal
-import subprocess
-import sys
-import threading
-import time
 import warnings
 from dataclasses import replace
 
 import pytest
 import torch
 
-from infllm_flex.strict_yaml import ConfigError, build_dataclass, load_yaml
-from infllm_flex.training import loop, loss
+from infllm_flex.training import loss
 from infllm_flex.training.checkpoints import newest
 from infllm_flex.training.data import PackedSampler, WindowSampler
 from infllm_flex.training.loop import TrainingDivergedError, train
@@ -27,40 +21,22 @@ from infllm_flex.training.settings import (
     ModelSettings,
     OptimSettings,
     RunSettings,
-    TrainingSettings,
 )
-from infllm_flex.training.signals import StopSignal
-from tests.training.runs import ATTENTION, LONG, TINY, settings, stage, weights_hash, write_lines
-
-
-def metrics(run):
-    lines = (run.run.folder / "metrics.jsonl").read_text().splitlines()
-    return [json.loads(line) for line in lines]
+from tests.training.runs import (
+    ATTENTION,
+    LONG,
+    TINY,
+    interrupted,
+    metrics,
+    settings,
+    stage,
+    weights_hash,
+    write_lines,
+)
 
 
 def losses(run):
     return [(line["step"], line["loss"], line["gradient_norm"]) for line in metrics(run)]
-
-
-@pytest.fixture
-def stop_at(monkeypatch):
-    """Make Ctrl-C, or another signal, arrive while a step fetches its text."""
-
-    def arrange(step, number=signal.SIGINT):
-        monkeypatch.setattr(WindowSampler, "batch", interrupted(WindowSampler.batch, step, number))
-
-    return arrange
-
-
-def interrupted(real, step, number=signal.SIGINT):
-    calls = iter(range(1, 1000))
-
-    def batch(self, indices):
-        if next(calls) == step:
-            os.kill(os.getpid(), number)
-        return real(self, indices)
-
-    return batch
 
 
 @pytest.mark.parametrize("kind", ["adamw", "muon"])
@@ -113,79 +89,6 @@ def test_a_finished_run_resumed_changes_nothing(tmp_path, texts):
     assert len(metrics(run)) == 6
 
 
-def test_sigterm_saves_too_and_the_handlers_are_put_back(tmp_path, texts, stop_at):
-    handler = signal.getsignal(signal.SIGTERM)
-    run = settings(tmp_path / "run", texts)
-    stop_at(2, signal.SIGTERM)
-    outcome = train(run, show=False)
-    assert (outcome.step, outcome.signal) == (2, signal.SIGTERM)
-    assert newest(run.run.folder / "checkpoints") == outcome.checkpoint
-    assert signal.getsignal(signal.SIGTERM) is handler
-
-
-def test_a_second_signal_ends_the_process_at_once():
-    code = (
-        "import os, signal, time\n"
-        "from infllm_flex.training.signals import StopSignal\n"
-        "with StopSignal() as interruption:\n"
-        "    os.kill(os.getpid(), signal.SIGTERM)\n"
-        "    assert interruption.signal == signal.SIGTERM\n"
-        "    os.kill(os.getpid(), signal.SIGTERM)\n"
-        "    time.sleep(60)\n"
-    )
-    ended = subprocess.run([sys.executable, "-c", code], timeout=30, check=False)
-    assert ended.returncode == -signal.SIGTERM
-
-
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_a_signal_is_answered_while_no_python_runs(number):
-    """A hash in C stands for a backward pass: no Python runs in the main thread meanwhile."""
-    code = (
-        "import hashlib\n"
-        "from infllm_flex.training.signals import StopSignal\n"
-        "with StopSignal():\n"
-        "    print('ready', flush=True)\n"
-        "    hashlib.pbkdf2_hmac('sha256', b'x', b'y', 10 ** 8)\n"
-    )
-    process = subprocess.Popen(
-        [sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
-    )
-    assert process.stdout.readline() == "ready\n"
-    time.sleep(0.2)  # now it is in the hash, which takes half a minute
-    began = time.monotonic()
-    process.send_signal(number)
-    assert process.stderr.readline() == "\n"
-    assert "saving after this step, then stopping" in process.stderr.readline()
-    process.send_signal(number)
-    assert process.wait(timeout=30) == -number
-    assert time.monotonic() - began < 5
-    process.stdout.close()
-    process.stderr.close()
-
-
-def test_a_run_that_shows_nothing_is_silent_about_signals_too(tmp_path, texts, stop_at, capfd):
-    for show in (True, False):
-        stop_at(1)
-        train(settings(tmp_path / str(show), texts), show=show)
-        assert ("Ctrl-C: saving after this step" in capfd.readouterr().err) == show
-
-
-def test_the_handlers_and_the_wakeup_descriptor_are_those_of_before():
-    before = (
-        signal.set_wakeup_fd(-1),
-        [signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM)],
-    )
-    threads = threading.active_count()
-    with StopSignal(show=False) as interruption:
-        os.kill(os.getpid(), signal.SIGTERM)
-        assert interruption.signal == signal.SIGTERM
-    assert (
-        signal.set_wakeup_fd(-1),
-        [signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM)],
-    ) == before
-    assert threading.active_count() == threads
-
-
 def test_the_loss_falls_and_the_checkpoint_is_a_model_folder(tmp_path, texts):
     run = settings(
         tmp_path / "run", texts, stages={"only": stage(steps=40, batch_size=4, warmup_steps=3)}
@@ -208,17 +111,17 @@ def test_the_loss_falls_and_the_checkpoint_is_a_model_folder(tmp_path, texts):
     }
     model = load_model(outcome.model)
     assert model.get_output_embeddings().weight is model.get_input_embeddings().weight
-    continues = settings(
+    second = settings(
         tmp_path / "next",
         texts,
         model=ModelSettings(path=outcome.model),
         stages={"only": stage(steps=1)},
     )
-    train(continues, show=False)
-    assert metrics(continues)[0]["loss"] < lines[0]["loss"] - 1
+    train(second, show=False)
+    assert metrics(second)[0]["loss"] < lines[0]["loss"] - 1
 
 
-def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_last_good_checkpoint(
+def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_last_checkpoint(
     tmp_path, texts, monkeypatch
 ):
     run = settings(tmp_path / "run", texts, checkpoint=CheckpointSettings(every=2))
@@ -234,97 +137,6 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_last_good_checkpo
     assert newest(run.run.folder / "checkpoints").name == "step-00000002"
 
 
-def test_the_folder_of_another_run_or_program_is_refused_before_any_work(tmp_path, texts):
-    run = settings(tmp_path / "run", texts)
-    train(run, show=False)
-    with pytest.raises(ConfigError, match=r"already holds a run: add --resume"):
-        train(run, show=False)
-    other = replace(run, run=replace(run.run, seed=1), optim=OptimSettings(weight_decay=0.0))
-    with pytest.raises(ConfigError, match=r"different settings \(optim, run\.seed\): "):
-        train(other, resume=True, show=False)
-    (tmp_path / "thesis").mkdir()
-    (tmp_path / "thesis" / "thesis.tex").write_text("")
-    with pytest.raises(ConfigError, match=r"holds other files \(thesis\.tex\)"):
-        train(settings(tmp_path / "thesis", texts), show=False)
-    (tmp_path / "file").write_text("")
-    with pytest.raises(ConfigError, match="is a file, expected a folder"):
-        train(settings(tmp_path / "file", texts), show=False)
-    assert os.listdir(tmp_path / "thesis") == ["thesis.tex"]
-
-
-def fails_before_its_first_step(run, patch):
-    """A corrected file cures it: here the learning rate is what was wrong."""
-
-    def batch(self, indices):
-        raise ValueError("no memory")
-
-    patch.setattr(WindowSampler, "batch", batch)
-    with pytest.raises(ValueError, match="no memory"):
-        train(run, show=False)
-
-
-def is_stopped_before_its_first_step(run, patch):
-    real = loop._Trainer.run
-
-    def run_after_signal(self, *args):
-        os.kill(os.getpid(), signal.SIGTERM)
-        return real(self, *args)
-
-    patch.setattr(loop._Trainer, "run", run_after_signal)
-    assert train(run, show=False).step == 0
-
-
-@pytest.mark.parametrize("resume", [False, True])
-@pytest.mark.parametrize("end", [fails_before_its_first_step, is_stopped_before_its_first_step])
-def test_a_folder_without_a_step_takes_a_corrected_run(tmp_path, texts, end, resume):
-    wrong = settings(tmp_path / "run", texts, model=ModelSettings(tiny=replace(TINY, num_layers=1)))
-    right = settings(tmp_path / "run", texts)
-    expected = train(settings(tmp_path / "fresh", texts), show=False)
-    with pytest.MonkeyPatch.context() as patch:
-        end(wrong, patch)
-    (tmp_path / "run" / "run.yaml.tmp").write_text("written half when the power failed")
-    outcome = train(right, resume=resume, show=False)
-    assert weights_hash(outcome.model) == weights_hash(expected.model)
-    kept = build_dataclass(TrainingSettings, load_yaml(tmp_path / "run" / "run.yaml"))
-    assert kept == right
-
-
-def test_a_step_without_a_checkpoint_keeps_its_folder(tmp_path, texts, monkeypatch):
-    run = settings(tmp_path / "run", texts)
-    real, calls = WindowSampler.batch, iter(range(1, 100))
-
-    def batch(self, indices):
-        if next(calls) == 3:
-            raise ValueError("no memory")
-        return real(self, indices)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(WindowSampler, "batch", batch)
-        with pytest.raises(ValueError, match="no memory"):
-            train(run, show=False)
-    assert not list((tmp_path / "run").glob("checkpoints/*"))
-    with pytest.raises(ConfigError, match="already holds a run"):
-        train(run, show=False)
-    with pytest.raises(
-        ConfigError, match=r"different settings \(optim\): .*; for a new run, choose another"
-    ):
-        train(replace(run, optim=OptimSettings(weight_decay=0.0)), resume=True, show=False)
-    assert [line["step"] for line in metrics(run)] == [1, 2]
-
-
-def test_two_runs_cannot_share_a_folder_at_once(tmp_path, texts, monkeypatch):
-    run = settings(tmp_path / "run", texts)
-    real = WindowSampler.batch
-
-    def batch(self, indices):
-        with pytest.raises(ConfigError, match="is in use by another process"):
-            train(run, resume=True, show=False)
-        return real(self, indices)
-
-    monkeypatch.setattr(WindowSampler, "batch", batch)
-    train(run, show=False)
-
-
 @pytest.mark.parametrize(
     ("attention", "length", "warning"),
     [
@@ -332,7 +144,7 @@ def test_two_runs_cannot_share_a_folder_at_once(tmp_path, texts, monkeypatch):
         (replace(ATTENTION, topk=9), 80, "every block will be selected: the budget of 10 blocks"),
     ],
 )
-def test_a_sparse_stage_that_would_be_dense_is_warned_of(
+def test_a_sparse_stage_that_would_be_dense_is_a_warning(
     tmp_path, texts, attention, length, warning
 ):
     run = settings(
@@ -345,7 +157,7 @@ def test_a_sparse_stage_that_would_be_dense_is_warned_of(
         train(run, show=False)
 
 
-def test_a_sparse_stage_is_sparse_in_every_layer_and_gives_the_model_back(tmp_path, texts):
+def test_a_sparse_stage_is_sparse_in_every_layer_and_unpatches_the_model(tmp_path, texts):
     short = stage(steps=1)
     stages = {"short": short, "long": replace(LONG, attention="sparse", max_length=128)}
     run = settings(tmp_path / "sparse", texts, stages=stages)
@@ -362,7 +174,7 @@ def test_a_sparse_stage_is_sparse_in_every_layer_and_gives_the_model_back(tmp_pa
     assert "attn_implementation" not in str(config)
 
 
-def test_a_model_reaches_beyond_its_positions_only_with_another_rope_theta(tmp_path, texts):
+def test_a_stage_longer_than_the_model_needs_another_rope_theta(tmp_path, texts):
     outcome = train(settings(tmp_path / "run", texts, stages={"a": stage(steps=1)}), show=False)
     longer = settings(
         tmp_path / "next",
@@ -381,7 +193,7 @@ def test_a_model_reaches_beyond_its_positions_only_with_another_rope_theta(tmp_p
     assert config.rope_parameters["rope_theta"] == 5e5
 
 
-def test_a_gpu_that_is_not_there_is_refused(tmp_path, texts, monkeypatch):
+def test_a_missing_gpu_is_refused(tmp_path, texts, monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     run = settings(tmp_path / "run", texts, run=RunSettings(folder=tmp_path / "r", device="cuda"))
     with pytest.raises(ValueError, match="cuda is not available here"):
@@ -405,7 +217,7 @@ def test_a_run_with_8_bit_state_resumes_in_the_same_bits(tmp_path, texts, stop_a
 
 @pytest.mark.filterwarnings("ignore:This process:DeprecationWarning")  # as in test_loader
 def test_packed_documents_train_and_resume_in_the_same_bits(tmp_path, monkeypatch):
-    # Documents of the longest class are sparse, those of the shortest dense, in the same rows.
+    # The same rows hold sparse documents of the longest class and dense ones of the shortest.
     texts = [f"{i} is a number. " * (i % 7 + 1) for i in range(90)]
     path = write_lines(tmp_path / "a.jsonl", texts)
     data = DataSettings(source=str(path), packing="documents", held_out_percent=0)
@@ -419,7 +231,7 @@ def test_packed_documents_train_and_resume_in_the_same_bits(tmp_path, monkeypatc
     with monkeypatch.context() as patch:
         patch.setattr(PackedSampler, "batch", interrupted(PackedSampler.batch, 7))
         assert train(run, show=False).step == 7
-    # On as many workers as there are now, and from tokens that lie elsewhere.
+    # With other workers, and a token store in another folder.
     moved = replace(run, data=replace(data, workers=1, cache=tmp_path / "cache"))
     resumed = train(moved, resume=True, show=False)
     assert weights_hash(resumed.model) == weights_hash(expected.model)

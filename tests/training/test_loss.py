@@ -1,4 +1,4 @@
-"""The loss is that of all logits at once, of whatever a model makes of them, in less memory."""
+"""The loss in chunks equals that of all logits, for heads that scale or cap them."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ SIZE = {
     "num_key_value_heads": 1,
     "pad_token_id": 0,
 }
-# Heads alone, and heads whose logits are divided, multiplied, or capped.
+# Plain heads, and heads that divide, multiply or cap their logits.
 CONFIGS = {
     "llama": LlamaConfig(**SIZE, tie_word_embeddings=True),
     "granite": GraniteConfig(**SIZE, logits_scaling=16.0),
@@ -42,7 +42,7 @@ def gradients(model):
 
 
 @pytest.mark.parametrize("name", CONFIGS)
-def test_the_cost_in_parts_is_that_of_the_models_own_logits(name, monkeypatch):
+def test_the_loss_in_chunks_is_that_of_the_models_own_logits(name, monkeypatch):
     torch.manual_seed(0)
     model = Model.from_config(CONFIGS[name], attn_implementation="eager")
     tokens = torch.randint(500, (2, 30))
@@ -70,7 +70,7 @@ def test_the_cost_in_parts_is_that_of_the_models_own_logits(name, monkeypatch):
     assert_within_rounding(our_gradients, gradients(model), expected_gradients, factor=3.0)
 
 
-def test_weights_are_factors_on_the_cost_of_each_label(monkeypatch):
+def test_weights_are_factors_on_the_loss_of_each_label(monkeypatch):
     torch.manual_seed(0)
     model = Model.from_config(CONFIGS["granite"], attn_implementation="eager")
     tokens, weights = torch.randint(500, (3, 11)), torch.rand(3, 11) + 0.5

@@ -1,4 +1,4 @@
-"""Models of other makers and of the hub's cache, read without running or fetching a thing."""
+"""Configurations of model folders and of the hub's cache, read without running their code."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ MINICPM = {
 
 @pytest.fixture
 def minicpm(tmp_path):
-    """A folder as MiniCPM comes, and the Llama that its scaled weights make."""
+    """A MiniCPM model folder, and the Llama model with the equivalent scaled weights."""
     torch.manual_seed(0)
     llama = LlamaForCausalLM(LlamaConfig(**SIZE, tie_word_embeddings=False)).eval()
     folder = tmp_path / "minicpm"
@@ -64,7 +64,7 @@ def minicpm(tmp_path):
     return folder, llama
 
 
-def test_minicpm_computes_what_its_own_code_would(minicpm):
+def test_minicpm_equals_its_own_code(minicpm):
     folder, llama = minicpm
     model = load_model(folder).eval()
     tokens = torch.randint(256, (2, 40))
@@ -76,9 +76,7 @@ def test_minicpm_computes_what_its_own_code_would(minicpm):
     }
 
 
-def test_minicpm_brings_its_sparse_attention_and_stays_a_minicpm_when_fine_tuned(
-    minicpm, tmp_path, texts
-):
+def test_minicpm_keeps_its_sparse_config_and_its_type_when_fine_tuned(minicpm, tmp_path, texts):
     folder, _ = minicpm
     assert not any(row.patched_through for row in ifx.describe(load_model(folder)))
     layer = ifx.patch_model(load_model(folder)).model.layers[0].self_attn.infllm_layer
@@ -99,7 +97,7 @@ def test_minicpm_brings_its_sparse_attention_and_stays_a_minicpm_when_fine_tuned
 
 
 @pytest.mark.parametrize("key", ["rope_type", "type"])
-def test_longrope_is_taken_over(minicpm, key):
+def test_longrope_is_converted(minicpm, key):
     folder, _ = minicpm
     factors = {"short_factor": [1.0] * 4, "long_factor": [2.0] * 4}
     rope = {key: "longrope", "original_max_position_embeddings": 128, **factors}
@@ -160,6 +158,6 @@ def test_a_run_asks_the_hub_once_and_only_if_the_settings_allow_it(
         ({"path": "x", "download": True}, "download must not be set without hub"),
     ],
 )
-def test_model_settings_that_contradict_are_refused(values, message):
+def test_contradicting_model_settings_are_refused(values, message):
     with pytest.raises(ValueError, match=message):
         ModelSettings(**values)

@@ -1,4 +1,4 @@
-"""Packed documents cost what they cost alone: none sees, chooses or predicts across a border."""
+"""Packed documents have the loss that they have alone: nothing crosses their boundaries."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ LENGTH = 256
 
 
 def costs(model, batch: Batch):
-    """Nats per label, 0 where there is none, ``[B, S]``."""
+    """Loss of each label in nats, 0 without a label, ``[B, S]``."""
     logits = model(**batch.model_inputs()).logits
     losses = F.cross_entropy(
         logits.flatten(0, 1), batch.labels.flatten(), reduction="none", ignore_index=NO_LABEL
@@ -29,7 +29,7 @@ def costs(model, batch: Batch):
 
 
 def alone(model, batch: Batch):
-    """The same, one document at a time."""
+    """The same loss, one document at a time."""
     found = torch.zeros(batch.labels.shape, dtype=next(model.parameters()).dtype)
     for row, positions in enumerate(batch.position_ids):
         begins = [*(positions == 0).nonzero().flatten().tolist(), LENGTH]
@@ -41,8 +41,8 @@ def alone(model, batch: Batch):
 
 @pytest.mark.parametrize("rows", [1, 3])
 @pytest.mark.parametrize("attention", ["dense", "sparse"])
-def test_a_document_costs_in_a_row_what_it_costs_alone(attention, rows):
-    # Some of the documents are long enough to be sparse, and longer than their budget.
+def test_a_document_has_the_same_loss_in_a_packed_row_and_alone(attention, rows):
+    # Some documents are long enough to be sparse, and longer than the budget.
     lengths = torch.randint(2, 140, (60,), generator=torch.Generator().manual_seed(0)).tolist()
     text = documents(lengths)
     text = type(text)((text.tokens % 251).to(torch.uint8), text.starts)

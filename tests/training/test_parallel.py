@@ -1,4 +1,4 @@
-"""Two and four processes train what one does, within rounding, in every way to share the work."""
+"""Two and four processes train like one, within rounding, with every kind of parallelism."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from tests.training.runs import settings, stage, write_texts
 
 
 def torchrun(size, *arguments, **variables):
-    """Start processes, at most for two minutes."""
+    """Run torchrun, for two minutes at most."""
     return subprocess.run(
         [sys.executable, "-m", "torch.distributed.run", f"--nproc-per-node={size}", *arguments],
         capture_output=True,
@@ -35,7 +35,7 @@ def torchrun(size, *arguments, **variables):
 
 @pytest.fixture(scope="module")
 def results(tmp_path_factory):
-    """What the checks of `parallel_checks` came to, by number of processes, and their folder."""
+    """The results of `parallel_checks` by number of processes, and their folder."""
     known = {}
 
     def of(size):
@@ -52,7 +52,7 @@ def results(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def alone(tmp_path_factory):
-    """Losses and norms of a run of `parallel_checks`, by one process; again one row at a time."""
+    """Losses and norms of a run of `parallel_checks` in one process, with two micro-batch sizes."""
     folder = tmp_path_factory.mktemp("alone")
     write_texts(folder / "texts")
 
@@ -73,11 +73,11 @@ def alone(tmp_path_factory):
 
 
 def assert_same_training(folder, alone, factor=3.0):
-    whole, in_passes = alone
+    whole, in_micro_batches = alone
     found = torch.tensor(checks.losses(folder / "metrics.jsonl"))
     for column in (0, 1):
         assert_within_rounding(
-            found[:, column], whole[:, column].double(), in_passes[:, column], factor=factor
+            found[:, column], whole[:, column].double(), in_micro_batches[:, column], factor=factor
         )
 
 
@@ -85,10 +85,10 @@ EXACT = [(n, name) for n, names in checks.NAMES.items() for name in names if nam
 
 
 @pytest.mark.parametrize(("size", "name"), EXACT)
-def test_several_processes_train_what_one_does(results, alone, size, name):
+def test_several_processes_train_like_one(results, alone, size, name):
     said, folder = results(size)
     assert said[name] == "passed"
-    # Muon orthogonalises in bfloat16, which makes much of a gradient's last bit on some CPUs.
+    # Muon orthogonalises in bfloat16, which amplifies the last bit of a gradient on some CPUs.
     factor = 10.0 if name == "muon" else 3.0
     assert_same_training(folder / name, alone(name), factor)
 
@@ -104,14 +104,12 @@ def test_bfloat16_arithmetic_over_float32_weights_stays_close(results, alone):
 
 
 @pytest.mark.parametrize("size", [2, 4])
-def test_attention_to_a_shared_sequence_is_that_of_one_process_and_chooses_the_same_blocks(
-    results, size
-):
+def test_context_attention_equals_that_of_one_process_and_selects_the_same_blocks(results, size):
     assert results(size)[0]["attention"] == "passed"
 
 
 @pytest.mark.parametrize("check", ["stopped", "resumed", "nan"])
-def test_all_processes_stop_and_go_on_together(results, check):
+def test_all_processes_stop_and_resume_together(results, check):
     assert results(2)[0][check] == "passed"
 
 
@@ -132,7 +130,7 @@ def test_all_processes_stop_and_go_on_together(results, check):
         (1, {"memory": MemorySettings(cpu_offload=True)}, r"memory\.cpu_offload needs torchrun"),
     ],
 )
-def test_settings_that_do_not_fit_the_processes_are_refused_before_they_meet(
+def test_settings_that_do_not_fit_the_number_of_processes_are_refused(
     tmp_path, texts, monkeypatch, processes, changes, message
 ):
     monkeypatch.setenv("WORLD_SIZE", str(processes))
@@ -157,7 +155,7 @@ runpy.run_path(sys.argv[0], run_name="__main__")
 """
 
 
-def test_torchrun_starts_a_run_that_lost_a_process_again_and_it_ends_the_same(tmp_path, texts):
+def test_torchrun_restarts_a_run_that_lost_a_process_with_the_same_result(tmp_path, texts):
     config, crash = tmp_path / "run.yaml", tmp_path / "crash.py"
     crash.write_text(CRASH)
     run = settings(tmp_path / "crashed", texts, checkpoint=CheckpointSettings(every=2))

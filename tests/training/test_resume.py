@@ -1,4 +1,4 @@
-"""A run goes on from any step in the same bits, on other processes, and after what can go wrong."""
+"""A run resumes from any step in the same bits, on other processes and after failures."""
 
 from __future__ import annotations
 
@@ -68,7 +68,7 @@ def in_folder(run, folder):
 
 
 def test_every_step_of_twenty_can_be_resumed_in_the_same_bits(tmp_path, packed, with_dropout):
-    """Losses, weights, optimizer, random numbers: all as if it had never stopped."""
+    """Losses, weights, optimizer state and random state equal those of an uninterrupted run."""
     straight = settings(
         tmp_path / "straight",
         tmp_path,
@@ -85,7 +85,7 @@ def test_every_step_of_twenty_can_be_resumed_in_the_same_bits(tmp_path, packed, 
         shutil.copytree(straight.run.folder, run.run.folder, ignore=lambda *_: ["model"])
         for later in range(step + 1, STEPS + 1):
             shutil.rmtree(kept / f"step-{later:08d}")
-        torch.rand(7)  # another process would stand elsewhere in the random numbers
+        torch.rand(7)  # a new process would have another random state
         resumed = train(run, resume=True, show=False)
         assert weights_hash(resumed.model) == weights_hash(expected.model)
         assert course(run) == course(straight)
@@ -104,8 +104,8 @@ def losses_and_norms(run):
     return torch.tensor([[line["loss"], line["gradient_norm"]] for line in course(run)])
 
 
-def test_a_run_goes_on_with_another_number_of_processes(tmp_path, packed):
-    """One process saves, two go on, then four, and the end is that of one, within rounding."""
+def test_a_run_resumes_with_another_number_of_processes(tmp_path, packed):
+    """One process saves, two resume, then four; the result is that of one, within rounding."""
     run = settings(
         tmp_path / "moved",
         tmp_path,
@@ -134,8 +134,8 @@ def test_a_run_goes_on_with_another_number_of_processes(tmp_path, packed):
         )
 
 
-@pytest.mark.slow  # torchao compiles its step, in each process
-def test_8_bit_state_in_parts_is_resumed_by_as_many_processes_only(tmp_path, packed):
+@pytest.mark.slow  # torchao compiles its step in each process
+def test_sharded_8_bit_state_resumes_on_the_same_number_of_processes_only(tmp_path, packed):
     run = settings(
         tmp_path / "run",
         tmp_path,
@@ -155,13 +155,13 @@ def test_8_bit_state_in_parts_is_resumed_by_as_many_processes_only(tmp_path, pac
 
 
 def limited(run, size):
-    """Train on a disk that takes files of at most ``size`` bytes."""
-    signal.signal(signal.SIGXFSZ, signal.SIG_IGN)  # an error to the writer, as from a full disk
+    """Train on a disk that refuses files of more than ``size`` bytes."""
+    signal.signal(signal.SIGXFSZ, signal.SIG_IGN)  # the writer gets an error, as from a full disk
     resource.setrlimit(resource.RLIMIT_FSIZE, (size, size))
     train(run, resume=True, show=False)
 
 
-def test_a_full_disk_ends_the_run_and_the_last_checkpoint_is_whole(tmp_path, packed, capfd):
+def test_a_full_disk_ends_the_run_and_leaves_the_last_checkpoint(tmp_path, packed, capfd):
     run = settings(
         tmp_path / "run",
         tmp_path,
@@ -184,7 +184,7 @@ def test_a_full_disk_ends_the_run_and_the_last_checkpoint_is_whole(tmp_path, pac
     assert weights_hash(resumed.model) == weights_hash(expected.model)
 
 
-def test_sigterm_saves_and_ends_the_process_within_ten_seconds(tmp_path, packed):
+def test_sigterm_saves_and_ends_the_process_within_a_few_steps(tmp_path, packed):
     run = settings(
         tmp_path / "run",
         tmp_path,
@@ -198,12 +198,13 @@ def test_sigterm_saves_and_ends_the_process_within_ten_seconds(tmp_path, packed)
     while not (lines.exists() and lines.stat().st_size):
         assert time.monotonic() < deadline
         time.sleep(0.01)
-    began = time.monotonic()
+    done = len(lines.read_text().splitlines())
     os.kill(child, signal.SIGTERM)
     assert os.waitpid(child, 0)[1] == 0
-    assert time.monotonic() - began < 10
     saved = checkpoints.newest(run.run.folder / "checkpoints")
-    assert checkpoints.read_state(saved).step == len(course(run))
+    step = checkpoints.read_state(saved).step
+    assert step == len(course(run))
+    assert done <= step < done + 100
 
 
 def train_to_the_signal(run):
@@ -211,7 +212,7 @@ def train_to_the_signal(run):
 
 
 @pytest.mark.parametrize("packing", ["documents", "stream"])
-def test_text_that_has_changed_is_refused(tmp_path, packing):
+def test_changed_text_is_refused(tmp_path, packing):
     path = tmp_path / "a.txt"
     path.write_text("".join(f"{i} is a number. " * 9 for i in range(50)))
     data = DataSettings(source=str(path), packing=packing, held_out_percent=0)
@@ -224,7 +225,7 @@ def test_text_that_has_changed_is_refused(tmp_path, packing):
     assert sorted(p.name for p in (run.run.folder / "checkpoints").iterdir()) == before
 
 
-def test_a_checkpoint_of_another_model_put_into_the_folder_is_refused(tmp_path, packed):
+def test_a_checkpoint_copied_from_another_model_is_refused(tmp_path, packed):
     run = settings(tmp_path / "run", tmp_path, data=packed)
     train(run, show=False)
     wide = ModelSettings(tiny=replace(TINY, intermediate_size=64))
@@ -238,7 +239,7 @@ def test_a_checkpoint_of_another_model_put_into_the_folder_is_refused(tmp_path, 
         train(run, resume=True, show=False)
 
 
-def test_something_else_in_the_place_of_the_model_is_refused_before_any_work(tmp_path, packed):
+def test_other_files_in_the_model_folder_are_refused_before_any_work(tmp_path, packed):
     run = settings(tmp_path / "run", tmp_path, data=packed)
     (tmp_path / "run" / "model").mkdir(parents=True)
     (tmp_path / "run" / "model" / "mine.txt").write_text("mine")

@@ -21,13 +21,13 @@ def test_stages_follow_one_another_and_end():
     assert found[5] is None
 
 
-def test_every_step_has_samples_of_its_own():
+def test_steps_have_different_samples():
     stages = {"a": stage(steps=4, batch_size=3)}
     indices = [i for done in range(4) for i in position_of(stages, done).sample_indices()]
     assert indices == list(range(12))
 
 
-def test_the_learning_rate_rises_stays_and_falls_but_never_to_zero():
+def test_the_learning_rate_warms_up_stays_and_decays_but_never_to_zero():
     stages = {"a": stage(steps=10, warmup_steps=3, decay_steps=4, learning_rate=1.0)}
     rates = [position_of(stages, done).learning_rate for done in range(10)]
     assert rates == pytest.approx([0.25, 0.5, 0.75, 1, 1, 1, 0.8, 0.6, 0.4, 0.2])

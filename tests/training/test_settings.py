@@ -98,7 +98,7 @@ def test_a_stage_must_be_long_enough_for_its_schedule(read):
         read("stages.a.warmup_steps=4", "stages.a.decay_steps=5")
 
 
-def test_pickled_weights_are_no_weights(read, tmp_path):
+def test_pickled_weights_are_refused(read, tmp_path):
     (tmp_path / "config.json").write_text("{}")
     (tmp_path / "pytorch_model.bin").write_bytes(b"")
     with pytest.raises(ConfigError, match=r"must hold \*\.safetensors weights"):

@@ -1,4 +1,4 @@
-"""What is trained on and what is held out."""
+"""The split into training and held-out files."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ def names(files):
     return {file.name for file in files}
 
 
-def test_no_file_is_both_trained_on_and_held_out(texts):
+def test_no_file_is_in_both_parts(texts):
     corpus = load_corpus(DataSettings(source=str(texts), held_out_percent=20))
     assert names(corpus.train).isdisjoint(names(corpus.held_out))
     assert len(names(corpus.train) | names(corpus.held_out)) == 30
@@ -33,7 +33,7 @@ def test_the_standard_library_is_split_by_file():
     assert not any("site-packages" in name for name in names(corpus.train))
 
 
-def test_a_file_stays_on_its_side_when_others_are_added(tmp_path):
+def test_a_file_stays_in_its_part_when_others_are_added(tmp_path):
     few = load_corpus(DataSettings(source=str(write_texts(tmp_path, 20))))
     many = load_corpus(DataSettings(source=str(write_texts(tmp_path, 40))))
     assert names(few.train) <= names(many.train)
@@ -60,7 +60,7 @@ def test_one_text_file_is_enough_to_train_on(tmp_path):
         load_corpus(DataSettings(source=str(path)))
 
 
-def test_a_folder_without_text_is_refused_with_what_to_set(tmp_path):
+def test_a_folder_without_text_is_refused_with_the_setting_to_change(tmp_path):
     (tmp_path / "picture.png").write_bytes(b"x")
     with pytest.raises(DataError, match=r"no text files in .*: set data\.pattern"):
         load_corpus(DataSettings(source=str(tmp_path)))

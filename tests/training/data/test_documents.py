@@ -1,4 +1,4 @@
-"""Documents out of files, and what is said of those that are damaged."""
+"""Documents of files, and the messages of damaged ones."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from infllm_flex.training.data.documents import DamagedError, read_documents
 
 
 def read(path, field="text"):
-    """The texts, and in their places the messages of damaged documents."""
+    """The texts of all documents, with the error in place of a damaged one."""
     found = []
     for chunks in read_documents(path, path.name, field):
         try:
@@ -23,14 +23,14 @@ def read(path, field="text"):
 
 
 @pytest.mark.parametrize("text", ["", "one line", "a\nb\n", "é\r\n" * 40, "x" * 99])
-def test_a_text_file_is_one_document_however_it_is_read(tmp_path, monkeypatch, text):
+def test_a_text_file_is_one_document_for_any_chunk_size(tmp_path, monkeypatch, text):
     monkeypatch.setattr(module, "_CHUNK", 10)
     path = tmp_path / "a.txt"
     path.write_bytes(text.encode())
     assert read(path) == [text]
 
 
-def test_parts_of_a_text_file_end_with_a_line(tmp_path, monkeypatch):
+def test_chunks_of_a_text_file_end_with_a_line(tmp_path, monkeypatch):
     monkeypatch.setattr(module, "_CHUNK", 10)
     path = tmp_path / "a.txt"
     path.write_text("word word\n" * 20 + "rest")
@@ -40,14 +40,14 @@ def test_parts_of_a_text_file_end_with_a_line(tmp_path, monkeypatch):
     assert all(part.endswith("\n") for part in parts[:-1] if part)
 
 
-def test_a_text_file_that_is_no_text_is_damaged(tmp_path):
+def test_a_text_file_that_is_not_utf_8_is_damaged(tmp_path):
     path = tmp_path / "a.txt"
     path.write_bytes(b"good\n" * 10 + b"\xff\xfe")
     (error,) = read(path)
     assert str(error).startswith("a.txt: not UTF-8: ")
 
 
-def test_damaged_lines_are_told_one_by_one_and_the_others_are_read(tmp_path, monkeypatch):
+def test_damaged_lines_are_reported_one_by_one_and_the_others_are_read(tmp_path, monkeypatch):
     monkeypatch.setattr(module, "_LONGEST_LINE", 64)
     lines = [
         json.dumps({"text": "first", "id": 1}),
@@ -78,7 +78,7 @@ def test_damaged_lines_are_told_one_by_one_and_the_others_are_read(tmp_path, mon
     ]
 
 
-def test_bytes_that_are_no_utf_8_are_a_damaged_line(tmp_path):
+def test_a_line_that_is_not_utf_8_is_damaged(tmp_path):
     path = tmp_path / "a.jsonl"
     path.write_bytes(b'{"text": "\xff"}\n{"text": "good"}\n')
     error, good = read(path)

@@ -1,4 +1,4 @@
-"""The same samples in the same order, however many processes share or prepare them."""
+"""The same samples in the same order for any number of ranks and workers."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from infllm_flex.training.data import Batch, PackedSampler, batches
 from infllm_flex.training.data.batch import document_boundaries
 from tests.training.data.test_sampler import documents, equal
 
-# Python 3.12 warns of PyTorch's threads when workers are forked.
+# Python 3.12 warns about PyTorch's threads when workers are forked.
 pytestmark = pytest.mark.filterwarnings("ignore:This process:DeprecationWarning")
 
 
@@ -33,7 +33,7 @@ def test_batches_are_the_samples_in_order(sampler):
 
 
 @pytest.mark.parametrize("ranks", [2, 4])
-def test_processes_share_a_step_without_gap_or_overlap(sampler, ranks):
+def test_ranks_split_a_step_without_gap_or_overlap(sampler, ranks):
     alone = list(batches(sampler, 4, 0, 3))
     shared = [list(batches(sampler, 4, 0, 3, rank=rank, ranks=ranks)) for rank in range(ranks)]
     for step in range(3):
@@ -47,7 +47,7 @@ def test_workers_change_nothing(sampler, workers):
     assert all(equal(one, other) for one, other in zip(alone, helped, strict=True))
 
 
-def test_a_run_goes_on_at_any_step_with_other_workers_and_ranks(sampler):
+def test_a_run_resumes_at_any_step_with_other_workers_and_ranks(sampler):
     alone = list(batches(sampler, 4, 0, 8))
     for first, ranks, workers in ((3, 1, 0), (5, 2, 0), (7, 4, 1)):
         parts = [
@@ -58,13 +58,13 @@ def test_a_run_goes_on_at_any_step_with_other_workers_and_ranks(sampler):
             assert equal(merged([part[step - first] for part in parts]), alone[step])
 
 
-def test_no_random_number_is_drawn_for_it(sampler):
+def test_the_loader_draws_no_random_number(sampler):
     before = torch.get_rng_state()
     next(batches(sampler, 2, 0, 2))
     assert torch.equal(torch.get_rng_state(), before)
 
 
-def test_interrupts_are_left_to_the_training(sampler):
+def test_workers_ignore_stop_signals(sampler):
     class Interrupted:
         def batch(self, indices):
             signal.raise_signal(signal.SIGINT)
@@ -74,12 +74,12 @@ def test_interrupts_are_left_to_the_training(sampler):
     assert len(list(batches(Interrupted(), 2, 0, 2, workers=1))) == 2
 
 
-def test_a_step_that_cannot_be_shared_evenly_is_refused(sampler):
+def test_a_batch_size_that_ranks_do_not_divide_is_refused(sampler):
     with pytest.raises(ValueError, match="batch_size must be a multiple of the 3 ranks"):
         batches(sampler, 4, 0, 1, ranks=3)
 
 
-def test_a_single_row_says_where_its_documents_begin_in_flash_attentions_words(sampler):
+def test_a_single_row_has_the_document_boundaries_of_flash_attention(sampler):
     inputs = sampler.batch([0]).model_inputs()
     positions = inputs["position_ids"][0]
     boundaries = inputs["cu_seq_lens_q"]

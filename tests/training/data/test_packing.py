@@ -1,4 +1,4 @@
-"""Packing loses no token, needs no row too many and cuts only what fits nowhere."""
+"""Packing keeps every token, needs as few rows as possible and rarely splits a piece."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ def pieces(lengths):
 
 @settings(max_examples=200, deadline=None, derandomize=True)
 @given(st.lists(st.integers(1, 20), max_size=40))
-def test_every_token_lies_in_one_row_and_no_row_is_too_many(lengths):
+def test_every_token_is_in_one_row_and_the_number_of_rows_is_minimal(lengths):
     rows = pack(pieces(lengths), 20)
     assert len(rows) == -(-sum(lengths) // 20)
     assert all(sum(piece.length for piece in row) <= 20 for row in rows)
@@ -25,7 +25,7 @@ def test_every_token_lies_in_one_row_and_no_row_is_too_many(lengths):
 
 @settings(max_examples=200, deadline=None, derandomize=True)
 @given(st.lists(st.integers(1, 20), max_size=40))
-def test_only_the_last_part_of_a_document_says_that_it_ends(lengths):
+def test_only_the_last_piece_of_a_document_does_not_continue(lengths):
     given_pieces = pieces(lengths)
     ends = {piece.start + piece.length for piece in given_pieces}
     for row in pack(given_pieces, 20):
@@ -33,7 +33,7 @@ def test_only_the_last_part_of_a_document_says_that_it_ends(lengths):
             assert piece.continues == (piece.start + piece.length not in ends)
 
 
-def test_what_fits_is_not_cut():
+def test_pieces_that_fit_are_not_split():
     rows = pack(pieces([12, 8, 15, 5, 20, 10, 10]), 20)
     assert sorted(tuple(sorted(p.length for p in row)) for row in rows) == [
         (5, 15),
@@ -43,6 +43,6 @@ def test_what_fits_is_not_cut():
     ]
 
 
-def test_a_part_of_a_longer_document_keeps_saying_that_it_goes_on():
+def test_a_piece_of_a_longer_document_still_continues():
     (row,) = pack([Piece(0, 5, True)], 8)
     assert row == [Piece(0, 5, True)]

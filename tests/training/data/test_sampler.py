@@ -1,4 +1,4 @@
-"""Which tokens each step sees: a function of its number, and every token once an epoch."""
+"""The samples of a step are a function of its number; an epoch has every token once."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from infllm_flex.training.data.store import Documents
 
 
 def documents(lengths, dtype=torch.int32):
-    """Documents whose tokens are all different: counted through from 0."""
+    """Documents whose tokens are numbered from 0."""
     starts = torch.tensor([0, *lengths]).cumsum(0)
     return Documents(torch.arange(int(starts[-1]), dtype=dtype), starts)
 
@@ -53,12 +53,12 @@ def test_no_window_reaches_beyond_the_text(length):
     assert batch.position_ids is None
 
 
-def test_too_little_text_is_said_with_how_much_is_needed():
+def test_too_little_text_is_refused_with_the_number_of_bytes_needed():
     with pytest.raises(DataError, match=r"19 bytes of training .* at least 20 bytes are needed"):
         WindowSampler(torch.zeros(19), 10, seed=0, name="a")
 
 
-def test_documents_are_told_apart_and_nothing_is_predicted_across_them():
+def test_documents_are_separate_and_no_label_crosses_their_boundary():
     lengths = torch.randint(2, 90, (300,), generator=torch.Generator().manual_seed(0)).tolist()
     text = documents(lengths)
     owner = torch.repeat_interleave(torch.arange(300), torch.tensor(lengths))
@@ -93,13 +93,13 @@ def test_an_epoch_predicts_every_token_once(buckets):
     counts = torch.bincount(predicted.long(), minlength=len(text.tokens))
     assert not counts[text.starts[:-1]].any()
     if not buckets:
-        # Four epochs' worth of rows, of which a few are padding: each token three or four times.
+        # Four epochs of rows, a few with padding: each token occurs three or four times.
         assert set(counts[expected].tolist()) <= {3, 4, 5}
     assert (counts[expected] > 0).all()
 
 
 @pytest.mark.parametrize("buckets", [(), (512, 1024, 2048)])
-def test_at_most_three_percent_is_padding_and_few_documents_are_cut(buckets):
+def test_at_most_three_percent_is_padding_and_few_documents_are_split(buckets):
     generator = torch.Generator().manual_seed(2)
     lengths = torch.empty(20_000).log_normal_(5.5, 1.2, generator=generator)
     text = documents(lengths.long().clamp(2, 4096).tolist())
@@ -114,9 +114,9 @@ def test_at_most_three_percent_is_padding_and_few_documents_are_cut(buckets):
     assert cut < 0.02 * (batch.position_ids == 0).sum()
 
 
-def test_length_classes_give_equal_shares_of_the_tokens():
+def test_length_classes_contribute_equal_numbers_of_tokens():
     generator = torch.Generator().manual_seed(3)
-    # Nine tenths of the documents are short; a twentieth is long.
+    # Nine tenths of the documents are short, a twentieth is long.
     lengths = torch.cat(
         [
             torch.randint(2, 41, (900,), generator=generator),

@@ -1,4 +1,4 @@
-"""Text is read once, survives whatever stops the reading, and is the same for every process."""
+"""Text is read once, in spite of interruptions, and is the same for every process."""
 
 from __future__ import annotations
 
@@ -37,14 +37,14 @@ def lines(tmp_path):
     return write_lines(tmp_path / "lines.jsonl", [f"text number {i} " * i for i in range(1, 40)])
 
 
-def test_every_document_is_there_in_order(lines, tmp_path):
+def test_all_documents_are_stored_in_order(lines, tmp_path):
     store = open_text(settings(lines), tmp_path / "data").store
     assert texts_of(store.train) == [f"text number {i} " * i for i in range(1, 40)]
     assert len(store.held_out) == 0
     assert store.vocabulary == 256
 
 
-def test_a_long_text_is_one_document_however_much_is_read_at_once(tmp_path, monkeypatch):
+def test_a_long_text_is_one_document_for_any_chunk_size(tmp_path, monkeypatch):
     text = "".join(f"line {i}\n" for i in range(300))
     (tmp_path / "a.txt").write_text(text)
     (tmp_path / "b.txt").write_text("short")
@@ -54,14 +54,14 @@ def test_a_long_text_is_one_document_however_much_is_read_at_once(tmp_path, monk
     assert texts_of(store.train) == [text, "short"]
 
 
-def test_blank_texts_and_single_bytes_are_left_out_without_a_word(tmp_path):
+def test_blank_texts_and_single_bytes_are_left_out_without_a_warning(tmp_path):
     path = write_lines(tmp_path / "a.jsonl", ["", "  \n", "x", "xy"])
     store = open_text(settings(path), tmp_path / "data").store
     assert texts_of(store.train) == ["xy"]
     assert store.damaged == 0
 
 
-def test_what_is_held_out_depends_on_a_text_alone(tmp_path):
+def test_the_text_of_a_document_alone_decides_whether_it_is_held_out(tmp_path):
     texts = [f"text {i}" for i in range(200)]
     few = open_text(
         settings(write_lines(tmp_path / "few.jsonl", texts[:100]), held_out_percent=30),
@@ -93,7 +93,7 @@ def test_the_same_text_elsewhere_has_the_same_identity(lines, tmp_path):
     assert open_text(settings(other), tmp_path / "elsewhere").identity == one.identity
 
 
-def test_processes_that_ask_at_once_read_once(lines, tmp_path, monkeypatch):
+def test_concurrent_processes_read_the_text_once(lines, tmp_path, monkeypatch):
     calls, real = [], preparing.write_store
     monkeypatch.setattr(preparing, "write_store", lambda *args: (calls.append(1), real(*args))[1])
     with ThreadPoolExecutor(4) as pool:
@@ -102,7 +102,7 @@ def test_processes_that_ask_at_once_read_once(lines, tmp_path, monkeypatch):
     assert len({text.identity for text in opened}) == 1
 
 
-def test_a_reading_that_was_cut_short_leaves_nothing_that_counts(lines, tmp_path, monkeypatch):
+def test_an_interrupted_read_leaves_no_store(lines, tmp_path, monkeypatch):
     with monkeypatch.context() as patch:
         patch.setattr(writing._Pipeline, "flush", lambda self: 1 / 0)
         with pytest.raises(ZeroDivisionError):
@@ -112,7 +112,7 @@ def test_a_reading_that_was_cut_short_leaves_nothing_that_counts(lines, tmp_path
     assert len(store.train) == 39
 
 
-def test_damage_below_the_limit_is_reported_and_above_it_fatal(tmp_path):
+def test_damage_below_the_limit_is_a_warning_and_above_it_an_error(tmp_path):
     path = write_lines(tmp_path / "a.jsonl", [f"text {i}" for i in range(98)])
     path.write_text(path.read_text() + "broken\n{}\n")
     with pytest.raises(
@@ -121,13 +121,13 @@ def test_damage_below_the_limit_is_reported_and_above_it_fatal(tmp_path):
     ):
         open_text(settings(path), tmp_path / "data")
     assert not list((tmp_path / "data").glob("*tokens*"))
-    for _ in range(2):  # when read, and when found
+    for _ in range(2):  # when it is written, and when it is opened
         with pytest.warns(UserWarning, match=r"left out 2 damaged .*: a\.jsonl:99: not JSON"):
             text = open_text(settings(path, damaged_percent=2.0), tmp_path / "data")
     assert len(text.store.train) == 98
 
 
-def test_a_long_document_that_turns_out_damaged_leaves_no_tokens(tmp_path, monkeypatch):
+def test_a_long_damaged_document_leaves_no_tokens(tmp_path, monkeypatch):
     (tmp_path / "a.txt").write_text("good " * 30)
     (tmp_path / "b.txt").write_bytes(b"line\n" * 100 + b"\xff")
     (tmp_path / "c.txt").write_text("fine " * 30)
@@ -140,7 +140,7 @@ def test_a_long_document_that_turns_out_damaged_leaves_no_tokens(tmp_path, monke
     assert texts_of(text.store.train) == ["good " * 30, "fine " * 30]
 
 
-def test_a_flipped_bit_in_the_tokens_is_noticed(lines, tmp_path):
+def test_a_flipped_bit_in_the_tokens_is_detected(lines, tmp_path):
     open_text(settings(lines), tmp_path / "data")
     (folder,) = (tmp_path / "data").glob("tokens-*")
     rng = random.Random(0)
@@ -154,7 +154,7 @@ def test_a_flipped_bit_in_the_tokens_is_noticed(lines, tmp_path):
         path.write_bytes(whole)
 
 
-def test_reading_holds_a_few_megabytes_however_much_there_is(tmp_path):
+def test_reading_takes_a_few_megabytes_for_any_amount_of_text(tmp_path):
     words = "".join(f"{number} " for number in range(2000))
     path = write_lines(tmp_path / "a.jsonl", [words] * 3000)
     size = path.stat().st_size
@@ -169,7 +169,7 @@ def test_reading_holds_a_few_megabytes_however_much_there_is(tmp_path):
     assert peak < 13e6
 
 
-def test_text_with_nothing_to_train_on_is_refused(tmp_path):
+def test_text_without_training_documents_is_refused(tmp_path):
     path = write_lines(tmp_path / "a.jsonl", ["", " "])
     with pytest.raises(DataError, match="no document of at least two tokens"):
         open_text(settings(path), tmp_path / "data")
@@ -177,7 +177,7 @@ def test_text_with_nothing_to_train_on_is_refused(tmp_path):
 
 @pytest.fixture
 def tokenizer(tmp_path):
-    """A folder with a tokenizer of whole words, with tokens for begin and end of a text."""
+    """A folder with a tokenizer of whole words that marks begin and end of a text."""
     import transformers
     from tokenizers import Tokenizer, models, pre_tokenizers, processors
 
@@ -203,7 +203,7 @@ def test_a_models_tokenizer_marks_begin_and_end_of_each_document(tmp_path, token
     assert store.train.tokens.dtype == torch.int32
 
 
-def test_the_models_own_tokenizer_can_be_meant(tmp_path, tokenizer):
+def test_tokenizer_model_is_the_models_own(tmp_path, tokenizer):
     path = write_lines(tmp_path / "a.jsonl", ["one two"])
     by_name = open_text(settings(path, tokenizer="model"), tmp_path / "a", model=tokenizer)
     by_path = open_text(settings(path, tokenizer=str(tokenizer)), tmp_path / "b")
@@ -215,7 +215,7 @@ def test_the_models_own_tokenizer_can_be_meant(tmp_path, tokenizer):
         open_text(settings(path, tokenizer=str(tmp_path / "empty")), tmp_path / "c")
 
 
-def test_a_stream_and_its_identity_are_those_of_the_files(tmp_path):
+def test_a_stream_and_its_identity_follow_from_the_files(tmp_path):
     (tmp_path / "a.txt").write_text("some text")
     stream = DataSettings(source=str(tmp_path), held_out_percent=0)
     with warnings.catch_warnings():
@@ -226,14 +226,14 @@ def test_a_stream_and_its_identity_are_those_of_the_files(tmp_path):
     assert not (tmp_path / "data").exists()
 
 
-def test_what_is_known_of_the_text_is_readable(lines, tmp_path):
+def test_the_description_of_a_store_is_readable_json(lines, tmp_path):
     open_text(settings(lines), tmp_path / "data")
     (folder,) = (tmp_path / "data").glob("tokens-*")
     about = json.loads((folder / "about.json").read_text())
     assert (about["documents"], about["damaged"], about["dtype"]) == (39, 0, "uint8")
 
 
-def test_a_data_set_in_parts_is_refused_with_the_names_of_its_parts(tmp_path):
+def test_a_data_set_with_splits_is_refused_with_their_names(tmp_path):
     datasets = pytest.importorskip("datasets")
     part = datasets.Dataset.from_dict({"text": ["one", "two"]})
     datasets.DatasetDict({"train": part, "test": part}).save_to_disk(tmp_path / "set")
@@ -243,7 +243,7 @@ def test_a_data_set_in_parts_is_refused_with_the_names_of_its_parts(tmp_path):
     assert texts_of(text.store.train) == ["one", "two"]
 
 
-def test_tokens_that_the_model_does_not_know_are_refused_and_bytes_are_wondered_at(tmp_path):
+def test_tokens_beyond_the_vocabulary_are_refused_and_bytes_are_a_warning(tmp_path):
     text = open_text(DataSettings(source=str(write_text(tmp_path))), tmp_path / "data")
     check_vocabulary(text, 256)
     with pytest.raises(ValueError, match=r"it has 256 tokens, the model has 255: set"):

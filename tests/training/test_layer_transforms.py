@@ -1,9 +1,7 @@
-"""Layers compiled, computed twice or in float8 train the same, and are as they were afterwards."""
+"""Compiled, checkpointed and float8 layers train the same, and are restored afterwards."""
 
 from __future__ import annotations
 
-import sys
-import types
 import warnings
 from dataclasses import replace
 
@@ -12,7 +10,6 @@ import torch
 
 from infllm_flex.training.layer_transforms import check_float8, run_layers, use_float8
 from infllm_flex.training.loop import train
-from infllm_flex.training.metrics import MetricsFile
 from infllm_flex.training.model import build_model, decoder_layers
 from infllm_flex.training.settings import MemorySettings, ModelSettings, RunSettings
 from tests.training.parallel_checks import losses
@@ -34,7 +31,7 @@ def test_activation_checkpointing_changes_no_bit(tmp_path, texts):
     assert found[0] == found[1]
 
 
-def test_layers_are_as_they_were_after_the_block(tmp_path, texts):
+def test_the_layers_are_restored_after_the_block(tmp_path, texts):
     layers = decoder_layers(build_model(ModelSettings(tiny=TINY), 32))
     run = settings(tmp_path, texts, memory=MemorySettings(activation_checkpointing=True))
     before = [dict(vars(layer)) for layer in layers]
@@ -86,7 +83,7 @@ def test_float8_rounds_the_products_of_the_layers_and_leaves_weights_and_names(t
     assert (outcome.model / "model.safetensors").is_file()
 
 
-def test_float8_is_refused_where_nothing_can_use_it(monkeypatch):
+def test_float8_is_refused_without_a_gpu_or_layer_that_supports_it(monkeypatch):
     narrow = replace(TINY, hidden_size=24, intermediate_size=24, num_heads=2, num_kv_heads=1)
     with (
         pytest.raises(ValueError, match="no linear layer of LlamaForCausalLM has sizes"),
@@ -97,33 +94,3 @@ def test_float8_is_refused_where_nothing_can_use_it(monkeypatch):
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "NVIDIA A100")
     with pytest.raises(ValueError, match="NVIDIA A100 has no float8"):
         check_float8(torch.device("cuda", 0))
-
-
-def test_tensorboard_gets_every_number_where_it_is_installed(tmp_path, monkeypatch):
-    said = []
-
-    class SummaryWriter:
-        def __init__(self, folder, purge_step):
-            said.append((folder, purge_step))
-
-        def add_scalar(self, *values):
-            said.append(values)
-
-        def close(self):
-            said.append("closed")
-
-    module = types.SimpleNamespace(SummaryWriter=SummaryWriter)
-    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", module)
-    metrics = MetricsFile(tmp_path / "metrics.jsonl", 4, tmp_path / "board")
-    metrics.write({"step": 5, "stage": "long", "loss": 1.5, "mfu": None})
-    metrics.close()
-    assert said == [(str(tmp_path / "board"), 5), ("loss", 1.5, 5), "closed"]
-
-
-def test_without_tensorboard_the_file_is_all(tmp_path, monkeypatch):
-    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
-    metrics = MetricsFile(tmp_path / "metrics.jsonl", 0, tmp_path / "board")
-    metrics.write({"step": 1})
-    metrics.close()
-    assert (tmp_path / "metrics.jsonl").read_text() == '{"step": 1}\n'
-    assert not (tmp_path / "board").exists()

@@ -1,17 +1,14 @@
-"""What a step costs, and what a run needs, told without running it."""
+"""The estimated memory of a run."""
 
 from __future__ import annotations
 
 import subprocess
 import sys
-from dataclasses import replace
 
 import pytest
 import torch
 from torch.autograd.graph import saved_tensors_hooks
-from torch.utils.flop_counter import FlopCounterMode
 
-from infllm_flex.training.flops import FlopCounter, document_lengths, peak_flops
 from infllm_flex.training.layer_transforms import run_layers
 from infllm_flex.training.loss import LanguageLoss
 from infllm_flex.training.memory_estimate import estimate_memory
@@ -34,60 +31,12 @@ MODEL = ModelSettings(
     )
 )
 LENGTH = 256
-GPU = torch.device("cuda")  # an estimate needs none
+GPU = torch.device("cuda")  # an estimate needs no GPU
 
 
 @pytest.fixture(scope="module")
 def model():
     return build_model(MODEL, LENGTH)
-
-
-def test_operations_of_dense_attention_are_those_that_torch_counts(model):
-    tokens = torch.randint(256, (2, LENGTH))
-    model.set_attn_implementation("eager")  # its products are counted, those of SDPA not everywhere
-    with FlopCounterMode(display=False) as counter:
-        LanguageLoss(model)(tokens, input_ids=tokens, use_cache=False).backward()
-    work = FlopCounter(model, stage(max_length=LENGTH), ATTENTION)
-    ours = work.flops([LENGTH, LENGTH])
-    upper_triangle = ours - 2 * LENGTH * work._per_token  # eager attention computes it too
-    assert ours + upper_triangle == pytest.approx(counter.get_total_flops(), rel=0.01)
-
-
-def test_sparse_attention_costs_what_a_query_sees_and_scores(model):
-    def attention_alone(attention, length):
-        work = FlopCounter(model, stage(attention="sparse", max_length=length), attention)
-        return work.flops([length]) - length * work._per_token
-
-    budget = ATTENTION.num_selected * ATTENTION.block_size  # 24 tokens
-    layers_times_width = 3 * 64
-    seen = budget * budget / 2 + (256 - budget) * budget
-    scored = 256 * 256 / 2 * (1 / 2 + 1 / 8)
-    assert attention_alone(ATTENTION, 256) == layers_times_width * 2 * (6 * seen + scored)
-    always_dense = replace(ATTENTION, dense_len=257)
-    assert attention_alone(always_dense, 256) == layers_times_width * 12 * 256 * 256 / 2
-
-
-def test_only_documents_of_dense_len_count_as_sparse(model):
-    work = FlopCounter(model, stage(attention="sparse"), ATTENTION)
-    assert work.sparse_tokens([63, 64, 200]) == 264
-    assert FlopCounter(model, stage(attention="dense"), ATTENTION).sparse_tokens([64, 200]) == 0
-
-
-def test_documents_are_told_by_where_positions_begin_anew():
-    positions = torch.tensor([[0, 1, 2, 0], [0, 0, 1, 2]])
-    assert document_lengths(4, 2, positions) == [3, 1, 1, 3]
-    assert document_lengths(4, 2, None) == [4, 4]
-
-
-def test_a_device_is_known_by_its_name_or_by_the_setting(monkeypatch):
-    assert peak_flops(torch.device("cpu"), None) is None
-    assert peak_flops(torch.device("cpu"), 2.5) == 2.5e12
-    gpu = torch.device("cuda", 0)
-    for name, peak in [("NVIDIA H100 80GB HBM3", 989e12), ("NVIDIA H100 PCIe", 756e12)]:
-        monkeypatch.setattr(torch.cuda, "get_device_name", lambda device, name=name: name)
-        assert peak_flops(gpu, None) == peak
-    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "NVIDIA of Tomorrow")
-    assert peak_flops(gpu, None) is None
 
 
 @pytest.mark.parametrize("kind", ["adamw", "muon"])
@@ -102,7 +51,7 @@ def test_weights_gradients_and_optimizer_are_estimated_to_the_byte(tmp_path, tex
 
 
 def kept_for_the_backward(run, length):
-    """Bytes that autograd keeps of a forward pass, without the weights."""
+    """Bytes that autograd keeps for the backward pass, without the weights."""
     model = build_model(MODEL, length)
     weights = {weight.untyped_storage().data_ptr() for weight in model.parameters()}
     kept = {}
@@ -124,7 +73,7 @@ def kept_for_the_backward(run, length):
 
 
 @pytest.mark.parametrize("attention", ["dense", "sparse"])
-def test_activations_are_estimated_to_a_half(tmp_path, texts, attention):
+def test_activations_are_estimated_within_a_half(tmp_path, texts, attention):
     length, kept, found = 2048, [], []
     for checkpointing in (False, True):
         run = settings(
@@ -137,15 +86,15 @@ def test_activations_are_estimated_to_a_half(tmp_path, texts, attention):
         kept.append(kept_for_the_backward(run, length))
         found.append(estimate_memory(build_meta_model(MODEL, length), run, 1, GPU).activations)
     assert 0.75 < found[0] / kept[0] < 1.5
-    # What is computed again comes on top of what is kept: one layer of three.
+    # The recomputed layer, one of three, adds to the kept tensors.
     assert 0.75 < found[1] / (kept[1] + kept[0] / 3) < 1.5
 
 
 @pytest.mark.parametrize(
     ("attention", "checkpointing"), [("dense", False), ("sparse", False), ("dense", True)]
 )
-def test_a_run_on_the_cpu_takes_no_more_than_estimated(tmp_path, texts, attention, checkpointing):
-    """In a process of its own, where the most that was ever held is that of the run."""
+def test_a_run_on_the_cpu_stays_within_the_estimate(tmp_path, texts, attention, checkpointing):
+    """In a new process, so that its peak memory is that of the run."""
     code = f"""
 import torch
 from pathlib import Path
@@ -184,7 +133,7 @@ print(estimate.total, peak_resident_bytes())
     assert taken <= estimate < 1.25 * taken
 
 
-def test_fsdp_cuts_what_is_kept_and_offloading_takes_it_off_the_device(tmp_path, texts):
+def test_fsdp_shards_and_offloading_moves_weights_off_the_device(tmp_path, texts):
     outline = build_meta_model(MODEL, LENGTH)
 
     def estimate(processes, **changes):
