@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from infllm_flex.training.data import NO_LABEL
+from infllm_flex_ops import torch_private
 
 _LOGITS_PER_MIB = 2**18  # float32
 
@@ -108,5 +109,5 @@ def head_of(model: Any) -> Any:
             "cannot be computed in chunks: train a model whose get_decoder() is one of its children"
         )
     head = copy.copy(model)
-    head._modules = {**model._modules, names[0]: _Identity()}
+    torch_private.replace_child(head, names[0], _Identity())
     return head

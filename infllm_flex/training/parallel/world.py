@@ -11,7 +11,6 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
-from torch.distributed.distributed_c10d import PrefixStore
 from torch.distributed.rendezvous import rendezvous
 
 from infllm_flex.training.settings import TrainingSettings
@@ -155,7 +154,7 @@ def _process_group(backend: str) -> Iterator[None]:
     store, rank, size = next(rendezvous("env://"))
     # torchrun may restart processes on the same store. The prefix hides the keys of the previous
     # attempt, which hold addresses of processes that no longer exist.
-    store = PrefixStore(f"attempt-{_attempt()}", store)
+    store = dist.PrefixStore(f"attempt-{_attempt()}", store)  # type: ignore[attr-defined]
     dist.init_process_group(backend, store=store, rank=rank, world_size=size)
     try:
         yield
