@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
-from torch._subclasses.fake_tensor import FakeTensor
 
 import infllm_flex_ops
 from infllm_flex.autocast import as_autocast, attention_dtype, is_autocast_on
+from infllm_flex_ops import torch_private
 
 MAX_HEAD_DIM = 256
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
@@ -130,7 +130,7 @@ def _check_device(name: str, x: Tensor, key: Tensor) -> None:
 
 def has_values(x: Tensor) -> bool:
     """Whether ``x`` holds values: it is neither on the meta device nor a fake tensor."""
-    return not x.is_meta and not isinstance(x, FakeTensor)
+    return not x.is_meta and not torch_private.is_fake(x)
 
 
 def is_recorded(x: Tensor) -> bool:

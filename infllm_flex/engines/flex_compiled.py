@@ -20,6 +20,7 @@ from torch.nn.attention.flex_attention import (
     flex_attention,
 )
 
+from infllm_flex_ops import torch_private
 from infllm_flex_ops.sizes import group_size
 
 MAX_GRAPHS = 32  # static lengths are powers of two, so a program needs few
@@ -100,7 +101,7 @@ def run_compiled(function: Callable[..., Tensor], dynamic: bool | None, *args: A
     if torch.compiler.is_compiling():
         return function(*args)
     with (
-        torch._dynamo.config.patch(recompile_limit=MAX_GRAPHS),
+        torch_private.recompile_limit(MAX_GRAPHS),
         _notice.watch((function, args[0].shape, args[0].dtype, args[0].device)),
     ):
         return _compiled(function, dynamic)(*args)

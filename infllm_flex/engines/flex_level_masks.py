@@ -18,6 +18,7 @@ from torch.nn.attention.flex_attention import BlockMask
 
 import infllm_flex_ops
 from infllm_flex.config import InfLLMConfig
+from infllm_flex_ops import torch_private
 from infllm_flex_ops.block_lists.tile_blocks import MAX_TILE_TOKENS
 from infllm_flex_ops.sizes import ceil_div
 
@@ -109,22 +110,12 @@ def build_level_masks(
                 selected, kv_end, block, 1, min(K, num_blocks), separate_full=False
             )
             mask_mod = _causal(q_offset, rows, selected.device)
-        tiles = infllm_flex_ops.transpose_blocks(num, idx, num_blocks) if backward else (None, None)
-        masks.append(
-            BlockMask(
-                seq_lengths=(selected.shape[2] * rows, kv_len),
-                kv_num_blocks=num,
-                kv_indices=idx,
-                full_kv_num_blocks=None,
-                full_kv_indices=None,
-                q_num_blocks=tiles[0],
-                q_indices=tiles[1],
-                full_q_num_blocks=None,
-                full_q_indices=None,
-                BLOCK_SIZE=(tokens * rows, block),
-                mask_mod=mask_mod,
-            )
-        )
+        tiles = torch_private.NO_LISTS
+        if backward:
+            tiles = infllm_flex_ops.transpose_blocks(num, idx, num_blocks)
+        lengths = (selected.shape[2] * rows, kv_len)
+        size = (tokens * rows, block)
+        masks.append(torch_private.block_mask(lengths, size, mask_mod, kv=(num, idx), q=tiles))
     return masks
 
 

@@ -11,6 +11,7 @@ from torch.nn.attention.flex_attention import BlockMask
 
 import infllm_flex_ops
 from infllm_flex.config import InfLLMConfig
+from infllm_flex_ops import torch_private
 from infllm_flex_ops.block_lists.tile_blocks import check_tile_tokens
 from infllm_flex_ops.block_lists.union_lists import union_width
 from infllm_flex_ops.sizes import ceil_div
@@ -89,26 +90,20 @@ def build_block_mask(
     kv_num, kv_idx, _, full_num, full_idx = infllm_flex_ops.tile_blocks(
         selected, q_offset + Sq, config.block_size, tile_tokens, width
     )
-    q_num = q_idx = full_q_num = full_q_idx = None
+    partial_tiles = full_tiles = torch_private.NO_LISTS
     if backward:
-        q_num, q_idx = infllm_flex_ops.transpose_blocks(kv_num, kv_idx, num_blocks)
-        full_q_num, full_q_idx = infllm_flex_ops.transpose_blocks(full_num, full_idx, num_blocks)
+        partial_tiles = infllm_flex_ops.transpose_blocks(kv_num, kv_idx, num_blocks)
+        full_tiles = infllm_flex_ops.transpose_blocks(full_num, full_idx, num_blocks)
     if selected.device.type == "cpu":
         kv_idx, full_idx = (_widen(idx, num_blocks) for idx in (kv_idx, full_idx))
-    return BlockMask(
-        seq_lengths=(Sq * num_groups, kv_len),
-        kv_num_blocks=kv_num,
-        kv_indices=kv_idx,
-        full_kv_num_blocks=full_num,
-        full_kv_indices=full_idx,
-        q_num_blocks=q_num,
-        q_indices=q_idx,
-        full_q_num_blocks=full_q_num,
-        full_q_indices=full_q_idx,
-        BLOCK_SIZE=(tile_tokens * num_groups, config.block_size),
-        mask_mod=_selected_and_causal(
-            selected, q_offset, num_groups, config.block_size, num_blocks
-        ),
+    return torch_private.block_mask(
+        (Sq * num_groups, kv_len),
+        (tile_tokens * num_groups, config.block_size),
+        _selected_and_causal(selected, q_offset, num_groups, config.block_size, num_blocks),
+        kv=(kv_num, kv_idx),
+        full_kv=(full_num, full_idx),
+        q=partial_tiles,
+        full_q=full_tiles,
     )
 
 

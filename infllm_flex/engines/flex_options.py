@@ -5,10 +5,12 @@
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch.nn.attention.flex_attention import BlockMask, FlexKernelOptions
+
+from infllm_flex_ops import torch_private
 
 _WHOLE = 128  # a length that is a multiple of it holds whole tiles and blocks of any size
 _ADMITTED = (128, 128)  # a multiple of every block size that FlexAttention chooses by itself
@@ -55,7 +57,7 @@ def inference_options(
     M, N, stages, warps = _choose(rows & -rows, keys & -keys, head_dim, dtype, capability)[0]
     options = {"BLOCK_M": M, "BLOCK_N": N, "num_stages": stages, "num_warps": warps}
     # PyTorch does not declare all of the shared options.
-    return _shared_options(mask) | options  # type: ignore[return-value]
+    return torch_private.flex_options(_is_divisible(mask)) | options  # type: ignore[return-value]
 
 
 def training_options(
@@ -79,43 +81,26 @@ def training_options(
     """
     rows, keys = mask.BLOCK_SIZE
     forward, backward = _choose(rows & -rows, keys & -keys, head_dim, dtype, capability)
-    options = {
-        **_shared_options(mask),
-        "SPARSE_Q_BLOCK_SIZE": rows,
-        "SPARSE_KV_BLOCK_SIZE": keys,
-    }
+    options = torch_private.flex_options(_is_divisible(mask), (rows, keys))
     for prefix, choice in (("fwd_", forward), ("bwd_", backward)):
         for name, value in choice._asdict().items():
             key = f"num_{name}" if name in ("stages", "warps") else f"BLOCK_{name}"
             options[prefix + key] = value
-    admitted = BlockMask(
-        seq_lengths=mask.seq_lengths,
-        kv_num_blocks=mask.kv_num_blocks,
-        kv_indices=mask.kv_indices,
-        full_kv_num_blocks=mask.full_kv_num_blocks,
-        full_kv_indices=mask.full_kv_indices,
-        q_num_blocks=mask.q_num_blocks,
-        q_indices=mask.q_indices,
-        full_q_num_blocks=mask.full_q_num_blocks,
-        full_q_indices=mask.full_q_indices,
-        BLOCK_SIZE=_ADMITTED,
-        mask_mod=mask.mask_mod,
+    admitted = torch_private.block_mask(
+        mask.seq_lengths,
+        _ADMITTED,
+        mask.mask_mod,
+        kv=(mask.kv_num_blocks, mask.kv_indices),
+        full_kv=(mask.full_kv_num_blocks, mask.full_kv_indices),
+        q=(mask.q_num_blocks, mask.q_indices),
+        full_q=(mask.full_q_num_blocks, mask.full_q_indices),
     )
     # PyTorch does not declare the options that carry the sizes.
     return admitted, options  # type: ignore[return-value]
 
 
-def _shared_options(mask: BlockMask) -> dict[str, Any]:
-    """Return the options of both passes, for any mask.
-
-    ``BACKEND`` avoids FlexAttention's kernel for few queries, whose conditions these tiles do not
-    meet. ``IS_DIVISIBLE`` saves the tests at the ends of lengths that change from call to call,
-    which FlexAttention would otherwise have to assume.
-    """
-    return {
-        "BACKEND": "TRITON",
-        "IS_DIVISIBLE": all(length % _WHOLE == 0 for length in mask.seq_lengths),
-    }
+def _is_divisible(mask: BlockMask) -> bool:
+    return all(length % _WHOLE == 0 for length in mask.seq_lengths)
 
 
 def _choose(

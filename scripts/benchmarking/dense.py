@@ -13,6 +13,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.attention.flex_attention import BlockMask, flex_attention
 
 from benchmarking.inputs import QKV
+from infllm_flex_ops import torch_private
 
 _CUDA_BACKENDS = {
     "sdpa_cudnn": SDPBackend.CUDNN_ATTENTION,
@@ -93,9 +94,7 @@ def _dense_flex(qkv: QKV) -> Callable[[], Tensor]:
         if block_mask is None:
             block_mask = _causal_blocks(S, device)
         # Every shape is a graph. Beyond PyTorch's limit it would run uncompiled.
-        with torch._dynamo.config.patch(
-            recompile_limit=_MAX_GRAPHS, fail_on_recompile_limit_hit=True
-        ):
+        with torch_private.recompile_limit(_MAX_GRAPHS, strict=True):
             return compiled(*qkv, block_mask=block_mask, enable_gqa=True)
 
     return attend

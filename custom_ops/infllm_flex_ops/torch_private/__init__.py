@@ -20,10 +20,7 @@ from infllm_flex_ops.torch_private.compilers import (
     recompile_limit,
     without_side_effect_check,
 )
-from infllm_flex_ops.torch_private.flex import (
-    block_mask,
-    flex_options,
-)
+from infllm_flex_ops.torch_private.flex import NO_LISTS, block_mask, flex_options
 from infllm_flex_ops.torch_private.modules import (
     forward_hooks,
     forward_pre_hooks,
@@ -48,6 +45,7 @@ from infllm_flex_ops.torch_private.tensors import (
 )
 
 __all__ = [
+    "NO_LISTS",
     "are_transforms_active",
     "assert_async",
     "below_autograd",

@@ -64,14 +64,15 @@ def mark_static_address(x: Tensor) -> None:
     torch._dynamo.mark_static_address(x)
 
 
-def recompile_limit(count: int) -> AbstractContextManager[Any]:
-    """Allow so many graphs per function.
+def recompile_limit(count: int, strict: bool = False) -> AbstractContextManager[Any]:
+    """Allow ``count`` graphs per function; if ``strict``, raise instead of running uncompiled.
 
-    API: ``torch._dynamo.config.patch(recompile_limit=...)``, seen in 2.11 to 2.13.
+    API: ``torch._dynamo.config.patch``, ``recompile_limit``, seen in 2.11 to 2.13.
     If it goes: AttributeError at the first call of the Flex engine.
     Instead: ``torch.compile(recompile_limit=...)`` of 2.13, when no older one is served.
     """
-    return torch._dynamo.config.patch(recompile_limit=count)
+    limits = {"recompile_limit": count, **({"fail_on_recompile_limit_hit": True} if strict else {})}
+    return torch._dynamo.config.patch(limits)
 
 
 def without_side_effect_check(function: Callable[..., _Result], *args: Any) -> _Result:

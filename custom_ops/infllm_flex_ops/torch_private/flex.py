@@ -11,6 +11,7 @@ if TYPE_CHECKING:
     from torch.nn.attention.flex_attention import BlockMask
 
 Lists = tuple[Tensor | None, Tensor | None]
+NO_LISTS: Lists = (None, None)
 
 
 def block_mask(
@@ -18,9 +19,9 @@ def block_mask(
     block_size: tuple[int, int],
     mask_mod: Callable[[Tensor, Tensor, Tensor, Tensor], Tensor],
     kv: tuple[Tensor, Tensor],
-    full_kv: Lists = (None, None),
-    q: Lists = (None, None),
-    full_q: Lists = (None, None),
+    full_kv: Lists = NO_LISTS,
+    q: Lists = NO_LISTS,
+    full_q: Lists = NO_LISTS,
 ) -> BlockMask:
     """Make a mask of lists in both directions.
 
@@ -56,6 +57,10 @@ def block_mask(
 
 def flex_options(is_divisible: bool, tile: tuple[int, int] | None = None) -> dict[str, Any]:
     """Make the options of FlexAttention's kernels that its documentation does not list.
+
+    The backend avoids FlexAttention's kernel for few queries, whose conditions our tiles do not
+    meet. ``IS_DIVISIBLE`` saves the tests at the ends of lengths that change from call to call,
+    which FlexAttention would otherwise have to assume.
 
     API: ``BACKEND``, ``IS_DIVISIBLE``, ``SPARSE_Q_BLOCK_SIZE`` and ``SPARSE_KV_BLOCK_SIZE`` of
     ``kernel_options``, seen in 2.11 to 2.13.
