@@ -126,7 +126,7 @@ def isolates_documents(
     last query sees of its tokens. This tells packing from prefixes, windows and blocks.
 
     Args:
-        sees: Maps rows ``[B, 1]``, queries ``[B, S]`` and keys ``[B, S]`` to bool ``[B, S]``.
+        sees: Maps rows ``[B, 1]`` and queries and keys ``[n, B, S]`` to bool ``[n, B, S]``.
         opens: bool ``[B, S]``, whether a document starts at this token.
         is_real: bool ``[B, S]``, false at padding.
 
@@ -142,17 +142,14 @@ def isolates_documents(
     last = torch.where(closes, token, S - 1).flip(-1).cummin(-1).values.flip(-1)
     row = torch.arange(B, device=opens.device)[:, None]
 
-    def visible(query: Tensor, key: Tensor) -> Tensor:
-        inside = (key >= 0) & (key < S)
-        key = key.clamp(0, S - 1)
-        # A mask function knows nothing of padding.
-        return sees(row, query, key) & inside & is_real.gather(-1, key)
-
-    right = (
-        (visible(token, token - 1) == ~opens)
-        & ~visible(token, token + 1)
-        & visible(token, first)
-        & ~visible(token, first - 1)
-        & visible(last, token)
-    )
+    # Stacked, so that no index is a bare arange: Inductor may write C++ that checks the bounds of
+    # such an index before it computes it.
+    query = torch.stack((token, token, token, token, last))
+    key = torch.stack((token - 1, token + 1, first, first - 1, token))
+    inside = (key >= 0) & (key < S)
+    key = key.clamp(0, S - 1)
+    # A mask function knows nothing of padding.
+    visible = sees(row, query, key) & inside & is_real[row, key]
+    before, after, to_first, before_first, from_last = visible.unbind()
+    right = (before == ~opens) & ~after & to_first & ~before_first & from_last
     return (right | ~is_real).all()
