@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -31,3 +34,24 @@ def attention_dtype(x: Tensor) -> torch.dtype:
 def as_autocast(x: Tensor) -> Tensor:
     """Cast ``x`` as SDPA casts its inputs."""
     return x.to(attention_dtype(x))
+
+
+def attend_outside_autocast(
+    attend: Callable[..., Tensor], query: Tensor, key: Tensor, value: Tensor, *args: Any
+) -> Tensor:
+    """Call ``attend`` on inputs cast as SDPA casts them, with autocast off inside.
+
+    Nothing further is cast, so that scores stay float32.
+
+    Args:
+        attend: A function of query, key, value and ``args``.
+        query: ``[B, Hq, Sq, D]``, often in the dtype of the weights, as rotary embeddings leave it.
+        key: ``[B, Hkv, Skv, D]``.
+        value: ``[B, Hkv, Skv, D]``.
+        args: Further arguments, passed on.
+    """
+    if not is_autocast_on(query.device):
+        return attend(query, key, value, *args)
+    query, key, value = as_autocast(query), as_autocast(key), as_autocast(value)
+    with torch.autocast(query.device.type, enabled=False):
+        return attend(query, key, value, *args)

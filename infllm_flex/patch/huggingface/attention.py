@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from infllm_flex.attention import attend_in_layout, infllm_attention
-from infllm_flex.autocast import as_autocast
+from infllm_flex.autocast import attend_outside_autocast
 from infllm_flex.patch.huggingface.attention_call import AttentionCall, Kind, Output
 from infllm_flex.patch.huggingface.attention_layers import get_or_make_layer
 from infllm_flex.patch.huggingface.cached_attention import attend_cached
@@ -129,16 +129,5 @@ def attend_prefill(call: AttentionCall) -> Output:
 def _attend(
     attend: Attend, query: Tensor, key: Tensor, value: Tensor, scale: float | None
 ) -> Output:
-    """Call ``attend`` in the dtype that ``torch.autocast`` gives SDPA's inputs.
-
-    The rotary embedding leaves queries and keys in the dtype of the weights. Autocast is off inside
-    ``attend``, so that scores stay float32.
-    """
-    device = query.device.type
-    if not query.is_meta and torch.is_autocast_enabled(device):
-        query, key, value = (as_autocast(x) for x in (query, key, value))
-        with torch.autocast(device, enabled=False):
-            out = attend(query, key, value, scale)
-    else:
-        out = attend(query, key, value, scale)
+    out = attend_outside_autocast(attend, query, key, value, scale)
     return out.transpose(1, 2).contiguous(), None
