@@ -1,9 +1,7 @@
-"""The checks of test_parallel.py, run by each of several processes that torchrun starts.
+"""The checks of test_parallel.py, which each of several processes runs.
 
-    torchrun --nproc-per-node N -m tests.training.parallel_checks FOLDER
-
-All checks of a size share one start, which takes seconds. The first process writes
-``FOLDER/results.json``: for every check "passed" or the traceback of any process.
+All checks of a size share one start. `run_checks` returns "passed" for every check, or the
+traceback of any process.
 """
 
 from __future__ import annotations
@@ -12,7 +10,6 @@ import functools
 import json
 import os
 import signal
-import sys
 import traceback
 import warnings
 from collections.abc import Callable
@@ -227,25 +224,17 @@ def checks_of(folder: Path, size: int) -> dict[str, Callable[[], object]]:
     return checks
 
 
-def main() -> None:
-    folder = Path(sys.argv[1])
+def run_checks(folder: Path) -> dict[str, str]:
+    """Run the checks in every process of the group; returns the results by name."""
     warnings.simplefilter("error")
     # PyTorch's warnings about its own modules.
     warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.")
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo")
     results = {}
     for name, check in checks_of(folder, dist.get_world_size()).items():
         try:
             check()
-            said = ""
+            failure = ""
         except Exception:
-            said = traceback.format_exc()
-        results[name] = "".join(all_gather_text(said)) or "passed"
-    if dist.get_rank() == 0:
-        (folder / "results.json").write_text(json.dumps(results))
-    dist.destroy_process_group()
-
-
-if __name__ == "__main__":
-    main()
+            failure = traceback.format_exc()
+        results[name] = "".join(all_gather_text(failure)) or "passed"
+    return results

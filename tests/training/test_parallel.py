@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import json
 import subprocess
 import sys
 from dataclasses import replace
@@ -17,6 +16,7 @@ from infllm_flex.training.settings import CheckpointSettings, MemorySettings, Pa
 from tests.checkout import ROOT, environment
 from tests.tolerance import assert_within_rounding
 from tests.training import parallel_checks as checks
+from tests.training.forked import run_ranks
 from tests.training.runs import settings, stage, write_texts
 
 
@@ -42,9 +42,9 @@ def results(tmp_path_factory):
         if size not in known:
             folder = tmp_path_factory.mktemp(f"ranks{size}")
             write_texts(folder / "texts")
-            ended = torchrun(size, "-m", "tests.training.parallel_checks", str(folder))
-            assert ended.returncode == 0, ended.stderr
-            known[size] = json.loads((folder / "results.json").read_text()), folder
+            found = run_ranks(size, folder, checks.run_checks, folder)
+            assert isinstance(found[0], dict), found
+            known[size] = found[0], folder
         return known[size]
 
     return of

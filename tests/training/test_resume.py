@@ -81,6 +81,7 @@ def test_every_step_of_twenty_can_be_resumed_in_the_same_bits(tmp_path, packed, 
     last_but_one = straight.run.folder / "checkpoints" / f"step-{STEPS - 1:08d}"
     for step in range(1, STEPS):
         run = in_folder(straight, tmp_path / str(step))
+        run = replace(run, checkpoint=CheckpointSettings(every=STEPS - 1, keep=1000))
         kept = run.run.folder / "checkpoints"
         shutil.copytree(straight.run.folder, run.run.folder, ignore=lambda *_: ["model"])
         for later in range(step + 1, STEPS + 1):
