@@ -152,7 +152,7 @@ def assert_in_graph(x: Tensor, condition: Tensor, message: str) -> Tensor:
         ``x`` with its values and dtype. They depend on the check, so that no compiler pass removes
         it.
     """
-    zero = infllm_flex_ops.zero_if(condition, message)
+    zero = infllm_flex_ops.assert_async(condition, message)
     return x | (zero != 0) if x.dtype == torch.bool else x + zero.to(x.dtype)
 
 

@@ -1,9 +1,10 @@
 """Registered ``infllm_flex::*`` operators. Importing this package registers them all."""
 
+from infllm_flex_ops.assert_async import assert_async
 from infllm_flex_ops.block_attention.attend_blocks import attend_blocks
 from infllm_flex_ops.block_attention.attend_cached_blocks import attend_cached_blocks
 from infllm_flex_ops.block_attention.redo_special_heads import redo_special_heads
-from infllm_flex_ops.block_lists.share_blocks import share_blocks
+from infllm_flex_ops.block_lists.split_shared_blocks import split_shared_blocks
 from infllm_flex_ops.block_lists.tile_blocks import tile_blocks
 from infllm_flex_ops.block_lists.transpose_blocks import transpose_blocks
 from infllm_flex_ops.selection.append_windows import append_windows
@@ -13,10 +14,10 @@ from infllm_flex_ops.selection.select_blocks import select_blocks
 from infllm_flex_ops.selection.select_blocks_pooled import select_blocks_pooled
 from infllm_flex_ops.selection.select_cached_blocks import select_cached_blocks
 from infllm_flex_ops.selection.select_cached_blocks_pooled import select_cached_blocks_pooled
-from infllm_flex_ops.zero_if import zero_if
 
 __all__ = [
     "append_windows",
+    "assert_async",
     "attend_blocks",
     "attend_cached_blocks",
     "compress_keys",
@@ -26,8 +27,7 @@ __all__ = [
     "select_blocks_pooled",
     "select_cached_blocks",
     "select_cached_blocks_pooled",
-    "share_blocks",
+    "split_shared_blocks",
     "tile_blocks",
     "transpose_blocks",
-    "zero_if",
 ]

@@ -19,7 +19,7 @@ from torch.nn.attention.flex_attention import BlockMask
 import infllm_flex_ops
 from infllm_flex.config import InfLLMConfig
 from infllm_flex_ops import torch_private
-from infllm_flex_ops.block_lists.tile_blocks import MAX_TILE_TOKENS
+from infllm_flex_ops.block_lists.membership import MAX_TILE_TOKENS
 from infllm_flex_ops.sizes import ceil_div
 
 _LEAST_ROWS = 16  # the fewest that matrix instructions take, and FlexAttention's backward
@@ -103,7 +103,9 @@ def build_level_masks(
     mask_mod: _MaskMod
     for tokens, rows in levels:
         if tokens > 1:
-            num, idx, selected = infllm_flex_ops.share_blocks(selected, kv_end, block, tokens)
+            num, idx, selected = infllm_flex_ops.split_shared_blocks(
+                selected, kv_end, block, tokens
+            )
             mask_mod = _everything
         else:
             num, idx, *_ = infllm_flex_ops.tile_blocks(

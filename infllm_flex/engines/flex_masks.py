@@ -12,7 +12,7 @@ from torch.nn.attention.flex_attention import BlockMask
 import infllm_flex_ops
 from infllm_flex.config import InfLLMConfig
 from infllm_flex_ops import torch_private
-from infllm_flex_ops.block_lists.tile_blocks import check_tile_tokens
+from infllm_flex_ops.block_lists.membership import check_tile_tokens
 from infllm_flex_ops.block_lists.union_lists import union_width
 from infllm_flex_ops.sizes import ceil_div
 

@@ -21,7 +21,7 @@ from infllm_flex.config import InfLLMConfig
 from infllm_flex.selection import select_blocks
 from infllm_flex.validation import resolve_scale
 from infllm_flex_ops.block_lists import union_lists
-from infllm_flex_ops.block_lists.tile_blocks import MAX_TILE_TOKENS
+from infllm_flex_ops.block_lists.membership import MAX_TILE_TOKENS
 from infllm_flex_ops.sizes import group_size
 
 

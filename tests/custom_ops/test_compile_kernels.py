@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 
-from infllm_flex_ops.block_lists.tile_blocks import word_dtype
+from infllm_flex_ops.block_lists.membership import word_dtype
 from infllm_flex_ops.selection.rule import SelectionRule
 from tests.custom_ops.ahead_of_time import (
     SHARED_LIMIT,
@@ -104,7 +104,7 @@ def _tile(tile_tokens: int) -> None:
 
 
 def _share(tile_tokens: int) -> None:
-    from infllm_flex_ops.block_lists.kernels.share_blocks import launch
+    from infllm_flex_ops.block_lists.kernels.split_shared_blocks import launch
 
     launch(_meta(1, 2, 8192, 96, dtype=torch.int32), 8192, 64, tile_tokens)
 

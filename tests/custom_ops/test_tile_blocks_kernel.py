@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from infllm_flex_ops.block_lists.share_blocks import share_blocks
+from infllm_flex_ops.block_lists.split_shared_blocks import split_shared_blocks
 from infllm_flex_ops.block_lists.tile_blocks import tile_blocks
 from infllm_flex_ops.block_lists.transpose_blocks import transpose_blocks
 from tests.custom_ops.harness import (
@@ -19,7 +19,7 @@ from tests.custom_ops.harness import (
 
 require_kernels()
 
-from infllm_flex_ops.block_lists.kernels.share_blocks import launch as launch_share  # noqa: E402
+from infllm_flex_ops.block_lists.kernels.split_shared_blocks import launch as launch_share  # noqa: E402
 from infllm_flex_ops.block_lists.kernels.tile_blocks import launch as launch_tiles  # noqa: E402
 from infllm_flex_ops.block_lists.kernels.transpose_blocks import launch as launch_transpose  # noqa: E402
 
@@ -80,7 +80,7 @@ def test_equals_the_definition(
     assert _same(run_on_device(launch_tiles, *args), together)
 
     args = (selected, kv_len, block_size, tile_tokens)
-    assert _same(run_on_device(launch_share, *args), share_blocks(*args))
+    assert _same(run_on_device(launch_share, *args), split_shared_blocks(*args))
 
     num_blocks = -(-kv_len // block_size)
     for num, idx in (actual[:2], actual[3:], together[:2]):
@@ -100,7 +100,7 @@ def test_rows_that_selected_nothing() -> None:
     selected[0, 0, 8, 0] = 2
     expected = tile_blocks(selected, 600, 64, 4, 5)
     assert _same(run_on_device(launch_tiles, selected, 600, 64, 4, 5), expected)
-    expected = share_blocks(selected, 600, 64, 4)
+    expected = split_shared_blocks(selected, 600, 64, 4)
     assert _same(run_on_device(launch_share, selected, 600, 64, 4), expected)
 
 
@@ -110,7 +110,7 @@ def test_takes_any_strides() -> None:
     shuffled = selected.permute(3, 1, 0, 2).contiguous().permute(2, 1, 3, 0)
     assert _same(run_on_device(launch_tiles, shuffled, 300, 16, 8, 19), expected)
     shared = run_on_device(launch_share, shuffled, 300, 16, 8)
-    assert _same(shared, share_blocks(selected, 300, 16, 8))
+    assert _same(shared, split_shared_blocks(selected, 300, 16, 8))
     num, idx = (x.transpose(1, 2).contiguous().transpose(1, 2) for x in expected[:2])
     back = run_on_device(launch_transpose, num, idx, 19)
     assert _same(back, transpose_blocks(*expected[:2], 19))
@@ -137,7 +137,7 @@ def test_blocks_that_begin_after_a_token_are_left_out() -> None:
             args = (selected, 40, 16, tile_tokens, 4, separate_full)
             assert _same(run_on_device(launch_tiles, *args), tile_blocks(*args))
         args = (selected, 40, 16, tile_tokens)
-        assert _same(run_on_device(launch_share, *args), share_blocks(*args))
+        assert _same(run_on_device(launch_share, *args), split_shared_blocks(*args))
 
 
 def test_transposes_many_tiles() -> None:

@@ -71,7 +71,7 @@ def test_below_dense_len_one_layer_of_transformers_checks_the_positions_it_is_gi
         x for x in plain if x.startswith(products)
     ]
     assert len(patched) - len(plain) < 30  # over tokens, not over pairs or heads
-    assert sum("zero_if" in x for x in patched) == given
+    assert sum("assert_async" in x for x in patched) == given
 
 
 def graph_of(model, **kwargs):

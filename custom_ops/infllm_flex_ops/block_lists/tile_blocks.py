@@ -4,31 +4,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from infllm_flex_ops.block_lists.membership import word_dtype
 from infllm_flex_ops.dispatch import cuda_launcher, define_operator
 from infllm_flex_ops.transforms import register_vmap
 
-MAX_TILE_TOKENS = 64  # a tile's tokens have one bit each in a word
 _CHUNK_ENTRIES = 4 << 20  # (tile, block) pairs looked at together; bounds memory at any length
-
-
-def check_tile_tokens(tile_tokens: int) -> None:
-    """Refuse tiles of no token, or of more than a word has bits.
-
-    Raises:
-        ValueError: ``tile_tokens`` is out of range.
-    """
-    if not 1 <= tile_tokens <= MAX_TILE_TOKENS:
-        raise ValueError(f"tile_tokens must be between 1 and {MAX_TILE_TOKENS}, got {tile_tokens}")
-
-
-def word_dtype(tile_tokens: int) -> torch.dtype:
-    """Choose the integers whose bits stand for a tile's tokens.
-
-    Raises:
-        ValueError: No integer has so many bits.
-    """
-    check_tile_tokens(tile_tokens)
-    return torch.int32 if tile_tokens <= 32 else torch.int64
 
 
 @define_operator()

@@ -5,7 +5,8 @@ import math
 import torch
 from torch import Tensor
 
-from infllm_flex_ops.block_lists.tile_blocks import MAX_TILE_TOKENS, tile_blocks
+from infllm_flex_ops.block_lists.membership import MAX_TILE_TOKENS
+from infllm_flex_ops.block_lists.tile_blocks import tile_blocks
 
 _TILE_ROWS = 64  # on the CPU; more rows would load more of each other's blocks
 

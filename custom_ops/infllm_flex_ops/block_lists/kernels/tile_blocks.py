@@ -5,7 +5,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from infllm_flex_ops.block_lists.tile_blocks import word_dtype
+from infllm_flex_ops.block_lists.membership import word_dtype
 
 LIST_END = tl.constexpr(0x7FFFFFFF)  # what follows a list's last block
 

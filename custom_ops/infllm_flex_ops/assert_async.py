@@ -8,7 +8,7 @@ from infllm_flex_ops.dispatch import define_operator
 
 
 @define_operator()
-def zero_if(condition: Tensor, message: str) -> Tensor:
+def assert_async(condition: Tensor, message: str) -> Tensor:
     """Zero where the condition holds; else an error, on the device without waiting for it.
 
     Add the zero to what depends on the condition, so that no pass takes the check out of a graph.
@@ -25,6 +25,6 @@ def zero_if(condition: Tensor, message: str) -> Tensor:
     return torch.zeros((), device=condition.device)
 
 
-@zero_if.register_fake
+@assert_async.register_fake
 def _(condition: Tensor, message: str) -> Tensor:
     return torch.empty((), device=condition.device)

@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from infllm_flex_ops import share_blocks
+from infllm_flex_ops import split_shared_blocks
 from tests.inputs import make_selected
 
 BLOCK = 16
@@ -11,7 +11,7 @@ BLOCK = 16
 @pytest.mark.parametrize(("S", "Sq"), [(128, 128), (205, 205), (205, 30), (5, 5)])
 def test_every_block_goes_to_its_tile_or_stays_with_its_token(S, Sq, tile_tokens):
     selected = make_selected(S, B=2)[:, :, -Sq:]
-    num, idx, rest = share_blocks(selected, S, BLOCK, tile_tokens)
+    num, idx, rest = split_shared_blocks(selected, S, BLOCK, tile_tokens)
     assert rest.shape == selected.shape
     assert idx.shape == (2, 2, -(-Sq // tile_tokens), min(5, -(-S // BLOCK)))
     heads = zip(*(x.flatten(0, 1).tolist() for x in (selected, num, idx, rest)), strict=True)
@@ -31,7 +31,7 @@ def test_every_block_goes_to_its_tile_or_stays_with_its_token(S, Sq, tile_tokens
 
 def test_blocks_that_begin_after_a_token_go_nowhere():
     selected = torch.tensor([0, 1, 2, 3], dtype=torch.int32).expand(1, 1, 40, 4)
-    num, idx, rest = share_blocks(selected, 40, BLOCK, 8)
+    num, idx, rest = split_shared_blocks(selected, 40, BLOCK, 8)
     assert num.tolist() == [[[0, 0, 1, 1, 2]]]
     assert idx[0, 0, 4].tolist() == [0, 1, 0]
     assert rest[0, 0, 15].tolist() == [0, -1, -1, -1]
@@ -42,4 +42,4 @@ def test_blocks_that_begin_after_a_token_go_nowhere():
 @pytest.mark.parametrize("tile_tokens", [1, 4])
 def test_is_registered_right(tile_tokens):
     args = (make_selected(50), 50, BLOCK, tile_tokens)
-    torch.library.opcheck(torch.ops.infllm_flex.share_blocks.default, args)
+    torch.library.opcheck(torch.ops.infllm_flex.split_shared_blocks.default, args)

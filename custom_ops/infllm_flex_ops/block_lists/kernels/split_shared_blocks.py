@@ -1,4 +1,4 @@
-"""Triton kernel of ``share_blocks``: each tile merges the ascending lists of its tokens."""
+"""Triton kernel of ``split_shared_blocks``: each tile merges the ascending lists of its tokens."""
 
 import torch
 import triton
@@ -9,7 +9,7 @@ from infllm_flex_ops.block_lists.kernels.tile_blocks import LIST_END, locate_lis
 
 
 @triton.jit(do_not_specialize=["Sq", "K", "offset", "num_tiles", "total_tiles", "width"])
-def _share_blocks_kernel(
+def _split_shared_blocks_kernel(
     selected_ptr,
     num_ptr,
     idx_ptr,
@@ -85,7 +85,7 @@ def launch(
     lanes = triton.next_power_of_2(tile_tokens)
     tiles = max(1, 32 // lanes)
     if selected.numel():
-        _share_blocks_kernel[(triton.cdiv(total_tiles, tiles),)](
+        _split_shared_blocks_kernel[(triton.cdiv(total_tiles, tiles),)](
             selected,
             num,
             idx,

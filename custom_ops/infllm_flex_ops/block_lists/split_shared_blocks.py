@@ -10,7 +10,7 @@ from infllm_flex_ops.dispatch import cuda_launcher, define_operator
 
 
 @define_operator()
-def share_blocks(
+def split_shared_blocks(
     selected: Tensor, kv_len: int, block_size: int, tile_tokens: int
 ) -> tuple[Tensor, Tensor, Tensor]:
     """List the blocks that every token of a tile selected and sees whole; leave the others.
@@ -47,7 +47,7 @@ def share_blocks(
     return num, idx, rest.scatter_(3, place, selected)[..., :K].contiguous()
 
 
-@share_blocks.register_fake
+@split_shared_blocks.register_fake
 def _(
     selected: Tensor, kv_len: int, block_size: int, tile_tokens: int
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -57,4 +57,4 @@ def _(
     return num, selected.new_empty(*num.shape, width), selected.new_empty(selected.shape)
 
 
-cuda_launcher(share_blocks, "block_lists.kernels.share_blocks")
+cuda_launcher(split_shared_blocks, "block_lists.kernels.split_shared_blocks")
