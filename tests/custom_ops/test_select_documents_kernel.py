@@ -19,7 +19,7 @@ from tests.custom_ops.harness import (
 require_kernels()
 pytestmark = pytest.mark.filterwarnings("ignore:.* encountered in:RuntimeWarning")  # by numpy
 
-from infllm_flex_ops.selection.kernels import select_blocks as kernels  # noqa: E402
+from infllm_flex_ops.selection.kernels.prefill import plan  # noqa: E402
 from tests.custom_ops.selection_launches import launch_select  # noqa: E402
 
 # Windows of 8 every 4, blocks of 16, three chosen or more: parts of 16 positions.
@@ -142,8 +142,8 @@ def test_a_document_is_the_same_alone(monkeypatch: pytest.MonkeyPatch) -> None:
         assert torch.equal(ours[..., : alone.shape[-1]], alone)
         assert (ours[..., alone.shape[-1] :] == -1).all()
     for limit in (1, 4000):
-        monkeypatch.setattr(kernels, "SCORE_BYTES", limit)
-        monkeypatch.setattr(kernels, "_LSE_BYTES", limit)
+        monkeypatch.setattr(plan, "SCORE_BYTES", limit)
+        monkeypatch.setattr(plan, "LSE_BYTES", limit)
         assert torch.equal(run_on_device(launch_select, *args), together)
 
 

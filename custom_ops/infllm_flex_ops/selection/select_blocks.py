@@ -97,4 +97,4 @@ def _pack(*args: Any) -> tuple[Any, ...]:
     return *args[:4], rule, *others
 
 
-cuda_launcher(select_blocks, "selection.kernels.select_blocks", pack=_pack)
+cuda_launcher(select_blocks, "selection.kernels.prefill.launch", pack=_pack)

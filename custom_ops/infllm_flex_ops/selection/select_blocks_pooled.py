@@ -69,4 +69,4 @@ def _pack(*args: Any) -> tuple[Any, ...]:
     return *args[:3], SelectionRule.from_pooled(*args[3:8]), *args[8:]
 
 
-cuda_launcher(select_blocks_pooled, "selection.kernels.select_blocks.pooled", pack=_pack)
+cuda_launcher(select_blocks_pooled, "selection.kernels.prefill.launch_pooled", pack=_pack)

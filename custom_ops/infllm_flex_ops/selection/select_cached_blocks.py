@@ -103,7 +103,7 @@ def _pack(*args: Any) -> tuple[Any, ...]:
     return *args[:5], rule, *others
 
 
-cuda_launcher(select_cached_blocks, "selection.kernels.select_cached_blocks", pack=_pack)
+cuda_launcher(select_cached_blocks, "selection.kernels.decode.launch", pack=_pack)
 
 
 def list_full_queries(positions: range, rule: SelectionRule, dense_len: int, out: Tensor) -> int:

@@ -79,6 +79,4 @@ def _pack(*args: Any) -> tuple[Any, ...]:
     return *args[:4], SelectionRule.from_pooled(*args[4:9]), *args[9:]
 
 
-cuda_launcher(
-    select_cached_blocks_pooled, "selection.kernels.select_cached_blocks.pooled", pack=_pack
-)
+cuda_launcher(select_cached_blocks_pooled, "selection.kernels.decode.launch_pooled", pack=_pack)

@@ -1,4 +1,4 @@
-"""Triton kernel of ``pool_queries``, and the rounding that scoring kernels share with it."""
+"""Triton kernel of ``pool_queries``, and the rounding that the scoring kernels share."""
 
 import torch
 import triton
@@ -6,16 +6,17 @@ import triton.language as tl
 from torch import Tensor
 
 from infllm_flex_ops.device import knows_float8
+from infllm_flex_ops.triton_common.tensor_args import view
 
 _ROWS = 8  # tokens of a program
 
 
 @triton.jit
-def average_heads(q_ptr, stride_qh, mask, G: tl.constexpr):
+def average_heads(q_ptr, stride_h, mask, G: tl.constexpr):
     """Average ``G`` heads in float32; ``q_ptr`` points at the elements of the first."""
     total = tl.load(q_ptr, mask=mask, other=0.0).to(tl.float32)
     for _ in tl.static_range(1, G):
-        q_ptr += stride_qh
+        q_ptr += stride_h
         total += tl.load(q_ptr, mask=mask, other=0.0).to(tl.float32)
     return total / G
 
@@ -32,9 +33,9 @@ def fit_float8(x):
 
 @triton.jit
 def round_like_float8(x):
-    """Round float32 to what e4m3 holds, ties to even; larger numbers become 448.
+    """Round float32 to the numbers of e4m3, ties to even; larger numbers become 448.
 
-    By arithmetic, since not every GPU knows the type.
+    Arithmetic does it, since not every GPU converts to the type.
     """
     x = tl.minimum(tl.maximum(x, -448.0), 448.0, propagate_nan=tl.PropagateNan.ALL)
     bits = x.to(tl.int32, bitcast=True)
@@ -45,29 +46,26 @@ def round_like_float8(x):
 
 @triton.jit(do_not_specialize=["S"])
 def _pool_kernel(
-    q_ptr,
+    q,
     out_ptr,
-    stride_qb,
-    stride_qh,
-    stride_qs,
-    stride_qd,
     S,
     Hkv,
     G: tl.constexpr,
     D: tl.constexpr,
     BLOCK_D: tl.constexpr,
     ROWS: tl.constexpr,
-    FIT: tl.constexpr,
+    FLOAT8: tl.constexpr,
 ):
+    """Average the heads of a group for ``ROWS`` tokens into ``out [B * Hkv, S, D]``."""
     tiles = tl.cdiv(S, ROWS)
     head = (tl.program_id(0) // tiles).to(tl.int64)
     row = tl.program_id(0) % tiles * ROWS + tl.arange(0, ROWS)
     d = tl.arange(0, BLOCK_D)
     mask = (row < S)[:, None] & (d < D)[None, :]
-    first = head // Hkv * stride_qb + head % Hkv * G * stride_qh
-    at = row.to(tl.int64)[:, None] * stride_qs + d[None, :] * stride_qd
-    x = average_heads(q_ptr + first + at, stride_qh, mask, G)
-    if FIT:
+    q_head = head // Hkv * q.b + head % Hkv * G * q.h
+    at = row.to(tl.int64)[:, None] * q.s + d[None, :] * q.d
+    x = average_heads(q.ptr + q_head + at, q.h, mask, G)
+    if FLOAT8:
         x = round_like_float8(fit_float8(x))
     out = (head * S + row)[:, None] * D + d[None, :]
     tl.store(out_ptr + out, x.to(out_ptr.dtype.element_ty), mask=mask)
@@ -81,16 +79,15 @@ def launch(q: Tensor, num_kv_heads: int, float8: bool) -> Tensor:
     out = torch.empty(B, num_kv_heads, S, D, dtype=dtype, device=q.device)
     if out.numel():
         _pool_kernel[(B * num_kv_heads * triton.cdiv(S, _ROWS),)](
-            q,
-            out,
-            *q.stride(),
-            S,
-            num_kv_heads,
+            q=view(q),
+            out_ptr=out,
+            S=S,
+            Hkv=num_kv_heads,
             G=Hq // num_kv_heads,
             D=D,
             BLOCK_D=triton.next_power_of_2(D),
             ROWS=_ROWS,
-            FIT=float8,
+            FLOAT8=float8,
             num_warps=4,
         )
     return out.to(torch.float8_e4m3fn) if float8 else out

@@ -1,4 +1,4 @@
-"""Picking by counting, against a stable sort, on scores of many distributions."""
+"""Selecting by counting, against a stable sort, on scores of many distributions."""
 
 import pytest
 import torch
@@ -13,23 +13,24 @@ require_kernels()
 import triton  # noqa: E402
 import triton.language as tl  # noqa: E402
 
-from infllm_flex_ops.selection.kernels.select_blocks.pick import (  # noqa: E402
+from infllm_flex_ops.selection.kernels.kernel_args import Part, Scores  # noqa: E402
+from infllm_flex_ops.selection.kernels.prefill.plan import count_segments  # noqa: E402
+from infllm_flex_ops.selection.kernels.prefill.topk import (  # noqa: E402
     SEGMENT,
-    best_blocks,
-    pick_kernel,
+    topk_blocks,
+    topk_kernel,
 )
-from infllm_flex_ops.selection.kernels.select_blocks.picking import count_taken  # noqa: E402
 
 LARGEST, SMALLEST = torch.finfo(torch.float32).max, 2.0**-149
 N = 128
 
 
 @triton.jit
-def _pick(score_ptr, out_ptr, last, K, INIT: tl.constexpr, LAST: tl.constexpr, N: tl.constexpr):
+def _topk(score_ptr, out_ptr, last, K, INIT: tl.constexpr, LAST: tl.constexpr, N: tl.constexpr):
     block = tl.arange(0, N)
     score = tl.load(score_ptr + block)
-    chosen = best_blocks(score, block, last, last + 1, K, INIT, LAST)
-    tl.store(out_ptr + block, chosen.to(tl.int32))
+    selected = topk_blocks(score, block, last, last + 1, K, INIT, LAST)
+    tl.store(out_ptr + block, selected.to(tl.int32))
 
 
 def _draw(kind: str, generator: torch.Generator, N: int = N) -> Tensor:
@@ -71,7 +72,7 @@ def test_they_are_the_first_of_a_stable_sort(kind: str, data: st.DataObject) -> 
     expected[rank[: last + 1].sort(descending=True, stable=True).indices[:K]] = True
 
     out = torch.zeros(N, dtype=torch.int32, device=DEVICE)
-    _pick[(1,)](score.to(DEVICE), out, last, K, init, forced_last, N)
+    _topk[(1,)](score.to(DEVICE), out, last, K, init, forced_last, N)
     assert torch.equal(out.cpu() != 0, expected)
 
 
@@ -80,7 +81,7 @@ def test_they_are_the_first_of_a_stable_sort(kind: str, data: st.DataObject) -> 
 def test_few_and_nearly_all(kind: str, K: int) -> None:
     score = _draw(kind, torch.Generator().manual_seed(K))
     out = torch.zeros(N, dtype=torch.int32, device=DEVICE)
-    _pick[(1,)](score.to(DEVICE), out, N - 1, K, 0, False, N)
+    _topk[(1,)](score.to(DEVICE), out, N - 1, K, 0, False, N)
     expected = score.clamp(min=-1.0).sort(descending=True, stable=True).indices[:K].sort().values
     assert torch.equal(out.cpu().nonzero().flatten(), expected)
 
@@ -98,7 +99,7 @@ def test_few_and_nearly_all(kind: str, K: int) -> None:
 @example(kind="normal", init=18, local=0, budget=1, own=33, seed=819)
 @example(kind="none", init=18, local=3, budget=1, own=148, seed=581)
 @example(kind="pairs", init=18, local=0, budget=2, own=40, seed=0)
-def test_picked_from_a_few_segments_they_are_the_same(
+def test_selected_from_a_few_segments_they_are_the_same(
     kind: str, init: int, local: int, budget: int, own: int, seed: int
 ) -> None:
     N, K = 256, 24
@@ -115,18 +116,26 @@ def test_picked_from_a_few_segments_they_are_the_same(
 
     # Guards on both sides, wide enough for all that a wrong choice could write.
     out = torch.full((2 * N + 1, budget), 99, dtype=torch.int32, device=DEVICE)
-    taken = count_taken(K - local - 1, init)
-    places = [0, 0, 1, own, N, 1, budget, 1, 0, 0]  # one row, its position that of its block
-    shape = {"BLOCK_SIZE": 1, "PART": 0, "PART_ROWS": 0, "BLOCK_K": 32, "TAKEN": taken, "N": N}
-    pick_kernel[(1,)](
-        garbage.to(DEVICE),
-        bests.to(DEVICE),
-        out[N : N + 1],
-        out,
-        *places,
+    topk_kernel[(1,)](
+        scores=Scores(garbage.to(DEVICE), bests.to(DEVICE), N),
+        out_ptr=out[N : N + 1],
+        documents_ptr=out,
+        head_start=0,
+        row_start=0,
+        row_end=1,
+        q_offset=own,  # with blocks of one key, the row's position is that of its block
+        Sq=1,
+        K=budget,
+        Hkv=1,
+        num_parts=0,
+        part_start=0,
+        BLOCK_SIZE=1,
         INIT_BLOCKS=init,
         LOCAL_BLOCKS=local,
-        **shape,
+        PART=Part(0, 0),
+        BLOCK_K=32,
+        TAKEN=count_segments(K - local - 1, init),
+        N=N,
     )
     assert out[N].tolist() == expected.tolist()
     assert (out[:N] == 99).all()

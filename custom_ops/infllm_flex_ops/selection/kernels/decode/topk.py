@@ -1,14 +1,15 @@
-"""Pick the best blocks of each query of a decode step, or list all that it may see."""
+"""Select the best blocks of each query of a decode step, or list every block that it may see."""
 
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from infllm_flex_ops.selection.kernels.select_blocks.pick import best_blocks, write_blocks
+from infllm_flex_ops.selection.kernels.prefill.topk import topk_blocks, write_blocks
+from infllm_flex_ops.selection.rule import SelectionRule
 
 
 @triton.jit(do_not_specialize=["n", "columns", "width", "K", "dense_len"])
-def cached_pick_kernel(
+def cached_topk_kernel(
     scores_ptr,
     start_ptr,
     end_ptr,
@@ -25,9 +26,9 @@ def cached_pick_kernel(
     BLOCK_W: tl.constexpr,
     N: tl.constexpr,
 ):
-    """Write one query's blocks, ascending: the best of those before the window, then the window.
+    """Write one query's blocks, ascending: the best of those before the local ones, then these.
 
-    ``scores [B * Hkv, n, columns]`` holds all blocks that can lie before a window.
+    ``scores [B * Hkv, n, columns]`` holds all blocks that can lie before the local ones.
     """
     token = tl.program_id(0)
     head = tl.program_id(1)
@@ -41,47 +42,43 @@ def cached_pick_kernel(
     if (own < K) | (position + 1 < dense_len):  # every block
         tl.store(out_ptr + slot, tl.where(slot <= own, slot, -1), mask=slot < width)
         return
-    room = K - LOCAL_BLOCKS - 1
-    window = tl.where(slot < K, own - LOCAL_BLOCKS + slot - room, -1)
-    tl.store(out_ptr + slot, window, mask=(slot >= room) & (slot < width))
+    free = K - LOCAL_BLOCKS - 1
+    local = tl.where(slot < K, own - LOCAL_BLOCKS + slot - free, -1)
+    tl.store(out_ptr + slot, local, mask=(slot >= free) & (slot < width))
     last = own - LOCAL_BLOCKS - 1
     block = tl.arange(0, N)
     scored = (block <= last) & (block < columns)
     score = tl.load(scores_ptr + row * columns + block, mask=scored, other=-1.0)
-    chosen = best_blocks(score, block, last, last + 1, room, INIT_BLOCKS, False)
-    write_blocks(out_ptr, chosen, tl.arange(0, N // 4) * 4)
+    selected = topk_blocks(score, block, last, last + 1, free, INIT_BLOCKS, False)
+    write_blocks(out_ptr, selected, tl.arange(0, N // 4) * 4)
 
 
-def pick_cached(
+def select_cached(
     scores: Tensor,
     start: Tensor,
     end: Tensor,
     out: Tensor,
-    *,
     columns: int,
-    num_selected: int,
+    rule: SelectionRule,
     dense_len: int,
-    block_size: int,
-    init_blocks: int,
-    local_blocks: int,
 ) -> Tensor:
     """Fill ``out [B, Hkv, n, width]`` by ``scores [B * Hkv, n, columns]``; returns it."""
     B, Hkv, n, width = out.shape
     N = max(16, triton.next_power_of_2(columns))
-    cached_pick_kernel[(n, B * Hkv)](
-        scores,
-        start,
-        end,
-        out,
-        n,
-        columns,
-        width,
-        num_selected,
-        dense_len,
-        Hkv,
-        BLOCK_SIZE=block_size,
-        INIT_BLOCKS=init_blocks,
-        LOCAL_BLOCKS=local_blocks,
+    cached_topk_kernel[(n, B * Hkv)](
+        scores_ptr=scores,
+        start_ptr=start,
+        end_ptr=end,
+        out_ptr=out,
+        n=n,
+        columns=columns,
+        width=width,
+        K=rule.num_selected,
+        dense_len=dense_len,
+        Hkv=Hkv,
+        BLOCK_SIZE=rule.block_size,
+        INIT_BLOCKS=rule.init_blocks,
+        LOCAL_BLOCKS=rule.local_blocks,
         BLOCK_W=triton.next_power_of_2(width),
         N=N,
         num_warps=max(1, min(16, N // 512)),

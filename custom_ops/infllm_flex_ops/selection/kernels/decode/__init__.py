@@ -1,0 +1,1 @@
+"""Triton kernels that select blocks for a decode step."""

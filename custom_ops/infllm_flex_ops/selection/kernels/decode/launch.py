@@ -1,0 +1,148 @@
+"""Launch the kernels of ``select_cached_blocks``: few queries, windows divided among programs.
+
+Grids are sized by the room that the windows have, and programs beyond a row's length end at once.
+Only the device reads lengths, so the launches fit in a CUDA graph.
+"""
+
+import math
+from typing import NamedTuple
+
+import torch
+import triton
+from torch import Tensor
+
+from infllm_flex_ops.selection.kernels.decode.lse import cached_lse_kernel
+from infllm_flex_ops.selection.kernels.decode.scores import cached_score_kernel
+from infllm_flex_ops.selection.kernels.decode.topk import select_cached
+from infllm_flex_ops.selection.kernels.kernel_args import Tile, WindowSlots
+from infllm_flex_ops.selection.kernels.prefill.plan import check_num_blocks
+from infllm_flex_ops.selection.rule import SelectionRule
+from infllm_flex_ops.triton_common.tensor_args import view
+
+_MAX_RUNS = 64  # of coarse keys, a program each; the next kernel reads the results of all
+_MAX_ROWS = 64  # heads x tokens of a tile
+_PROGRAMS = 512  # as many as a GPU holds at a time: a second wave would wait for the first
+
+
+class _Split(NamedTuple):
+    """How a decode step is divided among programs.
+
+    Attributes:
+        tiles: Tiles of queries.
+        runs: Runs of coarse keys.
+        run_keys: Coarse keys of a run.
+        split_blocks: Blocks that a program scores.
+    """
+
+    tiles: int
+    runs: int
+    run_keys: int
+    split_blocks: int
+
+
+def launch(
+    q: Tensor,
+    compressed: Tensor,
+    coarse: Tensor,
+    start: Tensor,
+    end: Tensor,
+    rule: SelectionRule,
+    dense_len: int,
+    width: int,
+    scale: float,
+) -> Tensor:
+    """Normalise, score and select: three launches."""
+    B, _, n, _ = q.shape
+    Hkv, C = compressed.shape[1:3]
+    num_keys = (C - 1) * rule.kernel_stride + rule.kernel_size if C else 0
+    num_blocks = triton.cdiv(num_keys, rule.block_size)
+    columns = max(0, num_blocks - rule.local_blocks)  # that may lie before a query's local blocks
+    check_num_blocks("select_cached_blocks", columns, "blocks beside the local ones")
+    out = torch.empty(B, Hkv, n, width, dtype=torch.int32, device=q.device)
+    if out.numel() == 0:
+        return out
+    scores = torch.empty(B * Hkv, n, max(columns, 1), dtype=torch.float32, device=q.device)
+    if columns and num_blocks >= rule.num_selected:
+        _score(q, compressed, coarse, start, end, scores, rule, dense_len, scale)
+    return select_cached(scores, start, end, out, columns, rule, dense_len)
+
+
+def _score(
+    q: Tensor,
+    compressed: Tensor,
+    coarse: Tensor,
+    start: Tensor,
+    end: Tensor,
+    scores: Tensor,
+    rule: SelectionRule,
+    dense_len: int,
+    scale: float,
+) -> None:
+    """Fill the scores ``[B * Hkv, n, columns]``."""
+    n, Hkv, heads = q.shape[2], compressed.shape[1], len(scores)
+    windows = _choose_windows(rule)
+    tile, options = _choose_tile(q, Hkv, windows.SLOTS)
+    split = _split(n, heads, coarse.shape[2], scores.shape[-1], tile, windows)
+    rows = heads * split.tiles * split.runs
+    partial = torch.empty(rows, 2, tile.HEADS * tile.TOKENS, dtype=torch.float32, device=q.device)
+    shared = {
+        "q": view(q),
+        "keys": view(compressed),
+        "start_ptr": start,
+        "end_ptr": end,
+        "partial_ptr": partial,
+        "n": n,
+        "C": compressed.shape[2],
+        "C2": coarse.shape[2],
+        "run_keys": split.run_keys,
+        "qk_scale_log2": scale * math.log2(math.e),
+        "dense_len": dense_len,
+        "Hkv": Hkv,
+        "RULE": rule,
+        "TILE": tile,
+        **options,
+    }
+    cached_lse_kernel[(split.runs, heads, split.tiles)](coarse=view(coarse), **shared)
+    columns = scores.shape[-1]
+    cached_score_kernel[(triton.cdiv(columns, split.split_blocks), heads, split.tiles)](
+        scores_ptr=scores,
+        columns=columns,
+        runs=split.runs,
+        split_blocks=split.split_blocks,
+        WINDOWS=windows,
+        RUNS=triton.next_power_of_2(split.runs),
+        **shared,
+    )
+
+
+def _split(
+    n: int, heads: int, num_coarse: int, columns: int, tile: Tile, windows: WindowSlots
+) -> _Split:
+    """Divide a step: about ``_PROGRAMS`` programs, each with whole steps of keys and of blocks."""
+    tiles = triton.cdiv(n, tile.TOKENS)
+    rows = heads * tiles
+    keys = max(triton.cdiv(num_coarse, _MAX_RUNS), triton.cdiv(num_coarse * rows, _PROGRAMS), 1)
+    run_keys = tile.BLOCK_N * triton.cdiv(keys, tile.BLOCK_N)
+    step = tile.BLOCK_N // windows.SLOTS
+    split_blocks = step * triton.cdiv(columns * rows, step * _PROGRAMS)
+    return _Split(tiles, max(1, triton.cdiv(num_coarse, run_keys)), run_keys, split_blocks)
+
+
+def _choose_windows(rule: SelectionRule) -> WindowSlots:
+    """All windows that overlap a block are scored for it."""
+    per_block = rule.block_size // rule.kernel_stride
+    before = rule.kernel_size // rule.kernel_stride - 1
+    return WindowSlots(per_block, before, 0, triton.next_power_of_2(per_block + before))
+
+
+def _choose_tile(q: Tensor, num_kv_heads: int, slots: int) -> tuple[Tile, dict[str, int]]:
+    """Choose as many rows as a matrix instruction takes, and more tokens where there are more."""
+    group, n, D = q.shape[1] // num_kv_heads, q.shape[2], q.shape[3]
+    heads = triton.next_power_of_2(group)
+    max_tokens = max(_MAX_ROWS // heads, 1)
+    tokens = max(min(triton.next_power_of_2(n), max_tokens), 16 // heads, 1)
+    fp32 = q.element_size() > 2  # without tensor cores
+    block_n = max(32 if fp32 else 64, slots)
+    block_d = max(16, triton.next_power_of_2(D))
+    tile = Tile(group, heads, tokens, D, block_d, block_n, fp32)
+    return tile, {"num_warps": 4, "num_stages": 1 if fp32 else 3}

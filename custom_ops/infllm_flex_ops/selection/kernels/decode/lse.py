@@ -1,0 +1,124 @@
+"""Normalise the scores of a decode step: log-sum-exp over runs of the coarse keys, in parallel."""
+
+import triton
+import triton.language as tl
+
+from infllm_flex_ops.selection.kernels.kernel_args import HeadKeys, Queries
+from infllm_flex_ops.selection.kernels.online_softmax import (
+    count_windows,
+    logit_of_sum,
+    softmax_over_keys,
+)
+from infllm_flex_ops.triton_common.tensor_args import View
+
+
+@triton.jit
+def _head_keys(keys, b, h):
+    """Point at the keys of one KV head."""
+    ptr = keys.ptr + b * keys.b + h * keys.h
+    return HeadKeys(View(ptr, keys.b, keys.h, keys.s, keys.d), None, 0, 0, 0)
+
+
+@triton.jit(do_not_specialize=["n", "C", "C2", "run_keys"])
+def cached_lse_kernel(
+    q,
+    keys,
+    coarse,
+    start_ptr,
+    end_ptr,
+    partial_ptr,
+    n,
+    C,
+    C2,
+    run_keys,
+    qk_scale_log2,
+    dense_len,
+    Hkv,
+    RULE: tl.constexpr,
+    TILE: tl.constexpr,
+):
+    """Fill ``partial [B * Hkv, tiles, runs, 2, HEADS * TOKENS]``, one run of coarse keys each.
+
+    A run leaves the maximum and the sum of each row's softmax.
+    """
+    run = tl.program_id(0)
+    head = tl.program_id(1)
+    tile = tl.program_id(2)
+    b = (head // Hkv).to(tl.int64)
+    h = (head % Hkv).to(tl.int64)
+    length = (tl.load(end_ptr + b) - tl.load(start_ptr + b)).to(tl.int32)
+    last = length - n + tl.minimum(tile * TILE.TOKENS + TILE.TOKENS, n) - 1
+    SIZE: tl.constexpr = RULE.coarse_size
+    STRIDE: tl.constexpr = RULE.coarse_stride
+    count = count_windows(last, SIZE, STRIDE, C2)
+    is_full = (last + 1 < dense_len) | (last < RULE.num_selected * RULE.block_size)
+    if is_full | ((run > 0) & (run * run_keys >= count)):
+        return
+    column = tl.arange(0, TILE.HEADS * TILE.TOKENS)
+    group = column // TILE.TOKENS
+    row = tile * TILE.TOKENS + column % TILE.TOKENS
+    position = length - n + row
+    q_row = b * q.b + (h * TILE.G + group) * q.h + row.to(tl.int64) * q.s
+    q_ptr = q.ptr + q_row[:, None]
+    q_mask = ((group < TILE.G) & (row < n))[:, None]
+    loaded = q_mask  # unused in float32
+    if not TILE.FP32:
+        d = tl.arange(0, TILE.BLOCK_D)
+        d_mask = (d < TILE.D)[None, :]
+        loaded = tl.load(q_ptr + d[None, :] * q.d, mask=q_mask & d_mask, other=0.0)
+    queries = Queries(loaded, q_ptr, q_mask, q.d)
+
+    first = length - n + tile * TILE.TOKENS
+    m_i, l_i = softmax_over_keys(
+        queries,
+        _head_keys(coarse, b, h),
+        run * run_keys,
+        tl.minimum(run * run_keys + run_keys, count),
+        count_windows(first, SIZE, STRIDE, C2),
+        count_windows(position, SIZE, STRIDE, C2),
+        qk_scale_log2,
+        TILE,
+        False,
+    )
+    # Rows that see no coarse key are normalised by the compressed keys.
+    if (run == 0) & (first < SIZE - 1):
+        own_m_i, own_l_i = softmax_over_keys(
+            queries,
+            _head_keys(keys, b, h),
+            0,
+            count_windows(tl.minimum(last, SIZE - 2), RULE.kernel_size, RULE.kernel_stride, C),
+            0,
+            count_windows(position, RULE.kernel_size, RULE.kernel_stride, C),
+            qk_scale_log2,
+            TILE,
+            False,
+        )
+        sees_none = position < SIZE - 1
+        m_i = tl.where(sees_none, own_m_i, m_i)
+        l_i = tl.where(sees_none, own_l_i, l_i)
+    at = (head.to(tl.int64) * tl.num_programs(2) + tile) * tl.num_programs(0) + run
+    partial_ptr += at * (2 * TILE.HEADS * TILE.TOKENS) + column
+    tl.store(partial_ptr, m_i)
+    tl.store(partial_ptr + TILE.HEADS * TILE.TOKENS, l_i)
+
+
+@triton.jit
+def merge_runs(
+    partial_ptr, at, count, run_keys, qk_scale_log2, TILE: tl.constexpr, RUNS: tl.constexpr
+):
+    """Merge the runs that cover ``count`` coarse keys: the rows' log-sum-exp, before scaling.
+
+    All runs are read at once: one after the other they would take longer than the scores.
+    """
+    COLUMNS: tl.constexpr = TILE.HEADS * TILE.TOKENS
+    column = tl.arange(0, COLUMNS)
+    run = tl.arange(0, RUNS)
+    partial_ptr += at * (2 * COLUMNS)
+    partial_ptr += run[:, None] * (2 * COLUMNS) + column[None, :]
+    used = ((run == 0) | (run * run_keys < count))[:, None]
+    m_runs = tl.load(partial_ptr, mask=used, other=float("-inf"))
+    l_runs = tl.load(partial_ptr + COLUMNS, mask=used, other=0.0)
+    m_i = tl.max(m_runs, 0)
+    m_safe = tl.where(m_i == float("-inf"), 0.0, m_i)
+    l_i = tl.sum(l_runs * tl.exp2((m_runs - m_safe[None, :]) * qk_scale_log2), 0)
+    return logit_of_sum(m_i, l_i, qk_scale_log2)

@@ -1,0 +1,124 @@
+"""Score blocks by pooled queries: a tile of queries against runs of blocks."""
+
+import triton
+import triton.language as tl
+
+from infllm_flex_ops.selection.kernels.prefill.documents import locate_rows
+from infllm_flex_ops.triton_common.dot_fp32 import dot_fp32
+
+_VARYING = ["head_start", "num_heads", "row_start", "row_end", "q_offset", "C"]
+_VARYING += ["split_blocks", "splits", "num_parts", "part_start"]
+
+
+@triton.jit
+def rank(logit):
+    """Turn dot products into non-negative floats of the same order, as the definition does."""
+    logit = tl.where(logit == logit, logit, -1e38)
+    bits = tl.minimum(tl.maximum(logit, -1e38), 1e38).to(tl.int32, bitcast=True)
+    bits = ((bits ^ (bits >> 31 & 0x7FFFFFFF)) >> 1) + (1 << 30)
+    return bits.to(tl.float32, bitcast=True)
+
+
+@triton.jit(do_not_specialize=_VARYING)
+def pooled_score_kernel(
+    q,
+    keys,
+    out,
+    documents_ptr,
+    head_start,
+    num_heads,
+    row_start,
+    row_end,
+    q_offset,
+    C,
+    split_blocks,
+    splits,
+    Hkv,
+    num_parts,
+    part_start,
+    RULE: tl.constexpr,
+    PART: tl.constexpr,
+    WINDOWS: tl.constexpr,
+    TILE: tl.constexpr,
+    SEGMENT: tl.constexpr,
+):
+    """Fill the scores of a tile for a run of blocks, and the best of every ``SEGMENT`` blocks.
+
+    Only blocks before each token's local blocks are used later, and each token sees those whole:
+    nothing is masked here.
+    """
+    STEP: tl.constexpr = TILE.BLOCK_N // WINDOWS.SLOTS
+    tiles = tl.cdiv(row_end - row_start, TILE.TOKENS)
+    head = tl.program_id(0) % num_heads
+    split = tl.program_id(0) // num_heads % splits
+    tile = tiles - 1 - tl.program_id(0) // num_heads // splits
+    num_rows = row_end - row_start
+    out_row = head.to(tl.int64) * num_rows + tile * TILE.TOKENS + tl.arange(0, TILE.TOKENS)
+    b = ((head_start + head) // Hkv).to(tl.int64)
+    h = ((head_start + head) % Hkv).to(tl.int64)
+    rows = locate_rows(
+        documents_ptr + b * num_parts * 3,
+        row_start + tile * TILE.TOKENS,
+        row_end,
+        q_offset,
+        part_start,
+        RULE.num_selected,
+        PART,
+    )
+    keys_ptr = keys.ptr
+    if PART.SIZE > 0:
+        window_start = rows.seq_start // RULE.kernel_size
+        keys_ptr += window_start.to(tl.int64) * keys.s
+        C -= window_start
+    last_position = rows.q_offset + tl.minimum(rows.start + TILE.TOKENS, rows.end) - 1
+    # Later blocks are forced.
+    num_scored = last_position // RULE.block_size - RULE.local_blocks
+    is_full = last_position < rows.budget * RULE.block_size
+    if is_full | (rows.start >= rows.end) | (split * split_blocks >= num_scored):
+        return
+    token = rows.start + tl.arange(0, TILE.TOKENS)
+    exists = token < rows.end
+    d = tl.arange(0, TILE.BLOCK_D)
+    q_ptr = q.ptr + (b * q.b + h * q.h)
+    q_ptr += token.to(tl.int64)[:, None] * q.s
+    if not TILE.FP32:
+        q_mask = exists[:, None] & (d < TILE.D)[None, :]
+        x = tl.load(q_ptr + d[None, :] * q.d, mask=q_mask, other=0.0)
+
+    keys_ptr += b * keys.b + h * keys.h
+    n = tl.arange(0, TILE.BLOCK_N)
+    slot = n % WINDOWS.SLOTS
+    block_slot = tl.arange(0, STEP)
+    at = out_row[:, None] * out.columns + block_slot[None, :]
+    first_block = split * split_blocks
+    end_block = tl.minimum(first_block + split_blocks, num_scored)
+    best = tl.full([TILE.TOKENS], 0.0, tl.float32)
+    for block in tl.range(first_block, end_block, STEP):
+        window = (block + n // WINDOWS.SLOTS) * WINDOWS.PER_BLOCK + slot
+        valid = (window < C) & (slot < WINDOWS.PER_BLOCK)
+        key_ptr = keys_ptr + window.to(tl.int64)[None, :] * keys.s
+        if TILE.FP32:
+            logits = dot_fp32(
+                q_ptr,
+                exists[:, None],
+                q.d,
+                key_ptr,
+                valid[None, :],
+                keys.d,
+                TILE.D,
+                TILE.BLOCK_D,
+            )
+        else:
+            mask = valid[None, :] & (d < TILE.D)[:, None]
+            k = tl.load(key_ptr + d[:, None] * keys.d, mask=mask, other=0.0)
+            logits = tl.dot(x, k)
+        if WINDOWS.SLOTS != WINDOWS.PER_BLOCK:
+            logits = tl.where((slot < WINDOWS.PER_BLOCK)[None, :], logits, float("-inf"))
+        score = rank(tl.max(tl.reshape(logits, [TILE.TOKENS, STEP, WINDOWS.SLOTS]), 2))
+        listed = exists[:, None] & (block + block_slot < end_block)[None, :]
+        tl.store(out.ptr + at + block, score, mask=listed)
+        best = tl.where(block % SEGMENT == 0, 0.0, best)
+        best = tl.maximum(best, tl.max(score, 1))
+        ends = ((block + STEP) % SEGMENT == 0) | (block + STEP >= end_block)
+        segment_at = (out_row * out.columns + block) // SEGMENT
+        tl.store(out.segment_ptr + segment_at, best, mask=exists & ends)
