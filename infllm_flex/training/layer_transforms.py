@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import logging
 import warnings
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -13,6 +12,7 @@ import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
+from infllm_flex.training.quiet import quiet_loggers
 from infllm_flex.training.settings import TrainingSettings
 
 _FLOAT8_MULTIPLE = 16  # the hardware takes products whose sizes are multiples of this
@@ -74,7 +74,9 @@ def use_float8(model: Any, device: torch.device) -> None:
             f"model.float8: no linear layer of {type(model).__name__} has sizes that are multiples "
             f"of {_FLOAT8_MULTIPLE}"
         )
-    with _quiet_torchao():
+    # torchao warns on import about every kernel meant for other hardware.
+    with quiet_loggers("torchao"), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
         from torchao.float8 import Float8LinearConfig, convert_to_float8_training
     config = Float8LinearConfig(emulate=device.type == "cpu")
     convert_to_float8_training(model, module_filter_fn=is_suitable, config=config)
@@ -93,17 +95,3 @@ def check_float8(device: torch.device) -> None:
             f"model.float8: {torch.cuda.get_device_name(device)} has no float8; use Ada, Hopper or "
             "a newer GPU, or set model.float8 to false"
         )
-
-
-@contextlib.contextmanager
-def _quiet_torchao() -> Iterator[None]:
-    """Silence torchao, which warns on import about every kernel meant for other hardware."""
-    logger = logging.getLogger("torchao")
-    level = logger.level
-    logger.setLevel(logging.ERROR)
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            yield
-    finally:
-        logger.setLevel(level)

@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
-import logging
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +13,7 @@ from infllm_flex.config import InfLLMConfig
 from infllm_flex.patch import describe, unpatch_model
 from infllm_flex.training.data import BYTE_VALUES
 from infllm_flex.training.model_config import read_config
+from infllm_flex.training.quiet import quiet_transformers
 from infllm_flex.training.settings import ModelSettings, TinyModelSettings
 
 
@@ -109,35 +107,10 @@ def _tiny_llama(transformers: Any, tiny: TinyModelSettings, length: int) -> Any:
         max_position_embeddings=length,
         rope_parameters={"rope_type": "default", "rope_theta": tiny.rope_theta},
         tie_word_embeddings=True,
-        # Bytes 1 and 2 are text like any other.
+        # The default special tokens, 1 and 2, are ordinary bytes here.
         bos_token_id=None,
         eos_token_id=None,
     )
-
-
-@contextlib.contextmanager
-def quiet_transformers() -> Iterator[Any]:
-    """Import transformers with progress bars and unrelated warnings off.
-
-    transformers imports torchao on first use, which warns about every kernel meant for other
-    hardware.
-    """
-    import transformers
-
-    bars = transformers.utils.logging
-    had_bars = bars.is_progress_bar_enabled()
-    loggers = [logging.getLogger(name) for name in ("torchao", "torch.utils._pytree")]
-    levels = [logger.level for logger in loggers]
-    bars.disable_progress_bar()
-    for logger in loggers:
-        logger.setLevel(logging.ERROR)
-    try:
-        yield transformers
-    finally:
-        for logger, level in zip(loggers, levels, strict=True):
-            logger.setLevel(level)
-        if had_bars:
-            bars.enable_progress_bar()
 
 
 def config_json(model: Any, attention: InfLLMConfig | None) -> str:

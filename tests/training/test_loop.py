@@ -170,7 +170,8 @@ def test_a_sparse_stage_is_sparse_in_every_layer_and_unpatches_the_model(tmp_pat
     assert losses(dense)[0] == losses(run)[0]
     assert losses(dense)[1:] != losses(run)[1:]
     config = json.loads((outcome.checkpoint / "config.json").read_text())
-    assert config["sparse_config"]["topk"] == ATTENTION.topk
+    assert config["sparse_config"] == ATTENTION.to_sparse_config()
+    assert "engine" not in config["sparse_config"]
     assert "attn_implementation" not in str(config)
 
 

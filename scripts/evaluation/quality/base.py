@@ -12,7 +12,7 @@ import torch
 from evaluation.quality.settings import BaseSettings
 from infllm_flex.patch import UnsupportedModelError, patch_model
 from infllm_flex.training.atomic_folder import publish, remove_leftovers
-from infllm_flex.training.model import quiet_transformers
+from infllm_flex.training.quiet import quiet_transformers
 
 
 class BaseError(ValueError):
