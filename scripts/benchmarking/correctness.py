@@ -7,12 +7,12 @@ import importlib.util
 import subprocess
 import sys
 from collections.abc import Callable, Sequence
-from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from benchmarking.checkout import ROOT
 from benchmarking.inputs import QKV, make_qkv, with_gradients
 from benchmarking.settings import BenchmarkSettings, Heads
 from infllm_flex import reference
@@ -22,7 +22,6 @@ from infllm_flex.decoding import CompressedKeys, decode_attention, select_cached
 from infllm_flex.selection import select_blocks
 from infllm_flex.validation import resolve_scale
 
-_ROOT = Path(__file__).parents[2]
 _QUERIES = 40  # last ones of the sequence, which the slow reference computes too
 # Scores so near may change places: sums of exponentials as a share of themselves, dot products as
 # a share of the row's largest one. They are summed in another order, and of rounded means.
@@ -48,7 +47,7 @@ def run_tests(arguments: Sequence[str]) -> None:
     if importlib.util.find_spec("pytest") is None:
         raise IncorrectError("run.tests asks for pytest, which is not installed")
     command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", *arguments]
-    ended = subprocess.run(command, cwd=_ROOT, capture_output=True, text=True)
+    ended = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     if ended.returncode:
         said = "\n".join((ended.stdout + ended.stderr).splitlines()[-12:])
         raise IncorrectError(f"{' '.join(arguments)} ended with {ended.returncode}:\n{said}")

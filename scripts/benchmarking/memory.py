@@ -13,6 +13,7 @@ from pathlib import Path
 
 import torch
 
+from benchmarking.checkout import ROOT, environment
 from benchmarking.inputs import QKV, make_qkv, with_gradients
 from benchmarking.settings import BenchmarkSettings, Heads
 from infllm_flex.attention import infllm_attention
@@ -22,7 +23,6 @@ from infllm_flex.strict_yaml import build_dataclass, load_yaml, to_yaml
 _MIB = 2**20
 _FACTOR, _ALLOWANCE_MIB = 3, 512
 _WARM_TOKENS = 512
-_ROOT = Path(__file__).parents[2]
 
 
 def tensors_mib(settings: BenchmarkSettings, heads: Heads, S: int) -> float:
@@ -74,9 +74,8 @@ def _cuda_peak(settings: BenchmarkSettings, heads: Heads, S: int) -> float:
 
 def _process_peak(config: Path, heads: Heads, S: int, attends: bool) -> int:
     job = json.dumps({"config": str(config), "heads": heads, "length": S, "attends": attends})
-    ended = subprocess.run(
-        [sys.executable, "-m", __name__, job], capture_output=True, text=True, cwd=_ROOT
-    )
+    command = [sys.executable, "-m", __name__, job]
+    ended = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env=environment())
     if ended.returncode:
         said = "\n".join(ended.stderr.splitlines()[-3:])
         raise RuntimeError(

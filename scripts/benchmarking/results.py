@@ -13,13 +13,16 @@ from typing import Any
 
 import torch
 
+from benchmarking.checkout import ROOT
+
 COLUMNS = (
     *("op", "variant", "settings", "mode", "inputs", "B", "Hq", "Hkv", "S", "D", "dtype"),
     *("ms_p20", "ms_p50", "ms_p80", "ms_floor", "tflops", "peak_mib"),
     *("device", "torch", "triton", "commit", "date"),
 )
 _EARLIER = tuple(name for name in COLUMNS if name != "settings")  # without variants
-_ROOT = Path(__file__).parents[2]
+# Changes here that are not committed mark a row `+changes`.
+_MEASURED = ("infllm_flex", "custom_ops", "scripts/benchmarking", "scripts/evaluation")
 
 
 class Results:
@@ -144,7 +147,7 @@ def _commit() -> str:
     """The commit, marked where the code that is measured differs from it."""
     try:
         commit = _git("rev-parse", "--short=10", "HEAD").strip()
-        changed = _git("status", "--porcelain", "--", "infllm_flex", "custom_ops").strip()
+        changed = _git("status", "--porcelain", "--", *_MEASURED).strip()
     except (OSError, subprocess.CalledProcessError):
         return "unknown"
     return f"{commit}+changes" if changed else commit
@@ -152,5 +155,5 @@ def _commit() -> str:
 
 def _git(*arguments: str) -> str:
     return subprocess.run(
-        ["git", *arguments], cwd=_ROOT, capture_output=True, text=True, check=True
+        ["git", *arguments], cwd=ROOT, capture_output=True, text=True, check=True
     ).stdout

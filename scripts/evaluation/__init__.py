@@ -1,1 +1,1 @@
-"""What a model has learned: bits per token by position, as tables and plots."""
+"""What sparse settings keep of a model's quality, and what block selection keeps of attention."""

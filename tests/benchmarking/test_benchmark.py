@@ -2,40 +2,17 @@
 
 from __future__ import annotations
 
-import dataclasses
 import itertools
 
 import pytest
 import torch
 
-import infllm_flex_ops
 from benchmarking import correctness, timing
-from benchmarking.dense import _dense_flex
-from benchmarking.inputs import QKV, make_qkv
-from benchmarking.memory import limit_mib, tensors_mib
-from benchmarking.report import What, by_shape, speed_ups
 from benchmarking.results import COLUMNS
-from benchmarking.settings import BenchmarkSettings, Heads
-from benchmarking.stages import engine_steps
-from benchmarking.timing import Limits, Subject, time_by_turns
-from benchmarking.work import visible_pairs, work_of
-from infllm_flex import InfLLMConfig, infllm_attention, select_blocks
-from infllm_flex.reference import attention_mask
+from benchmarking.settings import BenchmarkSettings
+from infllm_flex import infllm_attention, select_blocks
 from infllm_flex.strict_yaml import build_dataclass, load_yaml
-from infllm_flex_ops.block_lists import union_lists
-from tests.benchmarking.command import ROOT, rows_of, script_runner, write_config
-from tests.inputs import make_qkv as draw_qkv
-from tests.inputs import small_config
-
-
-@pytest.fixture
-def config(tmp_path):
-    return write_config(tmp_path)
-
-
-@pytest.fixture
-def run_script(monkeypatch, capsys):
-    return script_runner(monkeypatch, capsys)
+from tests.benchmarking.command import ROOT, rows_of
 
 
 def test_a_run_times_every_stage_and_the_sum_beside_dense(run_script, config, tmp_path):
@@ -234,118 +211,6 @@ def test_what_is_no_result_is_not_drawn(run_script, tmp_path):
     status, _, err = run_script("plot", tmp_path / "x.csv")
     assert status == 2
     assert "has other columns" in err
-
-
-@pytest.fixture
-def settings(config):
-    return build_dataclass(BenchmarkSettings, load_yaml(config))
-
-
-def test_neighbouring_queries_are_alike_only_where_they_drift(settings):
-    def likeness(inputs):
-        query = make_qkv(settings, Heads(4, 2), 1000, inputs).query
-        return torch.cosine_similarity(query[:, :, 1:], query[:, :, :-1], dim=-1).mean()
-
-    assert likeness("drifting") > 0.7
-    assert likeness("text") > 0.6
-    assert abs(likeness("independent")) < 0.1
-
-
-def test_heads_of_a_group_have_half_in_common_in_text(settings):
-    query = make_qkv(settings, Heads(4, 2), 4000, "text").query[0]
-    same, other = (torch.cosine_similarity(query[0], query[h], dim=-1).mean() for h in (1, 2))
-    assert same > 0.25
-    assert abs(other) < 0.1
-
-
-def test_tiles_of_text_hold_as_many_blocks_as_those_of_a_trained_model(settings):
-    S, half = 16384, 8192
-    shapes = dataclasses.replace(settings.shapes, head_dim=64)
-    attention = InfLLMConfig(topk=56, window_size=512)
-    query, key, _ = make_qkv(dataclasses.replace(settings, shapes=shapes), Heads(16, 1), S, "text")
-    selected = select_blocks(query[:, :, half:], key, attention)
-    for tokens, measured in {2: 1.16, 4: 1.29, 8: 1.42, 16: 1.54, 32: 1.66}.items():
-        num, _, _ = union_lists.list_blocks(selected, S, attention.block_size, tokens)
-        assert num.float().mean() / 64 == pytest.approx(measured, abs=0.03)
-
-
-@pytest.mark.parametrize("engine", ["flex", "fused"])
-def test_lists_are_built_apart_from_the_attention_over_them(engine, monkeypatch):
-    config, qkv = small_config(engine=engine), QKV(*draw_qkv(200, Hq=8))
-    selected = select_blocks(*qkv[:2], config)
-    steps = engine_steps(qkv, selected, config)
-    expected = infllm_attention(*qkv, config, selected=selected)
-    steps.build_lists()
-    monkeypatch.setattr(union_lists, "list_blocks", None)  # neither step calls the other
-    monkeypatch.setattr(infllm_flex_ops, "tile_blocks", None)
-    assert torch.equal(steps.attend(), expected)
-    with pytest.raises(TypeError, match="not callable"):
-        steps.build_lists()
-
-
-def test_dense_flex_stays_compiled_however_many_shapes_there_are():
-    # Uncompiled, it would warn, which is an error here.
-    with torch._dynamo.config.patch(recompile_limit=1), torch.no_grad():
-        for S in (128, 200, 385):
-            qkv = QKV(*draw_qkv(S))
-            expected = torch.nn.functional.scaled_dot_product_attention(
-                *qkv, is_causal=True, enable_gqa=True
-            )
-            torch.testing.assert_close(_dense_flex(qkv)(), expected)
-
-
-def test_everything_runs_by_turns_in_a_rotating_order():
-    order = []
-    subjects = [Subject(name, "", lambda name=name: order.append(name)) for name in "abc"]
-    timings = time_by_turns(subjects, torch.device("cpu"), Limits(1, 3, 100, 0))
-    assert "".join(order) == "abc" + "abc" + "bca" + "cab"
-    assert [set(parts) for parts in timings] == [{"forward"}] * 3
-
-
-def test_useful_pairs_are_those_of_the_mask(settings):
-    S, config = 205, settings.attention
-    selected = select_blocks(*draw_qkv(S)[:2], config)
-    seen = attention_mask(selected, config.block_size, S)[0, 0].sum()
-    assert visible_pairs(config, S) == seen
-    attend = work_of("attend", "forward", settings, Heads(4, 2), S)
-    assert attend.flops == 4 * 4 * 16 * seen
-
-
-def test_the_memory_limit_is_three_times_the_tensors_and_half_a_gibibyte(settings):
-    size = 2 * (4 + 2 + 2) * 1024 * 16 * 4 / 2**20
-    assert tensors_mib(settings, Heads(4, 2), 1024) == size
-    assert limit_mib(settings, Heads(4, 2), 1024) == 3 * size + 512
-
-
-def test_of_repeated_measurements_the_newest_counts():
-    row = dict.fromkeys(COLUMNS, "") | {"op": "infllm_attention", "variant": "auto", "S": "8"}
-    ((_, times),) = by_shape([row | {"ms_p50": "2"}, row | {"ms_p50": "3"}]).items()
-    assert times == {What("infllm_attention", "auto"): 3.0}
-
-
-def test_times_of_different_runs_are_not_compared():
-    def row(date, op, variant, ms):
-        return dict.fromkeys(COLUMNS, "") | {
-            "date": date,
-            "op": op,
-            "variant": variant,
-            "S": "8",
-            "ms_p50": str(ms),
-        }
-
-    rows = [
-        row("1", "infllm_attention", "auto", 4),
-        row("1", "dense", "sdpa_cudnn", 8),
-        row("2", "infllm_attention", "auto", 2),
-        row("2", "dense", "sdpa_cudnn", 6),
-        row("3", "infllm_attention", "flex", 5),
-        row("3", "dense", "sdpa_cudnn", 10),
-        row("4", "infllm_attention", "auto", 2),
-        row("4", "dense", "sdpa_flash", 30),  # not the fastest
-    ]
-    assert list(speed_ups(rows).values()) == [{"auto": 3.0, "flex": 2.0}]
-    assert list(speed_ups(rows[:2]).values()) == [{"auto": 2.0}]
-    assert speed_ups(rows[:1]) == {}
 
 
 def test_a_decode_step_is_timed_beside_dense_over_the_same_cache(run_script, config, tmp_path):

@@ -16,7 +16,7 @@ from benchmarking.settings import BenchmarkSettings, FloorSettings, Heads
 from benchmarking.work import Work, work_of
 from infllm_flex import reference, select_blocks
 from infllm_flex.strict_yaml import build_dataclass, load_yaml
-from tests.benchmarking.command import ROOT, rows_of, script_runner, write_config
+from tests.benchmarking.command import ROOT, rows_of
 from tests.inputs import make_qkv as draw_qkv
 from tests.inputs import small_config
 
@@ -29,21 +29,6 @@ EVERY_KEY = {
 VARIANTS = """variants={every_key: {kernel_size: 1, kernel_stride: 1, block_size: 16,
   window_size: 32, topk: 3, dense_len: -1, pool_queries: true, score_dtype: float8}}"""
 STEP = "cases.step={lengths: [256], mode: decode}"
-
-
-@pytest.fixture
-def config(tmp_path):
-    return write_config(tmp_path)
-
-
-@pytest.fixture
-def run_script(monkeypatch, capsys):
-    return script_runner(monkeypatch, capsys)
-
-
-@pytest.fixture
-def settings(config):
-    return build_dataclass(BenchmarkSettings, load_yaml(config))
 
 
 def test_attention_settings_are_timed_side_by_side(run_script, config, tmp_path):

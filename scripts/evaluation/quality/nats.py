@@ -1,26 +1,39 @@
-"""Nats per token of held-out text, by how much of it came before."""
+"""Nats per token of held-out text, by position in the sequence."""
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
-from evaluation.by_position import Bucket, doubling_buckets
 from evaluation.quality.scoring import Scorer
 from evaluation.quality.settings import QualitySettings
 from evaluation.quality.text import windows
 from infllm_flex.training.data.store import TokenStore
 
 
+@dataclass(frozen=True)
+class Bucket:
+    """Token positions ``first`` to ``last``, both inclusive, counted from 1."""
+
+    first: int
+    last: int
+
+    def __str__(self) -> str:
+        return f"{self.first}-{self.last}"
+
+
 def buckets(length: int) -> list[Bucket]:
-    """The ranges of positions that are reported; the last is the second half of the sequence."""
-    return doubling_buckets(length, max(1, length // 8))
+    """Cut positions 1 to ``length`` into an eighth, the next eighth, a quarter, and a half."""
+    ends = sorted({length >> halvings for halvings in range(4)} - {0})
+    starts = [1, *(end + 1 for end in ends)]
+    return [Bucket(first, last) for first, last in zip(starts, ends, strict=False)]
 
 
 def judge_nats(settings: QualitySettings, scorer: Scorer, store: TokenStore) -> dict[str, Any]:
-    """Measure held-out text; the same stretches for every model and seed.
+    """Measure held-out text: the same windows for every model and seed.
 
     Returns:
-        ``buckets``: by name of a bucket, the mean of each stretch of text.
+        ``buckets``: by name of a bucket, the mean of each window.
     """
     cut = windows(store.held_out, settings.length, settings.judge.windows)
     found: dict[str, list[float]] = {str(b): [] for b in buckets(settings.length)}
