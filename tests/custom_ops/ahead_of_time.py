@@ -57,7 +57,7 @@ def record_launches(
     import triton
 
     from infllm_flex_ops import device
-    from infllm_flex_ops.block_attention.kernels import attend_blocks
+    from infllm_flex_ops.block_attention.kernels.attend_blocks import plan
     from infllm_flex_ops.triton_common import descriptors
 
     launches: dict[str, Launch] = {}
@@ -70,7 +70,7 @@ def record_launches(
 
     with monkeypatch.context() as patch:
         patch.setattr(triton.runtime.JITFunction, "run", run)
-        for module in (device, attend_blocks, descriptors):
+        for module in (device, plan, descriptors):
             patch.setattr(module, "compute_capability", lambda _: capability)
         call()
     return list(launches.values())

@@ -143,10 +143,11 @@ def test_boxes_are_as_exact_as_pointers(
 
     described = []
     describe = descriptors.describe
-    for module in (forward, backward):
+    for module in (forward, backward.plan):
         monkeypatch.setattr(
             module, "can_use_tma", lambda *xs: all(map(descriptors.is_laid_out_for_tma, xs))
         )
+    for module in (forward, backward):
         monkeypatch.setattr(module, "describe", lambda *a: described.append(a) or describe(*a))
     describe_groups = descriptors.describe_groups
     monkeypatch.setattr(
@@ -209,7 +210,7 @@ def test_heads_with_nan_are_done_again_after_another_engine() -> None:
     selected = make_selected(96)[:, :, -20:]
     v[0, 1, 80] = torch.nan
     for device in ("cpu", DEVICE):
-        launch = forward.redo_special_heads if device == DEVICE else redo_special_heads
+        launch = forward.repair_nonfinite_heads if device == DEVICE else redo_special_heads
         on_device = [x.to(device) for x in (torch.full_like(q, 7.0), q, k, v, selected)]
         launch(*on_device, 16, 0.25)
         out = on_device[0].cpu()
@@ -230,17 +231,17 @@ def test_wrong_numbers_in_lists_never_lead_outside() -> None:
         assert out.isfinite().all()
 
 
-@pytest.mark.parametrize("stretch", [1, 3])
+@pytest.mark.parametrize("split_size", [1, 3])
 def test_shared_blocks_have_the_gradients_of_whole_ones(
-    monkeypatch: pytest.MonkeyPatch, stretch: int
+    monkeypatch: pytest.MonkeyPatch, split_size: int
 ) -> None:
     case = _case({"S": 120, "Hq": 4, "Hkv": 2, "D": 24}, 16, 4)
     qkv, lists, rest = case.qkv, list(case.lists), case.rest
     out, lse = run_on_device(forward.launch, *qkv, *lists, *rest)
     state = (torch.ones_like(out), *qkv, out, lse, *lists, *rest)
     whole = run_on_device(backward.launch, *state)
-    monkeypatch.setattr(backward, "choose_stretch", lambda *_: stretch)
-    monkeypatch.setattr(backward.shares, "_MOST_SHARES", 40)  # not enough for all blocks
+    monkeypatch.setattr(backward.plan, "choose_split_size", lambda *_: split_size)
+    monkeypatch.setattr(backward.splits, "_MAX_SPLITS", 40)  # not enough for all blocks
     shared = run_on_device(backward.launch, *state)
     for a, b in zip(shared, whole, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5)
@@ -255,7 +256,7 @@ def test_heads_in_turn_have_the_bits_of_all_at_once(
     out, lse = run_on_device(forward.launch, *qkv, *lists, *rest)
     state = (torch.ones_like(out), *qkv, out, lse, *lists, *rest)
     at_once = run_on_device(backward.launch, *state)
-    monkeypatch.setattr(backward, "_MIN_PROGRAMS", programs)  # of 68 a head
+    monkeypatch.setattr(backward.plan, "_MIN_PROGRAMS", programs)  # of 68 a head
     in_turn = run_on_device(backward.launch, *state)
     for a, b in zip(in_turn, at_once, strict=True):
         assert torch.equal(a, b)

@@ -117,11 +117,11 @@ def _transpose() -> None:
 
 
 def _redo(dtype: torch.dtype, D: int, G: int) -> None:
-    from infllm_flex_ops.block_attention.kernels.attend_blocks import redo_special_heads
+    from infllm_flex_ops.block_attention.kernels.attend_blocks import repair_nonfinite_heads
 
     q, out = (_meta(1, 2 * G, 4096, D, dtype=dtype) for _ in range(2))
     k, v = (_meta(1, 2, 4096, D, dtype=dtype) for _ in range(2))
-    redo_special_heads(out, q, k, v, _meta(1, 2, 4096, 96, dtype=torch.int32), 64, D**-0.5)
+    repair_nonfinite_heads(out, q, k, v, _meta(1, 2, 4096, 96, dtype=torch.int32), 64, D**-0.5)
 
 
 def _attend(dtype: torch.dtype, D: int, G: int, tile_tokens: int, block_size: int = 64) -> None:

@@ -229,27 +229,27 @@ def test_scores_of_nan_and_inf_have_the_same_bits(poison, monkeypatch):
     ],
 )
 def test_a_tile_has_the_rows_that_suit_its_kernel(groups, kv_len, block_size, rows, monkeypatch):
-    from infllm_flex_ops.block_attention.kernels import attend_blocks
+    from infllm_flex_ops.block_attention.kernels.attend_blocks import plan
 
-    monkeypatch.setattr(attend_blocks, "compute_capability", lambda _: 90)
-    monkeypatch.setattr(attend_blocks, "knows_gluon", lambda: True)
+    monkeypatch.setattr(plan, "compute_capability", lambda _: 90)
+    monkeypatch.setattr(plan, "knows_gluon", lambda: True)
     k = torch.empty(1, 1, kv_len, 128, dtype=BRAIN, device="meta")
-    assert attend_blocks.choose_tile_tokens(groups, k, block_size) * groups == rows
+    assert plan.choose_tile_tokens(groups, k, block_size) * groups == rows
 
 
 def test_a_triton_whose_gluon_is_not_known_is_named_once(monkeypatch):
     from infllm_flex_ops import device
-    from infllm_flex_ops.block_attention.kernels import attend_blocks
+    from infllm_flex_ops.block_attention.kernels.attend_blocks import plan
 
     q = torch.empty(1, 16, 8, 128, dtype=BRAIN)
-    monkeypatch.setattr(attend_blocks, "compute_capability", lambda _: 90)
+    monkeypatch.setattr(plan, "compute_capability", lambda _: 90)
     device.knows_gluon.cache_clear()
     try:
-        assert attend_blocks.can_specialize(q, 128, BLOCK_SIZE)
+        assert plan.can_specialize(q, 128, BLOCK_SIZE)
         monkeypatch.setattr("triton.__version__", "3.99.0")
         device.knows_gluon.cache_clear()
         with pytest.warns(UserWarning, match=r"Triton 3\.6 and 3\.7 than with 3\.99\.0"):
-            assert not attend_blocks.can_specialize(q, 128, BLOCK_SIZE)
-        assert not attend_blocks.can_specialize(q, 128, BLOCK_SIZE)
+            assert not plan.can_specialize(q, 128, BLOCK_SIZE)
+        assert not plan.can_specialize(q, 128, BLOCK_SIZE)
     finally:
         device.knows_gluon.cache_clear()

@@ -39,4 +39,4 @@ def _(out: Tensor, *rest: Any) -> None:
     return None
 
 
-cuda_launcher(redo_special_heads, "block_attention.kernels.attend_blocks", "redo_special_heads")
+cuda_launcher(redo_special_heads, "block_attention.kernels.attend_blocks", "repair_nonfinite_heads")

@@ -49,6 +49,7 @@ class Rows(NamedTuple):
     """Rows of a tile, in a kernel.
 
     Attributes:
+        row: Row within the tile.
         token: Token within the tile.
         s: Token within the queries.
         position: Position of the token among the keys.
@@ -56,6 +57,7 @@ class Rows(NamedTuple):
         exists: Whether the row is one of the tile's and of the sequence's.
     """
 
+    row: Any
     token: Any
     s: Any
     position: Any
@@ -140,7 +142,7 @@ def locate_rows(part, tile, h, Sq, Skv, SHAPE: tl.constexpr, TILE: tl.constexpr)
     position = Skv - Sq + s
     q_head = h * SHAPE.G + row % SHAPE.G
     exists = (token < SHAPE.TILE_TOKENS) & (s < Sq)
-    return Rows(token, s, position, q_head, exists)
+    return Rows(row, token, s, position, q_head, exists)
 
 
 @triton.jit

@@ -87,8 +87,6 @@ def attend_kernel(
     q,
     k,
     v,
-    k_desc,
-    v_desc,
     lists,
     out,
     lse_ptr,
@@ -97,6 +95,8 @@ def attend_kernel(
     num_tiles,
     qk_scale_log2,
     Hkv,
+    k_desc,
+    v_desc,
     SHAPE: tl.constexpr,
     TILE: tl.constexpr,
 ):
@@ -114,9 +114,9 @@ def attend_kernel(
     q_ptr = q.ptr + (b * q.b + rows.q_head * q.h + rows.s.to(tl.int64) * q.s)[:, None]
     q_mask = rows.exists[:, None]
     d_mask = (d < SHAPE.D)[None, :]
-    values = q_mask  # unused in float32
+    loaded = q_mask  # unused in float32
     if not TILE.FP32:
-        values = tl.load(q_ptr + d[None, :] * q.d, mask=q_mask & d_mask, other=0.0)
+        loaded = tl.load(q_ptr + d[None, :] * q.d, mask=q_mask & d_mask, other=0.0)
     k = View(k.ptr + b * k.b + h * k.h, k.b, k.h, k.s, k.d)
     v = View(v.ptr + b * v.b + h * v.h, v.b, v.h, v.s, v.d)
     kv = KeyValues(k, v, k_desc, v_desc, b.to(tl.int32), h.to(tl.int32))
@@ -130,7 +130,7 @@ def attend_kernel(
     for EDGE in tl.static_range(2):
         softmax = _attend_blocks_inner(
             softmax,
-            RowTensor(values, q_ptr, q_mask, q.d),
+            RowTensor(loaded, q_ptr, q_mask, q.d),
             kv,
             tile_list,
             rows,
@@ -147,5 +147,6 @@ def attend_kernel(
     lse = (softmax.m_i + tl.log2(l_safe)) * LN2
     lse = tl.where(softmax.l_i == 0.0, float("-inf"), lse)
     tl.store(lse_ptr + lse_row, lse, mask=rows.exists)
+    values = softmax.acc / l_safe[:, None]
     out_ptr = out.ptr + out_row[:, None] + d[None, :] * out.d
-    tl.store(out_ptr, softmax.acc / l_safe[:, None], mask=q_mask & d_mask)
+    tl.store(out_ptr, values, mask=q_mask & d_mask)

@@ -1,4 +1,6 @@
-"""What a warpgroup does with its 64 rows of a tile."""
+"""The rows of one warpgroup, 64 of a tile's, on Hopper."""
+
+from typing import Any, NamedTuple
 
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
@@ -8,137 +10,166 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
-from infllm_flex_ops.block_attention.kernels.attend_blocks.ring import advance, first_key
+from infllm_flex_ops.block_attention.kernels.attend_blocks.smem_pipeline import advance, first_key
+from infllm_flex_ops.triton_common.constants import LN2
 
-ROWS = gl.constexpr(64)  # what one of its matrix instructions takes
+ROWS = gl.constexpr(64)  # of one warpgroup's matrix instruction
+
+
+class HeadView(NamedTuple):
+    """A tensor ``[G, S, D]`` of the query heads of one KV head, in a kernel."""
+
+    ptr: Any
+    h: Any
+    s: Any
+    d: Any
+
+
+class Group(NamedTuple):
+    """What both warpgroups of a program read, in a kernel.
+
+    Attributes:
+        q: The queries.
+        idx_ptr: Pointer to the blocks of the tile's list.
+        membership_ptr: Pointer to their membership bits.
+        out: The output.
+        lse_ptr: Pointer to the log-sum-exp of the query heads, ``[G, Sq]``.
+        start: First token of the tile.
+        num: Blocks in the list.
+        num_past: The first of them, all of whose keys lie before the tile's first token.
+        last: Last block of the sequence.
+        Sq: Queries.
+        Skv: Keys.
+        qk_scale_log2: Factor on the dot products, times log2 e.
+    """
+
+    q: Any
+    idx_ptr: Any
+    membership_ptr: Any
+    out: Any
+    lse_ptr: Any
+    start: Any
+    num: Any
+    num_past: Any
+    last: Any
+    Sq: Any
+    Skv: Any
+    qk_scale_log2: Any
 
 
 @gluon.jit
-def _weigh(
-    logits,
-    top,
-    total,
-    member,
-    first,
-    position,
-    Skv,
-    factor,
-    n,
-    EDGE: gl.constexpr,
-):
-    """Take a block's logits into the running softmax of the rows that are members."""
+def _add_logits(logits, m_i, l_i, member, key, position, Skv, qk_scale_log2, EDGE: gl.constexpr):
+    """Add a block's logits to the running softmax of the rows that selected it."""
     if EDGE:
-        key = first + n
         seen = (key < Skv)[None, :] & (key[None, :] <= position[:, None])
         logits = gl.where(seen, logits, float("-inf"))
-    new_top = gl.maximum(top, gl.where(member, gl.max(logits, 1) * factor, float("-inf")))
-    base = gl.where(member, new_top, float("inf"))
-    weights = gl.exp2(logits * factor - base[:, None])
-    shrink = gl.exp2(top - new_top)
-    return weights, new_top, total * shrink + gl.sum(weights, 1), shrink
+    m_new = gl.maximum(m_i, gl.where(member, gl.max(logits, 1) * qk_scale_log2, float("-inf")))
+    m_safe = gl.where(member, m_new, float("inf"))
+    weights = gl.exp2(logits * qk_scale_log2 - m_safe[:, None])
+    alpha = gl.exp2(m_i - m_new)
+    return weights, m_new, l_i * alpha + gl.sum(weights, 1), alpha
 
 
 @gluon.jit
-def attend_rows(
-    GROUP: gl.constexpr,
-    inputs,
-    G: gl.constexpr,
-    D: gl.constexpr,
-    BLOCK_SIZE: gl.constexpr,
-    TILE_TOKENS: gl.constexpr,
-    BLOCK_D: gl.constexpr,
-    SLOTS: gl.constexpr,
-):
-    """Attend with 64 rows of a tile to the blocks that a token of theirs has chosen."""
+def _load_queries(GROUP: gl.constexpr, group, SHAPE: gl.constexpr, BLOCK_D: gl.constexpr):
+    """Load the rows of a warpgroup; rows that do not exist are zero."""
+    LOADED: gl.constexpr = gl.BlockedLayout([1, 8], [256 // BLOCK_D, BLOCK_D // 8], [4, 1], [1, 0])
+    row = GROUP * ROWS + gl.arange(0, ROWS, gl.SliceLayout(1, LOADED))
+    d = gl.arange(0, BLOCK_D, gl.SliceLayout(0, LOADED))
+    s = group.start + row // SHAPE.G
+    exists = (row // SHAPE.G < SHAPE.TILE_TOKENS) & (s < group.Sq)
+    mask = exists[:, None] & (d < SHAPE.D)[None, :]
+    q_row = (row % SHAPE.G) * group.q.h + s.to(gl.int64) * group.q.s
+    return gl.load(group.q.ptr + q_row[:, None] + d[None, :] * group.q.d, mask=mask, other=0.0)
+
+
+@gluon.jit
+def attend_rows(GROUP: gl.constexpr, pipeline, group, SHAPE: gl.constexpr, TILE: gl.constexpr):
+    """Attend with 64 rows of a tile to the blocks that a token of theirs selected."""
+    BLOCK_D: gl.constexpr = TILE.BLOCK_D
+    BLOCK_SIZE: gl.constexpr = SHAPE.BLOCK_SIZE
+    SLOTS: gl.constexpr = TILE.SLOTS
     LOGITS: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK_SIZE, 16])
     SUMS: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK_D, 16])
     WEIGHTS: gl.constexpr = gl.DotOperandLayout(0, SUMS, 2)
-    LOADED: gl.constexpr = gl.BlockedLayout([1, 8], [256 // BLOCK_D, BLOCK_D // 8], [4, 1], [1, 0])
-    ring, pointers, strides, lengths = inputs
-    keys, values, full, empty = ring
-    q_ptr, idx_ptr, words_ptr, out_ptr, lse_ptr = pointers
-    stride_qh, stride_qs, stride_qd, stride_oh, stride_os, stride_od = strides
-    start, num, num_past, last, Sq, Skv, factor = lengths
-    dtype: gl.constexpr = q_ptr.dtype.element_ty
+    keys, values, full, empty = pipeline
+    num, num_past, last = group.num, group.num_past, group.last
+    Sq, Skv, qk_scale_log2 = group.Sq, group.Skv, group.qk_scale_log2
+    dtype: gl.constexpr = group.q.ptr.dtype.element_ty
 
-    row = GROUP * ROWS + gl.arange(0, ROWS, gl.SliceLayout(1, LOADED))
-    d = gl.arange(0, BLOCK_D, gl.SliceLayout(0, LOADED))
-    s = start + row // G
-    mask = ((row // G < TILE_TOKENS) & (s < Sq))[:, None] & (d < D)[None, :]
-    q_row = (row % G) * stride_qh + s.to(gl.int64) * stride_qs
-    q = gl.load(q_ptr + q_row[:, None] + d[None, :] * stride_qd, mask=mask, other=0.0)
+    q = _load_queries(GROUP, group, SHAPE, BLOCK_D)
     q = gl.convert_layout(q, gl.DotOperandLayout(0, LOGITS, 2))
 
     row = GROUP * ROWS + gl.arange(0, ROWS, gl.SliceLayout(1, LOGITS))
     n = gl.arange(0, BLOCK_SIZE, gl.SliceLayout(0, LOGITS))
-    token = row // G
-    s = start + token
+    token = row // SHAPE.G
+    s = group.start + token
     position = Skv - Sq + s
     no_logits = gl.zeros([ROWS, BLOCK_SIZE], gl.float32, LOGITS)
-    top = gl.full([ROWS], -1e30, gl.float32, gl.SliceLayout(1, LOGITS))
-    total = gl.zeros([ROWS], gl.float32, gl.SliceLayout(1, LOGITS))
+    m_i = gl.full([ROWS], -1e30, gl.float32, gl.SliceLayout(1, LOGITS))
+    l_i = gl.zeros([ROWS], gl.float32, gl.SliceLayout(1, LOGITS))
     acc = gl.zeros([ROWS, BLOCK_D], gl.float32, SUMS)
 
-    # The bits of the tokens that have a row here.
-    FIRST_TOKEN: gl.constexpr = GROUP * ROWS // G
-    TOKENS: gl.constexpr = (GROUP * ROWS + ROWS - 1) // G - FIRST_TOKEN + 1
+    # The membership bits of the tokens that have a row here.
+    FIRST_TOKEN: gl.constexpr = GROUP * ROWS // SHAPE.G
+    TOKENS: gl.constexpr = (GROUP * ROWS + ROWS - 1) // SHAPE.G - FIRST_TOKEN + 1
     MINE: gl.constexpr = (1 << TOKENS) - 1
 
     i = 0
     slot = 0
     phase = 0
-    word = gl.load(words_ptr, mask=num > 0, other=0)
-    while (i < num) & (((word >> FIRST_TOKEN) & MINE) == 0):
+    bits = gl.load(group.membership_ptr, mask=num > 0, other=0)
+    while (i < num) & (((bits >> FIRST_TOKEN) & MINE) == 0):
         mbarrier.wait(full.index(slot), phase)
         mbarrier.arrive(empty.index(slot))
         i += 1
         slot, phase = advance(slot, phase, SLOTS)
-        word = gl.load(words_ptr + gl.minimum(i, num - 1))
+        bits = gl.load(group.membership_ptr + gl.minimum(i, num - 1))
     if i < num:
         mbarrier.wait(full.index(slot), phase)
         k = keys.index(slot).reshape([BLOCK_SIZE, BLOCK_D]).permute((1, 0))
         logits = warpgroup_mma(q, k, no_logits, use_acc=False, is_async=True)
         logits = warpgroup_mma_wait(0, deps=[logits])
-        member = ((word >> token) & 1) != 0
-        first = first_key(gl.load(idx_ptr + i), last, BLOCK_SIZE)
-        weights, top, total, shrink = _weigh(
-            logits, top, total, member, first, position, Skv, factor, n, EDGE=True
+        member = ((bits >> token) & 1) != 0
+        first = first_key(gl.load(group.idx_ptr + i), last, BLOCK_SIZE)
+        weights, m_i, l_i, alpha = _add_logits(
+            logits, m_i, l_i, member, first + n, position, Skv, qk_scale_log2, EDGE=True
         )
-        # From here on the values of the block before are summed while the next is weighed.
+        # From here on, the values of a block are summed while the next block's softmax is taken.
         weights = gl.convert_layout(weights.to(dtype), WEIGHTS)
         before = slot
         taken = i
         begin = i + 1
         slot, phase = advance(slot, phase, SLOTS)
         mbarrier.wait(full.index(slot), phase, pred=begin < num)
-        word = gl.load(words_ptr + gl.minimum(begin, num - 1))
+        bits = gl.load(group.membership_ptr + gl.minimum(begin, num - 1))
         for EDGE in gl.static_range(2):
             for i in range(begin, num if EDGE else num_past):
-                coming = gl.load(words_ptr + gl.minimum(i + 1, num - 1))
+                next_bits = gl.load(group.membership_ptr + gl.minimum(i + 1, num - 1))
                 next_slot, next_phase = advance(slot, phase, SLOTS)
-                chosen = ((word >> FIRST_TOKEN) & MINE) != 0
-                # The slot before is held until then: the ring must not run out of others. A block
-                # of which no row is a member leaves all bits as they are.
+                chosen = ((bits >> FIRST_TOKEN) & MINE) != 0
+                # The previous slot is held until the next block is taken, so take one before the
+                # pipeline runs out of slots. A block that no row selected changes no bit.
                 if chosen | (i - taken >= SLOTS - 2):
                     k = keys.index(slot).reshape([BLOCK_SIZE, BLOCK_D]).permute((1, 0))
                     logits = warpgroup_mma(q, k, no_logits, use_acc=False, is_async=True)
                     v = values.index(before).reshape([BLOCK_SIZE, BLOCK_D])
                     sums = warpgroup_mma(weights, v, acc, is_async=True)
                     logits = warpgroup_mma_wait(1, deps=[logits])
-                    member = ((word >> token) & 1) != 0
+                    member = ((bits >> token) & 1) != 0
                     first = 0
                     if EDGE:
-                        first = first_key(gl.load(idx_ptr + i), last, BLOCK_SIZE)
-                    weights, top, total, shrink = _weigh(
-                        logits, top, total, member, first, position, Skv, factor, n, EDGE
+                        first = first_key(gl.load(group.idx_ptr + i), last, BLOCK_SIZE)
+                    weights, m_i, l_i, alpha = _add_logits(
+                        logits, m_i, l_i, member, first + n, position, Skv, qk_scale_log2, EDGE
                     )
                     weights = gl.convert_layout(weights.to(dtype), WEIGHTS)
-                    # Between exponentials and the sums' end: a branch, across which the assembler
-                    # moves neither. It would wait first, and nothing would overlap.
+                    # This wait is a branch, across which the assembler moves neither the
+                    # exponentials nor the end of the sums. Without it they would not overlap.
                     mbarrier.wait(full.index(next_slot), next_phase, pred=i + 1 < num)
                     acc, weights = warpgroup_mma_wait(0, deps=[sums, weights])
                     mbarrier.arrive(empty.index(before))
-                    acc *= gl.convert_layout(shrink, gl.SliceLayout(1, SUMS))[:, None]
+                    acc *= gl.convert_layout(alpha, gl.SliceLayout(1, SUMS))[:, None]
                     before = slot
                     taken = i
                 else:
@@ -146,21 +177,42 @@ def attend_rows(
                     mbarrier.wait(full.index(next_slot), next_phase, pred=i + 1 < num)
                 slot = next_slot
                 phase = next_phase
-                word = coming
+                bits = next_bits
             begin = gl.maximum(begin, num_past)
         v = values.index(before).reshape([BLOCK_SIZE, BLOCK_D])
         sums = warpgroup_mma(weights, v, acc, is_async=True)
         acc = warpgroup_mma_wait(0, deps=[sums])
 
-    real = (token < TILE_TOKENS) & (s < Sq)
-    divisor = gl.where(total == 0.0, 1.0, total)
-    lse = (top + gl.log2(divisor)) * 0.6931471805599453
-    lse = gl.where(total == 0.0, float("-inf"), lse)
-    gl.store(lse_ptr + (row % G).to(gl.int64) * Sq + s, lse, mask=real)
-    out = acc / gl.convert_layout(divisor, gl.SliceLayout(1, SUMS))[:, None]
+    _store_rows(GROUP, group, m_i, l_i, acc, dtype, SHAPE, BLOCK_D)
+
+
+@gluon.jit
+def _store_rows(
+    GROUP: gl.constexpr,
+    group,
+    m_i,
+    l_i,
+    acc,
+    dtype: gl.constexpr,
+    SHAPE: gl.constexpr,
+    BLOCK_D: gl.constexpr,
+):
+    """Write the output of a warpgroup's rows and their log-sum-exp."""
+    LOGITS: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, SHAPE.BLOCK_SIZE, 16])
+    SUMS: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK_D, 16])
+    row = GROUP * ROWS + gl.arange(0, ROWS, gl.SliceLayout(1, LOGITS))
+    s = group.start + row // SHAPE.G
+    exists = (row // SHAPE.G < SHAPE.TILE_TOKENS) & (s < group.Sq)
+    l_safe = gl.where(l_i == 0.0, 1.0, l_i)
+    lse = (m_i + gl.log2(l_safe)) * LN2
+    lse = gl.where(l_i == 0.0, float("-inf"), lse)
+    gl.store(group.lse_ptr + (row % SHAPE.G).to(gl.int64) * group.Sq + s, lse, mask=exists)
+    out = acc / gl.convert_layout(l_safe, gl.SliceLayout(1, SUMS))[:, None]
     row = GROUP * ROWS + gl.arange(0, ROWS, gl.SliceLayout(1, SUMS))
     d = gl.arange(0, BLOCK_D, gl.SliceLayout(0, SUMS))
-    s = start + row // G
-    mask = ((row // G < TILE_TOKENS) & (s < Sq))[:, None] & (d < D)[None, :]
-    out_row = (row % G) * stride_oh + s.to(gl.int64) * stride_os
-    gl.store(out_ptr + out_row[:, None] + d[None, :] * stride_od, out.to(dtype), mask=mask)
+    s = group.start + row // SHAPE.G
+    exists = (row // SHAPE.G < SHAPE.TILE_TOKENS) & (s < group.Sq)
+    mask = exists[:, None] & (d < SHAPE.D)[None, :]
+    out_row = (row % SHAPE.G) * group.out.h + s.to(gl.int64) * group.out.s
+    out_ptr = group.out.ptr + out_row[:, None] + d[None, :] * group.out.d
+    gl.store(out_ptr, out.to(dtype), mask=mask)

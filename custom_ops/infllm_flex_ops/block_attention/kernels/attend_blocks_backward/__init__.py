@@ -1,34 +1,52 @@
 """Triton kernels of ``attend_blocks_backward``: queries by tile, keys and values by block.
 
-No atomics: a gradient is summed by one program in a fixed order, so its bits repeat.
+There are no atomics: one program sums a gradient in a fixed order, so its bits repeat.
 """
 
+from typing import NamedTuple
+
 import torch
-import triton
 import triton.language as tl
 from torch import Tensor
 
-from infllm_flex_ops.block_attention.kernels.attend_blocks_backward.dkv import dkv_kernel
+from infllm_flex_ops.block_attention.kernels.attend_blocks_backward.dkv import (
+    KeyGradients,
+    dkv_kernel,
+)
 from infllm_flex_ops.block_attention.kernels.attend_blocks_backward.dq import dq_kernel
-from infllm_flex_ops.block_attention.kernels.attend_blocks_backward.entries import entries_by_block
+from infllm_flex_ops.block_attention.kernels.attend_blocks_backward.plan import (
+    REDUCED_KEYS,
+    BackwardPlan,
+    choose_tile_tokens,
+    plan_backward,
+)
 from infllm_flex_ops.block_attention.kernels.attend_blocks_backward.reduce import reduce_kernel
-from infllm_flex_ops.block_attention.kernels.attend_blocks_backward.shares import (
-    choose_stretch,
-    cut_long_lists,
+from infllm_flex_ops.block_attention.kernels.attend_blocks_backward.splits import (
+    Splits,
+    split_long_lists,
+)
+from infllm_flex_ops.block_attention.kernels.attend_blocks_backward.tiles_by_block import (
+    TilesByBlock,
+    sort_by_block,
 )
 from infllm_flex_ops.block_lists import union_lists
-from infllm_flex_ops.device import has_little_shared_memory
-from infllm_flex_ops.triton_common.descriptors import (
-    can_use_tma,
-    describe,
-    describe_groups,
-    describe_lines,
-)
+from infllm_flex_ops.triton_common.descriptors import describe, describe_groups, describe_lines
+from infllm_flex_ops.triton_common.tensor_args import Lists, view
 
-_BOXED_ROWS = 64  # of a step for dk and dv, where the copy engine fetches them
-# For dk and dv at once, of as few heads as give them: several per multiprocessor. On one H100 with
-# 16 single heads at 64K tokens 41 ms, of all heads at once 57; with 32/8 heads 52 and 66.
-_MIN_PROGRAMS = 1024
+__all__ = ["choose_tile_tokens", "differentiate", "launch"]
+
+
+class _Inputs(NamedTuple):
+    """What all launches read."""
+
+    grad_out: Tensor
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    out: Tensor
+    lse: Tensor
+    lists: Lists
+    scale: float
 
 
 def differentiate(
@@ -59,187 +77,125 @@ def launch(
     lse: Tensor,
     num: Tensor,
     idx: Tensor,
-    words: Tensor,
+    membership: Tensor,
     block_size: int,
     tile_tokens: int,
     scale: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Walk the lists by tile for dq, and sorted by block for dk and dv."""
-    B, Hq, Sq, D = q.shape
-    Hkv, Skv = k.shape[1:3]
+    (B, Hkv, Skv, D), device = k.shape, q.device
     dq = torch.empty_like(out)
     dk, dv = (torch.empty(B, Hkv, Skv, D, dtype=x.dtype, device=x.device) for x in (k, v))
     if dq.numel() == 0:
         return dq, dk.zero_(), dv.zero_()
-    num_tiles = num.shape[2]
-    num_blocks = triton.cdiv(Skv, block_size)
-    lists = [x.contiguous() for x in (num, idx, words)]
-    lse = lse.contiguous()
-    strides = (*q.stride(), *k.stride(), *v.stride())
-    G = Hq // Hkv
-    shared = {"G": G, "D": D, "BLOCK_SIZE": block_size, "TILE_TOKENS": tile_tokens}
-    keys_boxed = can_use_tma(k, v)
-    rows_boxed = _fill_boxes(tile_tokens, G, D, block_size) and can_use_tma(q, grad_out)
-    by_tile, by_block = _tiles(q, G, tile_tokens, block_size, keys_boxed, rows_boxed)
-    tile_rows = by_block["PARTS"] * by_block["ROWS"]
-    per_row = (B * Hkv, num_tiles, tile_rows)
-    row_lse = torch.full(per_row, torch.inf, dtype=torch.float32, device=q.device)
-    row_delta = torch.zeros(per_row, dtype=torch.float32, device=q.device)
-    tokens = by_block["ROWS"] // triton.next_power_of_2(G)  # of a box
-    key_boxes = [describe(x, by_tile["BLOCK_N"]) if keys_boxed else None for x in (k, v)]
-    dq_kernel[(B * Hkv * num_tiles * by_tile["PARTS"],)](
-        grad_out,
-        q,
-        k,
-        v,
-        *key_boxes,
-        out,
-        lse,
-        *lists,
-        row_lse,
-        row_delta,
-        dq,
-        *grad_out.stride(),
-        *out.stride(),
-        *strides,
-        Sq,
-        Skv,
-        num_tiles,
-        idx.shape[3],
-        scale,
-        Hkv,
-        **shared,
-        **by_tile,
-        USE_TMA=keys_boxed,
-        TILE_ROWS=tile_rows,
-        BOX_TOKENS=tokens if rows_boxed else 0,
-        BOX_ROWS=by_block["ROWS"],
-    )
-    row_boxes = [describe_groups(x, Hkv, tokens) if rows_boxed else None for x in (grad_out, q)]
-    begin, count, tile_of, word_of = entries_by_block(*lists, num_blocks)
-    num_pairs = num_tiles * min(idx.shape[3], num_blocks)
-    shares = cut_long_lists(count, choose_stretch(num_pairs, num_blocks))
-    parts = torch.empty(
-        B * Hkv * shares.most, 2, block_size, D, dtype=torch.float32, device=q.device
-    )
-    chunks = triton.cdiv(block_size, by_block["BLOCK_N"])
-    dkv_kernel[(B * Hkv * (shares.most + num_blocks) * chunks,)](
-        grad_out,
-        q,
-        k,
-        v,
-        *row_boxes,
-        *(describe_lines(x, by_block["ROWS"]) if rows_boxed else x for x in (row_lse, row_delta)),
-        begin,
-        count,
-        tile_of,
-        word_of,
-        *shares.tables,
-        dk,
-        dv,
-        parts,
-        *grad_out.stride(),
-        *strides,
-        Sq,
-        Skv,
-        num_tiles,
-        num_blocks,
-        shares.most,
-        shares.stretch,
-        scale,
-        Hkv,
-        B * Hkv,
-        triton.cdiv(_MIN_PROGRAMS, (shares.most + num_blocks) * chunks),
-        **shared,
-        **by_block,
-        USE_TMA=rows_boxed,
-        INDEX=tl.int32 if _fit_32_bits(q, grad_out, G, tile_tokens) else tl.int64,
-        maxnreg=None if rows_boxed else 255,  # told nothing, ptxas may spill for more programs
-    )
-    reduce_kernel[(B * Hkv * shares.most * triton.cdiv(block_size, 16),)](
-        *shares.tables,
-        parts,
-        dk,
-        dv,
-        Skv,
-        num_blocks,
-        shares.most,
-        D,
-        block_size,
-        16,
-        by_block["BLOCK_D"],
-        num_warps=8,
-    )
+    plan = plan_backward(grad_out, q, k, v, idx, block_size, tile_tokens)
+    lists = Lists(num.contiguous(), idx.contiguous(), membership.contiguous(), idx.shape[3])
+    inputs = _Inputs(grad_out, q, k, v, out, lse.contiguous(), lists, scale)
+    per_row = (B * Hkv, num.shape[2], plan.row_layout.TILE_ROWS)
+    row_lse = torch.full(per_row, torch.inf, dtype=torch.float32, device=device)
+    row_delta = torch.zeros(per_row, dtype=torch.float32, device=device)
+    _launch_dq(plan, inputs, row_lse, row_delta, dq)
+    tiles = sort_by_block(lists, plan.num_blocks)
+    counts = tiles.length.view(B * Hkv, plan.num_blocks)
+    splits = split_long_lists(counts, plan.split_size, plan.max_splits)
+    slots = (B * Hkv * plan.max_splits, 2, block_size, D)
+    partial = torch.empty(*slots, dtype=torch.float32, device=device)
+    grads = KeyGradients(dk, dv, partial)
+    _launch_dkv(plan, inputs, row_lse, row_delta, tiles, splits, grads)
+    _launch_reduce(plan, splits, grads)
     return dq, dk, dv
 
 
-def choose_tile_tokens(q: Tensor, k: Tensor) -> int:
-    """Choose how many tokens share a tile: as many as the rows of one step hold."""
-    G = q.shape[1] // k.shape[1]
-    if q.element_size() > 2:
-        return union_lists.choose_tile_tokens(G, 16)
-    if _group_fills_boxes(G, q.shape[3]) and can_use_tma(q):
-        return union_lists.choose_tile_tokens(triton.next_power_of_2(G), 64)
-    return union_lists.choose_tile_tokens(G, 64, 32)
-
-
-def _fill_boxes(tile_tokens: int, G: int, D: int, block_size: int) -> bool:
-    """Whether boxes of ``_BOXED_ROWS`` cut a tile into whole tokens, and keys fill a step too."""
-    rows = tile_tokens * triton.next_power_of_2(G)
-    is_power = rows & (rows - 1) == 0
-    return _group_fills_boxes(G, D) and is_power and rows >= 16 and block_size % 64 == 0
-
-
-def _group_fills_boxes(G: int, D: int) -> bool:
-    """Whether a box has few enough rows of zeros, and registers are left for so many rows.
-
-    On one H100 with 7 heads to a group, of whose box an eighth is zeros, the backward took 41 ms
-    at 32K tokens without boxes; with 8 heads and boxes 28.
-    """
-    padded = triton.next_power_of_2(G)
-    return padded <= _BOXED_ROWS and 5 * padded <= 8 * G and D <= 128
-
-
-def _fit_32_bits(q: Tensor, grad_out: Tensor, G: int, tile_tokens: int) -> bool:
-    """Whether offsets between the rows of a tile do, in both tensors."""
-    return all(
-        abs(x.stride(1)) * G + abs(x.stride(2)) * tile_tokens + abs(x.stride(3)) * x.shape[3]
-        < 1 << 31
-        for x in (q, grad_out)
+def _launch_dq(
+    plan: BackwardPlan, inputs: _Inputs, row_lse: Tensor, row_delta: Tensor, dq: Tensor
+) -> None:
+    """Fill ``dq``, and for each row its log-sum-exp and the product of output and gradient."""
+    q, k, v = inputs.q, inputs.k, inputs.v
+    tile = plan.dq.tile
+    k_desc, v_desc = (describe(x, tile.BLOCK_N) if plan.keys_by_tma else None for x in (k, v))
+    dq_kernel[(plan.dq.programs,)](
+        grad_out=view(inputs.grad_out),
+        q=view(q),
+        k=view(k),
+        v=view(v),
+        k_desc=k_desc,
+        v_desc=v_desc,
+        out=view(inputs.out),
+        lse_ptr=inputs.lse,
+        lists=inputs.lists,
+        row_lse_ptr=row_lse,
+        row_delta_ptr=row_delta,
+        dq_ptr=dq,
+        Sq=q.shape[2],
+        Skv=k.shape[2],
+        num_tiles=inputs.lists.num.shape[2],
+        scale=inputs.scale,
+        Hkv=k.shape[1],
+        SHAPE=plan.shape,
+        TILE=tile,
+        ROW_LAYOUT=plan.row_layout,
+        **plan.dq.options,
     )
 
 
-def _tiles(
-    q: Tensor, G: int, tile_tokens: int, block_size: int, keys_boxed: bool, rows_boxed: bool
-) -> tuple[dict[str, int], dict[str, int]]:
-    """Choose rows and keys at a time, for dq and for dk and dv, that the registers hold."""
-    block_d = max(16, triton.next_power_of_2(q.shape[3]))
-    block_n = triton.next_power_of_2(block_size)
-    fp32 = q.element_size() > 2  # float32 without tensor cores: operands in registers
-    masked = q.shape[3] < block_d or block_size % 64 != 0  # masks take registers
+def _launch_dkv(
+    plan: BackwardPlan,
+    inputs: _Inputs,
+    row_lse: Tensor,
+    row_delta: Tensor,
+    tiles: TilesByBlock,
+    splits: Splits,
+    grads: KeyGradients,
+) -> None:
+    """Fill ``dk`` and ``dv`` of whole blocks, and ``partial`` for the splits of the others."""
+    grad_out, q, (B, Hkv, Skv, _) = inputs.grad_out, inputs.q, inputs.k.shape
+    tile, layout = plan.dkv.tile, plan.row_layout
+    do_desc = q_desc = None
+    lse_rows, delta_rows = row_lse, row_delta
+    if plan.rows_by_tma:
+        do_desc, q_desc = (describe_groups(x, Hkv, layout.BOX_TOKENS) for x in (grad_out, q))
+        lse_rows, delta_rows = (describe_lines(x, tile.ROWS) for x in (row_lse, row_delta))
+    dkv_kernel[(plan.dkv.programs,)](
+        grad_out=view(grad_out),
+        q=view(q),
+        k=view(inputs.k),
+        v=view(inputs.v),
+        do_desc=do_desc,
+        q_desc=q_desc,
+        row_lse=lse_rows,
+        row_delta=delta_rows,
+        tiles=tiles,
+        splits=splits,
+        grads=grads,
+        Sq=q.shape[2],
+        Skv=Skv,
+        num_tiles=inputs.lists.num.shape[2],
+        num_blocks=plan.num_blocks,
+        max_splits=plan.max_splits,
+        split_size=plan.split_size,
+        scale=inputs.scale,
+        Hkv=Hkv,
+        heads=B * Hkv,
+        heads_at_once=plan.heads_at_once,
+        SHAPE=plan.shape,
+        TILE=tile,
+        INDEX=tl.int32 if plan.fits_32_bits else tl.int64,
+        maxnreg=None if plan.rows_by_tma else 255,  # or ptxas may spill to fit more programs
+        **plan.dkv.options,
+    )
 
-    def tile(
-        most_rows: int, most_keys: int, warps: int, tile_rows: int = G * tile_tokens
-    ) -> dict[str, int]:
-        rows = max(16, min(most_rows, triton.next_power_of_2(tile_rows)))
-        return {
-            "PARTS": triton.cdiv(tile_rows, rows),
-            "ROWS": rows,
-            "BLOCK_N": max(16, min(most_keys, block_n)),
-            "BLOCK_D": block_d,
-            "FP32": fp32,
-            "num_warps": warps,
-            "num_stages": 1 if fp32 else 2,
-        }
 
-    if fp32:
-        return tile(16, 16, 4), tile(16, 16, 8 if block_d > 128 else 4)
-    if block_d > 128:
-        return tile(32, 32 if has_little_shared_memory(q) else 64, 8), tile(32, 32, 8)
-    roomy = keys_boxed or not (masked or tile_tokens > 32)  # words of 64 bits take registers, too
-    by_tile = tile(64, 64 if block_d == 128 and roomy else 32, 4)
-    if rows_boxed:
-        return by_tile, tile(_BOXED_ROWS, 64, 4, triton.next_power_of_2(G) * tile_tokens)
-    if block_d == 128:
-        return by_tile, tile(32, 64, 8 if masked else 4)
-    return by_tile, (tile(32, 32, 8) if masked else tile(32, 64, 4))
+def _launch_reduce(plan: BackwardPlan, splits: Splits, grads: KeyGradients) -> None:
+    """Add up the splits of blocks into ``dk`` and ``dv``."""
+    reduce_kernel[(plan.reduce_programs,)](
+        splits=splits,
+        grads=grads,
+        Skv=grads.dk.shape[2],
+        num_blocks=plan.num_blocks,
+        max_splits=plan.max_splits,
+        D=plan.shape.D,
+        BLOCK_SIZE=plan.shape.BLOCK_SIZE,
+        BLOCK_N=REDUCED_KEYS,
+        BLOCK_D=plan.dkv.tile.BLOCK_D,
+        num_warps=8,
+    )

@@ -1,298 +1,280 @@
 """The gradients of keys and values: a block walks the tiles that listed it, in order.
 
-A block that many tiles listed, as all list the first, is shared by several programs: each sums a
-stretch of its tiles into a slot of its own, and ``reduce_kernel`` adds the slots up in order. No
-atomics, so the bits repeat.
+A block that many tiles listed, as all list the first, is split among several programs: each sums
+the gradients of ``split_size`` tiles into a slot of its own, and ``reduce_kernel`` adds the slots
+in order. There are no atomics, so the bits repeat.
 """
+
+from typing import Any, NamedTuple
 
 import triton
 import triton.language as tl
 
+from infllm_flex_ops.block_attention.kernels.tile_args import RowTensor
+from infllm_flex_ops.triton_common.constants import LOG2E
 from infllm_flex_ops.triton_common.dot_fp32 import dot_fp32
+from infllm_flex_ops.triton_common.tensor_args import View
 
-_VARYING = ["Sq", "Skv", "num_tiles", "num_blocks", "num_shares", "stretch", "heads_together"]
+
+class KeyGradients(NamedTuple):
+    """The gradients of keys and values.
+
+    Attributes:
+        dk: ``[B, Hkv, Skv, D]``, contiguous.
+        dv: ``[B, Hkv, Skv, D]``, contiguous.
+        partial: Sums of the splits, float32 ``[B * Hkv * max_splits, 2, block_size, D]``.
+    """
+
+    dk: Any
+    dv: Any
+    partial: Any
+
+
+class Queries(NamedTuple):
+    """The queries of one KV head's group and what the backward knows of them, in a kernel.
+
+    Attributes:
+        q: View of the group's queries.
+        do: View of the gradient of their output.
+        q_desc: Tensor descriptor of all queries, or None.
+        do_desc: Tensor descriptor of the whole gradient, or None.
+        row_lse: Log-sum-exp of the head's rows in base 2: pointer, or descriptor of all rows.
+        row_delta: Dot products of output and gradient, likewise.
+        first_tile: First tile of the head among those of all heads.
+        b: Batch row.
+        h: KV head.
+    """
+
+    q: Any
+    do: Any
+    q_desc: Any
+    do_desc: Any
+    row_lse: Any
+    row_delta: Any
+    first_tile: Any
+    b: Any
+    h: Any
+
+
+class BlockTiles(NamedTuple):
+    """Pointers, in a kernel, to the tiles that listed one block and to their membership bits."""
+
+    tile: Any
+    membership: Any
 
 
 @triton.jit
-def _walk(
+def _schedule(tasks, heads, heads_at_once, SHAPE: tl.constexpr, TILE: tl.constexpr):
+    """Say which head, which part of a block's keys, and which of a head's tasks a program takes."""
+    CHUNKS: tl.constexpr = (SHAPE.BLOCK_SIZE + TILE.BLOCK_N - 1) // TILE.BLOCK_N
+    per_head = tasks * CHUNKS
+    first_head = tl.program_id(0) // (heads_at_once * per_head) * heads_at_once
+    of_these = tl.program_id(0) - first_head * per_head
+    num_heads = tl.minimum(heads_at_once, heads - first_head)
+    head = (first_head + of_these % num_heads).to(tl.int64)
+    return head, of_these // num_heads % CHUNKS, of_these // num_heads // CHUNKS
+
+
+@triton.jit
+def _group_view(x, b, h, SHAPE: tl.constexpr):
+    """View the heads of ``x`` that share a KV head."""
+    return View(x.ptr + b * x.b + h * SHAPE.G * x.h, x.b, x.h, x.s, x.d)
+
+
+@triton.jit
+def _dkv_inner(
     dk,
     dv,
     k,
     v,
-    q_ptr,
-    do_ptr,
-    q_boxes,
-    do_boxes,
-    b,
-    h,
-    row_lse,
-    row_delta,
-    first_tile,
-    k_ptr,
-    v_ptr,
-    stride_oh,
-    stride_os,
-    stride_od,
-    stride_qh,
-    stride_qs,
-    stride_qd,
-    stride_kd,
-    stride_vd,
+    key,
+    queries,
+    tiles,
     begin,
     end,
-    tile_of_ptr,
-    word_of_ptr,
-    key,
-    valid,
     Sq,
     Skv,
     num_tiles,
-    factor,
-    G: tl.constexpr,
-    D: tl.constexpr,
-    TILE_TOKENS: tl.constexpr,
-    PARTS: tl.constexpr,
-    ROWS: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-    FP32: tl.constexpr,
+    qk_scale_log2,
+    SHAPE: tl.constexpr,
+    TILE: tl.constexpr,
     INDEX: tl.constexpr,
-    USE_TMA: tl.constexpr,
     EDGE: tl.constexpr,
 ):
-    """Add what the rows of some of a block's tiles contribute to its gradients."""
-    HEADS: tl.constexpr = triton.next_power_of_2(G)
-    BOX_TOKENS: tl.constexpr = ROWS // HEADS if USE_TMA else ROWS
-    d = tl.arange(0, BLOCK_D)
-    lane = tl.arange(0, ROWS)
+    """Add the rows of some of a block's tiles to the gradients of its keys and values."""
+    PARTS: tl.constexpr = TILE.PARTS
+    HEADS: tl.constexpr = triton.next_power_of_2(SHAPE.G)
+    BOX_TOKENS: tl.constexpr = TILE.ROWS // HEADS if TILE.USE_TMA else TILE.ROWS
+    q, do = queries.q, queries.do
+    d = tl.arange(0, TILE.BLOCK_D)
+    lane = tl.arange(0, TILE.ROWS)
     for i in tl.range(begin * PARTS, end * PARTS):
-        # No number, however wrong, leads out of the tensors.
-        tile = tl.minimum(tl.maximum(tl.load(tile_of_ptr + i // PARTS), 0), num_tiles - 1)
-        word = tl.load(word_of_ptr + i // PARTS)
-        if USE_TMA:  # which hold head after head, and then zeros
+        # Clamp, so that a corrupt list cannot read out of bounds.
+        tile = tl.minimum(tl.maximum(tl.load(tiles.tile + i // PARTS), 0), num_tiles - 1)
+        membership = tl.load(tiles.membership + i // PARTS)
+        if TILE.USE_TMA:  # a box holds the rows head after head, then rows of zeros
             group = lane // BOX_TOKENS
             token = i % PARTS * BOX_TOKENS + lane % BOX_TOKENS
         else:
-            group = (i % PARTS * ROWS + lane) % G
-            token = (i % PARTS * ROWS + lane) // G
-        member = ((word >> token) & 1) != 0
-        # Offsets within a tile stay the same from tile to tile, and in registers.
-        q_tile = q_ptr + tile.to(tl.int64) * TILE_TOKENS * stride_qs
-        do_tile = do_ptr + tile.to(tl.int64) * TILE_TOKENS * stride_os
-        q_row = q_tile + group.to(INDEX) * stride_qh + token * stride_qs
-        do_row = do_tile + group.to(INDEX) * stride_oh + token * stride_os
-        if USE_TMA:
-            first = tile * TILE_TOKENS + i % PARTS * BOX_TOKENS
-            q = q_boxes.load([b, h, 0, first, 0]).reshape(ROWS, BLOCK_D)
-            do = do_boxes.load([b, h, 0, first, 0]).reshape(ROWS, BLOCK_D)
+            group = (i % PARTS * TILE.ROWS + lane) % SHAPE.G
+            token = (i % PARTS * TILE.ROWS + lane) // SHAPE.G
+        member = ((membership >> token) & 1) != 0
+        # Offsets within a tile are the same for all tiles, and stay in registers.
+        q_tile = q.ptr + tile.to(tl.int64) * SHAPE.TILE_TOKENS * q.s
+        do_tile = do.ptr + tile.to(tl.int64) * SHAPE.TILE_TOKENS * do.s
+        q_row = q_tile + group.to(INDEX) * q.h + token * q.s
+        do_row = do_tile + group.to(INDEX) * do.h + token * do.s
+        if TILE.USE_TMA:
+            at = [queries.b, queries.h, 0, tile * SHAPE.TILE_TOKENS + i % PARTS * BOX_TOKENS, 0]
+            q_rows = queries.q_desc.load(at).reshape(TILE.ROWS, TILE.BLOCK_D)
+            do_rows = queries.do_desc.load(at).reshape(TILE.ROWS, TILE.BLOCK_D)
         else:
-            s = tile * TILE_TOKENS + token
-            real = (token < TILE_TOKENS) & (s < Sq)
-            row_mask = real[:, None] & (d < D)[None, :]
-            q = tl.load(q_row[:, None] + d[None, :] * stride_qd, mask=row_mask, other=0.0)
-            do = tl.load(do_row[:, None] + d[None, :] * stride_od, mask=row_mask, other=0.0)
-        # Infinite is the log-sum-exp where there is no row.
-        if USE_TMA:
-            at = (first_tile + tile) * PARTS + i % PARTS
-            lse = row_lse.load([at, 0]).reshape(ROWS)
-            delta = row_delta.load([at, 0]).reshape(ROWS)
+            s = tile * SHAPE.TILE_TOKENS + token
+            exists = (token < SHAPE.TILE_TOKENS) & (s < Sq)
+            row_mask = exists[:, None] & (d < SHAPE.D)[None, :]
+            q_rows = tl.load(q_row[:, None] + d[None, :] * q.d, mask=row_mask, other=0.0)
+            do_rows = tl.load(do_row[:, None] + d[None, :] * do.d, mask=row_mask, other=0.0)
+        # Missing rows have lse = inf, so their weights are zero.
+        if TILE.USE_TMA:
+            line = (queries.first_tile + tile) * PARTS + i % PARTS
+            lse = queries.row_lse.load([line, 0]).reshape(TILE.ROWS)
+            delta = queries.row_delta.load([line, 0]).reshape(TILE.ROWS)
         else:
-            row = tile.to(tl.int64) * (PARTS * ROWS) + i % PARTS * ROWS + lane
-            lse = tl.load(row_lse + row)
-            delta = tl.load(row_delta + row)
-        if FP32:
-            logits = dot_fp32(
-                k_ptr,
-                valid[:, None],
-                stride_kd,
-                q_row[None, :],
-                real[None, :],
-                stride_qd,
-                D,
-                BLOCK_D,
-            )
+            row = tile.to(tl.int64) * (PARTS * TILE.ROWS) + i % PARTS * TILE.ROWS + lane
+            lse = tl.load(queries.row_lse + row)
+            delta = tl.load(queries.row_delta + row)
+        if TILE.FP32:
+            q_column, do_column, column_mask = q_row[None, :], do_row[None, :], exists[None, :]
+            logits = dot_fp32(k.ptr, k.mask, k.d, q_column, column_mask, q.d, SHAPE.D, TILE.BLOCK_D)
         else:
-            logits = tl.dot(k, tl.trans(q))
-        weights = tl.exp2(logits * factor - tl.where(member, lse, float("inf"))[None, :])
+            logits = tl.dot(k.loaded, tl.trans(q_rows))
+        lse_safe = tl.where(member, lse, float("inf"))
+        weights = tl.exp2(logits * qk_scale_log2 - lse_safe[None, :])
         if EDGE:
-            ahead = key - (Skv - Sq) - tile * TILE_TOKENS
+            ahead = key - (Skv - Sq) - tile * SHAPE.TILE_TOKENS
             weights = tl.where(ahead[:, None] <= token[None, :], weights, 0.0)
-        dv = tl.dot(weights.to(do.dtype), do, dv, input_precision="ieee")
-        if FP32:
+        dv = tl.dot(weights.to(do_rows.dtype), do_rows, dv, input_precision="ieee")
+        if TILE.FP32:
             dweights = dot_fp32(
-                v_ptr,
-                valid[:, None],
-                stride_vd,
-                do_row[None, :],
-                real[None, :],
-                stride_od,
-                D,
-                BLOCK_D,
+                v.ptr, v.mask, v.d, do_column, column_mask, do.d, SHAPE.D, TILE.BLOCK_D
             )
         else:
-            dweights = tl.dot(v, tl.trans(do))
+            dweights = tl.dot(v.loaded, tl.trans(do_rows))
         dlogits = weights * (dweights - delta[None, :])
-        dk = tl.dot(dlogits.to(q.dtype), q, dk, input_precision="ieee")
+        dk = tl.dot(dlogits.to(q_rows.dtype), q_rows, dk, input_precision="ieee")
     return dk, dv
+
+
+_VARYING = ["Sq", "Skv", "num_tiles", "num_blocks", "max_splits", "split_size", "heads_at_once"]
 
 
 @triton.jit(do_not_specialize=_VARYING)
 def dkv_kernel(
-    do_ptr,
-    q_ptr,
-    k_ptr,
-    v_ptr,
-    do_boxes,
-    q_boxes,
+    grad_out,
+    q,
+    k,
+    v,
+    do_desc,
+    q_desc,
     row_lse,
     row_delta,
-    begin_ptr,
-    count_ptr,
-    tile_of_ptr,
-    word_of_ptr,
-    shares_ptr,
-    block_of_ptr,
-    first_of_ptr,
-    dk_ptr,
-    dv_ptr,
-    part_ptr,
-    stride_ob,
-    stride_oh,
-    stride_os,
-    stride_od,
-    stride_qb,
-    stride_qh,
-    stride_qs,
-    stride_qd,
-    stride_kb,
-    stride_kh,
-    stride_ks,
-    stride_kd,
-    stride_vb,
-    stride_vh,
-    stride_vs,
-    stride_vd,
+    tiles,
+    splits,
+    grads,
     Sq,
     Skv,
     num_tiles,
     num_blocks,
-    num_shares,
-    stretch,
+    max_splits,
+    split_size,
     scale,
     Hkv,
     heads,
-    heads_together,
-    G: tl.constexpr,
-    D: tl.constexpr,
-    BLOCK_SIZE: tl.constexpr,
-    TILE_TOKENS: tl.constexpr,
-    PARTS: tl.constexpr,
-    ROWS: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-    FP32: tl.constexpr,
-    USE_TMA: tl.constexpr,
+    heads_at_once,
+    SHAPE: tl.constexpr,
+    TILE: tl.constexpr,
     INDEX: tl.constexpr,
 ):
-    """Fill ``dk`` and ``dv`` for some keys of one block, or a slot of ``part`` for a share of it.
+    """Fill ``dk`` and ``dv`` for some keys of a block, or a slot of ``partial`` for a split of it.
 
-    A few heads at a time, so that the rows of their queries, which blocks walk at about the same
-    time, are found in L2; of these heads shared blocks come first, as they take longest.
+    Programs take ``heads_at_once`` heads at a time, so that the rows of their queries, which blocks
+    walk at about the same time, stay in L2. Splits come first, as they take longest.
     """
-    CHUNKS: tl.constexpr = (BLOCK_SIZE + BLOCK_N - 1) // BLOCK_N
-    per_head = (num_shares + num_blocks) * CHUNKS
-    first_head = tl.program_id(0) // (heads_together * per_head) * heads_together
-    of_these = tl.program_id(0) - first_head * per_head
-    num_heads = tl.minimum(heads_together, heads - first_head)
-    head = (first_head + of_these % num_heads).to(tl.int64)
-    chunk = of_these // num_heads % CHUNKS
-    task = of_these // num_heads // CHUNKS
+    head, chunk, task = _schedule(max_splits + num_blocks, heads, heads_at_once, SHAPE, TILE)
     b, h = head // Hkv, head % Hkv
-    is_share = task < num_shares
-    share = head * num_shares + tl.minimum(task, num_shares - 1)
-    block = task - num_shares
+    is_split = task < max_splits
+    split = head * max_splits + tl.minimum(task, max_splits - 1)
+    block = task - max_splits
     skipped = 0
-    if is_share:
-        block = tl.load(block_of_ptr + share)
-        skipped = tl.load(first_of_ptr + share) * stretch
+    if is_split:
+        block = tl.load(splits.block + split)
+        skipped = tl.load(splits.number + split) * split_size
     if (block < num_blocks) & (block >= 0):
-        begin = tl.load(begin_ptr + head * num_blocks + block) + skipped
-        count = tl.load(count_ptr + head * num_blocks + block) - skipped
-        shared = tl.load(shares_ptr + head * num_blocks + block) > 0
-        if is_share:
-            count = tl.minimum(count, stretch)
-        if is_share | (shared == 0):
-            inner = chunk * BLOCK_N + tl.arange(0, BLOCK_N)
-            key = block * BLOCK_SIZE + inner
-            valid = (inner < BLOCK_SIZE) & (key < Skv)
-            d = tl.arange(0, BLOCK_D)
-            key_mask = valid[:, None] & (d < D)[None, :]
-            k_row = k_ptr + b * stride_kb + h * stride_kh + key.to(tl.int64)[:, None] * stride_ks
-            v_row = v_ptr + b * stride_vb + h * stride_vh + key.to(tl.int64)[:, None] * stride_vs
-            k = key_mask  # unused in parts
-            v = key_mask
-            if not FP32:
-                k = tl.load(k_row + d[None, :] * stride_kd, mask=key_mask, other=0.0)
-                v = tl.load(v_row + d[None, :] * stride_vd, mask=key_mask, other=0.0)
-            if not USE_TMA:
-                row_lse += head * num_tiles * (PARTS * ROWS)
-                row_delta += head * num_tiles * (PARTS * ROWS)
-            dk = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
-            dv = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
-            # So many tiles hold the block's tokens at most; all other tiles are later.
-            EDGES: tl.constexpr = (BLOCK_SIZE + TILE_TOKENS - 2) // TILE_TOKENS + 1
+        begin = tl.load(tiles.begin + head * num_blocks + block) + skipped
+        count = tl.load(tiles.length + head * num_blocks + block) - skipped
+        has_splits = tl.load(splits.per_block + head * num_blocks + block) > 0
+        if is_split:
+            count = tl.minimum(count, split_size)
+        if is_split | (has_splits == 0):
+            inner = chunk * TILE.BLOCK_N + tl.arange(0, TILE.BLOCK_N)
+            key = block * SHAPE.BLOCK_SIZE + inner
+            valid = (inner < SHAPE.BLOCK_SIZE) & (key < Skv)
+            d = tl.arange(0, TILE.BLOCK_D)
+            key_mask = valid[:, None] & (d < SHAPE.D)[None, :]
+            k_row = k.ptr + b * k.b + h * k.h + key.to(tl.int64)[:, None] * k.s
+            v_row = v.ptr + b * v.b + h * v.h + key.to(tl.int64)[:, None] * v.s
+            k_loaded = key_mask  # unused in float32
+            v_loaded = key_mask
+            if not TILE.FP32:
+                k_loaded = tl.load(k_row + d[None, :] * k.d, mask=key_mask, other=0.0)
+                v_loaded = tl.load(v_row + d[None, :] * v.d, mask=key_mask, other=0.0)
+            if not TILE.USE_TMA:
+                row_lse += head * num_tiles * (TILE.PARTS * TILE.ROWS)
+                row_delta += head * num_tiles * (TILE.PARTS * TILE.ROWS)
+            dk = tl.full([TILE.BLOCK_N, TILE.BLOCK_D], 0.0, tl.float32)
+            dv = tl.full([TILE.BLOCK_N, TILE.BLOCK_D], 0.0, tl.float32)
+            # At most EDGES tiles hold the block's own tokens. All later tiles need no causal test.
+            TOKENS: tl.constexpr = SHAPE.TILE_TOKENS
+            EDGES: tl.constexpr = (SHAPE.BLOCK_SIZE + TOKENS - 2) // TOKENS + 1
             num_edges = tl.minimum(tl.maximum(EDGES - skipped, 0), count)
+            queries = Queries(
+                q=_group_view(q, b, h, SHAPE),
+                do=_group_view(grad_out, b, h, SHAPE),
+                q_desc=q_desc,
+                do_desc=do_desc,
+                row_lse=row_lse,
+                row_delta=row_delta,
+                first_tile=head.to(tl.int32) * num_tiles,
+                b=b.to(tl.int32),
+                h=h.to(tl.int32),
+            )
+            block_tiles = BlockTiles(tiles.tile + begin, tiles.membership + begin)
             for LATER in tl.static_range(2):
-                dk, dv = _walk(
+                dk, dv = _dkv_inner(
                     dk,
                     dv,
-                    k,
-                    v,
-                    q_ptr + b * stride_qb + h * G * stride_qh,
-                    do_ptr + b * stride_ob + h * G * stride_oh,
-                    q_boxes,
-                    do_boxes,
-                    b.to(tl.int32),
-                    h.to(tl.int32),
-                    row_lse,
-                    row_delta,
-                    head.to(tl.int32) * num_tiles,
-                    k_row,
-                    v_row,
-                    stride_oh,
-                    stride_os,
-                    stride_od,
-                    stride_qh,
-                    stride_qs,
-                    stride_qd,
-                    stride_kd,
-                    stride_vd,
+                    RowTensor(k_loaded, k_row, valid[:, None], k.d),
+                    RowTensor(v_loaded, v_row, valid[:, None], v.d),
+                    key,
+                    queries,
+                    block_tiles,
                     num_edges if LATER else 0,
                     count if LATER else num_edges,
-                    tile_of_ptr + begin,
-                    word_of_ptr + begin,
-                    key,
-                    valid,
                     Sq,
                     Skv,
                     num_tiles,
-                    scale * 1.4426950408889634,
-                    G,
-                    D,
-                    TILE_TOKENS,
-                    PARTS,
-                    ROWS,
-                    BLOCK_D,
-                    FP32,
+                    scale * LOG2E,
+                    SHAPE,
+                    TILE,
                     INDEX,
-                    USE_TMA,
                     not LATER,
                 )
-            if is_share:
-                slot = (share * 2 * BLOCK_SIZE + inner)[:, None] * D + d[None, :]
-                slot_mask = (inner < BLOCK_SIZE)[:, None] & (d < D)[None, :]
-                tl.store(part_ptr + slot, dk * scale, mask=slot_mask)
-                tl.store(part_ptr + slot + BLOCK_SIZE * D, dv, mask=slot_mask)
+            if is_split:
+                slot = (split * 2 * SHAPE.BLOCK_SIZE + inner)[:, None] * SHAPE.D + d[None, :]
+                slot_mask = (inner < SHAPE.BLOCK_SIZE)[:, None] & (d < SHAPE.D)[None, :]
+                tl.store(grads.partial + slot, dk * scale, mask=slot_mask)
+                tl.store(grads.partial + slot + SHAPE.BLOCK_SIZE * SHAPE.D, dv, mask=slot_mask)
             else:
-                out = ((head * Skv + key)[:, None]) * D + d[None, :]
-                tl.store(dk_ptr + out, dk * scale, mask=key_mask)
-                tl.store(dv_ptr + out, dv, mask=key_mask)
+                out = ((head * Skv + key)[:, None]) * SHAPE.D + d[None, :]
+                tl.store(grads.dk + out, dk * scale, mask=key_mask)
+                tl.store(grads.dv + out, dv, mask=key_mask)

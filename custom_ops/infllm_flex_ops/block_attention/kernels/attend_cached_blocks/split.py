@@ -3,7 +3,9 @@
 import triton
 import triton.language as tl
 
-from infllm_flex_ops.block_attention.kernels.take_seen import take_seen
+from infllm_flex_ops.block_attention.kernels.exact_reads import add_seen_keys
+from infllm_flex_ops.block_attention.kernels.tile_args import RowTensor
+from infllm_flex_ops.triton_common.tensor_args import Softmax
 
 
 @triton.jit(do_not_specialize=["n", "S", "W", "slots"])
@@ -68,9 +70,11 @@ def split_kernel(
     v_ptr += b * stride_vb + h * stride_vh
     selected_ptr += b * stride_sb + h * stride_sh + token.to(tl.int64) * stride_ss
 
-    acc = tl.zeros([ROWS, BLOCK_D], tl.float32)
-    top = tl.full([ROWS], -1e30, tl.float32)  # finite: a row that has seen nothing makes no NaN
-    total = tl.zeros([ROWS], tl.float32)
+    softmax = Softmax(
+        m_i=tl.full([ROWS], -1e30, tl.float32),  # finite: a row without a key makes no NaN
+        l_i=tl.zeros([ROWS], tl.float32),
+        acc=tl.zeros([ROWS, BLOCK_D], tl.float32),
+    )
     CHUNKS: tl.constexpr = (BLOCK_SIZE + BLOCK_N - 1) // BLOCK_N
     splits = tl.num_programs(0)
     for i in tl.range(0, slots * CHUNKS):
@@ -82,26 +86,13 @@ def split_kernel(
         valid = valid & (key <= position) & (first + key < S)
         k_row = k_ptr + (first + key)[None, :] * stride_ks
         v_row = v_ptr + (first + key)[:, None] * stride_vs + d[None, :] * stride_vd
-        acc, top, total = take_seen(
-            acc,
-            top,
-            total,
-            q,
-            q_ptr,
-            q_mask,
-            stride_qd,
-            k_row,
-            v_row,
-            stride_kd,
-            valid,
-            factor,
-            D,
-            BLOCK_D,
-            FP32,
+        rows = RowTensor(q, q_ptr, q_mask, stride_qd)
+        softmax = add_seen_keys(
+            softmax, rows, k_row, v_row, stride_kd, valid, factor, D, BLOCK_D, FP32
         )
 
     at = (head.to(tl.int64) * n + token) * splits + split
     part = parts_ptr + at * (ROWS * (BLOCK_D + 2)) + group * (BLOCK_D + 2)
-    tl.store(part[:, None] + d[None, :], acc)
-    tl.store(part + BLOCK_D, top)
-    tl.store(part + BLOCK_D + 1, total)
+    tl.store(part[:, None] + d[None, :], softmax.acc)
+    tl.store(part + BLOCK_D, softmax.m_i)
+    tl.store(part + BLOCK_D + 1, softmax.l_i)

@@ -1,12 +1,23 @@
-"""The ring of shared memory through which blocks of keys and values pass, and who fills it.
+"""The pipeline in shared memory through which blocks of keys and values pass, and its producer.
 
-Of each slot two barriers tell: ``full``, that a block has come, and ``empty``, that both groups
-have left it. Both turn with every round of the ring.
+Each slot has two barriers: ``full`` when a block has arrived, ``empty`` when both consumer groups
+have released it. The phase of both flips with every round of the pipeline.
 """
+
+from typing import Any, NamedTuple
 
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import mbarrier, tma
+
+
+class Pipeline(NamedTuple):
+    """Slots of shared memory for blocks of keys and values, and the barriers of each slot."""
+
+    k: Any
+    v: Any
+    full: Any
+    empty: Any
 
 
 @gluon.jit
@@ -21,15 +32,15 @@ def advance(slot, phase, SLOTS: gl.constexpr):
 
 @gluon.jit
 def first_key(block, last, BLOCK_SIZE: gl.constexpr):
-    """Say where a listed block begins: no number, however wrong, leads out of the tensors."""
+    """Return the first key of a listed block; clamped, so that no corrupt list reads elsewhere."""
     return gl.minimum(gl.maximum(block, 0), last) * BLOCK_SIZE
 
 
 @gluon.jit
 def fetch(
-    ring,
-    k_boxes,
-    v_boxes,
+    pipeline,
+    k_desc,
+    v_desc,
     idx_ptr,
     num,
     b,
@@ -38,8 +49,8 @@ def fetch(
     BLOCK_SIZE: gl.constexpr,
     SLOTS: gl.constexpr,
 ):
-    """Bring the listed blocks into the ring, each as soon as both groups have left its slot."""
-    keys, values, full, empty = ring
+    """Load the listed blocks, each as soon as both consumer groups have released its slot."""
+    keys, values, full, empty = pipeline
     BYTES: gl.constexpr = 2 * BLOCK_SIZE * keys.shape[4] * keys.dtype.primitive_bitwidth // 8
     slot = 0
     phase = 1  # empty at first
@@ -50,6 +61,6 @@ def fetch(
         mbarrier.wait(empty.index(slot), phase)
         mbarrier.expect(full.index(slot), BYTES)
         at = [b, h, first, 0]
-        tma.async_copy_global_to_shared(k_boxes, at, full.index(slot), keys.index(slot))
-        tma.async_copy_global_to_shared(v_boxes, at, full.index(slot), values.index(slot))
+        tma.async_copy_global_to_shared(k_desc, at, full.index(slot), keys.index(slot))
+        tma.async_copy_global_to_shared(v_desc, at, full.index(slot), values.index(slot))
         slot, phase = advance(slot, phase, SLOTS)

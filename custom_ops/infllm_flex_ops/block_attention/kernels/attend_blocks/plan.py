@@ -1,0 +1,81 @@
+"""How the forward pass is divided into programs: from shapes, dtypes and the device alone."""
+
+import triton
+from torch import Tensor
+
+from infllm_flex_ops.block_attention.kernels.tile_args import Tile
+from infllm_flex_ops.block_lists import union_lists
+from infllm_flex_ops.device import compute_capability, knows_gluon
+
+_WIDE_KEYS = 48 << 10  # up to here tiles of 128 rows also pay for groups of 4 to 7 heads
+_GROUP_ROWS = 64  # of a warpgroup, of which two divide a tile
+_GROUP_KEYS = 64  # keys per block that two warpgroups were measured with
+
+
+def choose_tile_tokens(G: int, k: Tensor, block_size: int) -> int:
+    """Choose the tokens per tile: as many as fit into the rows of a program."""
+    # 64 membership bits take registers: only where they were measured.
+    most = union_lists.MAX_TILE_TOKENS if compute_capability(k) == 90 else 32
+    return union_lists.choose_tile_tokens(G, _most_rows(G, k, block_size), most)
+
+
+def _most_rows(G: int, k: Tensor, block_size: int) -> int:
+    """Rows of the largest tile worth its union.
+
+    A larger tile loads more keys at once, and each row uses fewer of them.
+    """
+    if k.element_size() > 2:
+        return 16  # float32 without tensor cores: operands in registers
+    if can_specialize(k, 2 * _GROUP_ROWS, block_size):
+        return 2 * _GROUP_ROWS
+    fits = compute_capability(k) == 90 and k.shape[3] in (64, 128)
+    wide = fits and (G >= 8 or (G >= 4 and k.shape[2] <= _WIDE_KEYS))
+    return 128 if wide else 64
+
+
+def can_specialize(x: Tensor, tile_rows: int, block_size: int) -> bool:
+    """Whether the kernel of specialised warps can attend, if keys and values are loaded by TMA.
+
+    Args:
+        x: Queries or keys.
+        tile_rows: Rows of a tile.
+        block_size: Keys per block.
+    """
+    block_d = triton.next_power_of_2(x.shape[3])
+    fits = x.element_size() == 2 and block_d in (64, 128) and block_size == _GROUP_KEYS
+    fits = fits and _GROUP_ROWS < tile_rows <= 2 * _GROUP_ROWS
+    return fits and compute_capability(x) == 90 and knows_gluon()
+
+
+def choose_tile(
+    q: Tensor, tile_rows: int, block_size: int, use_tma: bool
+) -> tuple[Tile, dict[str, int]]:
+    """Choose how many of the tile's rows a program takes, and how many keys at a time.
+
+    Returns:
+        Compile-time sizes, and compile options such as ``num_warps``.
+    """
+    block_d = max(16, triton.next_power_of_2(q.shape[3]))
+    fp32 = q.element_size() > 2
+    # Wide heads take registers, and so do masks, of a head dim that is no power of two.
+    masked = q.shape[3] < block_d and not (use_tma and tile_rows >= 64)
+    costly = block_d > 128 or masked
+    most_rows, most_keys = (16, 16) if fp32 else (64, 32) if costly else (128, 64)
+    rows = max(16, min(most_rows, triton.next_power_of_2(tile_rows)))
+    # Triton 3.7 gives four warps too few registers on sm_100 for these.
+    wide = rows == 64 and (costly or block_d < 128)
+    tile = Tile(
+        PARTS=triton.cdiv(tile_rows, rows),
+        ROWS=rows,
+        BLOCK_N=max(16, min(most_keys, triton.next_power_of_2(block_size))),
+        BLOCK_D=block_d,
+        FP32=fp32,
+        USE_TMA=use_tma,
+    )
+    options = {
+        "num_warps": 8 if rows == 128 or wide or (fp32 and block_d <= 128) else 4,
+        "num_stages": 1 if fp32 else 2,
+    }
+    if rows == 128 and compute_capability(q) == 90:
+        options["maxnreg"] = 128  # two programs side by side on a multiprocessor
+    return tile, options

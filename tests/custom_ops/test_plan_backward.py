@@ -1,0 +1,102 @@
+"""How the backward of ``attend_blocks`` is divided into programs, planned without a GPU."""
+
+import pytest
+import torch
+
+pytest.importorskip("triton")
+
+from infllm_flex_ops.block_attention.kernels.attend_blocks_backward import plan
+from infllm_flex_ops.triton_common import descriptors
+
+HALF, BRAIN, FLOAT = torch.float16, torch.bfloat16, torch.float32
+
+
+def make_plan(dtype, D, G, tokens, S=8192, B=1, Hkv=2, block_size=64, width=128, strides=None):
+    q = torch.empty(B, Hkv * G, S, D, dtype=dtype, device="meta")
+    if strides is not None:
+        q = torch.empty_strided(q.shape, strides, dtype=dtype, device="meta")
+    k = torch.empty(B, Hkv, S, D, dtype=dtype, device="meta")
+    idx = torch.empty(B, Hkv, -(-S // tokens), width, dtype=torch.int32, device="meta")
+    return plan.plan_backward(torch.empty_like(q), q, k, k, idx, block_size, tokens)
+
+
+@pytest.fixture(params=[80, 90], ids=["sm_80", "sm_90"])
+def capability(request, monkeypatch):
+    monkeypatch.setattr(descriptors, "compute_capability", lambda _: request.param)
+    return request.param
+
+
+@pytest.mark.parametrize("G", [1, 3, 7, 16])
+@pytest.mark.parametrize("D", [40, 128, 256])
+@pytest.mark.parametrize("dtype", [BRAIN, FLOAT], ids=str)
+def test_programs_cover_every_row_and_every_key(dtype, D, G, capability):
+    tokens, block_size, S = 8, 48, 1000
+    made = make_plan(dtype, D, G, tokens, S=S, B=3, block_size=block_size)
+    dq, dkv = made.dq.tile, made.dkv.tile
+    heads, tiles = 3 * 2, 125
+    assert G * tokens <= dq.PARTS * dq.ROWS
+    assert G * tokens > (dq.PARTS - 1) * dq.ROWS
+    assert made.dq.programs == heads * tiles * dq.PARTS
+    chunks = -(-block_size // dkv.BLOCK_N)
+    assert made.num_blocks == 21
+    assert made.dkv.programs == heads * (made.max_splits + 21) * chunks
+    assert made.reduce_programs == heads * made.max_splits * 3
+    assert made.row_layout.TILE_ROWS == dkv.PARTS * dkv.ROWS >= G * tokens
+    assert dq.BLOCK_D == dkv.BLOCK_D >= D
+    assert (dtype == FLOAT,) * 2 == (dq.FP32, dkv.FP32)
+
+
+def test_only_hopper_loads_by_tma(capability):
+    made = make_plan(BRAIN, 128, 16, 4)
+    assert made.keys_by_tma == made.dq.tile.USE_TMA == (capability == 90)
+    assert made.rows_by_tma == made.dkv.tile.USE_TMA == (capability == 90)
+
+
+@pytest.mark.parametrize(
+    ("G", "tokens", "D", "block_size", "by_tma"),
+    [
+        (16, 4, 128, 64, True),
+        (8, 8, 64, 128, True),
+        (5, 8, 128, 64, True),  # three of eight heads of a box are padding
+        (3, 16, 128, 64, True),
+        (9, 4, 128, 64, False),  # seven of sixteen
+        (16, 3, 128, 64, False),  # tiles of 48 rows
+        (16, 4, 256, 64, False),
+        (16, 4, 128, 48, False),  # blocks do not fill steps of 64 keys
+        (128, 1, 128, 64, False),  # a box holds no whole token
+    ],
+)
+def test_rows_are_loaded_by_tma_where_boxes_cut_tiles_into_tokens(
+    G, tokens, D, block_size, by_tma, monkeypatch
+):
+    monkeypatch.setattr(descriptors, "compute_capability", lambda _: 90)
+    made = make_plan(BRAIN, D, G, tokens, block_size=block_size)
+    assert made.rows_by_tma == by_tma
+    layout = made.row_layout
+    if by_tma:
+        padded = 1 << (G - 1).bit_length()
+        assert layout.BOX_TOKENS * padded == layout.BOX_ROWS
+        assert tokens * padded == layout.TILE_ROWS
+    else:
+        assert layout.BOX_TOKENS == 0
+
+
+def test_few_heads_run_at_once_but_enough_programs():
+    made = make_plan(BRAIN, 128, 1, 64, S=1 << 16, Hkv=16)
+    per_head = made.dkv.programs // 16
+    assert made.heads_at_once * per_head >= 1024
+    assert (made.heads_at_once - 1) * per_head < 1024
+    assert make_plan(BRAIN, 128, 1, 64, S=640, Hkv=16).heads_at_once == 14
+
+
+def test_splits_hold_an_average_list_and_stay_bounded():
+    long = make_plan(BRAIN, 128, 16, 4, S=1 << 20, width=400)
+    assert long.split_size == (1 << 18) * 400 // (1 << 14)
+    assert long.max_splits == 64 + (1 << 14) // 16
+    assert make_plan(BRAIN, 128, 16, 4).split_size == 256 * 8192 // 1024
+
+
+def test_offsets_of_a_tile_beyond_32_bits_are_noticed():
+    assert make_plan(BRAIN, 128, 16, 4).fits_32_bits
+    far = (1 << 40, 1 << 33, 128, 1)
+    assert not make_plan(BRAIN, 128, 16, 4, strides=far).fits_32_bits
