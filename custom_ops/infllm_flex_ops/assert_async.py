@@ -9,17 +9,17 @@ from infllm_flex_ops.dispatch import define_operator
 
 @define_operator()
 def assert_async(condition: Tensor, message: str) -> Tensor:
-    """Zero where the condition holds; else an error, on the device without waiting for it.
+    """Raise on the device, without waiting for it, unless the condition holds.
 
-    Add the zero to what depends on the condition, so that no pass takes the check out of a graph.
-    An operator of its own because Inductor's own assertion ends the process on the CPU.
+    An operator of its own, because Inductor's own assertion ends the process on the CPU.
 
     Args:
         condition: bool, one element.
         message: What was expected and what to do.
 
     Returns:
-        float32 ``[]``.
+        Zero, float32 ``[]``. Add it to what depends on the condition, so that no compiler pass
+        removes the check.
     """
     torch_private.assert_async(condition, message)
     return torch.zeros((), device=condition.device)

@@ -1,4 +1,4 @@
-"""Which GPU, and by which Triton, a launch is for."""
+"""Properties of the GPU, and of its Triton, that launches are chosen by."""
 
 import functools
 import warnings
@@ -8,18 +8,18 @@ from torch import Tensor
 
 from infllm_flex_ops import torch_private
 
-FLOAT8_CAPABILITY = 89  # Ada: from here on tensor cores multiply float8
+FLOAT8_CAPABILITY = 89  # Ada, the first whose tensor cores multiply float8
 _GLUON_VERSIONS = ((3, 6), (3, 7))
 
 
 def compute_capability(x: Tensor) -> int:
-    """Major and minor in one number, 90 on Hopper; 0 where there is no CUDA device to ask."""
+    """Return the capability of the device of ``x``: 90 on Hopper, 0 without CUDA."""
     return device_capability(x.device)
 
 
 @torch_private.constant_to_graphs
 def device_capability(device: torch.device) -> int:
-    """The same of a device; a constant to graphs."""
+    """Return the capability of a device: 90 on Hopper, 0 without CUDA."""
     if device.type != "cuda":
         return 0
     major, minor = torch.cuda.get_device_capability(device)
@@ -27,21 +27,21 @@ def device_capability(device: torch.device) -> int:
 
 
 def knows_float8(x: Tensor) -> bool:
-    """Whether the device converts to e4m3, and multiplies it."""
+    """Whether the device converts to e4m3 and multiplies it."""
     return compute_capability(x) >= FLOAT8_CAPABILITY
 
 
 def has_little_shared_memory(x: Tensor) -> bool:
-    """Whether a program gets at most 99 KiB, as on Ada and on desktop GPUs, instead of 163 up."""
+    """Whether a program gets 99 KiB of shared memory at most, as on Ada; others have 163 up."""
     return compute_capability(x) in (75, 86, 89, 120, 121)
 
 
 @functools.cache
 def knows_gluon() -> bool:
-    """Whether this Triton's Gluon, which may still change, is one that our kernels are written for.
+    """Whether our Gluon kernels are written for this Triton. Gluon is not stable.
 
-    If it is not, the kernels written in Triton itself do the same, in more time, and a warning
-    says so once.
+    With another Triton, slower kernels written in Triton itself compute the same, and one warning
+    says that they do.
     """
     import triton
 
@@ -50,8 +50,8 @@ def knows_gluon() -> bool:
         return True
     known = " and ".join(".".join(map(str, known)) for known in _GLUON_VERSIONS)
     warnings.warn(
-        f"infllm_flex attends faster on Hopper with Triton {known} than with {triton.__version__}, "
-        "whose Gluon it does not know",
+        f"infllm_flex has faster kernels for Hopper with Triton {known}, got {triton.__version__}: "
+        "install one of those to use them",
         stacklevel=2,
     )
     return False

@@ -1,7 +1,7 @@
-"""Run the parts of a definition on several threads, each part on one; no operator itself.
+"""Run the parts of a definition on several threads, one thread per part; no operator itself.
 
-PyTorch splits every operation on its own, and its threads spin where they meet: parts of a few
-milliseconds make thousands of such meetings, each as long as the busiest core lets it wait.
+PyTorch parallelises every operation by itself, and its threads wait for each other after each one.
+A part of a few milliseconds has thousands of such waits, each as long as the busiest core takes.
 """
 
 import functools
@@ -25,12 +25,12 @@ def in_parallel(
 ) -> None:
     """Call ``function`` on each part, on as many threads as PyTorch has.
 
-    The bits do not depend on how many there are, since no operation is shared by several.
+    The bits do not depend on the number of threads, because each operation runs on one of them.
 
     Args:
-        function: Without gradients; parts may run at the same time.
+        function: Runs without gradients, for several parts at the same time.
         parts: Taken as threads become free.
-        finish: Called with the results one after the other, in the order of the parts.
+        finish: Called with the results one after another, in the order of the parts.
     """
     num_threads = torch.get_num_threads()
     if num_threads == 1:
@@ -39,14 +39,14 @@ def in_parallel(
             if finish is not None:
                 finish(result)
         return
-    is_inference = torch.is_inference_mode_enabled()  # a mode of the thread, as the next two are
+    is_inference = torch.is_inference_mode_enabled()  # modes belong to a thread
 
     def run(part: _Part, before: Future[None] | None) -> None:
         with torch.inference_mode() if is_inference else torch.no_grad():
             result = function(part)
             if finish is not None:
                 if before is not None:
-                    before.result()  # it began earlier, so that the first never waits
+                    before.result()  # began earlier, so that no two wait for each other
                 finish(result)
 
     pool = _workers(num_threads)
@@ -61,7 +61,7 @@ def in_parallel(
         while running:
             running.popleft().result()
     finally:
-        for one in running:  # after an error
+        for one in running:  # not empty only after an error
             one.cancel()
 
 
@@ -71,16 +71,16 @@ def _workers(num_threads: int) -> ThreadPoolExecutor:
     barrier = threading.Barrier(num_threads + 1)
 
     def settle() -> None:
-        torch.get_num_threads()  # gives a new thread the number of all, once
-        torch.set_num_threads(1)  # that of this thread
+        torch.get_num_threads()  # the first call in a thread sets its number; set it after that
+        torch.set_num_threads(1)  # of this thread
         barrier.wait()
 
     for _ in range(num_threads):
         pool.submit(settle)
     barrier.wait()
-    torch.set_num_threads(num_threads)  # of this thread, and of threads to come
+    torch.set_num_threads(num_threads)  # of this thread, and of later ones
     return pool
 
 
-# A forked process has the pool, but not its threads.
+# A forked process inherits the pool without its threads.
 os.register_at_fork(after_in_child=_workers.cache_clear)

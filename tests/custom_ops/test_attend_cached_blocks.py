@@ -80,6 +80,17 @@ def test_any_strides():
     assert torch.equal(attend_cached_blocks(*args), expected)
 
 
+@pytest.mark.parametrize("stride", ["equal heads", "equal tokens"])
+def test_a_cache_that_repeats_its_memory(stride):
+    args = arguments(3, rows=[(7, 230), (3, 230)])
+    for i in (1, 2):
+        x = args[i]
+        part = x[:, :1] if stride == "equal heads" else x[:, :, 229:230]
+        args[i] = part.expand(x.shape)
+    plain = [x.contiguous() if torch.is_tensor(x) else x for x in args]
+    assert torch.equal(attend_cached_blocks(*args), attend_cached_blocks(*plain))
+
+
 @pytest.mark.parametrize("n", [1, 3])
 def test_is_registered_right(n):
     args = arguments(n, rows=ROWS[:2])

@@ -1,4 +1,4 @@
-"""Attend from the queries of a decode step to their blocks of a key/value cache, in place."""
+"""Attend from the queries of a decode step to their blocks of a key/value cache."""
 
 from typing import Any, NamedTuple
 
@@ -23,16 +23,16 @@ def attend_cached_blocks(
 ) -> Tensor:
     """Softmax attention of few queries per row over the keys of their own blocks, causally.
 
-    Reads the listed blocks of the cache and nothing else: neither padding before a row, nor the
-    unused tail of a preallocated cache, nor a copy of either. What is read is cast to the dtype of
-    ``q``, so that a cache of another dtype, as autocast leaves it, is not. Not differentiable.
+    Only the listed blocks of the cache are read: not the padding before a row, nor the unused tail
+    of a preallocated cache. They are cast to the dtype of ``q`` as they are read, so that a cache
+    of another dtype, as autocast leaves it, needs no copy. Not differentiable.
 
     Args:
         q: Queries ``[B, Hq, n, D]``, the last ``n`` tokens of their rows.
-        k: Cache of keys ``[B, Hkv, S, D]``, with those of the queries' own tokens.
+        k: Cache of keys ``[B, Hkv, S, D]``, including those of the queries' own tokens.
         v: Cache of values ``[B, Hkv, S, D]``.
-        selected: Blocks, int32 ``[B, Hkv, n, W]``, ascending, -1 for unused slots, counted from
-            each row's first token.
+        selected: Blocks, int32 ``[B, Hkv, n, W]``, ascending, -1 for unused slots. Block 0 begins
+            at the row's first token.
         start: Cache slot of each row's first token, int64 ``[B]``.
         end: One past the slot of each row's last token, int64 ``[B]``.
         block_size: Keys per block.
@@ -43,10 +43,12 @@ def attend_cached_blocks(
     """
     B, Hq, n, D = q.shape
     outs = []
-    for b, (first, last) in enumerate(zip(start.tolist(), end.tolist(), strict=True)):
+    for b, (row_start, row_end) in enumerate(zip(start.tolist(), end.tolist(), strict=True)):
         for i in range(n):
-            lists = visible_lists(selected[b, :, i].tolist(), last - n + i - first, block_size)
-            outs.append(attend_to_lists(q[b, :, i], k[b], v[b], lists, first, block_size, scale))
+            position = row_end - n + i - row_start
+            lists = visible_lists(selected[b, :, i].tolist(), position, block_size)
+            out = attend_to_lists(q[b, :, i], k[b], v[b], lists, row_start, block_size, scale)
+            outs.append(out)
     return torch.stack(outs).view(B, n, Hq, D).transpose(1, 2).contiguous()
 
 
@@ -65,14 +67,14 @@ refuse_gradients(
 
 
 class VisibleList(NamedTuple):
-    """Blocks that a KV head attends to, and how many keys they show: all but those after it."""
+    """The blocks that a query sees under one KV head, and how many of their keys it sees."""
 
     blocks: list[int]
     num_keys: int
 
 
 def visible_lists(lists: list[list[int]], position: int, block_size: int) -> list[VisibleList]:
-    """Take what is not used, and what a query at ``position`` does not see, out of its lists."""
+    """Remove unused slots, and blocks that a query at ``position`` does not see, from its lists."""
     visible = []
     for listed in lists:
         blocks = [block for block in listed if 0 <= block * block_size <= position]
@@ -86,29 +88,31 @@ def attend_to_lists(
     k: Tensor,
     v: Tensor,
     lists: list[VisibleList],
-    first: int,
+    row_start: int,
     block_size: int,
     scale: float,
 ) -> Tensor:
-    """Attend from one query ``[Hq, D]`` to lists by KV head, whose blocks begin at slot ``first``.
+    """Attend from one query ``[Hq, D]`` to the lists of its KV heads; block 0 is at ``row_start``.
 
-    All heads at once if they see equally many keys: so it is with what ``select_cached_blocks``
-    lists.
+    All heads are computed at once if they see the same number of keys. The lists of
+    ``select_cached_blocks`` fulfil that.
     """
     Hq, D = q.shape
     num_keys = {one.num_keys for one in lists}
     if len(num_keys) > 1:
         heads = zip(q.chunk(len(lists)), k.split(1), v.split(1), lists, strict=True)
         outs = [
-            attend_to_lists(one_q, one_k, one_v, [own], first, block_size, scale)
+            attend_to_lists(one_q, one_k, one_v, [own], row_start, block_size, scale)
             for one_q, one_k, one_v, own in heads
         ]
         return torch.cat(outs)
     (count,) = num_keys
     if count == 0:
         return torch.zeros_like(q)
-    begins = torch.tensor([[first + block * block_size for block in one.blocks] for one in lists])
-    slots = (begins[:, :, None] + torch.arange(block_size)).flatten(1)[:, :count]
+    block_slots = torch.tensor(
+        [[row_start + block * block_size for block in one.blocks] for one in lists]
+    )
+    slots = (block_slots[:, :, None] + torch.arange(block_size)).flatten(1)[:, :count]
     keys, values = _gather(k, slots), _gather(v, slots)
     if not k.dtype == v.dtype == q.dtype:
         keys, values = keys.to(q.dtype), values.to(q.dtype)
@@ -120,10 +124,12 @@ def attend_to_lists(
 def _gather(x: Tensor, slots: Tensor) -> Tensor:
     """Copy the rows ``slots [H, L]`` of ``x [H, S, D]``: ``[1, H, L, D]``."""
     H, S, D = x.shape
-    between, within, _ = x.stride()
-    if H > 1 and (not within or between % within):
+    head_stride, row_stride, _ = x.stride()
+    if H > 1 and (not row_stride or head_stride % row_stride):
         return torch.stack([x[h].index_select(0, slots[h]) for h in range(H)])[None]
-    step = between // within if H > 1 else 0  # from head to head, in rows
-    rows = x.as_strided(((H - 1) * step + S, D), x.stride()[1:])
-    index = slots if H == 1 else slots + torch.arange(0, H * step, step)[:, None]
+    rows_per_head = head_stride // row_stride if H > 1 else 0
+    rows = x.as_strided(((H - 1) * rows_per_head + S, D), x.stride()[1:])
+    index = slots
+    if rows_per_head:
+        index = slots + torch.arange(0, H * rows_per_head, rows_per_head)[:, None]
     return rows.index_select(0, index.flatten()).view(1, H, -1, D)

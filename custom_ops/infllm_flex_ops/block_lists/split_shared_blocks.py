@@ -1,4 +1,4 @@
-"""Deal out a choice of blocks: what a whole tile shares goes to the tile, the rest stays behind."""
+"""Split a selection: blocks shared by every token of a tile, and what remains per token."""
 
 import torch
 import torch.nn.functional as F
@@ -13,7 +13,7 @@ from infllm_flex_ops.dispatch import cuda_launcher, define_operator
 def split_shared_blocks(
     selected: Tensor, kv_len: int, block_size: int, tile_tokens: int
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """List the blocks that every token of a tile selected and sees whole; leave the others.
+    """List the blocks that every token of a tile selected and sees whole, and each token's others.
 
     Args:
         selected: int32 ``[B, Hkv, Sq, K]``, ascending, -1 for unused slots.
@@ -22,10 +22,10 @@ def split_shared_blocks(
         tile_tokens: Tokens per tile, 1 to 64. The last tile may hold fewer.
 
     Returns:
-        Three int32 tensors, W the smaller of K and the blocks in the sequence.
+        Three int32 tensors; W is the smaller of K and the blocks in the sequence.
         ``num [B, Hkv, Nq]`` and ``idx [B, Hkv, Nq, W]``: the shared blocks, ascending, zero past
-        their count. ``rest [B, Hkv, Sq, K]``: each token's other blocks, but those that begin after
-        it, ascending, -1 in unused slots.
+        their count. ``rest [B, Hkv, Sq, K]``: the other blocks of each token, without those that
+        begin after it, ascending, -1 in unused slots.
     """
     Sq, K = selected.shape[2:]
     num_blocks = -(-kv_len // block_size)
@@ -41,8 +41,8 @@ def split_shared_blocks(
     is_shared = listed.gather(3, at.clamp(max=idx.shape[3] - 1).long()) == tiles
     is_shared = is_shared.unflatten(3, (tile_tokens, K)).flatten(2, 3)[:, :, :Sq]
     position = torch.arange(kv_len - Sq, kv_len, device=selected.device)[:, None]
-    stays = ~is_shared & (selected >= 0) & (selected * block_size <= position)
-    place = torch.where(stays, stays.cumsum(-1) - 1, K)  # the spare slot takes what goes
+    remains = ~is_shared & (selected >= 0) & (selected * block_size <= position)
+    place = torch.where(remains, remains.cumsum(-1) - 1, K)  # an extra slot takes the shared blocks
     rest = selected.new_full((*selected.shape[:3], K + 1), -1)
     return num, idx, rest.scatter_(3, place, selected)[..., :K].contiguous()
 

@@ -1,4 +1,4 @@
-"""Gather the blocks that the queries of a tile selected into lists that a kernel can walk."""
+"""List the blocks that the tokens of a tile selected, for kernels that walk such lists."""
 
 import torch
 import torch.nn.functional as F
@@ -20,11 +20,11 @@ def tile_blocks(
     width: int,
     separate_full: bool = True,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Unite the selected blocks of each tile; keep apart those that need no mask.
+    """List the union of each tile's selected blocks; separate those that need no mask.
 
-    A block is *full* for a tile when every token of it selected the block and sees all its keys.
-    The others are *partial*: a membership word says which tokens selected them, and the causal
-    test still applies. Blocks that begin after a token are left out of its choice.
+    A block is *full* for a tile if all tokens of the tile selected it and see all its keys. Other
+    blocks are *partial*: a membership word says which tokens selected them, and the causal test
+    still applies. A token's blocks that begin after it are ignored.
 
     Args:
         selected: int32 ``[B, Hkv, Sq, K]``, ascending, -1 for unused slots.
@@ -32,15 +32,15 @@ def tile_blocks(
         block_size: Keys per block.
         tile_tokens: Tokens per tile, 1 to 64. The last tile may hold fewer.
         width: Slots per list, at least the size of the largest union.
-        separate_full: Whether full blocks are listed apart; else all are in the first list.
+        separate_full: Whether full blocks have a list of their own; else one list holds all.
 
     Returns:
-        Five tensors, int32 but for ``words``; lists ascend and are zero past their counts.
+        Five tensors, int32 except ``words``; lists ascend and are zero past their counts.
         ``kv_num [B, Hkv, Nq]`` and ``kv_idx [B, Hkv, Nq, width]``: the partial blocks.
-        ``words [B, Hkv, Nq, width]``: bit t is set iff token t of the tile selected that block;
+        ``words [B, Hkv, Nq, width]``: bit t is set if token t of the tile selected that block;
         int32 for tiles of up to 32 tokens, else int64.
-        ``full_num [B, Hkv, Nq]`` and ``full_idx [B, Hkv, Nq, width]``: the full blocks; of width 0,
-        and none counted, unless they are separate.
+        ``full_num [B, Hkv, Nq]`` and ``full_idx [B, Hkv, Nq, width]``: the full blocks. Unless they
+        are separate, the counts are 0 and the width is 0.
 
     Raises:
         ValueError: ``tile_tokens`` is out of range.
@@ -107,7 +107,7 @@ cuda_launcher(tile_blocks, "block_lists.kernels.tile_blocks")
 def _split_own_lists(
     selected: Tensor, kv_len: int, block_size: int, width: int
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Split each token's ascending list where its blocks stop to lie wholly in its past."""
+    """Split each token's ascending list before the first block that it does not see whole."""
     Sq, K = selected.shape[2:]
     position = torch.arange(kv_len - Sq, kv_len, device=selected.device)[:, None]
     chosen = (selected >= 0) & (selected * block_size <= position)
@@ -125,7 +125,7 @@ def _split_own_lists(
 def _unite(
     tokens: Tensor, first: int, num_blocks: int, block_size: int, tile_tokens: int
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Mark, for tiles of ``tokens [T, K]`` from position ``first``, what each block is to them.
+    """Classify every block for tiles of ``tokens [T, K]`` from position ``first``.
 
     Returns:
         ``partial`` and ``full``, bool ``[tiles, num_blocks]``, and ``members``, int64 words.
@@ -135,7 +135,7 @@ def _unite(
     token = torch.arange(T, device=tokens.device)
     tile = token // tile_tokens
     bit = torch.ones_like(token) << (token - tile * tile_tokens)
-    # A token names a block at most once, so adding its bit sets it; the spare column takes -1.
+    # A token lists a block at most once, so that adding its bit sets it. An extra column takes -1.
     members = bit.new_zeros(num_tiles * (num_blocks + 1))
     unchosen = (tokens < 0) | (tokens * block_size > (first + token)[:, None])
     column = torch.where(unchosen, num_blocks, tokens) + (tile * (num_blocks + 1))[:, None]
@@ -164,5 +164,5 @@ def _list_blocks(
     num.copy_(counts)
     idx[tile, slot] = block.int()
     if members is not None and words is not None:
-        # The highest bit makes a word negative, as kernels expect.
+        # Narrowing keeps the highest bit as the sign, as kernels expect.
         words[tile, slot] = members[tile, block].to(words.dtype)

@@ -10,8 +10,8 @@ from infllm_flex_ops.dispatch import cuda_launcher, define_operator
 def transpose_blocks(num: Tensor, idx: Tensor, num_blocks: int) -> tuple[Tensor, Tensor]:
     """List, for each block, the tiles whose list holds it.
 
-    Sorts the listed (tile, block) pairs by block; no table of all pairs is made beside the result,
-    whose rows must be as wide as the busiest block may be: every tile holds the first block.
+    The listed (tile, block) pairs are sorted by block. Each row of the result has a slot for every
+    tile, because every tile may list the same block; no other table of all pairs is made.
 
     Args:
         num: Blocks per tile, int32 ``[B, Hkv, Nq]``.

@@ -1,4 +1,4 @@
-"""What the tiles of ``attend_blocks`` walk: the union of their tokens' blocks."""
+"""The lists that ``attend_blocks`` walks: for each tile the union of its tokens' blocks."""
 
 import math
 
@@ -8,11 +8,11 @@ from torch import Tensor
 from infllm_flex_ops.block_lists.membership import MAX_TILE_TOKENS
 from infllm_flex_ops.block_lists.tile_blocks import tile_blocks
 
-_TILE_ROWS = 64  # on the CPU; more rows would load more of each other's blocks
+_TILE_ROWS = 64  # on the CPU; larger tiles load more blocks that few of their rows selected
 
 
 def union_width(num_slots: int, tile_tokens: int, num_blocks: int) -> int:
-    """Bound the blocks that a tile's tokens select together, whatever they are: a static size."""
+    """Bound the size of any tile's union by what is known without reading the selection."""
     widest = tile_tokens * num_slots
     if isinstance(num_blocks, int) and isinstance(widest, int):
         return min(num_blocks, widest)  # torch 2.11 cannot trace sym_min of plain numbers
@@ -22,7 +22,7 @@ def union_width(num_slots: int, tile_tokens: int, num_blocks: int) -> int:
 def list_blocks(
     selected: Tensor, kv_len: int, block_size: int, tile_tokens: int
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Unite the choices of a tile's tokens.
+    """List the union of the blocks that each tile's tokens selected.
 
     Args:
         selected: int32 ``[B, Hkv, Sq, K]``, ascending, -1 for unused slots.
@@ -32,7 +32,7 @@ def list_blocks(
 
     Returns:
         Blocks per tile, int32 ``[B, Hkv, Nq]``; the blocks, int32 ``[B, Hkv, Nq, W]``, ascending;
-        their membership words as from ``tile_blocks``, alike.
+        and their membership words ``[B, Hkv, Nq, W]``, as ``tile_blocks`` returns them.
     """
     num_blocks = -(-kv_len // block_size)
     width = union_width(selected.shape[3], tile_tokens, num_blocks)
@@ -40,15 +40,15 @@ def list_blocks(
     return lists[0], lists[1], lists[2]
 
 
-def choose_tile_tokens(num_groups: int, rows: int = _TILE_ROWS, most: int = MAX_TILE_TOKENS) -> int:
-    """Choose the tokens of tiles with about so many rows; a token has one row per query head."""
-    return min(most, max(1, rows // num_groups))
+def choose_tile_tokens(G: int, rows: int = _TILE_ROWS, most: int = MAX_TILE_TOKENS) -> int:
+    """Choose the tokens of a tile of about ``rows`` rows; a token has G, one per query head."""
+    return min(most, max(1, rows // G))
 
 
 def fit_unit(tile_tokens: int, unit: int | None) -> int:
-    """Shrink tiles so that a whole number of them makes the unit in which sequences are laid out.
+    """Shrink tiles until a whole number of them fills the unit at whose multiples documents begin.
 
-    Then no tile holds two sequences, whose bits would depend on each other.
+    Then no tile holds tokens of two documents, whose bits would depend on each other.
     """
     if unit is None:
         return tile_tokens

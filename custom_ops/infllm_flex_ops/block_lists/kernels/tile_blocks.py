@@ -1,134 +1,81 @@
 """Triton kernel of ``tile_blocks``: each tile merges the ascending lists of its tokens."""
 
+from typing import Any, NamedTuple
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
+from infllm_flex_ops.block_lists.kernels.merge import (
+    LIST_END,
+    choose_tiling,
+    locate_lists,
+    next_block,
+)
 from infllm_flex_ops.block_lists.membership import word_dtype
-
-LIST_END = tl.constexpr(0x7FFFFFFF)  # what follows a list's last block
-
-
-@triton.jit
-def locate_lists(
-    selected_ptr,
-    stride_b,
-    stride_h,
-    stride_s,
-    Sq,
-    offset,
-    num_tiles,
-    total_tiles,
-    Hkv,
-    BLOCK_SIZE: tl.constexpr,
-    TILE_TOKENS: tl.constexpr,
-    LANES: tl.constexpr,
-    TILES: tl.constexpr,
-):
-    """Find the lists of a program's tiles, one lane a token.
-
-    Returns:
-        ``[TILES]``: each tile's number among all heads', and its head; ``[TILES, LANES]``: the
-        query of each lane, whether there is one, and its own block; ``[TILES]``: how many blocks
-        end by the first token; ``[TILES, LANES]``: where each list begins.
-    """
-    flat = tl.program_id(0).to(tl.int64) * TILES + tl.arange(0, TILES)
-    head = flat // num_tiles
-    tile = (flat % num_tiles).to(tl.int32)
-    lane = tl.arange(0, LANES)
-    row = tile[:, None] * TILE_TOKENS + lane[None, :]
-    real = (flat < total_tiles)[:, None] & (lane < TILE_TOKENS)[None, :] & (row < Sq)
-    own = (offset + row) // BLOCK_SIZE
-    num_past = (offset + tile * TILE_TOKENS + 1) // BLOCK_SIZE
-    list_ptr = selected_ptr + (head // Hkv * stride_b + head % Hkv * stride_h)[:, None]
-    list_ptr += row.to(tl.int64) * stride_s
-    return flat, head, row, real, own, num_past, list_ptr
+from infllm_flex_ops.triton_common.tensor_args import view
 
 
-@triton.jit
-def next_block(list_ptr, taken, own, stride_k, K, mask):
-    """Read the blocks at slots ``taken``; ``LIST_END`` after a list's last and where not asked.
+class _Output(NamedTuple):
+    """Lists by tile: partial blocks with their membership words, and full blocks."""
 
-    Blocks that begin after their token, whose own block is ``own``, end its list.
-    """
-    at = list_ptr + taken.to(tl.int64) * stride_k
-    block = tl.load(at, mask=mask & (taken < K), other=-1)
-    return tl.where((block < 0) | (block > own), LIST_END, block)
+    num: Any
+    idx: Any
+    words: Any
+    full_num: Any
+    full_idx: Any
 
 
-@triton.jit(do_not_specialize=["Sq", "K", "offset", "num_tiles", "total_tiles", "width"])
+@triton.jit(do_not_specialize=["Sq", "K", "q_offset", "num_tiles", "total_tiles", "width"])
 def _tile_blocks_kernel(
-    selected_ptr,
-    kv_num_ptr,
-    kv_idx_ptr,
-    words_ptr,
-    full_num_ptr,
-    full_idx_ptr,
-    stride_b,
-    stride_h,
-    stride_s,
-    stride_k,
+    selected,
+    out,
     Sq,
     K,
-    offset,
+    q_offset,
     num_tiles,
     total_tiles,
     width,
     Hkv,
-    BLOCK_SIZE: tl.constexpr,
-    TILE_TOKENS: tl.constexpr,
-    LANES: tl.constexpr,
-    TILES: tl.constexpr,
+    TILING: tl.constexpr,
     SEPARATE_FULL: tl.constexpr,
 ):
-    """Merge for a few tiles side by side, one lane a token: each step lists the lowest block."""
+    """Merge for a few tiles side by side, one lane per token: each step lists the lowest block."""
     flat, _, _, real, own, num_past, list_ptr = locate_lists(
-        selected_ptr,
-        stride_b,
-        stride_h,
-        stride_s,
-        Sq,
-        offset,
-        num_tiles,
-        total_tiles,
-        Hkv,
-        BLOCK_SIZE,
-        TILE_TOKENS,
-        LANES,
-        TILES,
+        selected, Sq, q_offset, num_tiles, total_tiles, Hkv, TILING
     )
-    WORD: tl.constexpr = tl.int32 if TILE_TOKENS <= 32 else tl.int64
-    lane = tl.arange(0, LANES)[None, :]
-    bit = tl.where(real, tl.full([1, LANES], 1, WORD) << lane.to(WORD), 0)
+    WORD: tl.constexpr = tl.int32 if TILING.TILE_TOKENS <= 32 else tl.int64
+    lane = tl.arange(0, TILING.LANES)[None, :]
+    bit = tl.where(real, tl.full([1, TILING.LANES], 1, WORD) << lane.to(WORD), 0)
     everyone = tl.sum(bit, 1)
-    taken = tl.zeros([TILES, LANES], tl.int32)
-    block = next_block(list_ptr, taken, own, stride_k, K, real)
-    kv_num = tl.zeros([TILES], tl.int32)
-    full_num = tl.zeros([TILES], tl.int32)
+    taken = tl.full([TILING.TILES, TILING.LANES], 0, tl.int32)
+    block = next_block(list_ptr, taken, own, selected.d, K, real)
+    num = tl.full([TILING.TILES], 0, tl.int32)
+    full_num = tl.full([TILING.TILES], 0, tl.int32)
     lowest = tl.min(block, 1)
     while tl.min(lowest, 0) < LIST_END:
         hit = (block == lowest[:, None]) & (block < LIST_END)
         word = tl.sum(tl.where(hit, bit, 0), 1)
-        part = lowest < LIST_END
+        is_listed = lowest < LIST_END
         if SEPARATE_FULL:
             full = (lowest < num_past) & (word == everyone)
-            part = part & (full == 0)
-        part_slot = flat * width + kv_num
-        tl.store(kv_idx_ptr + part_slot, lowest, mask=part & (kv_num < width))
-        tl.store(words_ptr + part_slot, word, mask=part & (kv_num < width))
-        kv_num += part.to(tl.int32)
+            is_listed = is_listed & (full == 0)
+        slot = flat * width + num
+        tl.store(out.idx + slot, lowest, mask=is_listed & (num < width))
+        tl.store(out.words + slot, word, mask=is_listed & (num < width))
+        num += is_listed.to(tl.int32)
         if SEPARATE_FULL:
             full_slot = flat * width + full_num
-            tl.store(full_idx_ptr + full_slot, lowest, mask=full & (full_num < width))
+            tl.store(out.full_idx + full_slot, lowest, mask=full & (full_num < width))
             full_num += full.to(tl.int32)
 
         taken += hit.to(tl.int32)
-        following = next_block(list_ptr, taken, own, stride_k, K, hit)
+        following = next_block(list_ptr, taken, own, selected.d, K, hit)
         block = tl.where(hit, following, block)
         lowest = tl.min(block, 1)
-    tl.store(kv_num_ptr + flat, tl.minimum(kv_num, width), mask=flat < total_tiles)
-    tl.store(full_num_ptr + flat, tl.minimum(full_num, width), mask=flat < total_tiles)
+    tl.store(out.num + flat, tl.minimum(num, width), mask=flat < total_tiles)
+    tl.store(out.full_num + flat, tl.minimum(full_num, width), mask=flat < total_tiles)
 
 
 def launch(
@@ -139,44 +86,35 @@ def launch(
     width: int,
     separate_full: bool = True,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Allocate zeroed lists and merge into them, a warp for as many tiles as its lanes hold."""
+    """Allocate zeroed lists and merge into them, one warp for as many tiles as its lanes hold."""
     B, Hkv, Sq, K = selected.shape
     num_tiles = triton.cdiv(Sq, tile_tokens)
-    total_tiles = B * Hkv * num_tiles
-    kv_num, full_num = (
-        torch.zeros(B, Hkv, num_tiles, dtype=torch.int32, device=selected.device) for _ in range(2)
+
+    def zeros(*slots: int, dtype: torch.dtype = torch.int32) -> Tensor:
+        return torch.zeros(B, Hkv, num_tiles, *slots, dtype=dtype, device=selected.device)
+
+    out = _Output(
+        num=zeros(),
+        idx=zeros(width),
+        words=zeros(width, dtype=word_dtype(tile_tokens)),
+        full_num=zeros(),
+        full_idx=zeros(width if separate_full else 0),
     )
-    kv_idx, words, full_idx = (
-        torch.zeros(B, Hkv, num_tiles, slots, dtype=dtype, device=selected.device)
-        for slots, dtype in (
-            (width, torch.int32),
-            (width, word_dtype(tile_tokens)),
-            (width if separate_full else 0, torch.int32),
-        )
-    )
-    lanes = triton.next_power_of_2(tile_tokens)
-    tiles = max(1, 32 // lanes)
     if selected.numel():
-        _tile_blocks_kernel[(triton.cdiv(total_tiles, tiles),)](
-            selected,
-            kv_num,
-            kv_idx,
-            words,
-            full_num,
-            full_idx,
-            *selected.stride(),
-            Sq,
-            K,
-            kv_len - Sq,
-            num_tiles,
-            total_tiles,
-            width,
-            Hkv,
-            block_size,
-            tile_tokens,
-            lanes,
-            tiles,
-            separate_full,
+        total_tiles = B * Hkv * num_tiles
+        tiling = choose_tiling(block_size, tile_tokens)
+        _tile_blocks_kernel[(triton.cdiv(total_tiles, tiling.TILES),)](
+            selected=view(selected),
+            out=out,
+            Sq=Sq,
+            K=K,
+            q_offset=kv_len - Sq,
+            num_tiles=num_tiles,
+            total_tiles=total_tiles,
+            width=width,
+            Hkv=Hkv,
+            TILING=tiling,
+            SEPARATE_FULL=separate_full,
             num_warps=1,
         )
-    return kv_num, kv_idx, words, full_num, full_idx
+    return tuple(out)

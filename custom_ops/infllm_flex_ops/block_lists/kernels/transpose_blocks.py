@@ -1,7 +1,7 @@
-"""Triton kernels of ``transpose_blocks``: a bitmap of the listed pairs, read off in order.
+"""Triton kernels of ``transpose_blocks``: mark the listed pairs in a bitmap, then read it by block.
 
-The bitmap is filled by atomic ORs: their order does not matter, so the result is deterministic.
-It takes one bit where the result reserves a 32-bit slot.
+The bitmap is filled by atomic ORs. Their order does not matter, so that the result is
+deterministic. It takes one bit where the result reserves a slot of 32.
 """
 
 import torch
@@ -34,14 +34,14 @@ def mark_kernel(
     head = (tl.program_id(0) // num_tiles).to(tl.int64)
     tile = tl.program_id(0) % num_tiles
     b, h = head // Hkv, head % Hkv
-    num = tl.load(num_ptr + b * stride_nb + h * stride_nh + tile.to(tl.int64) * stride_nt)
+    count = tl.load(num_ptr + b * stride_nb + h * stride_nh + tile.to(tl.int64) * stride_nt)
     idx_ptr += b * stride_ib + h * stride_ih + tile.to(tl.int64) * stride_it
-    for start in range(0, num, BLOCK):
+    for start in range(0, count, BLOCK):
         slot = start + tl.arange(0, BLOCK)
-        block = tl.load(idx_ptr + slot.to(tl.int64) * stride_iw, mask=slot < num, other=0)
+        block = tl.load(idx_ptr + slot.to(tl.int64) * stride_iw, mask=slot < count, other=0)
         word_ptr = bitmap_ptr + (head * num_blocks + block) * row_words + tile // 32
         bit = tl.zeros([BLOCK], tl.int32) + (1 << (tile % 32))
-        tl.atomic_or(word_ptr, bit, mask=slot < num, sem="relaxed")
+        tl.atomic_or(word_ptr, bit, mask=slot < count, sem="relaxed")
 
 
 @triton.jit(do_not_specialize=["num_tiles", "row_words"])
@@ -65,7 +65,7 @@ def _read_kernel(bitmap_ptr, q_num_ptr, q_idx_ptr, num_tiles, row_words, CHUNK: 
 
 
 def launch(num: Tensor, idx: Tensor, num_blocks: int) -> tuple[Tensor, Tensor]:
-    """Mark every listed pair, then read each block's row of marks."""
+    """Mark every listed pair, then list each block's marks."""
     B, Hkv, num_tiles, width = idx.shape
     q_num = torch.empty(B, Hkv, num_blocks, dtype=torch.int32, device=idx.device)
     q_idx = torch.empty(B, Hkv, num_blocks, num_tiles, dtype=torch.int32, device=idx.device)
@@ -80,12 +80,19 @@ def launch(num: Tensor, idx: Tensor, num_blocks: int) -> tuple[Tensor, Tensor]:
             bitmap,
             *num.stride(),
             *idx.stride(),
-            num_tiles,
-            num_blocks,
-            row_words,
-            Hkv,
-            min(256, triton.next_power_of_2(width)),
+            num_tiles=num_tiles,
+            num_blocks=num_blocks,
+            row_words=row_words,
+            Hkv=Hkv,
+            BLOCK=min(256, triton.next_power_of_2(width)),
             num_warps=2,
         )
-    _read_kernel[(B * Hkv * num_blocks,)](bitmap, q_num, q_idx, num_tiles, row_words, _CHUNK)
+    _read_kernel[(B * Hkv * num_blocks,)](
+        bitmap_ptr=bitmap,
+        q_num_ptr=q_num,
+        q_idx_ptr=q_idx,
+        num_tiles=num_tiles,
+        row_words=row_words,
+        CHUNK=_CHUNK,
+    )
     return q_num, q_idx
