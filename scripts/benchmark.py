@@ -1,14 +1,13 @@
 #!/usr/bin/env python3
-"""Time sparse attention against the fastest dense attention of the machine, as a YAML file says.
+"""Time sparse attention against the dense attentions of the machine.
 
     scripts/benchmark.py --config configs/bench_cpu.yaml [section.key=value ...]
 
-First the operators are tested on the device; where they are wrong, nothing is timed. Every
-measurement is a row of the CSV `run.out`, written at once, below the rows that are there.
-scripts/plot.py draws them.
+The operators are tested on the device first; where they are wrong, nothing is timed. Every
+measurement is appended to the CSV `run.out` at once. scripts/plot.py draws the CSV.
 
-Exit status: 0 done, 1 wrong operators or a failure on the way, 2 settings that cannot be used
-(nothing was run), 130 stopped by Ctrl-C (what was measured is kept).
+Exit status: 0 done, 1 wrong operators or another failure, 2 settings that cannot be used (nothing
+was run), 130 stopped by Ctrl-C (earlier measurements are kept).
 """
 
 from __future__ import annotations
@@ -35,14 +34,14 @@ from benchmarking.settings import (
     ModelSettings,
 )
 from benchmarking.subjects import make_subjects
-from benchmarking.timing import Limits, time_by_turns
+from benchmarking.timing import Limits, time_in_rotation
 from benchmarking.work import work_of
 from evaluation.table import format_table
 from infllm_flex.strict_yaml import ConfigError, build_dataclass, load_yaml, to_yaml
 
 
 def main() -> int:
-    """Run the command; returns its exit status."""
+    """Run the command and return its exit status."""
     options = parse_arguments()
     warnings.showwarning = lambda message, *_, **__: print(f"warning: {message}", file=sys.stderr)
     try:
@@ -58,7 +57,7 @@ def main() -> int:
     try:
         benchmark(settings)
     except KeyboardInterrupt:
-        print(f"stopped; what was measured is in {settings.run.out}", file=sys.stderr)
+        print(f"stopped; earlier measurements are in {settings.run.out}", file=sys.stderr)
         return 130
     except IncorrectError as error:
         print(f"error: nothing was timed: {error}", file=sys.stderr)
@@ -70,7 +69,7 @@ def main() -> int:
 
 
 def parse_arguments() -> argparse.Namespace:
-    """The command line."""
+    """Read the command line."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -81,13 +80,13 @@ def parse_arguments() -> argparse.Namespace:
 
 
 def benchmark(settings: BenchmarkSettings) -> None:
-    """Test, measure, and say what came out."""
+    """Test the operators, measure, and print the results."""
     run = settings.run
     if run.device == "cuda" and not torch.cuda.is_available():
-        raise ValueError("run.device: cuda is not available here")
+        raise ValueError("run.device: cuda is not available here; set run.device=cpu")
     if run.threads:
         torch.set_num_threads(run.threads)
-    judge(settings)
+    check(settings)
     environment = describe_environment(torch.device(run.device))
     with Results(run.out, environment, has_variants=bool(settings.variants)) as results:
         progress = Progress(count_steps(settings))
@@ -107,8 +106,12 @@ def benchmark(settings: BenchmarkSettings) -> None:
             report(results, verdicts)
 
 
-def judge(settings: BenchmarkSettings) -> None:
-    """Raise an IncorrectError unless the operators are right on this device."""
+def check(settings: BenchmarkSettings) -> None:
+    """Check the operators on this device.
+
+    Raises:
+        IncorrectError: An operator is wrong.
+    """
     if settings.run.tests:
         print(f"testing: {' '.join(settings.run.tests)}", flush=True)
         run_tests(settings.run.tests)
@@ -119,7 +122,7 @@ def judge(settings: BenchmarkSettings) -> None:
 
 
 def shapes_of(settings: BenchmarkSettings) -> Iterator[tuple[CaseSettings, Heads, int]]:
-    """What to time, in order."""
+    """Yield every shape to time, in order."""
     for case in settings.cases.values():
         for heads in settings.shapes.pairs:
             for S in case.lengths:
@@ -127,7 +130,7 @@ def shapes_of(settings: BenchmarkSettings) -> Iterator[tuple[CaseSettings, Heads
 
 
 def count_steps(settings: BenchmarkSettings) -> int:
-    """How many times progress is reported."""
+    """Count the steps of the progress bar."""
     memory = len(settings.memory.lengths) * len(settings.shapes.heads)
     return len(list(shapes_of(settings))) + memory + len(settings.models)
 
@@ -135,25 +138,25 @@ def count_steps(settings: BenchmarkSettings) -> int:
 def time_shape(
     settings: BenchmarkSettings, case: CaseSettings, heads: Heads, S: int, results: Results
 ) -> None:
-    """Time all stages and all dense attentions at one shape, by turns."""
+    """Time all stages and all baselines at one shape, in rotation."""
     run, settings = settings.run, settings.with_batch_of(case)
     try:
-        subjects, failing = make_subjects(settings, heads, S, case)
-        for name, reason in failing.items():
+        subjects, unavailable = make_subjects(settings, heads, S, case)
+        for name, reason in unavailable.items():
             warnings.warn(
-                f"{name} does not serve {heads} heads, {S} tokens: {reason}", stacklevel=2
+                f"{name} is not available for {heads} heads, {S} tokens: {reason}", stacklevel=2
             )
         limits = Limits(run.warmup, run.rounds, run.max_rounds, run.seconds)
-        timings = time_by_turns(subjects, torch.device(run.device), limits)
+        timings = time_in_rotation(subjects, torch.device(run.device), limits)
     except torch.OutOfMemoryError as error:
         torch.cuda.empty_cache()
-        warnings.warn(f"{heads} heads, {S} tokens left out: {error}", stacklevel=2)
+        warnings.warn(f"{heads} heads, {S} tokens are skipped: {error}", stacklevel=2)
         return
     shape = shape_cells(settings, heads, S) | {"inputs": case.inputs}
     for subject, parts in zip(subjects, timings, strict=True):
         for part, timing in parts.items():
             if part == "forward" != case.mode and subject.backward is not None:
-                continue  # with what backward needs kept: not the forward of the other mode
+                continue  # this forward saves tensors for backward, unlike that of mode `forward`
             mode = part if subject.backward is not None else case.mode
             cells: dict[str, Any] = dict(zip(("ms_p20", "ms_p50", "ms_p80"), timing, strict=True))
             of_subject = settings.with_attention(subject.settings)
@@ -167,7 +170,7 @@ def time_shape(
 
 
 def measure_memory(settings: BenchmarkSettings, results: Results, progress: Progress) -> list[str]:
-    """Measure the peak memory of forward and backward; returns how it compares to its limit."""
+    """Measure the peak memory of forward and backward; return the comparisons with the limit."""
     verdicts = []
     for heads in settings.shapes.pairs:
         for S in settings.memory.lengths:
@@ -190,10 +193,10 @@ def measure_memory(settings: BenchmarkSettings, results: Results, progress: Prog
 def time_model(
     settings: BenchmarkSettings, name: str, model: ModelSettings, results: Results
 ) -> list[str]:
-    """Time a model patched and unpatched; returns how the ratio compares to its limit."""
+    """Time a model patched and unpatched; return the ratio, compared with its limit."""
     subjects = model_subjects(settings, model)
     limits = Limits(max(3, settings.run.warmup), model.rounds, model.rounds, 0)
-    timings = time_by_turns(subjects, torch.device(settings.run.device), limits)
+    timings = time_in_rotation(subjects, torch.device(settings.run.device), limits)
     shape = shape_cells(settings, Heads(model.num_heads, model.num_kv_heads), model.length)
     shape["D"] = model.hidden_size // model.num_heads
     for subject, parts in zip(subjects, timings, strict=True):
@@ -208,7 +211,7 @@ def time_model(
 
 
 def shape_cells(settings: BenchmarkSettings, heads: Heads, S: int) -> dict[str, Any]:
-    """The cells of the CSV that say what shape was measured."""
+    """Return the cells of the CSV that describe the shape."""
     shapes = settings.shapes
     return {
         "B": shapes.batch,
@@ -221,12 +224,12 @@ def shape_cells(settings: BenchmarkSettings, heads: Heads, S: int) -> dict[str, 
 
 
 def report(results: Results, verdicts: list[str]) -> None:
-    """Show what was measured, also of a run that was cut short."""
+    """Print the results, also those of an interrupted run."""
     header, lines = speed_table(results.rows)
     if lines:
-        print("\nmedians in ms; x: the attention before it over ours, selection and lists included")
+        print("\nmedians in ms; x: speed-up over the attention left of it, selection included")
         if "x default" in header:
-            print("x default: ours with the settings of `attention` over this line's")
+            print("x default: speed-up over the settings of `attention`")
         print()
         print(format_table(header, lines))
     if verdicts:
@@ -235,7 +238,7 @@ def report(results: Results, verdicts: list[str]) -> None:
 
 
 class Progress:
-    """A bar where there is a terminal and tqdm, else a line per step."""
+    """A progress bar on a terminal with tqdm installed, else one line per step."""
 
     def __init__(self, total: int) -> None:
         self._total, self._begun = total, 0
@@ -248,7 +251,7 @@ class Progress:
             self._bar = tqdm(total=total, unit="step", dynamic_ncols=True, file=sys.stderr)
 
     def begin(self, what: str) -> None:
-        """Count the step before as done, and name the next."""
+        """Mark the previous step as done, and name the next one."""
         self._begun += 1
         if self._bar is None:
             print(f"[{self._begun}/{self._total}] {what}", file=sys.stderr, flush=True)
@@ -257,7 +260,7 @@ class Progress:
         self._bar.set_description_str(what)
 
     def close(self) -> None:
-        """Take the bar away."""
+        """Close the bar."""
         if self._bar is not None:
             self._bar.close()
 

@@ -21,7 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import infllm_flex as ifx
-from benchmarking.timing import Limits, Subject, time_by_turns
+from benchmarking.timing import Limits, Subject, time_in_rotation
 from evaluation.table import format_table
 
 WIDTH, HEADS = 128, 4
@@ -135,7 +135,7 @@ def compare(
         return Subject("model", "", run)
 
     limits = Limits(10, rounds, rounds, 0)
-    timings = time_by_turns([subject(model), subject(twin)], torch.device("cpu"), limits)
+    timings = time_in_rotation([subject(model), subject(twin)], torch.device("cpu"), limits)
     unpatched, patched = (timing["forward"].p20 for timing in timings)
     return unpatched, patched
 

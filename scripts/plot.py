@@ -1,12 +1,12 @@
 #!/usr/bin/env python3
-"""Draw what scripts/benchmark.py has measured.
+"""Draw the results of scripts/benchmark.py.
 
     scripts/plot.py docs/results/bench_cpu.csv
 
-Writes NAME_speed_up.png and NAME_stages.png beside the CSV, over those of before. Of a shape
-that was measured several times the newest rows count.
+Writes NAME_speed_up.png and NAME_stages.png beside the CSV and replaces earlier ones. Where a shape
+was measured several times, the newest rows count.
 
-Exit status: 0 done, 2 a file that is not such a CSV or holds nothing to draw.
+Exit status: 0 done, 2 a file that is no such CSV or holds nothing to draw.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from benchmarking.results import read_results
 
 
 def main() -> int:
-    """Run the command; returns its exit status."""
+    """Run the command and return its exit status."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )

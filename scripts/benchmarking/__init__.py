@@ -1,1 +1,1 @@
-"""What scripts/benchmark.py is made of: settings, inputs, judges, clocks and tables."""
+"""The parts of scripts/benchmark.py: settings, inputs, correctness checks, timing and tables."""

@@ -1,4 +1,4 @@
-"""Nothing is timed that is wrong: the judges that speak before the clock starts."""
+"""Correctness checks that run before any timing."""
 
 from __future__ import annotations
 
@@ -22,24 +22,25 @@ from infllm_flex.decoding import CompressedKeys, decode_attention, select_cached
 from infllm_flex.selection import select_blocks
 from infllm_flex.validation import resolve_scale
 
-_QUERIES = 40  # last ones of the sequence, which the slow reference computes too
-# Scores so near may change places: sums of exponentials as a share of themselves, dot products as
-# a share of the row's largest one. They are summed in another order, and of rounded means.
+_QUERIES = 40  # the last queries of the sequence; the reference is too slow for all of them
+# Two scores may rank either way within this relative difference, because kernels sum in another
+# order and read rounded means. Sums of exponentials: relative to the score. Dot products of pooled
+# queries: relative to the largest score of the row.
 _TIE = {torch.float32: 1e-4, torch.bfloat16: 5e-2, torch.float16: 1e-2}
 _POOLED_TIE = {torch.float32: 1e-5, torch.bfloat16: 2e-2, torch.float16: 2e-3}
-_FLOAT8_TIE = 3e-2  # a mean next to the middle of two numbers becomes either, an eighth apart
-_FLOAT8_WINDOW_TIE = 8e-2  # means of windows are rounded twice, to the dtype of the keys before
+_FLOAT8_TIE = 3e-2  # a mean near the midpoint of two float8 numbers may round to either
+_FLOAT8_WINDOW_TIE = 8e-2  # means of windows are rounded twice: to the keys' dtype, then to float8
 
 
 class IncorrectError(RuntimeError):
-    """The operators are wrong here; the message says which and by how much."""
+    """An operator is wrong on this device; the message names it and the error."""
 
 
 def run_tests(arguments: Sequence[str]) -> None:
     """Run pytest in a process of its own.
 
     Args:
-        arguments: Of pytest, seen from the root of the repository.
+        arguments: Arguments of pytest; paths are relative to the root of the repository.
 
     Raises:
         IncorrectError: A test fails, none ran, or pytest is not installed.
@@ -54,12 +55,12 @@ def run_tests(arguments: Sequence[str]) -> None:
 
 
 def check_operators(settings: BenchmarkSettings, heads: Heads) -> None:
-    """Compare choice, output and gradients with the float64 reference at a small length.
+    """Compare selection, output and gradients with the float64 reference at a small length.
 
     Device, dtype, heads and attention settings are those of the run.
 
     Args:
-        settings: The run; ``variants`` are not looked at.
+        settings: The run; its ``variants`` are not checked.
         heads: ``Hq`` and ``Hkv``.
 
     Raises:
@@ -69,17 +70,19 @@ def check_operators(settings: BenchmarkSettings, heads: Heads) -> None:
     S = max((config.num_selected + 16) * config.block_size, config.dense_len)
     qkv = make_qkv(settings, heads, S, "independent")
     selected = select_blocks(qkv.query, qkv.key, config)
-    _check_choice("select_blocks", qkv, selected, config)
+    _check_selection("select_blocks", qkv, selected, config)
     for engine in settings.engines:
         _check_attention(qkv, selected, dataclasses.replace(config, engine=engine))
     if any(case.mode == "decode" for case in settings.cases.values()):
-        _check_step(qkv, config)
+        _check_decode_step(qkv, config)
 
 
-def _check_choice(op: str, qkv: QKV, selected: Tensor, config: InfLLMConfig) -> None:
-    """Forced blocks must be chosen, others score as well as the least that the reference chooses.
+def _check_selection(op: str, qkv: QKV, selected: Tensor, config: InfLLMConfig) -> None:
+    """Check that forced blocks are selected and that other blocks score high enough.
 
-    Looks at the last queries of ``selected [B, Hkv, n, K]``, which are the last of the sequence.
+    A block that the reference does not select must score at least as high, within a tie, as every
+    block that it selects instead. Only the last queries of ``selected [B, Hkv, n, K]``, the last of
+    the sequence, are checked.
     """
     num_queries = min(_QUERIES, selected.shape[2])
     query, key = qkv.query[:1, :, -num_queries:].cpu(), qkv.key[:1].cpu()
@@ -92,7 +95,9 @@ def _check_choice(op: str, qkv: QKV, selected: Tensor, config: InfLLMConfig) -> 
         for s, token in enumerate(range(S - num_queries, S)):
             theirs, chosen = set(expected[h, s].tolist()), ours[h, s].tolist()
             if len(chosen) != len(expected[h, s]) or chosen != sorted(set(chosen)):
-                raise IncorrectError(f"{op}: {chosen} is not an ascending choice")
+                raise IncorrectError(
+                    f"{op}: expected {len(expected[h, s])} ascending blocks, got {chosen}"
+                )
             wrong, missed = set(chosen) - theirs, theirs - set(chosen)
             if not wrong:
                 continue
@@ -102,13 +107,13 @@ def _check_choice(op: str, qkv: QKV, selected: Tensor, config: InfLLMConfig) -> 
             highest = least.min() + _tie(scores[s], least.min(), config, query.dtype)
             if lacks_forced or bool(best.max() > highest):
                 raise IncorrectError(
-                    f"{op}: token {token} of head {h} has {sorted(wrong)} chosen instead of "
+                    f"{op}: token {token} of head {h} selects blocks {sorted(wrong)} instead of "
                     f"{sorted(missed)}"
                 )
 
 
 def _tie(scores: Tensor, score: Tensor, config: InfLLMConfig, dtype: torch.dtype) -> Tensor:
-    """How far above ``score`` another of the row's ``scores`` may lie and yet rank below it."""
+    """How far another of the row's ``scores`` may exceed ``score`` and still rank below it."""
     if not config.pool_queries:
         return score * _TIE[dtype]
     largest = scores[scores.isfinite()].abs().max()
@@ -117,16 +122,16 @@ def _tie(scores: Tensor, score: Tensor, config: InfLLMConfig, dtype: torch.dtype
     return largest * (_FLOAT8_TIE if config.kernel_size == 1 else _FLOAT8_WINDOW_TIE)
 
 
-def _check_step(qkv: QKV, config: InfLLMConfig) -> None:
-    """Judge the choice and the output of a decode step, whose token is the last one."""
+def _check_decode_step(qkv: QKV, config: InfLLMConfig) -> None:
+    """Check selection and output of a decode step whose token is the last of the sequence."""
     query, key, value = qkv
     step, S, scale = query[:, :, -1:], key.shape[2], resolve_scale(query, None)
     keys = CompressedKeys(config, key)
     keys.append(key, S)
     selected = select_cached(step, keys, capacity=S, key=key)
     if bool((selected[..., config.num_selected :] >= 0).any()):
-        raise IncorrectError(f"select_cached: more than {config.num_selected} blocks are chosen")
-    _check_choice("select_cached", qkv, selected[..., : config.num_selected], config)
+        raise IncorrectError(f"select_cached: more than {config.num_selected} blocks are selected")
+    _check_selection("select_cached", qkv, selected[..., : config.num_selected], config)
     mask = reference.attention_mask(selected, config.block_size, S).to(query.device)
     actual = decode_attention(step, key, value, keys)
     exact = reference.masked_attention(step, key, value, mask, scale=scale)
@@ -163,7 +168,7 @@ def _check_attention(qkv: QKV, selected: Tensor, config: InfLLMConfig) -> None:
 def _run(
     qkv: QKV, attend: Callable[[Tensor, Tensor, Tensor], Tensor], grad_out: Tensor
 ) -> list[Tensor]:
-    """The output at the last queries, and the gradients."""
+    """Return the output of the last queries, and the gradients."""
     leaves = with_gradients(qkv)
     out = attend(*leaves)
     gradients = torch.autograd.grad(out, leaves, grad_out)
@@ -171,7 +176,7 @@ def _run(
 
 
 def _plain(q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
-    """Masked attention by plain operations in the run's precision: the error that is allowed."""
+    """Masked attention by plain operations in the run's precision; its error sets the limit."""
     G = q.shape[1] // k.shape[1]
     k, v, mask = (x.repeat_interleave(G, dim=1) for x in (k, v, mask))
     with torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH):

@@ -1,4 +1,4 @@
-"""What a decode step compares: one new token over a cache, sparse and dense."""
+"""Subjects of a decode step: one new token over a cache, sparse and dense."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ VARIANT = "decode"
 _BACKENDS: dict[str, dict[str, SDPBackend | None]] = {
     "cpu": {"sdpa": None},
     "cuda": {
-        "sdpa": None,  # whichever PyTorch chooses
+        "sdpa": None,  # the backend that PyTorch chooses
         "sdpa_cudnn": SDPBackend.CUDNN_ATTENTION,
         "sdpa_flash": SDPBackend.FLASH_ATTENTION,
     },
@@ -33,22 +33,22 @@ _BACKENDS: dict[str, dict[str, SDPBackend | None]] = {
 def decode_subjects(
     settings: BenchmarkSettings, heads: Heads, S: int, case: CaseSettings
 ) -> tuple[list[Subject], dict[str, str]]:
-    """Prepare a step over ``S`` cached tokens: its stages, all of it, and dense attention.
+    """Prepare a step over ``S`` cached tokens: selection alone, the whole step, dense attention.
 
-    On a GPU every one is captured in a CUDA graph, as serving runs it.
+    On a GPU every subject is captured in a CUDA graph, as in serving.
 
     Args:
         settings: The run.
         heads: ``Hq`` and ``Hkv``.
-        S: Tokens in the cache before the step. Most steps complete no window; with S a multiple of
-            the windows' steps, this is such a one.
-        case: Kind of queries, and on a GPU which dense attentions to compare with.
+        S: Tokens in the cache before the step. Where it is a multiple of the windows' strides, the
+            step completes no window, like most steps.
+        case: Kind of queries, and on a GPU the dense attentions to compare with.
 
     Returns:
-        The subjects, and which dense attentions do not serve here and why.
+        The subjects, and the dense attentions that are not available here, with the reason.
     """
     qkv = make_qkv(settings, heads, S + 1, case.inputs, num_queries=1)
-    prepare = _captured if qkv.key.is_cuda else _as_it_is
+    prepare = _capture if qkv.key.is_cuda else _not_captured
     subjects = []
     for name, config in settings.attentions.items():
         step = _Step(qkv, config)
@@ -56,22 +56,22 @@ def decode_subjects(
             Subject("select_blocks", "", prepare(step.select), settings=name),
             Subject("infllm_attention", VARIANT, prepare(step.everything), settings=name),
         ]
-    failing = {}
+    unavailable = {}
     for name, backend in _BACKENDS[qkv.key.device.type].items():
         if qkv.key.is_cuda and case.baselines and name not in case.baselines:
             continue
         try:
-            with warnings.catch_warnings():  # SDPA explains at length why it declines
+            with warnings.catch_warnings():  # a backend warns before it raises
                 warnings.simplefilter("ignore")
                 dense = prepare(functools.partial(_dense, qkv, backend))
             subjects.append(Subject("dense", name, dense))
         except RuntimeError as error:
-            failing[name] = str(error).splitlines()[0]
-    return subjects, failing
+            unavailable[name] = str(error).splitlines()[0]
+    return subjects, unavailable
 
 
 class _Step:
-    """One token after a cache."""
+    """A decode step: one token after a full cache."""
 
     def __init__(self, qkv: QKV, config: InfLLMConfig) -> None:
         self._qkv = qkv
@@ -80,30 +80,30 @@ class _Step:
         self._end = self._keys.end.clone()
 
     def everything(self) -> Tensor:
-        """Take the token in, select and attend; the next run takes it in again."""
+        """Append the token, select and attend. Every run appends at the same position."""
         self._keys.append(self._qkv.key, 1, end=self._end)
         return decode_attention(*self._qkv, self._keys)
 
     def select(self) -> Tensor:
-        """Select alone."""
+        """Select only."""
         query, key, _ = self._qkv
         return select_cached(query, self._keys, capacity=key.shape[2], key=key)
 
 
 @torch.no_grad()
 def _dense(qkv: QKV, backend: SDPBackend | None) -> Tensor:
-    """Attend to all of the cache."""
+    """Attend to the whole cache."""
     is_grouped = qkv.query.shape[1] != qkv.key.shape[1]
     with nullcontext() if backend is None else sdpa_kernel(backend):
         return F.scaled_dot_product_attention(*qkv, enable_gqa=is_grouped)
 
 
-def _as_it_is(run: Callable[[], Tensor]) -> Callable[[], Any]:
+def _not_captured(run: Callable[[], Tensor]) -> Callable[[], Any]:
     return run
 
 
-def _captured(run: Callable[[], Tensor]) -> Callable[[], Any]:
-    """Capture in a CUDA graph, after runs that compile what has to be compiled."""
+def _capture(run: Callable[[], Tensor]) -> Callable[[], Any]:
+    """Capture in a CUDA graph, after warm-up runs that compile the kernels."""
     side = torch.cuda.Stream()
     side.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(side):

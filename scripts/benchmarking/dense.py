@@ -1,4 +1,4 @@
-"""Dense causal attention, the fastest there is on the device: what sparse has to beat."""
+"""Dense causal attention by every backend of the device: the baselines of sparse attention."""
 
 from __future__ import annotations
 
@@ -25,7 +25,12 @@ _BLOCK = 128
 
 
 class Baseline(NamedTuple):
-    """An attention over given tensors, and those of them that collect gradients."""
+    """An attention with its tensors bound.
+
+    Attributes:
+        attend: Runs it.
+        qkv: The tensors, which collect gradients where a backward follows.
+    """
 
     attend: Callable[[], Tensor]
     qkv: QKV
@@ -34,31 +39,31 @@ class Baseline(NamedTuple):
 def dense_attentions(
     qkv: QKV, names: Collection[str] = ()
 ) -> tuple[dict[str, Baseline], dict[str, str]]:
-    """Find the dense attentions that serve these tensors.
+    """Find the dense attentions that support these tensors.
 
     Args:
-        qkv: Their device, dtype and shape decide.
-        names: Which of them to look for; none: all.
+        qkv: The tensors. Device, dtype and shape decide.
+        names: The attentions to try; empty: all.
 
     Returns:
-        The attentions by name, and the reasons of those that do not serve.
+        The available attentions by name, and the reason for each of the others.
     """
     if qkv.query.device.type != "cuda":
         return {"sdpa": Baseline(lambda: _sdpa(qkv), qkv)}, {}
     wanted = {name: _with_backend(backend, qkv) for name, backend in _CUDA_BACKENDS.items()}
     wanted["flex_dense"] = Baseline(_dense_flex(qkv), qkv)
-    serving, failing = {}, {}
+    available, unavailable = {}, {}
     for name, dense in wanted.items():
         if names and name not in names:
             continue
         try:
-            with warnings.catch_warnings():  # SDPA explains at length why it declines
+            with warnings.catch_warnings():  # a backend warns before it raises
                 warnings.simplefilter("ignore")
                 dense.attend()
-            serving[name] = dense
+            available[name] = dense
         except (RuntimeError, NotImplementedError) as error:
-            failing[name] = str(error).splitlines()[0]
-    return serving, failing
+            unavailable[name] = str(error).splitlines()[0]
+    return available, unavailable
 
 
 def _sdpa(qkv: QKV) -> Tensor:
@@ -68,7 +73,7 @@ def _sdpa(qkv: QKV) -> Tensor:
 
 def _with_backend(backend: SDPBackend, qkv: QKV) -> Baseline:
     query, key, value = qkv
-    if backend == SDPBackend.EFFICIENT_ATTENTION:  # knows no groups: hand it one key per query
+    if backend == SDPBackend.EFFICIENT_ATTENTION:  # has no grouped queries: repeat the KV heads
         G = query.shape[1] // key.shape[1]
         qkv = QKV(query, *(_repeated(x, G) for x in (key, value)))
 
@@ -80,7 +85,7 @@ def _with_backend(backend: SDPBackend, qkv: QKV) -> Baseline:
 
 
 def _repeated(x: Tensor, G: int) -> Tensor:
-    """Repeat heads outside of what is timed, as a leaf of its own: the baseline's advantage."""
+    """Repeat heads into a new leaf. This copy is not timed, which favours the baseline."""
     return x.detach().repeat_interleave(G, dim=1).requires_grad_(x.requires_grad)
 
 
@@ -93,7 +98,7 @@ def _dense_flex(qkv: QKV) -> Callable[[], Tensor]:
         nonlocal block_mask
         if block_mask is None:
             block_mask = _causal_blocks(S, device)
-        # Every shape is a graph. Beyond PyTorch's limit it would run uncompiled.
+        # Every shape has a graph of its own. Beyond the limit PyTorch would run it uncompiled.
         with torch_private.recompile_limit(_MAX_GRAPHS, strict=True):
             return compiled(*qkv, block_mask=block_mask, enable_gqa=True)
 
@@ -101,13 +106,13 @@ def _dense_flex(qkv: QKV) -> Callable[[], Tensor]:
 
 
 def _causal_blocks(S: int, device: torch.device) -> BlockMask:
-    """Write the causal mask down: to derive it from ``mask_mod`` takes memory or compiling."""
+    """Build the causal mask directly; deriving it from ``mask_mod`` needs memory or compilation."""
     block = torch.arange(-(-S // _BLOCK), dtype=torch.int32, device=device)
     num_blocks = len(block)
     square = (1, 1, num_blocks, num_blocks)
     return BlockMask.from_kv_blocks(
         kv_num_blocks=torch.ones_like(block).view(1, 1, -1),
-        kv_indices=block[:, None].expand(square).contiguous(),  # the diagonal, once
+        kv_indices=block[:, None].expand(square).contiguous(),  # the diagonal block
         full_kv_num_blocks=block.view(1, 1, -1),
         full_kv_indices=block.expand(square).contiguous(),
         BLOCK_SIZE=_BLOCK,

@@ -1,4 +1,4 @@
-"""Queries, keys and values to measure with."""
+"""Random queries, keys and values of the benchmark."""
 
 from __future__ import annotations
 
@@ -11,17 +11,21 @@ from benchmarking.settings import BenchmarkSettings, Heads, Inputs
 
 
 class _Drift(NamedTuple):
-    """How fast queries drift, how much each is its own, and how much a group's heads share."""
+    """How similar queries are.
 
-    tokens: int  # one random vector per so many, the queries between them on a line
+    Attributes:
+        tokens: Distance of the random vectors between which queries are interpolated.
+        noise: Scale of the independent part of each query.
+        common: Fraction of the variance that the heads of a group have in common.
+    """
+
+    tokens: int
     noise: float
     common: float
 
 
-# "text" is fitted to a code model (120M parameters, 16 heads per KV head, trained at 16K tokens).
-# With 64 blocks a token, tiles of 2, 4, 8, 16 and 32 tokens hold 1.16, 1.29, 1.42, 1.54 and 1.66
-# times as many in the second half there, and 1.16, 1.30, 1.43, 1.55 and 1.66 here. A drift of 64
-# tokens fits tiles of up to 8 as well, but reaches 1.57 and 1.81.
+# "text" is fitted to a code model with 16 query heads per KV head, trained at 16K tokens, by the
+# number of blocks that tiles of 2 to 32 tokens hold; tests/benchmarking/test_inputs.py checks it.
 _DRIFTS = {"drifting": _Drift(64, 0.3, 0.0), "text": _Drift(256, 0.53, 0.5)}
 
 
@@ -41,16 +45,16 @@ def make_qkv(
     *,
     num_queries: int | None = None,
 ) -> QKV:
-    """Draw random keys and values, and queries of the kind asked for, on the run's device.
+    """Draw random keys and values, and queries of one kind, on the run's device.
 
     Args:
         settings: The run: batch, head dim, dtype, device and seed.
         heads: ``Hq`` and ``Hkv``.
         S: Tokens.
-        inputs: ``"text"``: neighbours, and the heads of a group, ask for as much the same as those
-            of a model trained on text. ``"drifting"``: every head drifts on its own.
-            ``"independent"``: every query asks for something else, the worst case.
-        num_queries: How many tokens, the last ones, have a query; all by default.
+        inputs: ``"text"``: neighbouring queries, and the heads of a group, are as similar as those
+            of a model trained on text. ``"drifting"``: neighbouring queries are similar, heads are
+            independent. ``"independent"``: all queries are independent, the worst case.
+        num_queries: Number of queries, those of the last tokens; None: one for each token.
     """
     shapes, device = settings.shapes, torch.device(settings.run.device)
     dtype = getattr(torch, settings.run.dtype)
@@ -65,18 +69,18 @@ def make_qkv(
     query = draw(heads.query, n)
     if inputs != "independent":
         drift = _DRIFTS[inputs]
-        num_corners = S // drift.tokens + 2
-        corners = draw(heads.query, num_corners)
+        num_knots = S // drift.tokens + 2
+        knots = draw(heads.query, num_knots)
         if drift.common:
-            shared = draw(heads.kv, num_corners).repeat_interleave(heads.query // heads.kv, 1)
-            corners = (1 - drift.common) ** 0.5 * corners + drift.common**0.5 * shared
-        at = torch.arange(S - n, S, device=device) / drift.tokens
-        corner, way = at.long(), at.frac()[:, None]
+            shared = draw(heads.kv, num_knots).repeat_interleave(heads.query // heads.kv, 1)
+            knots = (1 - drift.common) ** 0.5 * knots + drift.common**0.5 * shared
+        place = torch.arange(S - n, S, device=device) / drift.tokens
+        before, weight = place.long(), place.frac()[:, None]
         query *= drift.noise
-        query += torch.lerp(corners[:, :, corner], corners[:, :, corner + 1], way)
+        query += torch.lerp(knots[:, :, before], knots[:, :, before + 1], weight)
     return QKV(query.to(dtype), key, value)
 
 
 def with_gradients(qkv: QKV) -> QKV:
-    """The same tensors as leaves that collect gradients."""
+    """Return the same tensors as leaves that collect gradients."""
     return QKV(*(x.detach().requires_grad_() for x in qkv))

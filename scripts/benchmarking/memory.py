@@ -1,7 +1,7 @@
 """Peak memory of one forward and backward.
 
-On the CPU two processes run this file: one only makes q, k, v and their gradients, the other
-attends; the difference of their peaks is what attention takes beside them.
+On the CPU two processes run this file. One only allocates q, k, v and their gradients; the other
+runs attention. The difference of their peaks is the memory of attention itself.
 """
 
 from __future__ import annotations
@@ -33,21 +33,21 @@ def tensors_mib(settings: BenchmarkSettings, heads: Heads, S: int) -> float:
 
 
 def limit_mib(settings: BenchmarkSettings, heads: Heads, S: int) -> float:
-    """The most that forward and backward should take, q, k, v and gradients included."""
+    """Upper limit of the peak of forward and backward, q, k, v and gradients included."""
     return _FACTOR * tensors_mib(settings, heads, S) + _ALLOWANCE_MIB
 
 
 def peak_mib(settings: BenchmarkSettings, heads: Heads, S: int, folder: Path) -> float:
-    """Peak of ``infllm_attention`` forward and backward, q, k, v and gradients included.
+    """Measure the peak of ``infllm_attention`` forward and backward, q, k, v, gradients included.
 
     Args:
         settings: The run; the first engine is measured.
         heads: ``Hq`` and ``Hkv``.
         S: Tokens.
-        folder: For a file that tells the processes what to do.
+        folder: Folder for the settings file of the two processes.
 
     Raises:
-        RuntimeError: A process failed; the message ends with what it said.
+        RuntimeError: A process failed; the message ends with the last lines of its output.
     """
     if settings.run.device == "cuda":
         return _cuda_peak(settings, heads, S)
@@ -77,9 +77,9 @@ def _process_peak(config: Path, heads: Heads, S: int, attends: bool) -> int:
     command = [sys.executable, "-m", __name__, job]
     ended = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env=environment())
     if ended.returncode:
-        said = "\n".join(ended.stderr.splitlines()[-3:])
+        last_lines = "\n".join(ended.stderr.splitlines()[-3:])
         raise RuntimeError(
-            f"the process that measures memory ended with {ended.returncode}: {said}"
+            f"the process that measures memory ended with {ended.returncode}: {last_lines}"
         )
     return int(ended.stdout.split()[-1])
 
@@ -90,7 +90,7 @@ def _main() -> None:
     heads = Heads(*job["heads"])
     if settings.run.threads:
         torch.set_num_threads(settings.run.threads)
-    # Thread pools and code are not what is measured: both processes load them first.
+    # Both processes load code and start thread pools first, so that neither is measured.
     warm = max(_WARM_TOKENS, settings.attention.dense_len)
     _step(with_gradients(make_qkv(settings, heads, warm, "drifting")), settings)
     qkv = with_gradients(make_qkv(settings, heads, job["length"], "drifting"))

@@ -1,4 +1,4 @@
-"""A transformers model patched against the same one unpatched."""
+"""A transformers model, patched and unpatched."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ from infllm_flex.patch import patch_model
 
 
 def model_subjects(settings: BenchmarkSettings, model: ModelSettings) -> list[Subject]:
-    """The unpatched and the patched model, over the same input.
+    """Prepare the unpatched and the patched model over the same input.
 
     Args:
         settings: The run: attention, batch, device, dtype, seed.
         model: Its size and length.
 
     Raises:
-        RuntimeError: Below dense_len, patching changed the output.
+        RuntimeError: Patching changed the output below dense_len.
     """
     from transformers import LlamaConfig, LlamaModel
 
@@ -50,7 +50,10 @@ def model_subjects(settings: BenchmarkSettings, model: ModelSettings) -> list[Su
     if not model.sparse:
         with torch.no_grad():
             if not torch.equal(_hidden(unpatched, embeds), _hidden(patched, embeds)):
-                raise RuntimeError("below dense_len the patched model computes something else")
+                raise RuntimeError(
+                    "below dense_len the patched model's output must equal the unpatched one's bit "
+                    "for bit, and differs"
+                )
     return [
         _subject(name, torch.compile(x) if model.compile else x, embeds, model)
         for name, x in (("unpatched", unpatched), ("patched", patched))

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 
 from benchmarking.report import SHAPE, Row, by_run, speed_ups, stages_of
 
-# Dark enough on white, and apart for colour-blind eyes.
+# Dark enough on white, and distinguishable with colour blindness.
 _COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#56b4e9", "#e69f00", "#999999")
 _DASHES = {"text": "-", "drifting": "--", "independent": ":"}
 _MARKERS = ("o", "s", "^", "v")
@@ -36,14 +36,14 @@ class _Bar(NamedTuple):
 
 
 def plot_speed_up(path: Path, rows: Sequence[Row]) -> None:
-    """Draw how much faster than the fastest dense attention each engine is, by length.
+    """Draw the speed-up of each engine over the fastest dense attention, by length.
 
     Args:
         path: The PNG to write.
-        rows: Of the CSV.
+        rows: Rows of the CSV.
 
     Raises:
-        ValueError: The rows compare nothing.
+        ValueError: No row of a sparse attention has one of a dense attention beside it.
     """
     lines: dict[_Line, list[tuple[int, float]]] = {}
     for shape, of_engine in speed_ups(rows).items():
@@ -53,7 +53,7 @@ def plot_speed_up(path: Path, rows: Sequence[Row]) -> None:
                 line = _Line(at["mode"], f"{at['Hq']}/{at['Hkv']}", at["inputs"], engine, at["B"])
                 lines.setdefault(line, []).append((int(at["S"]), ratio))
     if not lines:
-        raise ValueError("nothing to draw: no sparse attention beside a dense one")
+        raise ValueError("nothing to draw: expected rows of sparse and of dense attention")
     modes = [mode for mode in _MODES if any(line.mode == mode for line in lines)]
     figure, panels = _figure(1, len(modes))
     heads, engines = (
@@ -87,7 +87,7 @@ def plot_speed_up(path: Path, rows: Sequence[Row]) -> None:
 
 
 def _short(tokens: int) -> str:
-    """A length as people say it: 32K, 1M."""
+    """Format a length as 32K or 1M."""
     for unit, name in ((1 << 20, "M"), (1 << 10, "K")):
         if tokens % unit == 0:
             return f"{tokens // unit}{name}"
@@ -95,11 +95,11 @@ def _short(tokens: int) -> str:
 
 
 def plot_stages(path: Path, rows: Sequence[Row]) -> None:
-    """Draw what each stage takes of the sum of them: a panel per mode, a bar per shape and engine.
+    """Draw each stage's fraction of the time: a panel per mode, a bar per shape and engine.
 
     Args:
         path: The PNG to write.
-        rows: Of the CSV.
+        rows: Rows of the CSV.
 
     Raises:
         ValueError: The rows hold no stages.
@@ -108,14 +108,14 @@ def plot_stages(path: Path, rows: Sequence[Row]) -> None:
     for shape, runs in by_run(rows).items():
         at = dict(zip(SHAPE, shape, strict=True))
         for times in runs:
-            for what in times:
-                if what.op == "attend" and at["mode"] in _MODES:
-                    stages = [times.get(stage, 0.0) for stage in stages_of(what)]
+            for method in times:
+                if method.op == "attend" and at["mode"] in _MODES:
+                    stages = [times.get(stage, 0.0) for stage in stages_of(method)]
                     heads = int(at["Hq"]), int(at["Hkv"])
-                    bar = _Bar(*heads, at["inputs"], what.label, int(at["S"]))
-                    bars.setdefault(at["mode"], {}).setdefault(bar, stages)  # the newest
+                    bar = _Bar(*heads, at["inputs"], method.label, int(at["S"]))
+                    bars.setdefault(at["mode"], {}).setdefault(bar, stages)  # newest run first
     if not bars:
-        raise ValueError("nothing to draw: no stages")
+        raise ValueError("nothing to draw: expected rows of the op attend, got none")
     modes = [mode for mode in _MODES if mode in bars]
     most = max(len(shown) for shown in bars.values())
     figure, panels = _figure(max(1.0, most / 22), len(modes))
@@ -124,9 +124,9 @@ def plot_stages(path: Path, rows: Sequence[Row]) -> None:
         places = range(len(shown))
         left = [0.0] * len(shown)
         for index, name in enumerate(_STAGES):
-            shares = [100 * stages[index] / sum(stages) for _, stages in shown]
-            axes.barh(places, shares, left=left, color=_COLOURS[index], label=name)
-            left = [a + b for a, b in zip(left, shares, strict=True)]
+            percent = [100 * stages[index] / sum(stages) for _, stages in shown]
+            axes.barh(places, percent, left=left, color=_COLOURS[index], label=name)
+            left = [a + b for a, b in zip(left, percent, strict=True)]
         axes.set_yticks(places, [str(bar) for bar, _ in shown], fontsize=7)
         axes.set_ylim(len(shown) - 0.4, -0.6)
         axes.set_xlim(0, 100)

@@ -1,4 +1,4 @@
-"""What a run found, for people: one line per shape, speed-ups, and the limits it was held to."""
+"""Tables of a run: one line per shape, speed-ups, and comparisons with limits."""
 
 from __future__ import annotations
 
@@ -8,11 +8,11 @@ from typing import NamedTuple
 Row = Mapping[str, str]
 
 SHAPE = ("device", "dtype", "B", "Hq", "Hkv", "D", "mode", "inputs", "S")
-_BASELINES = ("dense", "nsa")  # by op; only the first decides how fast we are
+_BASELINES = ("dense", "nsa")  # values of the column op; speed-ups are over the first only
 
 
-class What(NamedTuple):
-    """What was timed: three columns of the CSV."""
+class Method(NamedTuple):
+    """A timed method: three columns of the CSV."""
 
     op: str
     variant: str
@@ -24,35 +24,35 @@ class What(NamedTuple):
         return f"{self.variant}, {self.settings}" if self.settings else self.variant
 
 
-Times = Mapping[What, float]
+Times = Mapping[Method, float]
 
 
-def by_shape(rows: Iterable[Row]) -> dict[tuple[str, ...], dict[What, float]]:
-    """Medians by what was measured, apart for each shape; of repeated ones, the newest.
+def by_shape(rows: Iterable[Row]) -> dict[tuple[str, ...], dict[Method, float]]:
+    """Group medians by shape and method; the newest row of a repeated measurement counts.
 
     Args:
-        rows: Of the CSV.
+        rows: Rows of the CSV.
 
     Returns:
-        ``{values of SHAPE: {what: milliseconds}}`` in the order of the rows.
+        ``{values of SHAPE: {method: milliseconds}}`` in the order of the rows.
     """
-    shapes: dict[tuple[str, ...], dict[What, float]] = {}
+    shapes: dict[tuple[str, ...], dict[Method, float]] = {}
     for row in rows:
         if row["ms_p50"] and row["op"] != "model":
             times = shapes.setdefault(tuple(row[name] for name in SHAPE), {})
-            times[What(row["op"], row["variant"], row["settings"])] = float(row["ms_p50"])
+            times[Method(row["op"], row["variant"], row["settings"])] = float(row["ms_p50"])
     return {shape: times for shape, times in shapes.items() if any(_engines(times))}
 
 
-def by_run(rows: Iterable[Row]) -> dict[tuple[str, ...], list[dict[What, float]]]:
-    """Medians as of ``by_shape``, of each run apart, the newest run first.
+def by_run(rows: Iterable[Row]) -> dict[tuple[str, ...], list[dict[Method, float]]]:
+    """Group medians as ``by_shape`` does, for each run separately, the newest run first.
 
-    Only times of one run compare: another card, or another hour, has other times.
+    Only times of one run can be compared: cards differ, and so does one card over time.
     """
     runs: dict[str, list[Row]] = {}
     for row in rows:
         runs.setdefault(row["date"], []).append(row)
-    measured: dict[tuple[str, ...], list[dict[What, float]]] = {}
+    measured: dict[tuple[str, ...], list[dict[Method, float]]] = {}
     for of_run in runs.values():
         for shape, times in by_shape(of_run).items():
             measured.setdefault(shape, []).insert(0, times)
@@ -60,9 +60,9 @@ def by_run(rows: Iterable[Row]) -> dict[tuple[str, ...], list[dict[What, float]]
 
 
 def speed_ups(rows: Iterable[Row]) -> dict[tuple[str, ...], dict[str, float]]:
-    """Say how many times as fast as the fastest dense attention each engine was, by shape.
+    """Compute the speed-up of each engine over the fastest dense attention, by shape.
 
-    Of each engine the newest run counts that measured that dense attention, too.
+    For each engine, the newest run that also measured that dense attention counts.
 
     Returns:
         ``{values of SHAPE: {label of engine and attention settings: ratio}}``.
@@ -72,16 +72,16 @@ def speed_ups(rows: Iterable[Row]) -> dict[tuple[str, ...], dict[str, float]]:
         newest = {key: ms for times in reversed(runs) for key, ms in times.items()}
         dense = fastest_dense(newest)
         for times in runs:
-            if dense and What("dense", dense[0]) in times:
+            if dense and Method("dense", dense[0]) in times:
                 for ours in _engines(times):
-                    ratio = times[What("dense", dense[0])] / times[ours]
+                    ratio = times[Method("dense", dense[0])] / times[ours]
                     ratios.setdefault(shape, {}).setdefault(ours.label, ratio)
     return ratios
 
 
 def fastest_dense(times: Times) -> tuple[str, float] | None:
-    """Name and milliseconds of the fastest dense attention at a shape."""
-    dense = [(ms, what.variant) for what, ms in times.items() if what.op == "dense"]
+    """Return name and milliseconds of the fastest dense attention at a shape."""
+    dense = [(ms, method.variant) for method, ms in times.items() if method.op == "dense"]
     if not dense:
         return None
     ms, variant = min(dense)
@@ -89,22 +89,22 @@ def fastest_dense(times: Times) -> tuple[str, float] | None:
 
 
 def speed_table(rows: Iterable[Row]) -> tuple[list[str], list[list[str]]]:
-    """Milliseconds of the stages, of their sum, of every other attention, and ratios of the sums.
+    """Tabulate milliseconds of stages, whole attention and baselines, and the ratios of the last.
 
-    Where attention settings were compared, ``x default`` is how many times as fast as those of
-    ``attention`` by the same engine: their ratio to any baseline over the default's.
+    Where a run has ``variants``, the column ``x default`` is the speed-up over ``attention`` by the
+    same engine.
 
     Returns:
         Header and cells of a table: a line per shape, engine and attention settings.
     """
     shapes = by_shape(rows)
-    measured = dict.fromkeys(what for times in shapes.values() for what in times)
-    baselines = [what for op in _BASELINES for what in measured if what.op == op]
-    compares = any(what.settings for what in measured)
+    measured = dict.fromkeys(method for times in shapes.values() for method in times)
+    baselines = [method for op in _BASELINES for method in measured if method.op == op]
+    compares = any(method.settings for method in measured)
     header = ["mode", "queries", "batch", "heads", "tokens", "engine"]
     header += ["settings"] * compares + ["select", "lists", "attend", "all ms"]
     header += ["x default"] * compares
-    header += [title for what in baselines for title in (what.variant, "x")]
+    header += [title for method in baselines for title in (method.variant, "x")]
     lines = []
     for shape, times in shapes.items():
         at = dict(zip(SHAPE, shape, strict=True))
@@ -121,29 +121,29 @@ def speed_table(rows: Iterable[Row]) -> tuple[list[str], list[list[str]]]:
     return header, lines
 
 
-def stages_of(ours: What) -> tuple[What, What, What]:
-    """Name selection, lists and attention of an engine's whole attention."""
+def stages_of(ours: Method) -> tuple[Method, Method, Method]:
+    """Return the methods of selection, lists and attention of an engine's whole attention."""
     return (
-        What("select_blocks", "", ours.settings),
+        Method("select_blocks", "", ours.settings),
         ours._replace(op="build_lists"),
         ours._replace(op="attend"),
     )
 
 
 def model_ratio(rows: Sequence[Row]) -> float:
-    """Median of the patched model over that of the unpatched one, in the model's whole step."""
+    """Return the median time of the patched model over that of the unpatched model."""
     last = {row["variant"]: float(row["ms_p50"]) for row in rows if row["op"] == "model"}
     return last["patched"] / last["unpatched"]
 
 
 def verdict(what: str, value: float, limit: float, unit: str) -> str:
-    """A figure beside its limit."""
+    """Compare a figure with its limit."""
     reached = "reached" if value <= limit else "NOT reached"
     return f"{what}: {value:,.4g}{unit}, at most {limit:,.4g}{unit}: {reached}"
 
 
-def _engines(times: Times) -> list[What]:
-    return [what for what in times if what.op == "infllm_attention"]
+def _engines(times: Times) -> list[Method]:
+    return [method for method in times if method.op == "infllm_attention"]
 
 
 def _ratio(other: float | None, ours: float) -> str:

@@ -1,4 +1,4 @@
-"""One CSV row per measurement, each on the disk before the next is taken."""
+"""The CSV of a benchmark: one row per measurement, written before the next one begins."""
 
 from __future__ import annotations
 
@@ -20,21 +20,21 @@ COLUMNS = (
     *("ms_p20", "ms_p50", "ms_p80", "ms_floor", "tflops", "peak_mib"),
     *("device", "torch", "triton", "commit", "date"),
 )
-_EARLIER = tuple(name for name in COLUMNS if name != "settings")  # without variants
+_EARLIER = tuple(name for name in COLUMNS if name != "settings")  # files of before `variants`
 # Changes here that are not committed mark a row `+changes`.
 _MEASURED = ("infllm_flex", "custom_ops", "scripts/benchmarking", "scripts/evaluation")
 
 
 class Results:
-    """The CSV, and the rows that this run has added to it.
+    """A CSV file, and the rows that this run has added to it.
 
     Args:
-        path: The file. What it holds stays; new rows go below.
-        common: Cells that all rows of the run share.
-        has_variants: Whether rows will name their ``settings``.
+        path: The file. Its rows are kept; new rows are appended.
+        common: Cells that are equal in all rows of the run.
+        has_variants: Whether rows will have a value in the column ``settings``.
 
     Raises:
-        ValueError: The file is there with other columns, or without the one for variants.
+        ValueError: The file exists with other columns, or without the column ``settings``.
     """
 
     def __init__(self, path: Path, common: dict[str, str], *, has_variants: bool = False) -> None:
@@ -61,7 +61,7 @@ class Results:
         self._file.close()
 
     def add(self, **cells: Any) -> None:
-        """Write a row; columns not named are left empty."""
+        """Write a row; columns that are not given are empty."""
         row = dict.fromkeys(COLUMNS, "") | self._common
         row |= {name: _format(value) for name, value in cells.items()}
         self._writer.writerow({k: v for k, v in row.items() if k not in self._unwritten})
@@ -70,14 +70,14 @@ class Results:
 
 
 def check_columns(path: Path, *, has_variants: bool = False) -> tuple[str, ...]:
-    """Tell the columns of a CSV of this benchmark.
+    """Return the columns of a CSV of this benchmark.
 
     Args:
         path: The file.
-        has_variants: Whether rows that name their ``settings`` are to go into it.
+        has_variants: Whether it needs the column ``settings``.
 
     Raises:
-        ValueError: It is no such CSV, or an earlier one, which has no column for these names.
+        ValueError: The file is no such CSV, or lacks that column.
     """
     try:
         with path.open(newline="") as file:
@@ -97,10 +97,10 @@ def check_columns(path: Path, *, has_variants: bool = False) -> tuple[str, ...]:
 
 
 def read_results(path: Path) -> list[dict[str, str]]:
-    """All rows of a CSV of this benchmark, those of earlier ones with empty ``settings``.
+    """Read all rows of a CSV; ``settings`` is empty where a file lacks that column.
 
     Raises:
-        ValueError: It is none.
+        ValueError: The file is no CSV of this benchmark.
     """
     check_columns(path)
     with path.open(newline="") as file:
@@ -108,7 +108,7 @@ def read_results(path: Path) -> list[dict[str, str]]:
 
 
 def describe_environment(device: torch.device) -> dict[str, str]:
-    """The cells that say where and with what a row was measured."""
+    """Return the cells for device, versions, commit and date."""
     now = datetime.datetime.now(datetime.timezone.utc)
     return {
         "device": _device_name(device),
@@ -144,7 +144,7 @@ def _version(package: str) -> str:
 
 
 def _commit() -> str:
-    """The commit, marked where the code that is measured differs from it."""
+    """Return the commit, marked where the measured code has changes that are not in it."""
     try:
         commit = _git("rev-parse", "--short=10", "HEAD").strip()
         changed = _git("status", "--porcelain", "--", *_MEASURED).strip()

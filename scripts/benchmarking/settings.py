@@ -1,4 +1,4 @@
-"""Everything a benchmark can be told, one frozen dataclass per section of its YAML file."""
+"""Settings of a benchmark: one frozen dataclass per section of its YAML file."""
 
 from __future__ import annotations
 
@@ -33,16 +33,16 @@ class RunSettings:
     """Where and how to measure.
 
     Attributes:
-        out: The CSV. Rows are added to what it holds; nothing in it is ever replaced.
+        out: The CSV. Rows are appended; existing rows are never replaced.
         device: Where to run.
-        dtype: Of all tensors.
-        threads: CPU threads; 0 leaves PyTorch's choice.
-        seed: Decides the inputs.
+        dtype: dtype of all tensors.
+        threads: CPU threads; 0 keeps PyTorch's number.
+        seed: Seed of the inputs.
         tests: Arguments of pytest; unless these tests pass, nothing is timed.
-        warmup: Runs before the clock starts, compilation among them.
-        rounds: Least runs of everything that is compared, by turns.
-        max_rounds: Most of them.
-        seconds: After so long a comparison ends, once it has had its ``rounds``.
+        warmup: Runs of each subject before timing, compilation included.
+        rounds: Smallest number of rounds; a round runs everything that is compared once.
+        max_rounds: Largest number of rounds.
+        seconds: Time after which a comparison ends, once it has had ``rounds`` rounds.
     """
 
     out: Path
@@ -72,7 +72,7 @@ class ShapeSettings:
     """Shapes that all cases share.
 
     Attributes:
-        heads: Query and key/value heads, ``8/2``; every case runs with each.
+        heads: Pairs of query and key/value heads, such as ``8/2``; every case runs with each pair.
         head_dim: ``D``.
         batch: ``B``.
     """
@@ -106,14 +106,14 @@ class CaseSettings:
 
     Attributes:
         lengths: Tokens.
-        mode: Without gradients, forward and backward, or one token after a cache of ``lengths``.
-        inputs: Queries like those of a model trained on text, ones whose heads drift each on its
-            own, or random ones, the worst case.
-        batch: ``B`` of this case; None for that of ``shapes``.
-        baselines: The other attentions to compare with, such as ``sdpa_cudnn``; none: all. At great
-            lengths the slow ones take half a minute a run.
-        tile_rows: Also time ``attend_blocks`` with tiles of so many rows, one head of one token
-            each; its variant says how many blocks a tile loads per block that a token selected.
+        mode: ``forward`` without gradients, ``forward+backward``, or ``decode``: one token after a
+            cache of ``lengths`` tokens.
+        inputs: ``text``: queries like those of a model trained on text; ``drifting``: neighbouring
+            queries are similar, heads are independent; ``independent``: the worst case.
+        batch: ``B`` of this case; None: that of ``shapes``.
+        baselines: The baselines to compare with, such as ``sdpa_cudnn``; empty: all.
+        tile_rows: Also time ``attend_blocks`` with tiles of these numbers of rows. A row is one
+            head of one token. ``variant`` gives the blocks that a tile loads per selected block.
     """
 
     lengths: tuple[int, ...]
@@ -134,7 +134,7 @@ class CaseSettings:
 
 @dataclass(frozen=True, kw_only=True)
 class MemorySettings:
-    """At which lengths to measure the peak memory of forward and backward.
+    """Lengths at which the peak memory of forward and backward is measured.
 
     Attributes:
         lengths: Tokens.
@@ -149,20 +149,21 @@ class MemorySettings:
 
 @dataclass(frozen=True, kw_only=True)
 class ModelSettings:
-    """A Llama with random weights, patched against unpatched.
+    """A Llama with random weights, patched and unpatched.
 
     Attributes:
         length: Tokens of its input.
-        sparse: Whether the patched one is sparse at that length; else it is one below dense_len.
-        mode: Without gradients, or forward and backward.
-        compile: Run both under torch.compile.
+        sparse: Whether the patched model is sparse at that length; if not, the length is one below
+            dense_len.
+        mode: ``forward`` without gradients, or ``forward+backward``.
+        compile: Whether to run both models under torch.compile.
         num_layers: Transformer layers.
         hidden_size: Width, ``num_heads`` times the head dim.
         intermediate_size: Width of the feed-forward layers.
         num_heads: Query heads.
         num_kv_heads: Key/value heads.
-        rounds: Runs of each, by turns, at least.
-        limit: Largest time of the patched one, as a multiple of the other's. None: not judged.
+        rounds: Rounds; each runs both models once.
+        limit: Upper limit of the patched over the unpatched time; None: no limit.
     """
 
     length: int
@@ -185,12 +186,12 @@ class ModelSettings:
 
 @dataclass(frozen=True, kw_only=True)
 class FloorSettings:
-    """What the device can do at best; gives the column ``ms_floor``.
+    """Peak rates of the device, from which the column ``ms_floor`` is computed.
 
     Attributes:
         tflops: Matrix products, in 10^12 operations per second.
         terabytes: Memory, in 10^12 bytes per second.
-        float8_tflops: Matrix products of float8 numbers; None: as fast as the others.
+        float8_tflops: Matrix products of float8 numbers; None: equal to ``tflops``.
     """
 
     tflops: float
@@ -206,18 +207,18 @@ class FloorSettings:
 
 @dataclass(frozen=True, kw_only=True)
 class BenchmarkSettings:
-    """A whole benchmark, as ``scripts/benchmark.py`` reads it from one YAML file.
+    """All settings of ``scripts/benchmark.py``, read from one YAML file.
 
     Attributes:
-        run: Where and how.
+        run: Where and how to measure.
         shapes: Shapes that all cases share.
         cases: Series of timings by name.
         attention: The sparse attention that is measured.
-        variants: Whole attention settings by name, measured beside ``attention`` in every case.
-        engines: Each is measured, as the ``engine`` of all attention settings.
-        memory: Where to measure memory.
+        variants: Other attention settings by name, measured beside ``attention`` in every case.
+        engines: Engines to measure; each replaces the ``engine`` of all attention settings.
+        memory: Lengths at which memory is measured.
         models: Whole models by name.
-        floor: The device's limits; None leaves the column empty.
+        floor: Peak rates of the device; None: the column ``ms_floor`` is empty.
     """
 
     run: RunSettings
@@ -232,12 +233,14 @@ class BenchmarkSettings:
 
     def __post_init__(self) -> None:
         if not self.engines or len(set(self.engines)) < len(self.engines):
-            raise ValueError(f"engines must be one or more, each once, got {list(self.engines)}")
+            raise ValueError(
+                f"engines must name at least one engine, none twice, got {list(self.engines)}"
+            )
         for name in self.variants:
             if not re.fullmatch(r"[a-z0-9_]+", name) or name == "default":
                 raise ValueError(
-                    f"variants must have names of small letters, digits and _, other than "
-                    f"default, which is attention, got {name!r}"
+                    f"variants must have names of small letters, digits and _; default is "
+                    f"reserved for attention, got {name!r}"
                 )
         self._check_lengths()
 
@@ -248,20 +251,21 @@ class BenchmarkSettings:
                 section = f"variants.{name}" if name else "attention"
                 raise ValueError(
                     f"cases must be sparse, got a length of {shortest}, below {section}.dense_len "
-                    f"= {config.dense_len} (-1 is always sparse)"
+                    f"= {config.dense_len}: use longer ones, or dense_len: -1, which is always "
+                    "sparse"
                 )
 
     @property
     def attentions(self) -> dict[str, InfLLMConfig]:
-        """All attention settings to measure by name, ``attention`` by the empty one."""
+        """All attention settings to measure by name; the name of ``attention`` is empty."""
         return {"": self.attention, **self.variants}
 
     def with_attention(self, name: str) -> BenchmarkSettings:
-        """The same run of one of ``attentions`` alone."""
+        """Return the same run with only one of ``attentions``."""
         return replace(self, attention=self.attentions[name], variants={})
 
     def with_batch_of(self, case: CaseSettings) -> BenchmarkSettings:
-        """The same run, with the batch that a case asks for."""
+        """Return the same run with the batch of a case."""
         if case.batch is None:
             return self
         return replace(self, shapes=replace(self.shapes, batch=case.batch))

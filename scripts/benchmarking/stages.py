@@ -1,4 +1,4 @@
-"""The building of block lists apart from the attention over them."""
+"""An engine's two steps, timed separately: build block lists, and attend over them."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ class Steps(NamedTuple):
     """The two steps of an engine.
 
     Attributes:
-        build_lists: Builds the lists anew.
-        attend: Attends over lists built beforehand.
+        build_lists: Builds the lists, in every call.
+        attend: Attends over lists that were built once.
     """
 
     build_lists: Callable[[], Any]
@@ -26,12 +26,13 @@ class Steps(NamedTuple):
 
 
 def engine_steps(qkv: QKV, selected: Tensor, config: InfLLMConfig) -> Steps:
-    """Split attention over ``selected`` blocks into its steps.
+    """Split attention over ``selected`` blocks into its two steps.
 
     Args:
-        qkv: Queries, keys and values of one sequence per row; with gradients if a backward follows.
+        qkv: One sequence per row; the tensors collect gradients where a backward follows.
         selected: int32 ``[B, Hkv, Sq, K]``.
-        config: Sparsity settings, which choose the engine.
+        config: Sparsity settings, ``engine`` among them.
+    --
     """
     query, key, value = qkv
     engine = choose_engine(query, key, value, config, resolve_scale(query, None))

@@ -1,4 +1,4 @@
-"""The subjects of a case: each stage of sparse attention, all stages together, dense attention."""
+"""The subjects of a case: each stage of sparse attention, all stages together, and baselines."""
 
 from __future__ import annotations
 
@@ -28,16 +28,16 @@ from infllm_flex_ops.sizes import group_size
 def make_subjects(
     settings: BenchmarkSettings, heads: Heads, S: int, case: CaseSettings
 ) -> tuple[list[Subject], dict[str, str]]:
-    """Prepare everything that is timed at one shape.
+    """Prepare all subjects at one shape.
 
     Args:
         settings: The run.
         heads: ``Hq`` and ``Hkv``.
         S: Tokens.
-        case: Kind of queries, with gradients or without.
+        case: Mode, kind of queries and baselines.
 
     Returns:
-        The subjects, and the other attentions that do not serve this case, with the reason.
+        The subjects, and the baselines that are not available here, with the reason.
     """
     if case.mode == "decode":
         return decode_subjects(settings, heads, S, case)
@@ -52,22 +52,24 @@ def make_subjects(
         subjects += [dataclasses.replace(stage, settings=name) for stage in stages]
     if case.tile_rows:
         subjects += _tilings(qkv, settings.attention, case.tile_rows, grad_out)
-    attentions, failing = dense_attentions(qkv, case.baselines)
+    attentions, unavailable = dense_attentions(qkv, case.baselines)
     subjects += [
-        Subject("dense", name, _graded(dense.attend, grad_out), _backward(dense.qkv, grad_out))
+        Subject(
+            "dense", name, _with_gradients(dense.attend, grad_out), _backward(dense.qkv, grad_out)
+        )
         for name, dense in attentions.items()
     ]
     if qkv.query.is_cuda:
-        attentions, lacking = nsa_attentions(qkv, settings.attention, case.baselines)
+        attentions, without_nsa = nsa_attentions(qkv, settings.attention, case.baselines)
         subjects += _nsa(attentions, grad_out)
-        failing |= lacking
-    return subjects, failing
+        unavailable |= without_nsa
+    return subjects, unavailable
 
 
 def _stages(
     qkv: QKV, config: InfLLMConfig, engines: Iterable[str], grad_out: Tensor | None
 ) -> list[Subject]:
-    """Block selection, and the stages after it by each engine."""
+    """Return block selection, and the later stages by each engine."""
     selected = select_blocks(qkv.query, qkv.key, config)
     subjects = [Subject("select_blocks", "", lambda: select_blocks(qkv.query, qkv.key, config))]
     for engine in engines:
@@ -78,22 +80,22 @@ def _stages(
 def _sparse(
     qkv: QKV, selected: Tensor, config: InfLLMConfig, grad_out: Tensor | None
 ) -> list[Subject]:
-    """The lists, the attention over them, and everything together, by one engine."""
-    everything = _graded(lambda: infllm_attention(*qkv, config), grad_out)
+    """Return list building, attention over lists, and all stages together, by one engine."""
+    everything = _with_gradients(lambda: infllm_attention(*qkv, config), grad_out)
     steps = engine_steps(qkv, selected, config)
     backward = _backward(qkv, grad_out)
     return [
         Subject("build_lists", config.engine, steps.build_lists),
-        Subject("attend", config.engine, _graded(steps.attend, grad_out), backward),
+        Subject("attend", config.engine, _with_gradients(steps.attend, grad_out), backward),
         Subject("infllm_attention", config.engine, everything, backward),
     ]
 
 
 def _nsa(attentions: dict[str, Baseline], grad_out: Tensor | None) -> list[Subject]:
-    """Other sparse attentions, ``[B, S, H, D]``."""
+    """Return the subjects of other sparse attentions, whose layout is ``[B, S, H, D]``."""
     by_token = None if grad_out is None else grad_out.transpose(1, 2).contiguous()
     return [
-        Subject("nsa", name, _graded(nsa.attend, by_token), _backward(nsa.qkv, by_token))
+        Subject("nsa", name, _with_gradients(nsa.attend, by_token), _backward(nsa.qkv, by_token))
         for name, nsa in attentions.items()
     ]
 
@@ -101,7 +103,7 @@ def _nsa(attentions: dict[str, Baseline], grad_out: Tensor | None) -> list[Subje
 def _tilings(
     qkv: QKV, config: InfLLMConfig, tile_rows: tuple[int, ...], grad_out: Tensor | None
 ) -> list[Subject]:
-    """The operator with tiles of other sizes than its heuristic chooses."""
+    """Return the operator with tiles of given sizes instead of its heuristic's."""
     selected = select_blocks(qkv.query, qkv.key, config)
     groups = group_size(qkv.query, qkv.key)
     own = (selected >= 0).sum(-1).float().mean()
@@ -119,13 +121,13 @@ def _tilings(
             return out
 
         variant = f"{rows} rows, u = {inflation:.2f}"
-        forward, backward = _graded(attend, grad_out), _backward(qkv, grad_out)
+        forward, backward = _with_gradients(attend, grad_out), _backward(qkv, grad_out)
         subjects.append(Subject("attend_blocks", variant, forward, backward))
     return subjects
 
 
-def _graded(forward: Callable[[], Tensor], grad_out: Tensor | None) -> Callable[[], Tensor]:
-    """Run ``forward`` with gradients only where a backward follows."""
+def _with_gradients(forward: Callable[[], Tensor], grad_out: Tensor | None) -> Callable[[], Tensor]:
+    """Enable gradients in ``forward`` only where a backward follows."""
 
     def run() -> Tensor:
         with torch.set_grad_enabled(grad_out is not None):

@@ -1,4 +1,4 @@
-"""Time several things by turns, so that what slows the machine down slows all of them."""
+"""Time several subjects in rotation, so that a slow phase of the machine affects all of them."""
 
 from __future__ import annotations
 
@@ -12,20 +12,20 @@ from typing import Any, NamedTuple
 
 import torch
 
-_HEAD_START = 6_000_000  # clock cycles, about 3 ms, for the host to launch before the device begins
+_HEAD_START = 6_000_000  # clock cycles for which the device waits while the host launches
 
 
 @dataclass(frozen=True)
 class Subject:
-    """Something to time.
+    """A timed operation.
 
     Attributes:
-        op: What is done.
-        variant: How.
-        forward: Does it.
-        backward: Takes what ``forward`` returned; None where there is none.
-        settings: Name of the attention settings among the run's ``variants``; empty: those of
-            ``attention``, or none at all.
+        op: Name of the operation.
+        variant: Engine or baseline.
+        forward: Runs it.
+        backward: Runs its backward, given the output of ``forward``; None: there is none.
+        settings: Name of its attention settings among the run's ``variants``; empty: those of
+            ``attention``, or an operation without attention settings.
     """
 
     op: str
@@ -36,7 +36,7 @@ class Subject:
 
 
 class Timing(NamedTuple):
-    """Milliseconds: the median, and what a fifth of the runs falls below and above."""
+    """Milliseconds: the 20th, 50th and 80th percentile."""
 
     p20: float
     p50: float
@@ -44,7 +44,14 @@ class Timing(NamedTuple):
 
 
 class Limits(NamedTuple):
-    """How often to run: ``rounds``, then up to ``max_rounds`` while ``seconds`` last."""
+    """Numbers of runs.
+
+    Attributes:
+        warmup: Runs of each subject that are not timed.
+        rounds: Smallest number of rounds.
+        max_rounds: Largest number of rounds.
+        seconds: Time after which no round begins beyond ``rounds``.
+    """
 
     warmup: int
     rounds: int
@@ -52,19 +59,19 @@ class Limits(NamedTuple):
     seconds: float
 
 
-def time_by_turns(
+def time_in_rotation(
     subjects: Sequence[Subject], device: torch.device, limits: Limits
 ) -> list[dict[str, Timing]]:
     """Run every subject once per round, in an order that rotates.
 
     Args:
-        subjects: What to compare.
-        device: Whose clock to use.
-        limits: How often.
+        subjects: The subjects to compare.
+        device: The device whose clock is used.
+        limits: Numbers of runs.
 
     Returns:
-        Per subject the timings ``"forward"``, or ``"forward"``, ``"backward"`` and
-        ``"forward+backward"`` where it has a backward.
+        For each subject the timing ``"forward"``, and ``"backward"`` and ``"forward+backward"``
+        where it has a backward.
     """
     clock = _cuda_clock if device.type == "cuda" else _cpu_clock
     for subject in subjects:
@@ -85,11 +92,11 @@ def time_by_turns(
             done += 1
     finally:
         gc.enable()
-    return [{part: summarize(values) for part, values in taken.items()} for taken in samples]
+    return [{part: summarize(values) for part, values in parts.items()} for parts in samples]
 
 
 def summarize(milliseconds: Sequence[float]) -> Timing:
-    """Percentiles of samples."""
+    """Return the percentiles of samples."""
     values = torch.tensor(milliseconds, dtype=torch.float64)
     return Timing(*values.quantile(torch.tensor([0.2, 0.5, 0.8], dtype=torch.float64)).tolist())
 
@@ -105,7 +112,7 @@ def _cpu_clock(subject: Subject) -> dict[str, float]:
 
 
 def _cuda_clock(subject: Subject) -> dict[str, float]:
-    """Take the device's time, as within a model whose earlier layers keep the device busy."""
+    """Time on the device, which waits first, as if earlier layers of a model kept it busy."""
     events = [torch.cuda.Event(enable_timing=True) for _ in range(3)]
     torch.cuda.synchronize()
     torch.cuda._sleep(_HEAD_START)

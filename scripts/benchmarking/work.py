@@ -1,4 +1,4 @@
-"""How much arithmetic and memory traffic a call needs at least."""
+"""Lower bounds of the arithmetic and the memory traffic of an operation."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ _PASSES = {"forward": 1, "backward": 3, "forward+backward": 4}
 
 
 class Work(NamedTuple):
-    """Operations, a multiplication and an addition two, and bytes read and written.
+    """Arithmetic and memory traffic.
 
     Attributes:
-        flops: All operations.
-        bytes: Read and written.
-        float8_flops: Those of the operations that multiply float8 numbers.
+        flops: Multiplications and additions.
+        bytes: Bytes read and written.
+        float8_flops: The part of ``flops`` that is products of float8 numbers.
     """
 
     flops: float
@@ -25,25 +25,25 @@ class Work(NamedTuple):
     float8_flops: float = 0.0
 
     def __add__(self, other: object) -> Work:
-        """Both after one another."""
+        """Return the sum of both."""
         if not isinstance(other, Work):
             return NotImplemented
         return Work(*(a + b for a, b in zip(self, other, strict=True)))
 
     def floor_ms(self, floor: FloorSettings) -> float:
-        """Milliseconds that a device at its limits needs."""
+        """Return the milliseconds of a device at its peak rates."""
         products = (self.flops - self.float8_flops) / floor.tflops
         products += self.float8_flops / (floor.float8_tflops or floor.tflops)
         return 1e3 * max(products, self.bytes / floor.terabytes) / 1e12
 
 
 def work_of(op: str, mode: str, settings: BenchmarkSettings, heads: Heads, S: int) -> Work | None:
-    """What an operation needs at least; None where nothing useful can be said.
+    """Return the least work of an operation; None where no bound is known.
 
     Args:
-        op: As in the CSV.
+        op: Name of the operation in the CSV.
         mode: ``"forward"``, ``"backward"``, ``"forward+backward"`` or ``"decode"``.
-        settings: The run; the operation is that of ``attention``.
+        settings: The run; the settings of the operation are ``attention``.
         heads: ``Hq`` and ``Hkv``.
         S: Tokens.
     """
@@ -70,7 +70,7 @@ def work_of(op: str, mode: str, settings: BenchmarkSettings, heads: Heads, S: in
 
 
 def _work_of_step(op: str, settings: BenchmarkSettings, heads: Heads, S: int) -> Work | None:
-    """Of one token over ``S`` cached ones: every key that counts is read once, and its value."""
+    """Return the least work of one token over ``S`` cached ones: each visible key is read once."""
     B, D, config = settings.shapes.batch, settings.shapes.head_dim, settings.attention
     element = 4 if settings.run.dtype == "float32" else 2
     key_bytes = B * heads.kv * D * element
@@ -89,19 +89,19 @@ def _work_of_step(op: str, settings: BenchmarkSettings, heads: Heads, S: int) ->
 
 
 def _scored_keys(config: InfLLMConfig, S: int) -> float:
-    """Keys that the last query's scores take: compressed ones, and coarse ones as normaliser."""
+    """Count the keys that score the last query: compressed keys, and coarse keys to normalise."""
     has_coarse = config.lse == "coarse" and not config.pool_queries
     return (1.25 if has_coarse else 1.0) * S / config.kernel_stride
 
 
 def _scores(config: InfLLMConfig, heads: Heads, products: float) -> Work:
-    """Operations of so many products per head: one head scores for its group where pooled."""
+    """Return the work of scores with ``products`` per head; pooled queries have one per group."""
     flops = 2.0 * products * (heads.kv if config.pool_queries else heads.query)
     return Work(flops, 0.0, flops if config.score_dtype == "float8" else 0.0)
 
 
 def visible_pairs(config: InfLLMConfig, S: int) -> float:
-    """Pairs of a token and a key that it attends to, per head."""
+    """Count the pairs of a token and a visible key, per head."""
     block, budget = config.block_size, config.num_selected
     pairs = 0.0
     for own in range(-(-S // block)):

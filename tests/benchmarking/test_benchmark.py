@@ -35,7 +35,7 @@ def test_a_run_times_every_stage_and_the_sum_beside_dense(run_script, config, tm
         assert row["torch"] == torch.__version__
         assert row["commit"]
         assert row["date"]
-    assert "x: the attention before it over ours" in out
+    assert "x: speed-up over the attention left of it" in out
     assert f"{len(rows)} rows added" in out
 
 
@@ -81,7 +81,7 @@ def test_a_csv_of_something_else_is_left_alone(run_script, config, tmp_path):
         ("cases.short.batch=0", "cases.short.batch: must be between 1 and"),
         ("attention.dense_len=512", "got a length of 256, below attention.dense_len = 512"),
         ("run.out=results.txt", "run.out: must name a .csv file, got results.txt"),
-        ("engines=[]", "engines: must be one or more, each once, got []"),
+        ("engines=[]", "engines: must name at least one engine, none twice, got []"),
     ],
 )
 def test_a_bad_setting_is_one_clear_line_and_status_2(run_script, config, override, message):
@@ -118,7 +118,7 @@ def spoil_choice(monkeypatch):
         return selected
 
     monkeypatch.setattr(correctness, "select_blocks", spoiled)
-    return "is not an ascending choice"
+    return "ascending blocks, got "
 
 
 def spoil_scores(monkeypatch):
@@ -126,7 +126,7 @@ def spoil_scores(monkeypatch):
         return select_blocks(-query, key, config)
 
     monkeypatch.setattr(correctness, "select_blocks", spoiled)
-    return "chosen instead of"
+    return " instead of "
 
 
 @pytest.mark.parametrize("spoil", [spoil_attention, spoil_choice, spoil_scores])
@@ -150,17 +150,17 @@ def test_failing_tests_are_not_timed(run_script, config, tmp_path):
 
 
 def test_what_was_measured_before_ctrl_c_is_kept(run_script, config, tmp_path, monkeypatch):
-    real, calls = timing.time_by_turns, itertools.count()
+    real, calls = timing.time_in_rotation, itertools.count()
 
     def interrupted(*args):
         if next(calls):
             raise KeyboardInterrupt
         return real(*args)
 
-    monkeypatch.setattr(timing, "time_by_turns", interrupted)
+    monkeypatch.setattr(timing, "time_in_rotation", interrupted)
     status, out, err = run_script("benchmark", "--config", config)
     assert status == 130
-    assert "what was measured is in" in err
+    assert "earlier measurements are in" in err
     assert "5 rows added" in out
     assert len(rows_of(tmp_path / "out.csv")) == 5
 
@@ -169,7 +169,7 @@ def test_a_missing_gpu_is_said_in_one_line(run_script, config, monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     status, _, err = run_script("benchmark", "--config", config, "run.device=cuda")
     assert status == 1
-    assert err == "error: run.device: cuda is not available here\n"
+    assert err == "error: run.device: cuda is not available here; set run.device=cpu\n"
 
 
 def test_models_and_memory_are_held_to_their_limits(run_script, config, tmp_path):

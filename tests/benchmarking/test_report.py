@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from benchmarking.report import What, by_shape, speed_ups
+from benchmarking.report import Method, by_shape, speed_ups
 from benchmarking.results import COLUMNS
 
 
 def test_of_repeated_measurements_the_newest_counts():
     row = dict.fromkeys(COLUMNS, "") | {"op": "infllm_attention", "variant": "auto", "S": "8"}
     ((_, times),) = by_shape([row | {"ms_p50": "2"}, row | {"ms_p50": "3"}]).items()
-    assert times == {What("infllm_attention", "auto"): 3.0}
+    assert times == {Method("infllm_attention", "auto"): 3.0}
 
 
 def test_times_of_different_runs_are_not_compared():

@@ -1,4 +1,4 @@
-"""What is timed is one stage, compiled, and timed in rotation with the others."""
+"""Stages are timed separately, compiled, and in rotation."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import infllm_flex_ops
 from benchmarking.dense import _dense_flex
 from benchmarking.inputs import QKV
 from benchmarking.stages import engine_steps
-from benchmarking.timing import Limits, Subject, time_by_turns
+from benchmarking.timing import Limits, Subject, time_in_rotation
 from infllm_flex import infllm_attention, select_blocks
 from infllm_flex_ops.block_lists import union_lists
 from tests.inputs import make_qkv as draw_qkv
@@ -44,6 +44,6 @@ def test_dense_flex_stays_compiled_however_many_shapes_there_are():
 def test_everything_runs_by_turns_in_a_rotating_order():
     order = []
     subjects = [Subject(name, "", lambda name=name: order.append(name)) for name in "abc"]
-    timings = time_by_turns(subjects, torch.device("cpu"), Limits(1, 3, 100, 0))
+    timings = time_in_rotation(subjects, torch.device("cpu"), Limits(1, 3, 100, 0))
     assert "".join(order) == "abc" + "abc" + "bca" + "cab"
     assert [set(parts) for parts in timings] == [{"forward"}] * 3

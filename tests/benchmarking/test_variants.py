@@ -146,7 +146,7 @@ def test_products_of_float8_have_their_own_limit():
 @pytest.mark.parametrize(
     ("override", "message"),
     [
-        ("variants={default: {dense_len: -1}}", "other than default, which is attention, got"),
+        ("variants={default: {dense_len: -1}}", "default is reserved for attention, got"),
         ("variants={other: {}}", "got a length of 256, below variants.other.dense_len = 8192"),
         ("variants={other: {pool_queries: true}}", "variants.other"),
     ],
@@ -178,7 +178,7 @@ def test_a_wrong_choice_of_a_decode_step_is_not_timed(run_script, config, monkey
 
 
 def judge_choice(selected, q, k, config):
-    correctness._check_choice("select_blocks", QKV(q, k, k), selected, config)
+    correctness._check_selection("select_blocks", QKV(q, k, k), selected, config)
 
 
 @pytest.mark.parametrize("score_dtype", ["same", "float8"])
@@ -218,7 +218,7 @@ def test_a_pooled_choice_of_a_worse_block_is_found(sign):
     judge_choice(selected, q, k, config)
     worse = selected.clone()
     worse[0, 1, -1, 1] = next(n for n in range(1, 22) if n != worse[0, 1, -1, 1])
-    with pytest.raises(correctness.IncorrectError, match="token 399 of head 1 has"):
+    with pytest.raises(correctness.IncorrectError, match="token 399 of head 1 selects"):
         judge_choice(worse, q, k, config)
 
 
