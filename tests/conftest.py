@@ -16,8 +16,9 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption(
         "--device",
         default="cpu",
-        help="default device of the tests' tensors; tests/decoding, tests/patch/test_generate.py "
-        "and tests/patch/test_cache_kinds.py also pass on cuda",
+        help="default device of the tests' tensors; tests/decoding, and test_generate, "
+        "test_cache_changes, test_static_cache and test_cache_kinds of tests/patch also pass on "
+        "cuda",
     )
 
 

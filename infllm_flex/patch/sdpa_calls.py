@@ -140,7 +140,7 @@ def _read_documents(layer: PatchedLayer, call: SdpaCall) -> tuple[SdpaCall, Sequ
     forward = current_forward()
     if sequences is not None and forward is not None and not is_recorded(call.query):
         forward.mark(call.attn_mask)
-    reject_recompute_without_info(layer, info, sequences)
+    reject_recompute_without_info(layer, info, sequences is not None)
     return call, sequences
 
 

@@ -1,4 +1,4 @@
-"""What each of two processes runs for test_distributed.py, and what it finds."""
+"""The cases that each of two processes runs for test_distributed.py, and their outcomes."""
 
 import os
 import sys
@@ -25,7 +25,7 @@ MODELS = {
 
 
 def main():
-    """Run all cases as one of the processes; writes a line per case."""
+    """Run all cases as one of the processes, and write a line per case."""
     torch.set_num_threads(1)
     dist.init_process_group("gloo")
     mesh = init_device_mesh("cpu", (WORLD,))
@@ -97,7 +97,7 @@ def patch_then_shard(make, mesh, expected, attention=False):
     shard(model, mesh, attention)
     compare(model, expected)
     if attention and not hasattr(model, "config"):
-        # A class that fully_shard put over the swapped one cannot be taken from under it.
+        # The swapped class cannot be restored below the class that fully_shard put over it.
         with pytest.raises(ValueError, match=r"FSDP.*unpatch before sharding"):
             ifx.unpatch_model(model)
         assert all(row.sparse for row in ifx.describe(model))

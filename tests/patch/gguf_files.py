@@ -1,4 +1,4 @@
-"""A tiny Llama as one GGUF file, written by hand: what ``llama.cpp`` makes of a model.
+"""Write a tiny Llama as a GGUF file, as ``llama.cpp`` converts it.
 
 Source: the GGUF specification, version 3.
 """

@@ -1,4 +1,4 @@
-"""Attention built as four projects build theirs: the same seams, and nothing else of them."""
+"""Attention of the structure that four libraries use, and nothing else of theirs."""
 
 from types import SimpleNamespace
 
@@ -16,7 +16,7 @@ def split_heads(x, *sizes):
 
 
 class TuneStyle(nn.Module):
-    """A function on the instance attends; keys are expanded before."""
+    """A function stored on the instance attends; keys are expanded before."""
 
     def __init__(self, is_causal=True):
         super().__init__()
@@ -46,7 +46,7 @@ def choose_kernel():
 
 
 class GptStyle(nn.Module):
-    """A method attends, named like the function it calls; softmax by hand under a soft cap."""
+    """A method named like SDPA attends; with a soft cap, the softmax is written by hand."""
 
     def __init__(self, softcap=None, window=False):
         super().__init__()
@@ -74,7 +74,7 @@ class GptStyle(nn.Module):
 
 
 class TitanStyle(nn.Module):
-    """A module without parameters attends; which one is a setting."""
+    """A module without parameters attends; a setting selects it."""
 
     def __init__(self, inner):
         super().__init__()
@@ -118,7 +118,7 @@ class MaskedKernel(nn.Module):
 
 
 class XStyle(nn.Module):
-    """A module attends that is told whether it is causal, and expands the keys itself."""
+    """A module with a ``causal`` flag attends, and expands the keys itself."""
 
     def __init__(self, causal=True, flash=True):
         super().__init__()

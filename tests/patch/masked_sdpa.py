@@ -1,4 +1,4 @@
-"""InfLLM-V2 attention as plain SDPA under a mask: what patched models are measured against."""
+"""InfLLM-V2 attention as plain SDPA under a mask, the reference for patched models."""
 
 import torch
 import torch.nn.functional as F

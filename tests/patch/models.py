@@ -29,14 +29,16 @@ SETTINGS = {
     "block_size": 16,
     "init_blocks": 1,
     "window_size": 16,
-    "topk": 2,
+    "topk": 4,
     "dense_len": 96,
-    "engine": "fused",  # nothing to compile; the other engine has a test of its own
+    "engine": "fused",  # needs no compiler; a test of its own covers the other engine
 }
-SHORT, LONG = 95, 128  # one below dense_len, and beyond: 8 blocks, of which a query selects 3
+# One token below dense_len, and beyond. Of LONG's 8 blocks a query selects 5, two of them by score:
+# the first, its own and the one before are always selected.
+SHORT, LONG = 95, 128
 EVERYTHING = {**SETTINGS, "topk": LONG // SETTINGS["block_size"]}
 
-# What transformers calls these depends on its version.
+# The keyword for a cache depends on the version of transformers.
 CACHE = (
     "cache" if "cache" in inspect.signature(LlamaModel.forward).parameters else "past_key_values"
 )
@@ -62,7 +64,7 @@ _SIZE = {
     "bos_token_id": 1,
     "eos_token_id": 2,
 }
-# Random weights of the usual 0.02 attend to everything alike; these make keys differ.
+# Random weights of the usual 0.02 give all keys almost the same logit; with these, keys differ.
 _SPREAD = {"initializer_range": 0.3}
 
 
@@ -82,14 +84,14 @@ CONFIGS: dict[str, Callable[[], PretrainedConfig]] = {
     "granite": lambda: _config(GraniteConfig),
     "gemma2": lambda: gemma2(),
 }
-# Gemma 2 is eager, or nothing.
+# Gemma 2 is tested eager only.
 VARIANTS = [(name, how) for name in CONFIGS for how in ("sdpa", "eager") if name != "gemma2"]
 VARIANTS.append(("gemma2", "eager"))
 FULL_ATTENTION = [name for name in CONFIGS if name != "gemma2"]
 
 
 def gemma2(**changes: object) -> PretrainedConfig:
-    """Sliding and full attention in turn; eager by default. Without its soft-capped logits."""
+    """Sliding and full attention alternate; eager by default, without soft-capped logits."""
     return _config(
         Gemma2Config,
         **{
@@ -118,7 +120,7 @@ def tokens(length: int, batch: int = 2) -> torch.Tensor:
 
 
 def logits(model: PreTrainedModel, length: int, **kwargs: object) -> torch.Tensor:
-    """Of one forward over `tokens`, without gradients."""
+    """Logits of one forward over `tokens`, without gradients."""
     with torch.no_grad():
         return model(tokens(length), **kwargs).logits
 

@@ -1,4 +1,4 @@
-"""Causal LMs as people write them by hand, in different styles, knowing nothing of this package."""
+"""Causal LMs written by hand in different styles, without any reference to this package."""
 
 import math
 from dataclasses import dataclass
@@ -13,7 +13,7 @@ VOCABULARY, WIDTH = 64, 64
 
 
 class Decoder(nn.Module):
-    """Embedding, blocks, head. What differs is the attention."""
+    """Embedding, blocks, head; the attention is a parameter."""
 
     def __init__(self, make_attention, layers=2):
         super().__init__()
@@ -47,7 +47,7 @@ class Block(nn.Module):
 
 
 class FusedHeads(nn.Module):
-    """As nanoGPT does it: one projection, as many heads of keys; softmax by hand or not."""
+    """nanoGPT's style: one projection, no query groups, SDPA or a handwritten softmax."""
 
     def __init__(self, flash=True):
         super().__init__()
@@ -83,7 +83,7 @@ class Args:
 
 
 class RepeatedHeads(nn.Module):
-    """As Llama's own code: separate projections, a rotary embedding, keys repeated by a helper."""
+    """Llama's style: separate projections, a rotary embedding, keys repeated by a helper."""
 
     def __init__(self, args=None):
         super().__init__()
@@ -117,7 +117,7 @@ def causal_attention(q, k, v):
 
 
 class GroupedHeads(nn.Module):
-    """One projection for queries and fewer keys, which SDPA shares out itself."""
+    """One projection for queries and fewer keys, which SDPA broadcasts (``enable_gqa``)."""
 
     def __init__(self):
         super().__init__()
@@ -130,7 +130,7 @@ class GroupedHeads(nn.Module):
 
 
 class CycledHeads(nn.Module):
-    """Keys repeated whole, so that query head h goes with key head h modulo their number."""
+    """Keys repeated as a whole, so that query head h uses key head h modulo their number."""
 
     def __init__(self):
         super().__init__()
@@ -162,7 +162,7 @@ class OneHeadOfKeys(nn.Module):
 
 
 class CachedHeads(nn.Module):
-    """As gpt-fast does it: a cache of fixed size; causality is in a boolean mask alone."""
+    """gpt-fast's style: a cache of fixed size, and a boolean mask that makes it causal."""
 
     def __init__(self, size=256):
         super().__init__()
@@ -193,7 +193,7 @@ STYLES = {
 
 
 def plain_model(style="fused", layers=2, **options):
-    """A model with the same weights on every call, whose keys differ enough to choose among."""
+    """A model with the same weights on every call, whose keys differ enough for a selection."""
     make = STYLES[style] if isinstance(style, str) else style
     torch.manual_seed(0)
     model = Decoder(lambda: make(**options), layers).eval()

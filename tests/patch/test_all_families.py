@@ -1,4 +1,4 @@
-"""Every causal LM type of transformers against itself unpatched: some always, all if slow.
+"""Every causal LM type of transformers against itself unpatched: some always, all with --slow.
 
 `scripts/families.py` asks the same of all of them and writes docs/models.md.
 """
@@ -8,7 +8,7 @@ import pytest
 from tests.patch.families.examine import NOT_BUILT, REFUSED, SOUND, examine
 from tests.patch.families.tiny import TYPES
 
-# One of each way to attend, to cache and to be told of positions.
+# One for each kind of attention, of cache, and of passing positions to layers.
 SOUND_TYPES = ("exaone4", "gemma4_unified", "gpt_bigcode", "opt", "qwen3_5_text", "zamba")
 REFUSED_TYPES = {
     "deepseek_v2": "as wide as keys",
@@ -23,7 +23,7 @@ REFUSED_TYPES = {
     "mpt": "call infllm_flex.infllm_attention",
 }
 
-# What other people's models warn of is not judged here.
+# Warnings of other people's models are not judged here.
 pytestmark = pytest.mark.filterwarnings("ignore")
 
 

@@ -48,7 +48,7 @@ def test_with_every_block_selected_it_is_as_near_as_the_unpatched_model(family, 
 @pytest.mark.parametrize("kind", ["dynamic", "static"])
 @pytest.mark.parametrize("family", ["llama", "gpt2", "qwen3"])
 def test_steps_choose_what_the_full_forward_chooses(family, kind):
-    """In one layer: a later one sees what the one before has rounded."""
+    """With one layer, because later layers see rounded inputs."""
     config = build(family).config
     config.num_hidden_layers = 1
     config.layer_types = (

@@ -1,4 +1,4 @@
-"""Caches that hold keys in another form, in other slots, or elsewhere: all served as right."""
+"""Caches that quantise keys, store them in other slots, or keep them on another device."""
 
 import copy
 
@@ -10,9 +10,9 @@ from transformers.cache_utils import DynamicLayer
 from transformers.utils import is_hqq_available, is_optimum_quanto_available
 
 import infllm_flex as ifx
-from tests.patch.models import CACHE, SETTINGS, build, tokens
+from tests.patch.generation import GROWING
+from tests.patch.models import CACHE, build, tokens
 
-GROWING = {**SETTINGS, "dense_len": 48, "topk": 4}
 EVERYTHING = {**GROWING, "topk": 16}
 STEPS = 40
 
@@ -27,7 +27,7 @@ BACKENDS = {
 
 @pytest.fixture(params=BACKENDS)
 def quantised(request):
-    """What ``generate`` takes as ``cache_config``."""
+    """The ``cache_config`` of ``generate``."""
     backend = request.param
     if backend == "hqq" and not is_hqq_available():
         pytest.skip("needs hqq")
@@ -65,7 +65,7 @@ def test_with_every_block_selected_a_quantised_cache_gives_what_a_dense_model_gi
 
 
 def test_steps_over_a_quantised_cache_are_the_full_operator_over_its_keys(quantised):
-    """Where gradients are wanted, the operator for whole sequences serves the same call."""
+    """With gradients, the operator for whole sequences serves the same call."""
     model, ids = ifx.patch_model(build(), GROWING), tokens(90)
     steps = {}
     for with_gradients in (False, True):
@@ -89,14 +89,14 @@ def test_an_offloaded_cache_changes_nothing(kind):
     options = {"do_sample": False, "eos_token_id": None, "max_new_tokens": STEPS}
     model, ids = model.cuda(), ids.cuda()
     expected = model.generate(ids, attention_mask=torch.ones_like(ids), **options)
-    # PyTorch 2.11 crashes where it compiles any model over an offloaded static cache.
+    # PyTorch 2.11 crashes when it compiles any model over an offloaded static cache.
     options |= {"cache_implementation": kind, "disable_compile": True}
     ours = model.generate(ids, attention_mask=torch.ones_like(ids), **options)
     assert torch.equal(ours, expected)
 
 
 class Elsewhere(DynamicCache):
-    """Offloads as a cache on a GPU does: what attention gets is no longer what the layer holds."""
+    """Offloads as on a GPU: attention gets a tensor that the layer no longer holds."""
 
     def update(self, key_states, value_states, layer_idx, *args, **kwargs):
         self.offloading = False
@@ -142,7 +142,7 @@ def test_an_offloaded_layer_keeps_no_room_behind():
 
 
 def odd_config(family):
-    """Of models that store keys under another index than the layer's, or hand over others."""
+    """Some models store keys under another index than the layer's, or give attention other keys."""
     names = {"hrm_text": "HrmTextConfig", "zamba": "ZambaConfig", "jetmoe": "JetMoeConfig"}
     kind = getattr(transformers, names[family], None)
     if kind is None:
@@ -164,7 +164,7 @@ def odd_config(family):
 @pytest.mark.parametrize("kind", ["dynamic", "static"])
 @pytest.mark.parametrize("family", ["hrm_text", "zamba", "jetmoe"])
 def test_a_step_chooses_by_the_keys_that_it_is_handed(family, kind):
-    """In float64: what these models make of a rounding is large."""
+    """In float64, because these models amplify rounding."""
     model = ifx.patch_model(build(odd_config(family)).double(), GROWING)
     cache, ids = DynamicCache(config=model.config), tokens(119)
     if kind == "static":

@@ -1,4 +1,4 @@
-"""What users keep, copy, save and change of a cache: all as with transformers' own layers."""
+"""Users keep, copy, save and change a cache's tensors as with transformers' own layers."""
 
 import copy
 import io
@@ -14,9 +14,9 @@ import infllm_flex as ifx
 from infllm_flex.patch.huggingface import growable_buffer
 from infllm_flex.patch.huggingface.cache_layer import TrackedDynamicLayer
 from tests.inputs import draw_normal
-from tests.patch.models import CACHE, SETTINGS, build, tokens
+from tests.patch.generation import GROWING
+from tests.patch.models import CACHE, build, tokens
 
-GROWING = {**SETTINGS, "dense_len": 48, "topk": 4}
 EVERYTHING = {**GROWING, "topk": 16}
 
 
@@ -46,7 +46,7 @@ def step(model, cache, ids):
 
 
 def fresh(cache):
-    """A cache of equal content that nobody has seen."""
+    """A new cache of equal content."""
     other = DynamicCache()
     for i, layer in enumerate(cache.layers):
         other.update(layer.keys.clone(), layer.values.clone(), i)
@@ -101,7 +101,7 @@ def test_tensors_that_were_kept_never_change(quiet, model):
 
 
 def test_tensors_that_attention_was_handed_never_change(quiet, model):
-    """A hook, or an attention function of somebody else's, may keep them."""
+    """A hook, or another attention function, may keep them."""
     cache, kept = begin(model), []
     for seed in range(8):
         new = draw_normal(2, 2, 1 + seed % 3, 16, seed=seed)
@@ -116,7 +116,7 @@ def test_tensors_that_attention_was_handed_never_change(quiet, model):
 
 
 def test_an_end_that_nobody_holds_is_written_again_without_a_copy(model, monkeypatch):
-    """Drafts that are checked and dropped do not copy the cache each time."""
+    """Drafts that are checked and dropped do not copy the cache every time."""
     made = []
 
     class Counted(growable_buffer.GrowableBuffer):
@@ -133,7 +133,7 @@ def test_an_end_that_nobody_holds_is_written_again_without_a_copy(model, monkeyp
         assert len(made) == 4  # keys and values of two layers
         monkeypatch.delattr(torch._C, "_storage_Use_Count")
         step(model, cache, tokens(6))
-        assert len(made) == 8  # without knowing who holds what, it is copied
+        assert len(made) == 8  # without a count of users, the cache is copied
 
 
 @pytest.mark.parametrize("duplicate", [shallow, by_attributes])
@@ -234,12 +234,12 @@ def test_keys_changed_in_place_are_compressed_anew(quiet, model, edit):
         edit(layer)
     assert_as_fresh(model, cache, tokens(2))
     for layer in cache.layers:
-        edit(layer)  # what was kept is no longer the cache's
+        edit(layer)  # the kept tensor is no longer the cache's
     assert_as_fresh(model, cache, tokens(1))
 
 
 def test_handed_keys_changed_in_place_are_compressed_anew(model):
-    """By an attention function of somebody else's, say, before a step of ours."""
+    """For example by another attention function, before a step of ours."""
     with torch.no_grad():
         cache = begin(model)
         for i in range(len(cache.layers)):
@@ -284,7 +284,7 @@ def test_a_static_cache_that_went_on_unpatched_is_compressed_anew(model):
 
 
 def test_a_generation_never_reads_what_it_holds(model, monkeypatch):
-    """Or every token would cost a copy of the cache."""
+    """A read would make the next token copy the cache."""
     read = []
     for name in ("keys", "values"):
         own = getattr(TrackedDynamicLayer, name)

@@ -1,4 +1,4 @@
-"""Chunks over a cache whose rows are padded: each row turns sparse at the token it would alone."""
+"""Chunks over a cache of padded rows: each row turns sparse at the same token as alone."""
 
 import pytest
 import torch
@@ -28,7 +28,7 @@ def in_parts(model, ids, mask, sizes, kind="dynamic"):
     for part in ids.split(sizes, 1):
         end += part.shape[1]
         kwargs = {} if mask is None else {"attention_mask": mask[:, :end]}
-        if mask is not None and model.config.model_type == "gpt2":  # as generate() gives them
+        if mask is not None and model.config.model_type == "gpt2":  # as generate() passes them
             own = (mask[:, :end].cumsum(1) - 1).clamp(min=0)
             kwargs["position_ids"] = own[:, -part.shape[1] :]
         out.append(model(part, **{CACHE: cache}, **kwargs).logits)
@@ -42,7 +42,7 @@ def padded(length, pads=PADS):
 
 
 def assert_rows_are_as_alone(model, ids, mask, sizes, ours):
-    """Alone each row comes in the same chunks, without its padding; else token by token."""
+    """Each row alone, in the same chunks without its padding, or token by token."""
     for row, pad in enumerate((mask == 0).sum(1).tolist()):
         ends = torch.tensor(sizes).cumsum(0) - pad
         alone = [int(x) for x in ends.clamp(min=0).diff(prepend=torch.zeros(1)) if x > 0]
@@ -129,7 +129,7 @@ def test_a_prompt_in_chunks_generates_what_it_generates_alone():
     together = model.generate(ids, attention_mask=mask, prefill_chunk_size=40, **options)
     for row, pad in enumerate((35, 0, 80)):
         alone = ids[row : row + 1, pad:]
-        # The first chunk is as short as in the batch: it decides what is dense there.
+        # The first chunk is as short as in the batch, because it decides which tokens are dense.
         with torch.no_grad():
             cache = new_cache(model, "dynamic")
             for part in alone[:, :-1].split(max(1, 40 - pad), 1):
@@ -141,7 +141,7 @@ def test_a_prompt_in_chunks_generates_what_it_generates_alone():
 
 
 def test_models_with_a_cache_of_their_own_turn_sparse_query_by_query():
-    """Through F.scaled_dot_product_attention, with the mask that says so."""
+    """Through F.scaled_dot_product_attention, with a mask."""
     layer = PatchedLayer(ifx.InfLLMConfig.from_dict(TURNING))
     query, key, value = make_qkv(130, Sq=50)
     mask = torch.ones(50, 130, dtype=torch.bool).tril(80)
@@ -150,6 +150,6 @@ def test_models_with_a_cache_of_their_own_turn_sparse_query_by_query():
         until = 81 + i
         own = query[:, :, i : i + 1], key[:, :, :until], value[:, :, :until]
         alone = attend(layer, SdpaCall(*own, enable_gqa=True))
-        if alone is None:  # dense: left to SDPA
+        if alone is None:  # dense: SDPA answers
             alone = F.scaled_dot_product_attention(*own, enable_gqa=True)
         torch.testing.assert_close(ours[:, :, i : i + 1], alone, rtol=1e-4, atol=1e-5)

@@ -1,4 +1,4 @@
-"""A patched model compiles as one graph, forward and backward; what cannot be read is asserted."""
+"""A patched model compiles as one graph, forward and backward; the graph asserts its inputs."""
 
 import pytest
 import torch
@@ -44,7 +44,7 @@ def test_through_inductor():
     packed = positions % 40
     ours = logits(function, LONG, position_ids=packed, use_cache=False)
     assert_close(ours, logits(model, LONG, position_ids=packed))
-    # The same graph: an error, where Inductor's own assertion would end the process.
+    # The same graph raises an error; Inductor's own assertion would end the process.
     with pytest.raises(RuntimeError, match="pass the bounds of the documents as cu_seq_lens_q"):
         logits(function, LONG, position_ids=positions % 2, use_cache=False)
 

@@ -14,7 +14,7 @@ from tests.patch.test_refusals import MASKS, Masked
 from tests.patch.test_sdpa_adapter import assert_close, run
 from tests.patch.test_training_loops import KINDS
 
-# Dynamo looks at the gradient of every input, and PyTorch warns that inner ones have none.
+# Dynamo reads the gradient of every input, and PyTorch warns that inner ones have none.
 pytestmark = pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor")
 WAYS = {"F.scaled_dot_product_attention": "repeated", **LIBRARY_MODELS}
 
@@ -27,7 +27,7 @@ def _fresh():
 
 
 class Compiled:
-    """A model under torch.compile, whole or by block, that still has its parameters."""
+    """A model compiled as a whole or by block, which still has its parameters."""
 
     def __init__(self, model, by_block=False, backend="aot_eager", **options):
         self.model, self.function = model, model
@@ -55,7 +55,7 @@ def test_one_graph_forward_and_backward(style, by_block):
 
 @pytest.mark.parametrize("make", WAYS.values(), ids=WAYS)
 def test_below_dense_len_the_graph_is_that_of_the_unpatched_model(make):
-    # So that it costs nothing, which no timing shows as well.
+    # Equal operations cost nothing; no timing shows that as well.
     model = plain_model(make, layers=1)
     assert graph_of(ifx.patch_model(model, SETTINGS)) == graph_of(ifx.unpatch_model(model))
 

@@ -15,14 +15,14 @@ INSIDE, OUTSIDE = True, False
 
 
 def default_device():
-    """The default device of this thread, for others: each has its own."""
+    """Set this thread's default device in other threads, which have their own."""
     device = torch.get_default_device()
-    # A mode, which Dynamo guards: without need there is none.
+    # A device context is a mode, which Dynamo guards, so there is none for the CPU.
     return contextlib.nullcontext() if device.type == "cpu" else device
 
 
 def in_thread(function):
-    """What a function returns, or raises, in another thread."""
+    """The result of a function in another thread, or its exception."""
     results = []
     device = default_device()
 
@@ -199,7 +199,7 @@ def assert_close(ours, theirs):
 
 @pytest.mark.parametrize("how", KINDS.values(), ids=KINDS)
 def test_two_threads_train_one_model_at_once(how):
-    """Each makes its graph and goes back through it; both number their nodes from zero."""
+    """Each thread makes a graph and runs its backward; both number their nodes from zero."""
     model = ifx.patch_model(by_hand(**how), SETTINGS)
     theirs = expected(by_hand)
     made, results = threading.Barrier(2), {}

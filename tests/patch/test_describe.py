@@ -12,7 +12,7 @@ def test_prints_as_a_table():
     assert str(ifx.describe(ifx.patch_model(build("gemma2"), SETTINGS))).splitlines() == [
         "layer                     patched through  attention",
         "model.layers.0.self_attn  transformers     sliding window 32: left as it was",
-        "model.layers.1.self_attn  transformers     sparse from 96 tokens on: 3 blocks of 16",
+        "model.layers.1.self_attn  transformers     sparse from 96 tokens on: 5 blocks of 16",
         "settings: given to patch_model",
     ]
 

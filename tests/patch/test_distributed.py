@@ -1,4 +1,4 @@
-"""Two processes on the CPU, DDP and FSDP2, patched before or after: one process's gradients."""
+"""DDP and FSDP2 in two processes, patched before or after, give one process's gradients."""
 
 import socket
 import subprocess
@@ -14,7 +14,7 @@ SECONDS = 300
 
 @pytest.fixture(scope="module")
 def outcomes():
-    """Outcome by model and case, of one run of both processes for all tests."""
+    """The outcome of every model and case, from one run of both processes for all tests."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]

@@ -1,4 +1,4 @@
-"""What cannot be patched or served says so: one line, what came, what to do."""
+"""Errors about models and calls are one line: what came, and what to do."""
 
 import pytest
 import torch

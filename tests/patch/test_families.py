@@ -1,4 +1,4 @@
-"""What patching does, and does not do, to the outputs of each family of models."""
+"""Patching changes outputs of each model family at sparse length, and not below."""
 
 import pytest
 import torch
@@ -89,7 +89,7 @@ def test_sliding_window_layers_stay_as_they_were():
     rows = ifx.describe(model)
     assert [row.sparse for row in rows] == [False, True]
     assert rows[0].status == "sliding window 32: left as it was"
-    # With everything selected, only a broken sliding window could tell the two apart.
+    # All blocks are selected, so only a broken sliding window could cause a difference.
     assert_close([logits(model, LONG)], [plain])
 
 

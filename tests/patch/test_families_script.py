@@ -1,4 +1,4 @@
-"""scripts/families.py: a row for each type, a fault where a process fails, and where it goes on."""
+"""scripts/families.py writes a row per type, also for a failed process, and can be resumed."""
 
 import csv
 import importlib.util
@@ -34,7 +34,7 @@ def run(script, monkeypatch, *arguments):
 
 
 def verdicts(model_type):
-    """Instead of examining: one of each kind."""
+    """Replaces the examination: one outcome of each kind."""
     if model_type == "llama":
         return Verdict("sound", sparse=2, layers=2)
     if model_type == "mamba":

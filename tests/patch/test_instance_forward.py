@@ -1,4 +1,4 @@
-"""A forward set on an attention layer itself: one that reaches our function, or a refusal."""
+"""A forward set on an attention layer's instance reaches our function, or is refused."""
 
 import functools
 import types
@@ -13,7 +13,7 @@ from tests.patch.models import LONG, SETTINGS, SHORT, build, logits
 
 
 def own(self, hidden_states, position_embeddings=None, **kwargs):
-    """Attention of the user's own, by no registry."""
+    """Handwritten attention that no registry knows."""
     projections = (self.q_proj, self.k_proj, self.v_proj)
     q, k, v = (p(hidden_states).unflatten(-1, (-1, 16)).transpose(1, 2) for p in projections)
     q, k = apply_rotary_pos_emb(q, k, *position_embeddings)
@@ -58,7 +58,7 @@ def test_set_after_patching_it_is_refused_at_the_next_forward():
 
 
 def wrapped(attention, inner):
-    """As most wrappers are: what it calls is in its closure."""
+    """A common wrapper: its closure holds the function that it calls."""
 
     def forward(*args, **kwargs):
         return inner(*args, **kwargs)
@@ -67,7 +67,7 @@ def wrapped(attention, inner):
 
 
 def hooked(attention, inner):
-    """As accelerate does it."""
+    """accelerate's wrapper."""
 
     def new_forward(module, *args, **kwargs):
         return module._old_forward(*args, **kwargs)
@@ -128,7 +128,7 @@ def test_accelerate_itself():
 
 
 def test_what_only_running_it_tells_is_told_by_the_first_long_forward():
-    """It could call the forward of the class, and does not."""
+    """A wrapper that holds the forward of the class, and does not call it."""
     model = build()
     for attention in attentions(model):
         inner = attention.forward

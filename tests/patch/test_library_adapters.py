@@ -1,4 +1,4 @@
-"""Models with a known library: taken there, told before the first forward when they cannot be."""
+"""Models of known libraries are patched at their attention, or refused when patching."""
 
 import copy
 import pickle

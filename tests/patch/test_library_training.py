@@ -1,4 +1,4 @@
-"""What training asks of a patched model: other precisions by autocast, attention held elsewhere."""
+"""Training needs of patched models: autocast, and libraries' own attention."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def test_autocast_serves_sparse_and_dense_lengths():
 
 
 def test_autocast_leaves_the_choice_of_blocks_in_float32(monkeypatch):
-    """Queries and keys are rounded; their scores are those of the rounded ones, in float32."""
+    """Queries and keys are rounded; scores of the rounded ones are float32."""
     model, chosen = ifx.patch_model(build(), SETTINGS), []
     real = attention.select_blocks_unchecked
 

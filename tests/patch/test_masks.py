@@ -1,4 +1,4 @@
-"""Masks in the hands of code that is not ours, and masks that are given whole."""
+"""Masks that other code reads or edits, and masks that users give as tables."""
 
 import pytest
 import torch
@@ -29,14 +29,14 @@ LOOKS = {
 
 
 def bias_of(mask, weights):
-    """As Doge does: weights of the keys, hidden where a mask of bools or numbers says so."""
+    """Doge's mask: weights of the keys, hidden by a bool or additive mask."""
     if mask.dtype == torch.bool:
         mask = torch.where(mask, torch.zeros(()), torch.finfo(torch.float32).min)
     return weights.expand(mask.shape[0], 4, S, S).masked_fill(mask[:, :, :, :S] != 0, -1e30)
 
 
 def look_at_masks_of(model, look):
-    """Let a hook on every layer look at the mask, and hand on what it makes of it."""
+    """Let a hook on every layer read the mask, and replace it by its result."""
 
     def hook(module, args, kwargs):
         mask = kwargs["attention_mask"]
@@ -59,7 +59,7 @@ def test_below_dense_len_hooks_that_use_the_mask_get_the_bits_of_the_unpatched_m
 
 @pytest.mark.parametrize("dense_len", [S + 1, SETTINGS["dense_len"]])
 def test_a_mask_that_a_hook_writes_to_is_never_taken_for_what_it_was(dense_len):
-    """Of the third row, the last queries no longer see the first key."""
+    """The last queries of the third row no longer see the first key."""
 
     def write(mask):
         mask[2, :, 90:, 0] = False
@@ -125,7 +125,7 @@ OTHER_MASKS = {"a hole": _BEYOND, "a bias": _BIASED, "a look ahead": _WEAK}
 
 @pytest.fixture(scope="module")
 def both_ways():
-    """A model of one layer, and the same compiled."""
+    """A model of one layer, and the same model compiled."""
     torch.compiler.reset()
     config = CONFIGS["llama"]()
     config.num_hidden_layers = 1

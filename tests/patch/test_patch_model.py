@@ -1,4 +1,4 @@
-"""patch_model, unpatch_model: settings in every form, idempotence, and leaving no trace."""
+"""patch_model takes settings in every form and is idempotent; unpatch_model leaves no trace."""
 
 import copy
 import dataclasses

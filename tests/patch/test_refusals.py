@@ -1,4 +1,4 @@
-"""What cannot be patched outside transformers says so on one line, with the next step."""
+"""Unsupported models outside transformers get an error of one line, with the next step."""
 
 import warnings
 
@@ -21,7 +21,7 @@ class Bidirectional(FusedHeads):
 
 
 class Flagged(FusedHeads):
-    """Causal or not, as the instance says."""
+    """Causal or not, by an attribute of the instance."""
 
     def __init__(self, causal=False):
         super().__init__()
@@ -34,7 +34,7 @@ class Flagged(FusedHeads):
 
 
 class Hidden(Flagged):
-    """The same, as only running it tells."""
+    """The same, but only running it shows whether it is causal."""
 
     def forward(self, x):
         q, k, v = self.c_attn(x).unflatten(-1, (12, 16)).transpose(1, 2).chunk(3, dim=1)
@@ -44,7 +44,7 @@ class Hidden(Flagged):
 
 
 class Diffusion(nn.Module):
-    """Convolutions around attention of all pixels to all."""
+    """Convolutions around attention between all pixels."""
 
     def __init__(self):
         super().__init__()
@@ -67,7 +67,7 @@ class Biased(FusedHeads):
 
 
 class Alibi(Biased):
-    """The same, and says so."""
+    """The same, with an attribute that says so."""
 
     def forward(self, x, alibi=None):
         q, k, v = self.c_attn(x).unflatten(-1, (12, 16)).transpose(1, 2).chunk(3, dim=1)
@@ -76,7 +76,7 @@ class Alibi(Biased):
 
 
 class Indexed(FusedHeads):
-    """Selects keys by itself."""
+    """Has an indexer that selects keys."""
 
     def __init__(self):
         super().__init__()
@@ -178,7 +178,7 @@ def test_dropout_is_refused_at_length():
 
 class TestAttentionModules:
     def mixed(self):
-        """A bidirectional layer before a causal one, told apart by running them alone."""
+        """A bidirectional layer before a causal one; only running them shows which is which."""
         causal = iter([False, True])
         return plain_model(lambda: Hidden(causal=next(causal)))
 
@@ -201,7 +201,7 @@ class TestAttentionModules:
         model = ifx.patch_model(self.mixed(), SETTINGS, example_inputs=(tokens(8),))
         assert [row.status for row in ifx.describe(model)] == [
             "not causal: left as it was",
-            "sparse from 96 tokens on: 3 blocks of 16",
+            "sparse from 96 tokens on: 5 blocks of 16",
         ]
         model(tokens(LONG))
         ifx.patch_model(model, SETTINGS, topk=3, example_inputs={"tokens": tokens(8)})

@@ -1,4 +1,4 @@
-"""Code written for other versions of transformers, as checkpoints bring it along."""
+"""Modelling code in checkpoints, written for other versions of transformers."""
 
 import pytest
 import torch
@@ -31,7 +31,7 @@ class Attention(nn.Module):
 
 
 class Indexing(Attention):
-    """Looks its function up by index, which `set_attn_implementation` refuses to serve."""
+    """Looks its function up by index, which `set_attn_implementation` refuses."""
 
     def forward(self, hidden_states, position_embeddings=None, attention_mask=None, **kwargs):
         attend = ALL_ATTENTION_FUNCTIONS[self.config._attn_implementation]
@@ -45,7 +45,7 @@ class Indexing(Attention):
 
 
 class OwnSdpa(Attention):
-    """Calls SDPA itself, on repeated keys, as before there was a registry."""
+    """Calls SDPA on repeated keys, as models did before there was a registry."""
 
     def attend(self, query, key, value, mask, **kwargs):
         key, value = (repeat_kv(x, self.num_key_value_groups) for x in (key, value))

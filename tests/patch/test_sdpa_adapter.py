@@ -1,4 +1,4 @@
-"""Models of any style: dense below dense_len to the bit, sparse as they should be from there on."""
+"""Models of any style keep their bits below dense_len, and are sparse from there on."""
 
 import copy
 import io
@@ -127,7 +127,7 @@ def test_printed_models_look_as_before():
 
 
 class NoHint(RepeatedHeads):
-    """Keeps to itself how many heads of keys there are."""
+    """Does not say how many key heads there are."""
 
     def __init__(self):
         super().__init__()
@@ -194,7 +194,7 @@ class TestStaticCache:
 
 def test_decoding_with_a_growing_cache_equals_one_forward():
     class Growing(nn.Module):
-        """A layer that is asked for one more token at a time."""
+        """A layer that decodes one token per call."""
 
         def __init__(self):
             super().__init__()

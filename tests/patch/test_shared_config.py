@@ -1,4 +1,4 @@
-"""The switch belongs to the modules of one model, not to a config that others share."""
+"""Patching changes the modules of one model, not a config that other models share."""
 
 import copy
 import pickle
@@ -21,7 +21,7 @@ HOW = ["sdpa", "eager"]
 
 
 def pair(how="sdpa"):
-    """Two models of one config, with the same weights."""
+    """Two models of one config object, with the same weights."""
     one = build(attn_implementation=how)
     other = LlamaForCausalLM(one.config).eval()
     other.load_state_dict(one.state_dict())
@@ -125,7 +125,7 @@ def test_saved_and_loaded_it_is_dense(tmp_path):
 
 
 class TestAnotherImplementation:
-    """`set_attn_implementation` is the word of whoever holds the model; others' words are not."""
+    """`set_attn_implementation` of a patched model counts; that of another model does not."""
 
     @pytest.mark.parametrize("how", HOW)
     def test_set_on_a_patched_model_it_is_taken(self, how):
@@ -152,7 +152,7 @@ class TestAnotherImplementation:
 
 
 class TestByName:
-    """``attn_implementation="infllm_flex"`` is what a config asks for all its models."""
+    """``attn_implementation="infllm_flex"`` in a config holds for all its models."""
 
     def named(self):
         config = CONFIGS["llama"]()
@@ -239,7 +239,7 @@ def test_compiled_with_another_model_of_the_config():
 
 
 def test_padded_text_of_a_model_of_text_and_images():
-    """Masks are made by the outer model, of a config within its own."""
+    """The outer model makes the masks, by a config within its own."""
     text = {
         **CONFIGS["llama"]().to_dict(),
         "head_dim": 16,

@@ -1,4 +1,4 @@
-"""Layers that look as if they could not be sparse, or could, and the reasons that are given."""
+"""Which layers stay dense, and the reasons that are given."""
 
 import pytest
 import torch
@@ -70,7 +70,7 @@ def gemma4(**changes):
 
 
 class TestHeads:
-    """The size of a head is known before a model runs."""
+    """Head sizes are known before a model runs."""
 
     @pytest.mark.parametrize("config", [deepseek(), deepseek(v_head_dim=32)], ids=["less", "more"])
     def test_values_of_another_size(self, config):
@@ -101,7 +101,7 @@ class TestHeads:
         ifx.patch_model(model, SETTINGS)
         assert [row.status for row in ifx.describe(model)] == [
             "values of 32 per head, keys of 16: left as it was",
-            "sparse from 96 tokens on: 3 blocks of 16",
+            "sparse from 96 tokens on: 5 blocks of 16",
         ]
 
     def test_what_no_attribute_told_is_told_by_the_call(self):
@@ -136,7 +136,7 @@ class TestHeads:
 
 
 class Narrow(FusedHeads):
-    """Half of every value."""
+    """Values of half the width."""
 
     def forward(self, x):
         q, k, v = self.c_attn(x).unflatten(-1, (12, 16)).transpose(1, 2).chunk(3, dim=1)
@@ -180,7 +180,7 @@ def test_attention_beside_a_state_space_model_is_served(name):
 
 
 class TestWindows:
-    """A window is one if a sequence of the model can be longer than it."""
+    """A window counts if a sequence of the model can be longer than it."""
 
     def phi3(self, window, **changes):
         kwargs = {**_SIZE, "sliding_window": window, **changes}
@@ -239,7 +239,7 @@ class TestWindows:
 
 
 class Biased(FusedHeads):
-    """Its mask is one of PyTorch's causal biases."""
+    """Its mask is a ``CausalBias`` of PyTorch."""
 
     def __init__(self, bias=causal_lower_right):
         super().__init__()

@@ -1,4 +1,4 @@
-"""A patched tiny model in the trainers and quantizers that people use, a few steps each."""
+"""A patched tiny model in common trainers and quantizers, a few steps each."""
 
 import copy
 
@@ -24,7 +24,7 @@ class Rows(torch.utils.data.Dataset):
 
 
 def train(model, wrap=lambda model: model):
-    """Plain steps: what the trainers are compared to."""
+    """Plain training steps, the reference for the trainers."""
     model = wrap(model).train()
     optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.1)
     for row in Rows():

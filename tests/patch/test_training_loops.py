@@ -1,4 +1,4 @@
-"""Patched models in training loops: checkpointed, accumulated, in lower precision, exported."""
+"""Patched models in training loops: checkpoints, accumulation, lower precision, export."""
 
 import functools
 
@@ -20,7 +20,7 @@ ATTEND = torch.ops.infllm_flex.attend_blocks.default
 
 
 def save_selection(context, op, *args, **kwargs):
-    """The policy to keep the choice of blocks, which is small and costs most to make again."""
+    """A policy that saves the selected blocks, which are small and costly to recompute."""
     return CheckpointPolicy.MUST_SAVE if op is SELECT else CheckpointPolicy.PREFER_RECOMPUTE
 
 
@@ -64,7 +64,7 @@ def test_the_selection_is_made_again_or_saved(kind, times):
 
 
 def first_alone(selected):
-    """Another choice of blocks: the first of each."""
+    """Another selection of blocks: the first ones."""
     return torch.where(torch.arange(selected.shape[-1]) == 0, selected, -1)
 
 
@@ -79,7 +79,7 @@ def test_a_selection_made_again_differently_would_show(kind, monkeypatch):
         calls.append(args)
         selected = select(*args, **kwargs)
         again = len(calls) > len(model.h)
-        # The first block and the own one alone: another choice, and as valid.
+        # The first block and the token's own: another valid selection.
         return (
             torch.cat([selected[..., :1], torch.full_like(selected[..., 1:], -1)], -1)
             if again
@@ -110,7 +110,7 @@ def gradients_of(model, parts):
 
 @pytest.mark.parametrize("style", ["fused", "repeated"])
 def test_autocast(style):
-    # The second's rotary embedding leaves float32 queries and keys beside bfloat16 values.
+    # The second model's rotary embedding returns float32 queries and keys; values are bfloat16.
     model = ifx.patch_model(plain_model(style), SETTINGS)
     exact = run(model, LONG)
     with torch.autocast("cpu", torch.bfloat16):

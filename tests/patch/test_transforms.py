@@ -1,4 +1,4 @@
-"""Patched models under torch.func: gradients of each example, and no tangent lost in silence."""
+"""Patched models under torch.func: per-example gradients, and an error instead of lost tangents."""
 
 import pytest
 import torch

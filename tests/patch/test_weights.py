@@ -1,4 +1,4 @@
-"""Patched models whose weights are kept otherwise: offloaded, in bfloat16, in a GGUF file."""
+"""Patched models with offloaded weights, bfloat16 weights, or weights of a GGUF file."""
 
 import pytest
 import torch
@@ -56,7 +56,7 @@ def test_a_model_on_disk(accelerate, tmp_path):
     on_disk = ifx.patch_model(offloaded(tmp_path), SETTINGS)
     assert equal(logits(on_disk, SHORT), short)
     assert equal(logits(on_disk, LONG), sparse)
-    assert on_disk.model.layers[0].self_attn.q_proj.weight.is_meta  # still not here
+    assert on_disk.model.layers[0].self_attn.q_proj.weight.is_meta  # still offloaded
     prompt = tokens(SHORT - 2)
     arguments = {"max_new_tokens": 8, "do_sample": False}
     assert equal(on_disk.generate(prompt, **arguments), model.generate(prompt, **arguments))
@@ -90,7 +90,7 @@ def test_hand_written_layers_under_hooks(accelerate, tmp_path, patched_first, un
             ifx.unpatch_model(model)
         put_off()
         assert "forward" in vars(model.h[0].attn)
-        ifx.patch_model(model, SETTINGS)  # again, where it is patched
+        ifx.patch_model(model, SETTINGS)  # patching twice
         assert equal(model(ids), sparse)
         if undone_first:
             ifx.unpatch_model(model)
@@ -111,7 +111,7 @@ def test_another_forward_on_the_instance_is_refused():
 
 @pytest.mark.parametrize("quantised", [False, True])
 def test_a_gguf_file(accelerate, tmp_path, quantised):
-    pytest.importorskip("gguf")  # by which transformers reads
+    pytest.importorskip("gguf")  # transformers reads by it
     write_llama(tmp_path / "tiny.gguf", CONFIGS["llama"](), quantised)
     model = AutoModelForCausalLM.from_pretrained(tmp_path, gguf_file="tiny.gguf")
     assert 0.2 < model.model.layers[1].mlp.up_proj.weight.std() < 0.4  # as written
@@ -130,7 +130,7 @@ def test_a_model_of_a_gguf_file_is_saved_as_the_readme_says(accelerate, tmp_path
     write_llama(tmp_path / "tiny.gguf", CONFIGS["llama"](), True)
     model = AutoModelForCausalLM.from_pretrained(tmp_path, gguf_file="tiny.gguf")
     with pytest.raises(ValueError, match="gguf and is not serializable"):
-        model.save_pretrained(tmp_path / "refused")  # unpatched, too
+        model.save_pretrained(tmp_path / "refused")  # the same as unpatched
     sparse = logits(ifx.patch_model(model, SETTINGS), LONG)
     model.hf_quantizer = None
     del model.config.quantization_config

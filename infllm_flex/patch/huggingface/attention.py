@@ -113,7 +113,7 @@ def attend_prefill(call: AttentionCall) -> Output:
     call.drop_unused_slots()
     info = call.read_sequence_info()
     sequences = find_sequences(call.query, info)
-    reject_recompute_without_info(call.layer, info, sequences)
+    reject_recompute_without_info(call.layer, info, sequences is not None)
     reject_unsupported_prefill(call, sequences, info.positions)
     query = assert_supported_mask(call, sequences, info.positions)
     config = call.layer.config

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from infllm_flex.patch.huggingface.cache_state import track_layer
+from infllm_flex.patch.huggingface.cache_updates import track_layer
 from infllm_flex.patch.huggingface.instance_forward import watch_call
 from infllm_flex.patch.huggingface.transformers_private import (
     cache_layers,

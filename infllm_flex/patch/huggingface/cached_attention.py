@@ -15,7 +15,7 @@ from infllm_flex.patch.causal_masks import (
     is_causal_after_padding,
     visible_keys,
 )
-from infllm_flex.patch.huggingface.cache_state import compressed_keys_of
+from infllm_flex.patch.huggingface.cache_updates import compressed_keys_of
 from infllm_flex.patch.huggingface.masks import LazyMask
 from infllm_flex.patch.huggingface.transformers_private import is_static, plain_mask_arguments
 from infllm_flex.patch.layer_state import PatchedLayer

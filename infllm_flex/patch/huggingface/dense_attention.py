@@ -27,7 +27,7 @@ def attend_dense(call: AttentionCall) -> Output:
     """Attend by the layer's previous function. Bits are unchanged where a row is one document."""
     info = call.read_sequence_info()
     if info.is_empty:
-        reject_recompute_without_info(call.layer, info, None)
+        reject_recompute_without_info(call.layer, info, has_documents=False)
         return _attend_by_previous(call, None)
     recorded = is_recorded(call.query)
     positions = info.positions_only if _is_plain(call.mask) else None
@@ -40,7 +40,7 @@ def attend_dense(call: AttentionCall) -> Output:
     if not (recorded or torch.is_grad_enabled() or call.dropout > 0.0):
         speculation = Speculation(call.layer, lambda: _attend_by_previous(call, None))
     sequences = find_sequences(call.query, info, speculation)
-    reject_recompute_without_info(call.layer, info, sequences)
+    reject_recompute_without_info(call.layer, info, sequences is not None)
     if sequences is None and speculation is not None and speculation.output is not None:
         return speculation.output
     return _attend_by_previous(call, sequences)

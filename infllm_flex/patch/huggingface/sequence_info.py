@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -17,9 +17,6 @@ from infllm_flex.patch.forward_context import (
 from infllm_flex.patch.huggingface.masks import LazyMask
 from infllm_flex.patch.layer_state import PatchedLayer
 from infllm_flex.validation import assert_in_graph
-
-if TYPE_CHECKING:
-    from infllm_flex.patch.huggingface.documents import Sequences
 
 _LEAK = (
     "documents that only position_ids mark would see each other in this compiled call of "
@@ -128,14 +125,14 @@ def never_decreases(positions: Tensor) -> Tensor:
 
 
 def reject_recompute_without_info(
-    layer: PatchedLayer, info: SequenceInfo, sequences: Sequences | None
+    layer: PatchedLayer, info: SequenceInfo, has_documents: bool
 ) -> None:
     """Refuse to recompute a layer whose forward had documents if the recomputation has none.
 
     Args:
         layer: The record of the layer.
         info: What the call tells.
-        sequences: What was found in it.
+        has_documents: Whether a row of the call holds several sequences, or padding.
 
     Raises:
         NotImplementedError: Recomputing would attend across documents.
@@ -143,8 +140,8 @@ def reject_recompute_without_info(
     if info.by_layer or torch.compiler.is_compiling():
         return
     forward = current_forward()
-    if sequences is not None and forward is not None:
+    if has_documents and forward is not None:
         is_training = forward.owner is not None and forward.owner.training
         layer.was_packed_by_model |= is_training or torch.is_grad_enabled()
-    elif layer.was_packed_by_model and sequences is None and forward is None and is_backward():
+    elif layer.was_packed_by_model and not has_documents and forward is None and is_backward():
         raise NotImplementedError(_NO_INFO_AGAIN)

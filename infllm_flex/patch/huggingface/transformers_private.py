@@ -31,7 +31,7 @@ def reads_attention_registry(forward: Callable[..., Any]) -> bool:
     Class names say nothing, and transformers' own check searches the text of the file. Remote code
     written for the indexed form, which ``set_attn_implementation`` refuses, is found as well.
 
-    API: the name ``ALL_ATTENTION_FUNCTIONS`` in the code of an attention layer, seen in 5.3 to
+    API: the name ``ALL_ATTENTION_FUNCTIONS`` in the code of an attention layer, seen in 5.4 to
     5.24.
     If it goes: UnsupportedModelError, no attention layer is found.
     Instead: nothing public.
@@ -46,7 +46,7 @@ def attention_functions(
     """Return an attention layer's functions by the name of their implementation.
 
     API: ``ALL_ATTENTION_FUNCTIONS.get``, and the global ``eager_attention_forward`` of a modelling
-    file, which the registry lacks, seen in 5.3 to 5.24.
+    file, which the registry lacks, seen in 5.4 to 5.24.
     If it goes: an error at the first short sequence of a patched model that was eager.
     Instead: nothing public.
 
@@ -64,7 +64,7 @@ def passes_keyword(forward: Callable[..., Any], keyword: str) -> bool:
     """Whether a forward gives its attention function an argument of this name.
 
     API: attention functions are called with ``scaling`` and special arguments by keyword, seen in
-    5.3 to 5.24.
+    5.4 to 5.24.
     If it goes: a layer with a position bias is refused at its first sparse call, not when patched.
     Instead: nothing public.
     """
@@ -77,7 +77,7 @@ def makes_masks(forwards: Iterable[Any]) -> bool:
     """Whether one of some forwards asks transformers for masks.
 
     API: functions named ``create_..._mask`` make masks by the config that they are given, seen in
-    5.3 to 5.24.
+    5.4 to 5.24.
     If it goes: masks of whole tables where none is needed, and padded batches are refused.
     Instead: nothing public.
     """
@@ -91,7 +91,7 @@ def makes_masks(forwards: Iterable[Any]) -> bool:
 def implementation_attribute() -> str:
     """Return the attribute of a config that holds the name of its attention implementation.
 
-    API: ``PreTrainedConfig._attn_implementation_internal``, seen in 5.3 to 5.24.
+    API: ``PreTrainedConfig._attn_implementation_internal``, seen in 5.4 to 5.24.
     If it goes: a patched model attends densely; `describe` shows its layers as not patched.
     Instead: nothing public; ``set_attn_implementation`` changes configs that models share.
     """
@@ -101,7 +101,7 @@ def implementation_attribute() -> str:
 def has_implementation(config: Any) -> bool:
     """Whether an object is a config that names an attention implementation.
 
-    API: ``PreTrainedConfig._attn_implementation``, seen in 5.3 to 5.24.
+    API: ``PreTrainedConfig._attn_implementation``, seen in 5.4 to 5.24.
     If it goes: a model that its config made sparse stays sparse when it is unpatched.
     Instead: nothing public.
     """
@@ -113,7 +113,7 @@ def override_implementation(
 ) -> None:
     """Let a subclass of a config's class decide the name of its attention implementation.
 
-    API: the property ``PreTrainedConfig._attn_implementation``, seen in 5.3 to 5.24.
+    API: the property ``PreTrainedConfig._attn_implementation``, seen in 5.4 to 5.24.
     If it goes: a patched model attends densely; `describe` shows its layers as not patched.
     Instead: nothing public.
 
@@ -134,7 +134,7 @@ def override_implementation(
 def get_implementation(config: Any) -> Any:
     """Return the name of a config's attention implementation; None if it has none.
 
-    API: ``PreTrainedConfig._attn_implementation``, seen in 5.3 to 5.24.
+    API: ``PreTrainedConfig._attn_implementation``, seen in 5.4 to 5.24.
     If it goes: UnsupportedModelError when patching.
     Instead: nothing public.
     """
@@ -144,7 +144,7 @@ def get_implementation(config: Any) -> Any:
 def set_own_implementation(config: Any, name: str) -> None:
     """Set the name of a config's attention implementation, and leave its sub-configs theirs.
 
-    API: ``PreTrainedConfig._attn_implementation_internal``, seen in 5.3 to 5.24.
+    API: ``PreTrainedConfig._attn_implementation_internal``, seen in 5.4 to 5.24.
     If it goes: a model that its config made sparse stays sparse when it is unpatched.
     Instead: ``set_attn_implementation``, which overwrites the sub-configs.
     """
@@ -154,7 +154,7 @@ def set_own_implementation(config: Any, name: str) -> None:
 def sub_configs(config: Any) -> dict[str, Any]:
     """Return the sub-configs that a config holds, by attribute.
 
-    API: ``PreTrainedConfig.sub_configs``, seen in 5.3 to 5.24.
+    API: ``PreTrainedConfig.sub_configs``, seen in 5.4 to 5.24.
     If it goes: models of several parts attend densely.
     Instead: nothing public.
     """
@@ -168,7 +168,7 @@ def sub_configs(config: Any) -> dict[str, Any]:
 def make_sdpa_mask(arguments: Mapping[str, Any], skip_causal: bool = True) -> Tensor | None:
     """Make the mask of ``sdpa`` from the arguments that transformers gives to mask functions.
 
-    API: ``masking_utils.sdpa_mask`` and its argument ``allow_is_causal_skip``, seen in 5.3 to 5.24.
+    API: ``masking_utils.sdpa_mask`` and its argument ``allow_is_causal_skip``, seen in 5.4 to 5.24.
     If it goes: TypeError, or another mask, below ``dense_len``.
     Instead: nothing public.
 
@@ -184,7 +184,7 @@ def make_sdpa_mask(arguments: Mapping[str, Any], skip_causal: bool = True) -> Te
 def is_plain_mask(arguments: Mapping[str, Any]) -> bool:
     """Whether the arguments of a mask function ask for causal and padded, nothing else.
 
-    API: ``masking_utils.causal_mask_function`` as the argument ``mask_function``, seen in 5.3 to
+    API: ``masking_utils.causal_mask_function`` as the argument ``mask_function``, seen in 5.4 to
     5.24.
     If it goes: every mask is judged by its values.
     Instead: nothing public.
@@ -199,7 +199,7 @@ def is_mask_of_new_keys(arguments: Mapping[str, Any]) -> bool:
 
     API: the arguments ``q_length``, ``kv_length``, ``q_offset``, ``kv_offset``, ``local_size``,
     ``use_vmap``, ``batch_size``, ``attention_mask``, and ``allow_is_bidirectional_skip``, which
-    only masks that are not causal have, seen in 5.3 to 5.24.
+    only masks that are not causal have, seen in 5.4 to 5.24.
     If it goes: tables ``[B, 1, S, S]`` for padded and packed batches, or KeyError.
     Instead: nothing public.
     """
@@ -220,7 +220,7 @@ def without_long_window(arguments: dict[str, Any]) -> dict[str, Any]:
     """Drop a window that is longer than all keys from the arguments of a mask function.
 
     API: the argument ``local_size``, and ``allow_is_causal_skip``, which is True if the mask is
-    causal with at most a window and padding, seen in 5.3 to 5.24.
+    causal with at most a window and padding, seen in 5.4 to 5.24.
     If it goes: a layer whose window covers all keys is refused at sparse length.
     Instead: nothing public.
     """
@@ -238,7 +238,7 @@ def without_long_window(arguments: dict[str, Any]) -> dict[str, Any]:
 def plain_mask_arguments(batch_size: int, length: int, padding: Tensor) -> dict[str, Any]:
     """Return the arguments of a mask function for a causal and padded mask.
 
-    API: the arguments of ``masking_utils.sdpa_mask``, seen in 5.3 to 5.24.
+    API: the arguments of ``masking_utils.sdpa_mask``, seen in 5.4 to 5.24.
     If it goes: TypeError after a prompt over a static cache.
     Instead: nothing public.
 
@@ -262,7 +262,7 @@ def plain_mask_arguments(batch_size: int, length: int, padding: Tensor) -> dict[
 def sees(arguments: Mapping[str, Any], row: Tensor, query: Tensor, key: Tensor) -> Tensor:
     """Evaluate a mask function: whether queries see keys, apart from padding.
 
-    API: ``mask_function(row, head, query, key)`` on tensors of indices, seen in 5.3 to 5.24.
+    API: ``mask_function(row, head, query, key)`` on tensors of indices, seen in 5.4 to 5.24.
     If it goes: TypeError, or packed batches are refused, at sparse length.
     Instead: nothing public.
     """
@@ -276,7 +276,7 @@ def find_cache(kwargs: Mapping[str, Any]) -> Any:
     """Return the cache among the keywords of an attention layer; None without one.
 
     API: the keywords ``cache``, ``past_key_values``, ``layer_past`` and ``past_key_value``, seen in
-    5.3 to 5.24.
+    5.4 to 5.24.
     If it goes: NotImplementedError at sparse steps: no layer of a cache holds the keys.
     Instead: nothing public.
     """
@@ -290,7 +290,7 @@ def find_cache(kwargs: Mapping[str, Any]) -> Any:
 def cache_layers(cache: Any) -> list[Any] | None:
     """Return the layers of a cache; None for what is no cache of layers.
 
-    API: ``Cache.layers``, and ``EncoderDecoderCache.self_attention_cache``, seen in 5.3 to 5.24.
+    API: ``Cache.layers``, and ``EncoderDecoderCache.self_attention_cache``, seen in 5.4 to 5.24.
     If it goes: NotImplementedError at sparse steps.
     Instead: nothing public.
     """
@@ -300,7 +300,7 @@ def cache_layers(cache: Any) -> list[Any] | None:
 def is_offloading(cache: Any) -> bool:
     """Whether a cache keeps its layers on the CPU between their calls.
 
-    API: ``Cache.offloading``, seen in 5.3 to 5.24.
+    API: ``Cache.offloading``, seen in 5.4 to 5.24.
     If it goes: slower steps: compressed keys are computed anew in each.
     Instead: nothing public.
     """
@@ -310,7 +310,7 @@ def is_offloading(cache: Any) -> bool:
 def is_static(layer: Any) -> bool:
     """Whether a cache layer is preallocated, and only the device knows its length.
 
-    API: ``StaticLayer.cumulative_length`` is a tensor, seen in 5.3 to 5.24.
+    API: ``StaticLayer.cumulative_length`` is a tensor, seen in 5.4 to 5.24.
     If it goes: RuntimeError at sparse steps over a static cache.
     Instead: nothing public.
     """
@@ -322,7 +322,7 @@ def growing_layer_class() -> type:
 
     API: ``cache_utils.DynamicLayer`` keeps its tensors ``[B, H, S, D]`` in ``keys`` and ``values``,
     and changes them in ``update``, ``crop``, ``reorder_cache``, ``batch_repeat_interleave``,
-    ``batch_select_indices``, ``offload``, ``prefetch`` and ``reset`` alone, seen in 5.3 to 5.24.
+    ``batch_select_indices``, ``offload``, ``prefetch`` and ``reset`` alone, seen in 5.4 to 5.24.
     If it goes: slower steps, where another method replaces the keys; an error elsewhere.
     Instead: nothing public.
     """
@@ -334,7 +334,7 @@ def growing_layer_class() -> type:
 def hybrid_layer_class() -> type | None:
     """Return the class of cache layers with a recurrent state beside keys; None without one.
 
-    API: ``cache_utils.LinearAttentionAndFullAttentionLayer``, seen in 5.3 to 5.24.
+    API: ``cache_utils.LinearAttentionAndFullAttentionLayer``, seen in 5.4 to 5.24.
     If it goes: slower steps of hybrid models.
     Instead: nothing public.
     """

@@ -1,1 +1,1 @@
-"""Every causal LM type of transformers, tiny, patched and held against itself unpatched."""
+"""Every causal LM type of transformers, tiny, patched and compared with itself unpatched."""

@@ -1,4 +1,4 @@
-"""What patching must not change about a model, each judged against the model unpatched.
+"""Properties of a model that patching must keep, each compared with the unpatched model.
 
 A check observes a model before and after it is patched. What a model does not do unpatched (a
 class without a cache, say) is not asked of it patched.

@@ -1,4 +1,4 @@
-"""One type of models: not built, refused, sound, or at fault."""
+"""Examine one model type: not built, refused, sound, or at fault."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ SOUND, REFUSED, NOT_BUILT, FAULT = "sound", "refused", "not built", "fault"
 
 
 class Verdict(NamedTuple):
-    """What became of a type.
+    """The outcome for a type.
 
     Attributes:
         result: One of the four words.
@@ -57,7 +57,7 @@ class _Failed(NamedTuple):
 
 
 def examine(model_type: str) -> Verdict:
-    """Build a type, patch it, and hold it against itself unpatched."""
+    """Build a model of a type, patch it, and compare it with itself unpatched."""
     try:
         ifx.patch_model(build(model_type), SETTINGS)
         model = build(model_type)
@@ -143,7 +143,7 @@ def _compare(
 
 
 def _never_sparse(model: PreTrainedModel) -> Iterator[str]:
-    """A model that is only dense would pass all the rest."""
+    """A model that stays dense would pass all other checks."""
     ifx.patch_model(model, SETTINGS)
     try:
         same = difference(*sparse_and_dense(model), exact=False) is None

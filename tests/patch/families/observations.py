@@ -1,4 +1,4 @@
-"""What a model does with a batch, as lists of tensors that can be compared."""
+"""Results of a model for a batch, as lists of tensors that can be compared."""
 
 from __future__ import annotations
 
@@ -26,13 +26,13 @@ def tokens(model: PreTrainedModel, length: int, batch: int = 2) -> Tensor:
 
 
 def _rows(model: PreTrainedModel) -> int:
-    """Rows of token ids that make one sequence: of a MusicGen, one per codebook."""
+    """Rows of token ids per sequence: one per codebook of a MusicGen, else one."""
     musicgen = type(model).__name__.startswith("Musicgen")
     return model.config.num_codebooks if musicgen else 1
 
 
 def logits(model: PreTrainedModel, ids: Tensor, **kwargs: Any) -> Tensor:
-    """Of one forward without gradients."""
+    """Logits of one forward without gradients."""
     with torch.no_grad():
         return model(ids, **kwargs).logits
 
@@ -168,7 +168,7 @@ def block_diagonal(lengths: tuple[int, ...]) -> Observation:
 
 
 def in_whole(*sizes: int) -> Observation:
-    """What `in_chunks` gives, by one forward."""
+    """The logits of `in_chunks`, by one forward."""
 
     def observe(model: PreTrainedModel) -> Tensors:
         out = logits(model, tokens(model, sum(sizes)), use_cache=False)

@@ -1,4 +1,4 @@
-"""What the generic tiny configuration lacks, by model type."""
+"""Fields that the generic tiny configuration lacks, by model type."""
 
 from __future__ import annotations
 
@@ -94,5 +94,5 @@ AS_RELEASED: dict[str, dict[str, Any]] = {
 # The part of a configuration that the class of a type takes.
 PARTS = {"musicgen": "decoder", "musicgen_melody": "decoder"}
 
-# What cannot be built anywhere, and why.
+# Types that cannot be built, and why.
 NOT_BUILT = {"gemma3n": "its vision tower needs timm; gemma3n_text is its language model"}

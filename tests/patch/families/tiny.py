@@ -19,7 +19,7 @@ MAX_PARAMETERS = 4_000_000
 VOCABULARY = 128
 FIRST_SPECIAL = 104  # special tokens of large ids come here; below 4 are those of small ids
 
-# What a size becomes, by the end of its field's name; the first that fits. The heads are in groups
+# The value of a size, by the end of its field's name; the first match counts. Heads are in groups
 # of two, the head dim is 16.
 _SIZES: tuple[tuple[str, int], ...] = (
     (r"vocab_size(_per_layer_input|_base)?", VOCABULARY),
@@ -54,7 +54,7 @@ _EXACT: dict[str, Any] = {
     "init_std": 0.3,
     "is_decoder": True,
 }
-# Sizes that are small also where a default configuration leaves them open.
+# Sizes that are set even if a default configuration has None.
 _NEEDED = {
     "head_dim": 16,
     "num_key_value_heads": 4,
