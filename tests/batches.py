@@ -1,4 +1,4 @@
-"""Random padded and packed batches, and what each of their sequences gives alone."""
+"""Random padded and packed batches, and the results of each sequence alone."""
 
 from collections.abc import Callable, Iterator
 
@@ -9,12 +9,12 @@ from torch import Tensor
 from infllm_flex import InfLLMConfig, infllm_attention, reference, select_blocks
 from tests.inputs import make_qkv, small_config
 
-# Four blocks of 16 per query, one of them its choice: beyond 64 tokens some are left out.
+# Four blocks of 16 per query, one of them chosen by score: longer sequences leave blocks out.
 CONFIGS = [
     small_config(window_size=16, topk=3),
     small_config(window_size=16, topk=3, dense_len=100),
     small_config(window_size=0, topk=2, dense_len=60, init_blocks=0, lse="exact"),
-    # A unit of 48, and dense sequences of more blocks than sparse ones select.
+    # An alignment of 48, and dense sequences with more blocks than sparse ones select.
     small_config(window_size=24, block_size=24, topk=3, dense_len=110),
 ]
 _LENGTH = st.one_of(st.integers(1, 170), st.sampled_from([1, 16, 59, 60, 99, 100, 109, 110]))
@@ -31,7 +31,7 @@ def packed(draw: st.DrawFn) -> Tensor:
 
 @st.composite
 def padded(draw: st.DrawFn) -> Tensor:
-    """A mask of one to four rows, padded on any side, or padding altogether."""
+    """A mask of one to four rows, padded on either side or entirely."""
     rows = draw(
         st.lists(st.tuples(st.integers(0, 40), _LENGTH, st.integers(0, 40)), min_size=1, max_size=3)
     )
@@ -54,7 +54,7 @@ Alone = tuple[int, slice, tuple[Tensor, ...]]
 
 
 def each_alone(batch: dict[str, Tensor], query: Tensor, *keys: Tensor) -> Iterator[Alone]:
-    """Cut every sequence out: its row, its queries' rows, and its tensors."""
+    """Yield the row, the rows of the queries and the tensors of every sequence."""
     before = keys[0].shape[2] - query.shape[2]
     for b, tokens in reference.find_sequences(keys[0].shape[2], **batch):
         rows = slice(max(tokens.start - before, 0), max(tokens.stop - before, 0))
@@ -63,7 +63,7 @@ def each_alone(batch: dict[str, Tensor], query: Tensor, *keys: Tensor) -> Iterat
 
 
 def select_alone(query: Tensor, key: Tensor, config: InfLLMConfig, **batch: Tensor) -> Tensor:
-    """Select for every sequence by itself: what the batch must give, to the last index."""
+    """Select for every sequence by itself: the batch must give the same indices."""
     K = min(config.num_selected, -(-key.shape[2] // config.block_size))
     selected = torch.full((*key.shape[:2], query.shape[2], K), -1, dtype=torch.int32)
     for b, rows, alone in each_alone(batch, query, key):
@@ -82,7 +82,7 @@ def attend_alone(
 def attend_exactly(
     query: Tensor, key: Tensor, value: Tensor, config: InfLLMConfig, **batch: Tensor
 ) -> Tensor:
-    """Attend in float64 to what every sequence selects by itself in float32."""
+    """Attend in float64 to the blocks that every sequence selects by itself in float32."""
     return _per_sequence(_exactly, query, key, value, config, batch)
 
 

@@ -5,7 +5,7 @@ from torch import Tensor
 
 from infllm_flex import InfLLMConfig
 
-# Eight-key windows and sixteen-key blocks: long behaviour at short, quick lengths.
+# Windows of 8 keys and blocks of 16: short sequences behave like long ones.
 SMALL = {
     "kernel_size": 8,
     "kernel_stride": 4,
@@ -21,7 +21,7 @@ def small_config(**overrides: object) -> InfLLMConfig:
 
 
 def on_default_device(x: Tensor) -> Tensor:
-    """Move what was drawn on the CPU, so that every device gets the same numbers."""
+    """Move a tensor drawn on the CPU, so that every device gets the same numbers."""
     return x.to(torch.get_default_device())
 
 
@@ -53,7 +53,7 @@ def make_qkv(
 def make_selected(
     S: int, *, K: int = 5, B: int = 1, Hkv: int = 2, block_size: int = 16, seed: int = 0
 ) -> Tensor:
-    """Draw an ascending choice of at most K visible blocks, the own one among them."""
+    """Draw a selection of at most K visible blocks, ascending, the own block among them."""
     random = torch.Generator().manual_seed(seed)
     num_blocks = -(-S // block_size)
     own = torch.arange(S)[:, None] // block_size

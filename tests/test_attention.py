@@ -29,7 +29,7 @@ def attend_exactly(q, k, v, config):
     return reference.masked_attention(q, k, v, mask, scale=q.shape[-1] ** -0.5)
 
 
-# Each shape compiles FlexAttention once, some seconds: few, and unlike.
+# Each shape compiles FlexAttention once, for some seconds: they are few, and differ.
 FLEX_SHAPES = [
     pytest.param({"S": 205, "B": 2, "Hq": 8, "Hkv": 2}, torch.float32, id="ragged"),
     pytest.param(
@@ -61,7 +61,7 @@ def test_training_gives_the_gradients_of_masked_attention():
 
     ours = run(infllm_attention, torch.float32)
     plain = run(attend_plainly, torch.float32)
-    # The choice of blocks is float32's in both, so that only the arithmetic is compared.
+    # Blocks are selected in float32 in both cases, so that only the arithmetic is compared.
     chosen = select_blocks(*make_qkv(205)[:2], config)
 
     def exact(q, k, v, config):
@@ -150,7 +150,7 @@ def test_what_is_not_finite_reaches_the_rows_that_see_it_and_no_other(name, pois
         reached = ~exact.isfinite().all(-1)
     assert reached.any()
     assert torch.equal(~after.isfinite().all(-1), reached)
-    # Whoever scores the poison may choose other blocks; everyone else must not notice.
+    # Queries that score the poison may select other blocks; the others must not change.
     chosen_anew = torch.zeros(8, 205, dtype=torch.bool)
     chosen_anew[:4, 100] = name == "query"
     chosen_anew[4:, 100:] = name == "key"

@@ -1,4 +1,4 @@
-"""A sequence gives the same alone, padded on either side, or packed behind others."""
+"""A sequence gives the same result alone, padded on either side, or packed behind others."""
 
 import pytest
 import torch
@@ -49,7 +49,7 @@ def run(attend, qkv, config, dtype, grad_out, **batch):
     """Output and gradients, in one list."""
     leaves = [x.to(dtype, copy=True).requires_grad_() for x in qkv]
     out = attend(*leaves, config, **batch)
-    if out.requires_grad:  # else it is padding altogether
+    if out.requires_grad:  # a batch of padding alone does not
         out.backward(grad_out.to(out.dtype))
     return [out.detach(), *(torch.zeros_like(x) if x.grad is None else x.grad for x in leaves)]
 
@@ -64,7 +64,7 @@ def test_outputs_and_gradients_are_those_of_the_sequence_alone(batch, config, da
     ours = run(infllm_attention, qkv, config, torch.float32, grad_out, **batch)
     alone = run(attend_alone, qkv, config, torch.float32, grad_out, **batch)
     exact = run(attend_exactly, qkv, config, torch.float64, grad_out, **batch)
-    # Together, since alone some are zero: a token that sees itself has no gradient of its query.
+    # Judged together, since some are zero: a token that sees only itself gives its query none.
     together = [torch.cat([x.flatten() for x in tensors]) for tensors in (ours, exact, alone)]
     assert_within_rounding(*together, factor=3)
 
@@ -80,7 +80,7 @@ BATCHES = pytest.mark.parametrize("batch", [{"cu_seqlens": BOUNDS}, {"attention_
 
 @BATCHES
 def test_the_reference_says_the_same(batch):
-    # The reference is slow: half the lengths, one head.
+    # Half the lengths and one head, since the reference is slow.
     batch = {name: x[..., ::2] if name == "attention_mask" else x // 2 for name, x in batch.items()}
     config = small_config(window_size=16, topk=3, dense_len=50, engine="fused")
     qkv = qkv_for(batch, Hq=1, Hkv=1)

@@ -1,4 +1,4 @@
-"""See how large the tensors get that some code makes."""
+"""Measure the largest tensor that some code makes."""
 
 from typing import Any
 

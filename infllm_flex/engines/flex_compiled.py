@@ -3,11 +3,8 @@
 from __future__ import annotations
 
 import functools
-import logging
-import threading
 import warnings
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from typing import Any, cast
 
 import torch
@@ -20,12 +17,12 @@ from torch.nn.attention.flex_attention import (
     flex_attention,
 )
 
+from infllm_flex.engines.compile_notice import CompileNotice
 from infllm_flex_ops import torch_private
 from infllm_flex_ops.sizes import group_size
 
 MAX_GRAPHS = 32  # static lengths are powers of two, so a program needs few
-_SLOW_SECONDS = 3.0
-_log = logging.getLogger(__name__)
+_notice = CompileNotice(patience=3.0)
 
 
 class NotCompiledError(RuntimeError):
@@ -47,44 +44,6 @@ def unfold_queries(out: Tensor, G: int, rows: int) -> Tensor:
     """Undo ``fold_queries`` on a tensor with one entry per row, ``[B, Hkv, S * rows, ...]``."""
     grouped = out.unflatten(2, (-1, rows))[:, :, :, :G]
     return grouped.transpose(2, 3).flatten(1, 2)
-
-
-class CompileNotice:
-    """A message to the user, once, that a slow first call of a shape is compiling.
-
-    Args:
-        patience: Seconds that a first call may take without the message.
-    """
-
-    def __init__(self, patience: float) -> None:
-        self._patience = patience
-        self._shapes: set[tuple[object, ...]] = set()  # those that were compiled for
-        self._is_given = False
-
-    @contextmanager
-    def watch(self, shape: tuple[object, ...]) -> Iterator[None]:
-        """Time the call inside the block if it is the first of its shape."""
-        if shape in self._shapes:
-            yield
-            return
-        timer = threading.Timer(self._patience, self._give)
-        timer.daemon = True
-        timer.start()
-        try:
-            yield
-        finally:
-            timer.cancel()
-            self._shapes.add(shape)
-
-    def _give(self) -> None:
-        if not self._is_given:
-            self._is_given = True
-            _log.warning(
-                "compiling FlexAttention for a new length: some seconds, once for each power of two"
-            )
-
-
-_notice = CompileNotice(_SLOW_SECONDS)
 
 
 def run_compiled(function: Callable[..., Tensor], dynamic: bool | None, *args: Any) -> Tensor:

@@ -55,6 +55,9 @@ class SelectionReport:
 def recorded_inputs(model: Any) -> Iterator[dict[str, LayerInputs]]:
     """Inside the block the model attends densely, and sparse layers leave their last inputs.
 
+    `attend_through` is no substitute: it refuses models with windowed layers, and replaces what the
+    model's own function does with masks and soft caps.
+
     Args:
         model: A patched transformers model.
     """

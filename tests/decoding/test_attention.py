@@ -1,4 +1,4 @@
-"""A step over a cache chooses and attends as the full forward does."""
+"""A step over a cache selects and attends as the full forward does."""
 
 import pytest
 import torch
@@ -21,7 +21,7 @@ from tests.watch import WatchTensors
 
 
 def chunks_of(length, sizes):
-    """Cut ``length`` tokens: the sizes in turn, again and again."""
+    """Cut ``length`` tokens into chunks of the sizes, cyclically."""
     begin, turn = 0, 0
     while begin < length:
         end = min(length, begin + sizes[turn % len(sizes)])
@@ -35,8 +35,8 @@ def refer(q, k, v, config):
         return reference.attention(q.cpu(), k.cpu(), v.cpu(), config).to(q.device)
 
 
-# Ways to score blocks: by each head and the coarse or the compressed keys' normaliser, or by pooled
-# queries and single keys, those keys in float8, or windows of keys.
+# Scores of each head, normalised by coarse or by compressed keys; scores of pooled queries with
+# single keys, with single keys in float8, and with windows of keys.
 SCORING = [
     {},
     {"lse": "exact"},

@@ -1,4 +1,4 @@
-"""Whatever is done to a cache, its compressed keys are those of compressing it from scratch."""
+"""After any operation on a cache, its compressed keys equal those compressed from scratch."""
 
 import pytest
 import torch
@@ -14,7 +14,7 @@ D = 3
 
 
 class Cache:
-    """What a cache does, in plain tensors: rows of keys, padded on the left."""
+    """A cache in plain tensors: rows of keys, padded on the left."""
 
     def __init__(self, pads, room):
         self.pads = list(pads)
@@ -29,7 +29,7 @@ class Cache:
         return torch.cat([self.keys, torch.full((len(self.pads), 2, self.room, D), torch.nan)], 2)
 
     def start(self):
-        """As far as it can be known: a row that is all padding yet begins after its last slot."""
+        """Slot of each row's first token; a row of padding alone begins after its last slot."""
         return torch.tensor([min(pad, self.keys.shape[2]) for pad in self.pads])
 
 

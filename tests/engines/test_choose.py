@@ -1,4 +1,4 @@
-"""Which engine serves a call, asked of fake GPU tensors where there is no GPU."""
+"""Tests of which engine serves a call; fake tensors stand for a GPU."""
 
 import warnings
 

@@ -19,7 +19,7 @@ BLOCK = 16
 
 
 def dense_table(mask):
-    """Spell a mask out by its list, as FlexAttention's forward walks it: bool ``[B, H, q, kv]``."""
+    """Expand a mask by its lists of blocks, for the forward: bool ``[B, H, q, kv]``."""
     num, idx, rows = mask.kv_num_blocks, mask.kv_indices, mask.BLOCK_SIZE[0]
     pairs = (
         (b, h, t, t, i) for b, h, t in num.nonzero().tolist() for i in idx[b, h, t, : num[b, h, t]]
@@ -28,7 +28,7 @@ def dense_table(mask):
 
 
 def dense_table_by_block(mask):
-    """The same as its backward walks it for keys and values: by the lists of tiles."""
+    """Expand a mask by its lists of tiles, for the gradients of keys and values."""
     num, idx, rows = mask.q_num_blocks, mask.q_indices, mask.BLOCK_SIZE[0]
     pairs = (
         (b, h, n, t, n) for b, h, n in num.nonzero().tolist() for t in idx[b, h, n, : num[b, h, n]]
@@ -93,7 +93,7 @@ def test_the_masks_are_disjoint_and_together_the_choice(S, Sq, groups, levels):
 
 @pytest.mark.parametrize("groups", [4, 6, 16])
 def test_gradients_through_the_levels_are_those_of_masked_attention(groups):
-    """FlexAttention's two-mask formula in plain operations: what its kernels must agree with."""
+    """The merge of several masks in plain operations, with which the kernels must agree."""
     S, Hkv = 70, 2
     config, selected = small_config(), make_selected(70)
     levels = choose_levels(groups, backward=True)
@@ -173,7 +173,7 @@ def test_kernels_fit_into_tiles_and_blocks(groups, block_size, head_dim, dtype, 
             assert size & (size - 1) == 0
         assert all(rows % size == 0 for size in (M, M1, M2))
         assert all(keys % size == 0 for size in (N, N1, N2))
-        assert N1 % M1 == 0  # FlexAttention's own terms
+        assert N1 % M1 == 0  # required by FlexAttention
         assert M2 % N2 == 0
 
 

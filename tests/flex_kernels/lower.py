@@ -1,4 +1,4 @@
-"""Write down the kernels that PyTorch makes of FlexAttention in levels, and what each takes.
+"""Write the kernels that PyTorch makes of FlexAttention in levels, and the resources of each.
 
 ``python -m tests.flex_kernels.lower CASE.json KERNELS.json``; the case is that of ``lower_levels``.
 """
@@ -62,7 +62,7 @@ def lower_levels(case: dict[str, Any]) -> list[dict[str, Any]]:
 
 def _attend(mask: BlockMask, is_last: bool, q: torch.Tensor, rows: int, capability: int) -> Any:
     mask, options = training_options(mask, q.shape[3], q.dtype, capability)
-    if is_last:  # the mask's own takes the first position from a tensor, which cannot be relabelled
+    if is_last:  # the mask's own reads q_offset from a tensor, which cannot be relabelled
         mask.mask_mod = lambda b, h, q_idx, kv_idx: kv_idx <= q_idx // rows
 
     def attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> Any:

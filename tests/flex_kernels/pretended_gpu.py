@@ -1,4 +1,4 @@
-"""Make a process without a GPU lower FlexAttention for one: for that process alone, never to run.
+"""Lower FlexAttention for a GPU in a process without one; nothing can be run.
 
 Dynamo traces on the CPU; what it hands to Inductor is relabelled as CUDA, and Inductor is told the
 properties of the device it asks for. This reaches into private parts of PyTorch 2.11 and 2.13.
@@ -29,11 +29,11 @@ from triton.backends.compiler import GPUTarget
 
 
 class _CapturedError(Exception):
-    """The sources are there; nothing can be run."""
+    """Ends lowering once the sources are captured; nothing can be run."""
 
 
 def pretend(capability: int) -> None:
-    """Have one GPU of this compute capability, say 90."""
+    """Pretend one GPU of this compute capability, such as 90."""
     major, minor = divmod(capability, 10)
     shared = (163 if capability == 80 else 227) << 10
     known = {
@@ -123,7 +123,7 @@ def _pretend_to_inductor() -> None:
 
 
 def lower(function: Any, *args: Any) -> list[str]:
-    """Lower a function of fake CPU tensors that need gradients; the sources of both passes."""
+    """Return the sources of both passes of a function of fake CPU tensors that need gradients."""
     sources: list[str] = []
 
     def capture(self: Any, *args: Any, **kwargs: Any) -> Any:

@@ -24,7 +24,7 @@ if not (2, 11) <= _VERSION <= (2, 13):
 
 
 def run_module(name, *args, interpret=False):
-    """In a process of its own: Triton interprets or compiles, and the GPU is pretended."""
+    """Run in a process of its own, in which Triton interprets or compiles for a pretended GPU."""
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
     if interpret:
         environment["TRITON_INTERPRET"] = "1"

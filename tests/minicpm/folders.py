@@ -1,4 +1,4 @@
-"""Tiny folders as MiniCPM 4 is released: its own names, and its own code, which must not run."""
+"""Tiny folders in MiniCPM 4's format, with its names and with code that must not run."""
 
 import json
 
@@ -50,14 +50,14 @@ CONFIG = {
     "scale_emb": 12,
     "dim_model_base": 8,
     "scale_depth": 1.4,
-    "mup_denominator": 3,  # of no use here, to be kept
+    "mup_denominator": 3,  # not used here, must be kept
     "tie_word_embeddings": False,
     "sparse_config": SPARSE,
 }
 
 
 def config(**changes):
-    """A ``config.json``; a setting that changes to ``...`` is left out."""
+    """A ``config.json``; a setting changed to ``...`` is left out."""
     return {n: value for n, value in {**CONFIG, **changes}.items() if value is not ...}
 
 

@@ -1,4 +1,4 @@
-"""A folder of MiniCPM 4 loads in one line, without its code, and computes what its code would."""
+"""A folder of MiniCPM 4 loads in one line, without its code, with the results of its code."""
 
 import json
 import pickle
@@ -36,7 +36,7 @@ def assert_as_the_architecture(folder, settings, weights, length, **arguments):
     ids = tokens(length)
     exact = reference.logits(settings, weights, ids)
     plain = reference.logits(settings, weights, ids, model.dtype)
-    # The order of operations differs: what is turned, scaled and divided when.
+    # The order of operations differs: rotation, scaling and division.
     assert_within_rounding(model(ids).logits, exact, plain, factor=4)
 
 
@@ -62,7 +62,7 @@ def test_a_model_grows_past_the_switch_and_comes_back(tmp_path):
     "changes",
     [
         {"tie_word_embeddings": True},
-        {"tie_word_embeddings": ...},  # tied, as MiniCPM's own code has it
+        {"tie_word_embeddings": ...},  # tied, as in MiniCPM's own code
         {"num_key_value_heads": 4},
         {"num_key_value_heads": 1, "num_attention_heads": 4, "num_hidden_layers": 1},
         {"rope_scaling": None, "rope_theta": 500.0},
@@ -157,7 +157,7 @@ def test_any_order_of_imports(tmp_path, lines):
         capture_output=True,
     )
     assert "MiniCPMForCausalLM" in done.stdout
-    assert "longrope" not in done.stderr  # transformers' advice, which no one can follow here
+    assert "longrope" not in done.stderr  # a warning of transformers that does not apply here
     assert "original_max_position_embeddings" not in done.stderr
 
 

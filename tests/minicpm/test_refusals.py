@@ -1,4 +1,4 @@
-"""What MiniCPM's folders may ask for that cannot be honoured: one clear error each."""
+"""Settings of MiniCPM's folders that are not supported raise one clear error each."""
 
 import copy
 import json
@@ -66,7 +66,7 @@ def test_factors_that_say_what_the_lengths_say_are_taken(tmp_path):
 
 
 def rename(folder, names):
-    """Write the weights of a folder under other names; without those that become None."""
+    """Rename the weights of a folder; drop those whose new name is None."""
     file = folder / "model.safetensors"
     weights = {re.sub(*names, name): value for name, value in load_file(file).items()}
     save_file(weights, file, {"format": "pt"})
@@ -75,7 +75,7 @@ def rename(folder, names):
 @pytest.mark.parametrize(
     ("names", "message"),
     [
-        # Quantised, experts, norms of queries: told by the tensors if by nothing else.
+        # Quantised weights, experts and norms of queries are found by the names of tensors.
         ((r"q_proj\.weight", "q_proj.qweight"), r"has no model\..*q_proj\.weight .*q_proj\.qweigh"),
         ((r"mlp\.up_proj", "mlp.experts.0.w3"), r"has the unknown model\..*experts\.0\.w3"),
         ((r"lm_head", "head"), r"has no lm_head\.weight and has the unknown head\.weight"),

@@ -1,4 +1,4 @@
-"""A MiniCPM is saved as it came, for programs that know nothing of this package."""
+"""MiniCPM is saved in the format it was read from, for programs without this package."""
 
 import json
 
@@ -10,7 +10,7 @@ from transformers import AutoModelForCausalLM, TorchAoConfig
 import infllm_flex as ifx
 from tests.minicpm.folders import CONFIG, LONGROPE, config, write
 
-# Settings that MiniCPM's own code takes where config.json is silent.
+# Defaults of MiniCPM's own code for settings missing from config.json.
 IMPLIED = {"attention_bias": False, "attention_dropout": 0.0}
 
 
@@ -71,7 +71,7 @@ def test_the_code_that_auto_map_names_comes_along_and_nothing_else(tmp_path):
         f"{name}.py": f"raise SystemExit('{name} must not run')\n"
         for name in ("configuration_minicpm", "modeling_minicpm")
     }
-    model.save_pretrained(tmp_path / "m")  # over what it came from
+    model.save_pretrained(tmp_path / "m")  # into the folder it was read from
     assert (tmp_path / "m" / "modeling_minicpm.py").read_text() == copied["modeling_minicpm.py"]
 
 

@@ -3,7 +3,7 @@ import time
 
 import torch
 
-from infllm_flex.engines.flex_compiled import CompileNotice
+from infllm_flex.engines.compile_notice import CompileNotice
 
 PATIENCE = 0.05
 
