@@ -86,8 +86,6 @@ def _score(
     rows = heads * split.tiles * split.runs
     partial = torch.empty(rows, 2, tile.HEADS * tile.TOKENS, dtype=torch.float32, device=q.device)
     shared = {
-        "q": view(q),
-        "keys": view(compressed),
         "start_ptr": start,
         "end_ptr": end,
         "partial_ptr": partial,
@@ -102,9 +100,19 @@ def _score(
         "TILE": tile,
         **options,
     }
-    cached_lse_kernel[(split.runs, heads, split.tiles)](coarse=view(coarse), **shared)
+    cached_lse_kernel[(split.runs, heads, split.tiles)](
+        q_ptr=q,
+        keys_ptr=compressed,
+        coarse_ptr=coarse,
+        q_strides=q.stride(),
+        keys_strides=compressed.stride(),
+        coarse_strides=coarse.stride(),
+        **shared,
+    )
     columns = scores.shape[-1]
     cached_score_kernel[(triton.cdiv(columns, split.split_blocks), heads, split.tiles)](
+        q=view(q),
+        keys=view(compressed),
         scores_ptr=scores,
         columns=columns,
         runs=split.runs,

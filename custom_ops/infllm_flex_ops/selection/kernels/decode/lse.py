@@ -21,12 +21,15 @@ def _head_keys(keys, b, h):
 
 @triton.jit(do_not_specialize=["n", "C", "C2", "run_keys"])
 def cached_lse_kernel(
-    q,
-    keys,
-    coarse,
+    q_ptr,
+    keys_ptr,
+    coarse_ptr,
     start_ptr,
     end_ptr,
     partial_ptr,
+    q_strides,
+    keys_strides,
+    coarse_strides,
     n,
     C,
     C2,
@@ -39,8 +42,12 @@ def cached_lse_kernel(
 ):
     """Fill ``partial [B * Hkv, tiles, runs, 2, HEADS * TOKENS]``, one run of coarse keys each.
 
-    A run leaves the maximum and the sum of each row's softmax.
+    A run leaves the maximum and the sum of each row's softmax. Pointers and strides come apart: as
+    views, in another order of the same instructions, the kernel spills for head dim 256 on sm_90.
     """
+    q = View(q_ptr, *q_strides)
+    keys = View(keys_ptr, *keys_strides)
+    coarse = View(coarse_ptr, *coarse_strides)
     run = tl.program_id(0)
     head = tl.program_id(1)
     tile = tl.program_id(2)
@@ -59,34 +66,36 @@ def cached_lse_kernel(
     row = tile * TILE.TOKENS + column % TILE.TOKENS
     position = length - n + row
     q_row = b * q.b + (h * TILE.G + group) * q.h + row.to(tl.int64) * q.s
-    q_ptr = q.ptr + q_row[:, None]
+    row_ptr = q.ptr + q_row[:, None]
     q_mask = ((group < TILE.G) & (row < n))[:, None]
     loaded = q_mask  # unused in float32
     if not TILE.FP32:
         d = tl.arange(0, TILE.BLOCK_D)
         d_mask = (d < TILE.D)[None, :]
-        loaded = tl.load(q_ptr + d[None, :] * q.d, mask=q_mask & d_mask, other=0.0)
-    queries = Queries(loaded, q_ptr, q_mask, q.d)
+        loaded = tl.load(row_ptr + d[None, :] * q.d, mask=q_mask & d_mask, other=0.0)
+    queries = Queries(loaded, row_ptr, q_mask, q.d)
 
-    first = length - n + tile * TILE.TOKENS
     m_i, l_i = softmax_over_keys(
         queries,
         _head_keys(coarse, b, h),
         run * run_keys,
         tl.minimum(run * run_keys + run_keys, count),
-        count_windows(first, SIZE, STRIDE, C2),
+        count_windows(length - n + tile * TILE.TOKENS, SIZE, STRIDE, C2),
         count_windows(position, SIZE, STRIDE, C2),
         qk_scale_log2,
         TILE,
         False,
     )
+    first = length - n + tile * TILE.TOKENS
     # Rows that see no coarse key are normalised by the compressed keys.
     if (run == 0) & (first < SIZE - 1):
+        last = tl.minimum(last, SIZE - 2)
+        end = count_windows(last, RULE.kernel_size, RULE.kernel_stride, C)
         own_m_i, own_l_i = softmax_over_keys(
             queries,
             _head_keys(keys, b, h),
             0,
-            count_windows(tl.minimum(last, SIZE - 2), RULE.kernel_size, RULE.kernel_stride, C),
+            end,
             0,
             count_windows(position, RULE.kernel_size, RULE.kernel_stride, C),
             qk_scale_log2,
