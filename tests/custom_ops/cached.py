@@ -21,7 +21,7 @@ def make_cache(
 ) -> tuple[Tensor, Tensor, Tensor, CompressedKeys]:
     """Draw queries, keys and values; NaN in all slots outside of ``rows``, given as start and end.
 
-    Small whole numbers make dot products exact, so that no rounding can change a choice.
+    Small whole numbers make dot products exact, so that no rounding can change a selection.
     """
     random = torch.Generator().manual_seed(seed)
     sizes = ((len(rows), Hq, n, D), (len(rows), Hkv, S, D), (len(rows), Hkv, S, D))

@@ -91,7 +91,7 @@ def _select_case(n: int, shape: dict[str, Any], **settings: Any) -> list[Any]:
         ({}, {"kernel_size": 128, "kernel_stride": 4, "topk": 2}),
     ],
 )
-def test_select_chooses_what_the_definition_chooses(
+def test_select_selects_what_the_definition_selects(
     n: int, shape: dict[str, Any], settings: dict[str, Any]
 ) -> None:
     args = _select_case(n, shape, **settings)
@@ -203,6 +203,6 @@ def test_touches_nothing_outside(monkeypatch: pytest.MonkeyPatch) -> None:
     expected = select_cached_blocks(*select), attend_cached_blocks(*attend)
     guard = [[fenced(x) if torch.is_tensor(x) else x for x in args] for args in (select, attend)]
     with fenced_allocations(monkeypatch):
-        chosen, out = launch_select_cached(*guard[0]), launch_attend(*guard[1])
-    assert torch.equal(chosen, expected[0])
+        selected, out = launch_select_cached(*guard[0]), launch_attend(*guard[1])
+    assert torch.equal(selected, expected[0])
     torch.testing.assert_close(out, expected[1])

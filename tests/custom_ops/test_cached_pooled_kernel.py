@@ -58,7 +58,7 @@ def test_scales_rows_as_the_definition(scale: float) -> None:
     ("window", "n", "shape", "dense_len"),
     [(1, 1, {}, -1), (1, 6, {"Hq": 14, "D": 40}, 100), (4, 2, {"Hq": 2}, -1), (1, 20, {}, -1)],
 )
-def test_chooses_what_the_definition_chooses(
+def test_selects_what_the_definition_selects(
     window: int,
     n: int,
     shape: dict[str, int],
@@ -67,7 +67,7 @@ def test_chooses_what_the_definition_chooses(
     dtype: torch.dtype,
 ) -> None:
     cache = draw_cache(window, n=n, dtype=dtype, whole_numbers=True, **shape)
-    if shape.get("Hq", 4) > 2:  # means that both sides round alike
+    if shape.get("Hq", 4) > 2:  # means that both sides round in the same way
         cache[0].mul_(2)
     args = arguments(cache, window, dense_len, float8)
     assert torch.equal(
@@ -83,7 +83,7 @@ def test_touches_nothing_outside(monkeypatch: pytest.MonkeyPatch) -> None:
     args[3] = torch.full_like(args[3], 240)  # rows that fill the cache to its last slot
     expected = select_cached_blocks_pooled(*args)
     with fenced_allocations(monkeypatch):
-        chosen = launch_select_cached_pooled(
+        selected = launch_select_cached_pooled(
             *(fenced(x) if torch.is_tensor(x) else x for x in args)
         )
-    assert torch.equal(chosen, expected)
+    assert torch.equal(selected, expected)

@@ -27,7 +27,7 @@ SHAPES = [
 
 
 @pytest.mark.parametrize(("shape", "settings"), SHAPES)
-def test_chooses_what_the_reference_chooses(shape, settings):
+def test_selects_what_the_reference_selects(shape, settings):
     config = small_config(**settings)
     q, k, _ = make_qkv(**shape)
     expected = reference.select_blocks(q, k, config, scale=0.25)
@@ -45,9 +45,9 @@ def test_half_precision_differs_from_the_reference_only_between_near_ties(dtype)
         for s in range(205):
             own = s // config.block_size
             free = [b for b in range(own + 1) if not reference.is_forced(b, own, config)]
-            chosen = set(selected[0, h, s].tolist())
-            kept = [scores[s, b].item() for b in free if b in chosen]
-            dropped = [scores[s, b].item() for b in free if b not in chosen]
+            kept_blocks = set(selected[0, h, s].tolist())
+            kept = [scores[s, b].item() for b in free if b in kept_blocks]
+            dropped = [scores[s, b].item() for b in free if b not in kept_blocks]
             if kept and dropped:
                 assert max(dropped) <= min(kept) * (1 + 8 * torch.finfo(dtype).eps)
 

@@ -1,7 +1,7 @@
-"""The Triton kernels of ``select_blocks`` choose what the definition chooses, ties included.
+"""The Triton kernels of ``select_blocks`` select what the definition selects, ties included.
 
 Queries and keys are small integers, so dot products are exact on both sides and scores that are
-not equal lie far apart: the choice is then the same however the exponentials are rounded.
+not equal lie far apart: rounding of the exponentials then cannot change the selection.
 """
 
 from typing import Any
@@ -84,7 +84,7 @@ def _judge(args: list[Any]) -> Tensor:
         ((1, 5, 1, 9, 800, 256), {}),
         ((1, 2, 1, 40, 700, 16), {"init_blocks": 0, "local_blocks": 0, "num_selected": 3}),
         ((1, 4, 1, 40, 700, 16), {"coarse_size": 32, "coarse_stride": 16}),  # exact normaliser
-        # The first rows with a choice see no coarse key.
+        # The first rows that select see no coarse key.
         ((1, 2, 1, 64, 96, 16), {"block_size": 16, "local_blocks": 0, "num_selected": 2}),
         # Windows that overlap several of the next block's, all of it, and more than all of it.
         ((1, 2, 1, 30, 500, 16), {"kernel_size": 64, "coarse_size": 256}),
@@ -111,7 +111,7 @@ def test_equals_the_definition_in_half_precision(group: int, dtype: torch.dtype)
     [(1030, torch.float16), (4100, torch.float16), (16384, torch.float16), (2050, torch.float32)],
 )
 def test_long_rows(num_blocks: int, dtype: torch.dtype) -> None:
-    """In half precision they are picked from a few segments."""
+    """In half precision they are selected from a few segments."""
     shape = (1, 2, 1, 2, num_blocks * 16 - 5, 16)
     rule = {"block_size": 16, "num_selected": 96, "local_blocks": 32}
     _judge(_case(shape, dtype, **rule))

@@ -25,7 +25,7 @@ def pooled_config(window=1, **overrides):
 @pytest.mark.parametrize("score_dtype", ["same", "float8"])
 @pytest.mark.parametrize("window", [1, 4])
 @pytest.mark.parametrize("shape", SHAPES)
-def test_chooses_what_the_reference_chooses(shape, window, score_dtype):
+def test_selects_what_the_reference_selects(shape, window, score_dtype):
     config = pooled_config(window, score_dtype=score_dtype)
     q, k, _ = make_qkv(**shape)
     expected = reference.select_blocks(q, k, config, scale=0.25)
@@ -97,20 +97,20 @@ def test_a_nan_changes_no_row_before_it_and_no_other_head():
 
 
 @pytest.mark.parametrize("packed", [True, False])
-def test_sequences_choose_as_if_alone(packed):
+def test_sequences_select_as_if_alone(packed):
     config = pooled_config(score_dtype="float8")
     q, k, _ = make_qkv(405, Hq=6)
     bounds = [0, 170, 171, 405]
     if packed:
-        chosen = select_for(q, k, config, cu_seqlens=torch.tensor(bounds, dtype=torch.int32))
+        selected = select_for(q, k, config, cu_seqlens=torch.tensor(bounds, dtype=torch.int32))
     else:
         mask = torch.zeros(1, 405, dtype=torch.int64)
         mask[:, 171:] = 1
-        chosen, bounds = select_for(q, k, config, attention_mask=mask), [171, 405]
+        selected, bounds = select_for(q, k, config, attention_mask=mask), [171, 405]
     for begin, end in itertools.pairwise(bounds):
         alone = select_for(q[:, :, begin:end], k[:, :, begin:end], config)
-        assert torch.equal(chosen[:, :, begin:end, : alone.shape[-1]], alone)
-        assert (chosen[:, :, begin:end, alone.shape[-1] :] == -1).all()
+        assert torch.equal(selected[:, :, begin:end, : alone.shape[-1]], alone)
+        assert (selected[:, :, begin:end, alone.shape[-1] :] == -1).all()
 
 
 PARTS = torch.tensor([[[0, 60, 5], [0, 60, 5], [64, 80, 5], [0, 0, 0]]], dtype=torch.int32)

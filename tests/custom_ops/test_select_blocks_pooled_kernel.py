@@ -1,4 +1,4 @@
-"""The Triton kernels of ``select_blocks_pooled`` choose what the definition chooses, ties included.
+"""The Triton kernels of ``select_blocks_pooled`` select what the definition selects, ties included.
 
 Queries and keys are small integers, so that dot products are exact on both sides.
 """
@@ -81,12 +81,12 @@ def test_equals_the_definition_in_low_precision(D: int, dtype: torch.dtype) -> N
 
 @pytest.mark.parametrize("num_blocks", [1030, 2100])
 @pytest.mark.parametrize("dtype", DTYPES[1:2])
-def test_long_rows_are_picked_from_segments(num_blocks: int, dtype: torch.dtype) -> None:
+def test_long_rows_are_selected_from_segments(num_blocks: int, dtype: torch.dtype) -> None:
     rule = {"window": 4, "block_size": 16, "num_selected": 96, "local_blocks": 32}
     _judge(_case((1, 1, 3, num_blocks * 16 - 5, 16), dtype, **rule))
 
 
-def test_chunks_of_a_small_workspace_choose_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_chunks_of_a_small_workspace_select_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
     args = _case((2, 2, 40, 500, 16))
     expected = select_blocks_pooled(*args)
     for limit in (1, 100_000):
@@ -94,7 +94,7 @@ def test_chunks_of_a_small_workspace_choose_the_same(monkeypatch: pytest.MonkeyP
         assert torch.equal(run_on_device(launch_select_pooled, *args), expected)
 
 
-def test_documents_choose_as_if_alone() -> None:
+def test_documents_select_as_if_alone() -> None:
     table = [[0, 130, 3], [0, 130, 3], [0, 130, 3], [192, 200, 5], [0, 0, 0], [320, 512, 3]]
     table += [[320, 512, 3]] * 2
     documents = torch.tensor([table], dtype=torch.int32)

@@ -27,27 +27,27 @@ ROWS = [(0, 230), (3, 230), (150, 230), (229, 230), (230, 230), (0, 17)]
         {"dense_len": 231},
     ],
 )
-def test_chooses_what_the_reference_chooses_in_each_rows_own_tokens(settings, n):
+def test_selects_what_the_reference_selects_in_each_rows_own_tokens(settings, n):
     config = small_config(**settings)
     q, k, _, state = make_cache(config, ROWS, 240, n=n, Hq=6)
     selected = select_cached(q, state, capacity=240, scale=0.25)
     for row, (start, end) in enumerate(ROWS):
         length = end - start
         for i in range(n):
-            position, chosen = length - n + i, selected[row, :, i]
+            position, found = length - n + i, selected[row, :, i]
             if position < 0:
-                assert (chosen == -1).all()
+                assert (found == -1).all()
             elif config.is_dense(position + 1):
-                block = torch.arange(chosen.shape[-1])
+                block = torch.arange(found.shape[-1])
                 everything = torch.where(block <= position // 16, block, -1)
-                assert torch.equal(chosen, everything.int().expand_as(chosen))
+                assert torch.equal(found, everything.int().expand_as(found))
             else:
                 own = k[row : row + 1, :, start : start + position + 1]
                 query = q[row : row + 1, :, i : i + 1]
                 expected = reference.select_blocks(query, own, config, scale=0.25)[0, :, 0]
                 K = expected.shape[-1]
-                assert torch.equal(chosen[:, :K], expected)
-                assert (chosen[:, K:] == -1).all()
+                assert torch.equal(found[:, :K], expected)
+                assert (found[:, K:] == -1).all()
 
 
 @pytest.fixture(params=[1, 2, 5, 16])

@@ -1,4 +1,4 @@
-"""A decode step by pooled queries chooses what the whole sequence chose at that position."""
+"""A decode step by pooled queries selects what the whole sequence selects at that position."""
 
 import pytest
 import torch
@@ -43,27 +43,27 @@ def arguments(cache, window, dense_len, float8):
 def test_has_the_bits_of_the_whole_sequence(window, n, shape, float8):
     cache = draw_cache(window, n=n, **shape)
     q, k = cache[:2]
-    chosen = select_cached_blocks_pooled(*arguments(cache, window, -1, float8))
+    selected = select_cached_blocks_pooled(*arguments(cache, window, -1, float8))
     for row, (start, end) in enumerate(ROWS):
         count = min(n, end - start)
         if count == 0:
-            assert (chosen[row] == -1).all()
+            assert (selected[row] == -1).all()
             continue
         keys = k[row : row + 1, :, start:end]
         keys = compress_keys(keys, window, window) if window > 1 else keys
         keys = round_to_float8(keys) if float8 else keys
         pooled = pool_queries(q[row : row + 1, :, n - count :], 2, float8)
         alone = select_blocks_pooled(pooled, keys, end - start, window, *RULE.values())
-        assert torch.equal(chosen[row, :, n - count :, : alone.shape[-1]], alone[0])
-        assert (chosen[row, :, n - count :, alone.shape[-1] :] == -1).all()
+        assert torch.equal(selected[row, :, n - count :, : alone.shape[-1]], alone[0])
+        assert (selected[row, :, n - count :, alone.shape[-1] :] == -1).all()
 
 
 def test_dense_queries_list_every_block():
     cache = draw_cache(1, n=3)
-    chosen = select_cached_blocks_pooled(*arguments(cache, 1, 230, False))
-    assert chosen[0, 0, 0].tolist() == [*range(15)]
-    assert len(set(chosen[0, 0, 2].tolist()) - {-1}) == 5
-    assert chosen[2, 0, 2].tolist()[:5] == [0, 1, 2, 3, 4]
+    selected = select_cached_blocks_pooled(*arguments(cache, 1, 230, False))
+    assert selected[0, 0, 0].tolist() == [*range(15)]
+    assert len(set(selected[0, 0, 2].tolist()) - {-1}) == 5
+    assert selected[2, 0, 2].tolist()[:5] == [0, 1, 2, 3, 4]
 
 
 @pytest.mark.parametrize("window", [1, 4])

@@ -22,7 +22,7 @@ pytestmark = pytest.mark.filterwarnings("ignore:.* encountered in:RuntimeWarning
 from infllm_flex_ops.selection.kernels.prefill import plan  # noqa: E402
 from tests.custom_ops.selection_launches import launch_select  # noqa: E402
 
-# Windows of 8 every 4, blocks of 16, three chosen or more: parts of 16 positions.
+# Windows of 8 every 4, blocks of 16, budgets of three or more: parts of 16 positions.
 RULE = {
     "kernel_size": 8,
     "kernel_stride": 4,
@@ -107,7 +107,7 @@ def test_equals_the_definition_in_half_precision(group: int) -> None:
     _judge(_case(PACKED, group, dtype=torch.float16))
 
 
-def test_long_documents_are_picked_from_a_few_segments() -> None:
+def test_long_documents_are_selected_from_a_few_segments() -> None:
     table = _table([[(20, 3), (1600, 3), (40, 2)]])
     _judge(_case(table, 16, 80, torch.float16, num_selected=3))
 

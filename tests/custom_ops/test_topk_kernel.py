@@ -42,7 +42,7 @@ def _draw(kind: str, generator: torch.Generator, N: int = N) -> Tensor:
         "none": torch.full((N,), -1.0),
         "two values": (uniform > 0.7).float(),
         "few values": (uniform * 5).floor() * 1e-3,
-        "alike": 1 + normal * 1e-6,
+        "nearly equal": 1 + normal * 1e-6,
         "normal": 1 + normal.abs(),
         "every exponent": torch.exp2(uniform * 276 - 149).clamp(max=LARGEST),
         "one outlier": torch.where(torch.arange(N) == 40, LARGEST, uniform * SMALLEST * 8),
@@ -52,7 +52,7 @@ def _draw(kind: str, generator: torch.Generator, N: int = N) -> Tensor:
     }[kind]
 
 
-KINDS = ["equal", "none", "normal", "alike", "subnormal", "pairs"]
+KINDS = ["equal", "none", "normal", "nearly equal", "subnormal", "pairs"]
 KINDS += ["two values", "few values", "every exponent", "one outlier", "with gaps"]
 
 
@@ -114,7 +114,7 @@ def test_selected_from_a_few_segments_they_are_the_same(
     rank[(block < init) | (block >= own - local)] = torch.inf
     expected = rank.sort(descending=True, stable=True).indices[:budget].sort().values
 
-    # Guards on both sides, wide enough for all that a wrong choice could write.
+    # Guards on both sides, wide enough for all that a wrong selection could write.
     out = torch.full((2 * N + 1, budget), 99, dtype=torch.int32, device=DEVICE)
     topk_kernel[(1,)](
         scores=Scores(garbage.to(DEVICE), bests.to(DEVICE), N),

@@ -79,7 +79,7 @@ class Queries(NamedTuple):
     """Query rows of a tile, in a kernel.
 
     Attributes:
-        loaded: Loaded values; unused in float32, which is loaded in parts.
+        loaded: Loaded values; unused in float32, whose rows are loaded a few elements at a time.
         ptr: Pointers to the rows.
         mask: Whether each row exists, in the shape of ``ptr``.
         d: Stride of the last dimension.

@@ -9,7 +9,10 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, mbarrier, tma
 
+from infllm_flex_ops.selection.kernels import online_softmax
 from infllm_flex_ops.selection.kernels.prefill.tiles import HOPPER_STEP
+
+_count_windows = gluon.jit(online_softmax.count_windows.fn)
 
 STEP = gl.constexpr(HOPPER_STEP)  # blocks, a row each of a matrix instruction
 
@@ -38,6 +41,24 @@ class Pipeline(NamedTuple):
     part_block: Any
     smem: Any
     full: Any
+
+
+@gluon.jit
+def locate_steps(run, rows, C, RULE: gl.constexpr, WINDOWS: gl.constexpr):
+    """Find the steps that score a run of blocks, and from which step on windows may be invisible.
+
+    Returns:
+        The first step, the first step that tests whether windows are visible, one past the last
+        step, and the first step of the run's own blocks.
+    """
+    own = run.first_block // STEP * WINDOWS.PER_BLOCK  # runs start at multiples of STEP
+    begin = gl.maximum(own - WINDOWS.TAIL, 0)  # the first block needs the tail of the one before
+    end = gl.cdiv(run.end_block, STEP) * WINDOWS.PER_BLOCK
+    # Every row sees all windows of the blocks up to here: of all listed blocks, or of whole steps.
+    whole = _count_windows(rows.q_offset + rows.start, RULE.kernel_size, RULE.kernel_stride, C)
+    whole = whole // WINDOWS.PER_BLOCK
+    edge = gl.maximum(begin, whole // STEP * WINDOWS.PER_BLOCK)
+    return begin, gl.where(whole >= run.end_block, end, edge), end, own
 
 
 @gluon.jit

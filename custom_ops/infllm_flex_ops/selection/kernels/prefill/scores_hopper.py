@@ -17,7 +17,6 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
-from infllm_flex_ops.selection.kernels import online_softmax
 from infllm_flex_ops.selection.kernels.kernel_args import Run
 from infllm_flex_ops.selection.kernels.prefill import documents, scores
 from infllm_flex_ops.selection.kernels.prefill.hopper_pipeline import (
@@ -25,10 +24,10 @@ from infllm_flex_ops.selection.kernels.prefill.hopper_pipeline import (
     find_step,
     load_queries,
     load_step,
+    locate_steps,
     start_pipeline,
 )
 
-_count_windows = gluon.jit(online_softmax.count_windows.fn)
 _locate_rows = gluon.jit(documents.locate_rows.fn)
 
 
@@ -44,24 +43,6 @@ class _Segments(NamedTuple):
     segment: Any
     exists: Any
     at: Any
-
-
-@gluon.jit
-def _locate_steps(run, rows, C, RULE: gl.constexpr, WINDOWS: gl.constexpr):
-    """Find the steps that score a run of blocks, and from which step on windows may be invisible.
-
-    Returns:
-        The first step, the first step that tests whether windows are visible, one past the last
-        step, and the first step of the run's own blocks.
-    """
-    own = run.first_block // STEP * WINDOWS.PER_BLOCK  # runs start at multiples of STEP
-    begin = gl.maximum(own - WINDOWS.TAIL, 0)  # the first block needs the tail of the one before
-    end = gl.cdiv(run.end_block, STEP) * WINDOWS.PER_BLOCK
-    # Every row sees all windows of the blocks up to here: of all listed blocks, or of whole steps.
-    whole = _count_windows(rows.q_offset + rows.start, RULE.kernel_size, RULE.kernel_stride, C)
-    whole = whole // WINDOWS.PER_BLOCK
-    edge = gl.maximum(begin, whole // STEP * WINDOWS.PER_BLOCK)
-    return begin, gl.where(whole >= run.end_block, end, edge), end, own
 
 
 @gluon.jit
@@ -280,7 +261,7 @@ def score_hopper_kernel(
 
     first_block = split * split_blocks
     run = Run(first_block, gl.minimum(first_block + split_blocks, num_scored), num_scored)
-    begin, edge, end, own = _locate_steps(run, rows, C, RULE, WINDOWS)
+    begin, edge, end, own = locate_steps(run, rows, C, RULE, WINDOWS)
     COLUMNS: gl.constexpr = TILE.HEADS * TOKENS  # head after head: their sum stays in a thread
     LOGITS: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, COLUMNS, 16])
     part_block = rows.seq_start // RULE.block_size
