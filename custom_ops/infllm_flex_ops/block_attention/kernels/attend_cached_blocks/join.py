@@ -1,4 +1,4 @@
-"""Join what programs found in parts of a list."""
+"""Join the partial results of a query's list."""
 
 import triton
 import triton.language as tl
@@ -17,21 +17,21 @@ def join_kernel(
     PART: tl.constexpr,
     SPLITS: tl.constexpr,
 ):
-    """Weigh the parts of one head of one query by their log-sum-exp; 0 where it has no key."""
+    """Weigh the parts of one query head by their log-sum-exp; 0 for a query without a key."""
     parts_of_d = (D + PART - 1) // PART
     group = tl.program_id(0) // parts_of_d
     token = tl.program_id(1)
-    head = tl.program_id(2).to(tl.int64)
+    head = tl.program_id(2).to(tl.int64)  # b * Hkv + h
     d = tl.program_id(0) % parts_of_d * PART + tl.arange(0, PART)
     split = tl.arange(0, SPLITS)
     used = split < splits
     parts_ptr += ((head * n + token) * splits * ROWS + group) * (BLOCK_D + 2)
     part = parts_ptr + split * (ROWS * (BLOCK_D + 2))
-    tops = tl.load(part + BLOCK_D, mask=used, other=-1e30)
-    totals = tl.load(part + BLOCK_D + 1, mask=used, other=0.0)
-    sums = tl.load(part[:, None] + d[None, :], mask=used[:, None], other=0.0)
-    weight = tl.exp2(tops - tl.max(tops, 0))
-    total = tl.sum(totals * weight, 0)
-    out = tl.sum(sums * weight[:, None], 0) / tl.where(total == 0.0, 1.0, total)
-    row = (head * G + group) * n + token  # head is b * Hkv + h
+    m_i = tl.load(part + BLOCK_D, mask=used, other=-1e30)
+    l_i = tl.load(part + BLOCK_D + 1, mask=used, other=0.0)
+    acc = tl.load(part[:, None] + d[None, :], mask=used[:, None], other=0.0)
+    weight = tl.exp2(m_i - tl.max(m_i, 0))
+    total = tl.sum(l_i * weight, 0)
+    out = tl.sum(acc * weight[:, None], 0) / tl.where(total == 0.0, 1.0, total)
+    row = (head * G + group) * n + token
     tl.store(out_ptr + row * D + d, out, mask=d < D)

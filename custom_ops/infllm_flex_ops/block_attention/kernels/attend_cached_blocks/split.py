@@ -1,5 +1,7 @@
 """Attention of one query to some of its blocks, where they lie in the cache."""
 
+from typing import NamedTuple
+
 import triton
 import triton.language as tl
 
@@ -8,91 +10,102 @@ from infllm_flex_ops.block_attention.kernels.tile_args import RowTensor
 from infllm_flex_ops.triton_common.tensor_args import Softmax
 
 
+class Shape(NamedTuple):
+    """Compile-time sizes of the problem.
+
+    Attributes:
+        G: Query heads per KV head.
+        D: Head dim.
+        BLOCK_SIZE: Keys per block.
+    """
+
+    G: int
+    D: int
+    BLOCK_SIZE: int
+
+
+class Tile(NamedTuple):
+    """Compile-time sizes of a program.
+
+    Attributes:
+        ROWS: The query heads per KV head, padded to a power of two.
+        BLOCK_N: Keys per step, a power of two.
+        BLOCK_D: The head dim, padded to a power of two.
+        FP32: Multiply float32 exactly, without tensor cores.
+    """
+
+    ROWS: int
+    BLOCK_N: int
+    BLOCK_D: int
+    FP32: bool
+
+
 @triton.jit(do_not_specialize=["n", "S", "W", "slots"])
 def split_kernel(
-    q_ptr,
-    k_ptr,
-    v_ptr,
-    selected_ptr,
+    q,
+    k,
+    v,
+    selected,
     start_ptr,
     end_ptr,
     parts_ptr,
-    stride_qb,
-    stride_qh,
-    stride_qs,
-    stride_qd,
-    stride_kb,
-    stride_kh,
-    stride_ks,
-    stride_kd,
-    stride_vb,
-    stride_vh,
-    stride_vs,
-    stride_vd,
-    stride_sb,
-    stride_sh,
-    stride_ss,
-    stride_sw,
     n,
     S,
     W,
     slots,
-    factor,
+    qk_scale_log2,
     Hkv,
-    G: tl.constexpr,
-    D: tl.constexpr,
-    BLOCK_SIZE: tl.constexpr,
-    ROWS: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-    FP32: tl.constexpr,
+    SHAPE: tl.constexpr,
+    TILE: tl.constexpr,
 ):
-    """Fill ``parts [B * Hkv, n, splits, ROWS, BLOCK_D + 2]``: sums of values, largest, total.
+    """Fill ``parts [B * Hkv, n, splits, ROWS, BLOCK_D + 2]``: weighted values, maximum, sum.
 
-    A row is a head of the query's group. A program takes every so many-th slot of the list: the
-    unused ones, all at its end, then lie with all programs alike.
+    A row is one query head of the group. Programs take the slots of a list round-robin, so that the
+    unused slots at its end are spread evenly.
     """
     split = tl.program_id(0)
     token = tl.program_id(1)
     head = tl.program_id(2)
     b = (head // Hkv).to(tl.int64)
     h = (head % Hkv).to(tl.int64)
-    first = tl.load(start_ptr + b)
-    position = tl.load(end_ptr + b) - first - n + token
-    group = tl.arange(0, ROWS)
-    d = tl.arange(0, BLOCK_D)
-    q_ptr += (b * stride_qb + (h * G + group) * stride_qh + token.to(tl.int64) * stride_qs)[:, None]
-    q_mask = (group < G)[:, None]
-    q = q_mask  # unused in parts
-    if not FP32:
-        q = tl.load(q_ptr + d[None, :] * stride_qd, mask=q_mask & (d < D)[None, :], other=0.0)
-    k_ptr += b * stride_kb + h * stride_kh
-    v_ptr += b * stride_vb + h * stride_vh
-    selected_ptr += b * stride_sb + h * stride_sh + token.to(tl.int64) * stride_ss
+    row_start = tl.load(start_ptr + b)
+    position = tl.load(end_ptr + b) - row_start - n + token
+    group = tl.arange(0, TILE.ROWS)
+    d = tl.arange(0, TILE.BLOCK_D)
+    q_ptr = q.ptr + (b * q.b + (h * SHAPE.G + group) * q.h + token.to(tl.int64) * q.s)[:, None]
+    q_mask = (group < SHAPE.G)[:, None]
+    loaded = q_mask  # unused in float32
+    if not TILE.FP32:
+        loaded = tl.load(q_ptr + d[None, :] * q.d, mask=q_mask & (d < SHAPE.D)[None, :], other=0.0)
+    rows = RowTensor(loaded, q_ptr, q_mask, q.d)
+    k_ptr = k.ptr + (b * k.b + h * k.h)
+    v_ptr = v.ptr + (b * v.b + h * v.h)
+    selected_ptr = selected.ptr + (
+        b * selected.b + h * selected.h + token.to(tl.int64) * selected.s
+    )
 
     softmax = Softmax(
-        m_i=tl.full([ROWS], -1e30, tl.float32),  # finite: a row without a key makes no NaN
-        l_i=tl.zeros([ROWS], tl.float32),
-        acc=tl.zeros([ROWS, BLOCK_D], tl.float32),
+        m_i=tl.full([TILE.ROWS], -1e30, tl.float32),  # finite: a row without a key makes no NaN
+        l_i=tl.full([TILE.ROWS], 0.0, tl.float32),
+        acc=tl.full([TILE.ROWS, TILE.BLOCK_D], 0.0, tl.float32),
     )
-    CHUNKS: tl.constexpr = (BLOCK_SIZE + BLOCK_N - 1) // BLOCK_N
+    CHUNKS: tl.constexpr = (SHAPE.BLOCK_SIZE + TILE.BLOCK_N - 1) // TILE.BLOCK_N
     splits = tl.num_programs(0)
     for i in tl.range(0, slots * CHUNKS):
         slot = split + i // CHUNKS * splits
-        block = tl.load(selected_ptr + slot * stride_sw, mask=slot < W, other=-1)
-        inner = i % CHUNKS * BLOCK_N + tl.arange(0, BLOCK_N)
-        key = block.to(tl.int64) * BLOCK_SIZE + inner
-        valid = (inner < BLOCK_SIZE) & (key >= 0)  # a slot that is not used names block -1
-        valid = valid & (key <= position) & (first + key < S)
-        k_row = k_ptr + (first + key)[None, :] * stride_ks
-        v_row = v_ptr + (first + key)[:, None] * stride_vs + d[None, :] * stride_vd
-        rows = RowTensor(q, q_ptr, q_mask, stride_qd)
+        block = tl.load(selected_ptr + slot * selected.d, mask=slot < W, other=-1)
+        inner = i % CHUNKS * TILE.BLOCK_N + tl.arange(0, TILE.BLOCK_N)
+        key = block.to(tl.int64) * SHAPE.BLOCK_SIZE + inner
+        seen = (inner < SHAPE.BLOCK_SIZE) & (key >= 0)  # an unused slot holds block -1
+        seen = seen & (key <= position) & (row_start + key < S)
+        k_row = k_ptr + (row_start + key)[None, :] * k.s
+        v_row = v_ptr + (row_start + key)[:, None] * v.s + d[None, :] * v.d
         softmax = add_seen_keys(
-            softmax, rows, k_row, v_row, stride_kd, valid, factor, D, BLOCK_D, FP32
+            softmax, rows, k_row, v_row, k.d, seen, qk_scale_log2, SHAPE.D, TILE.BLOCK_D, TILE.FP32
         )
 
     at = (head.to(tl.int64) * n + token) * splits + split
-    part = parts_ptr + at * (ROWS * (BLOCK_D + 2)) + group * (BLOCK_D + 2)
+    part = parts_ptr + at * (TILE.ROWS * (TILE.BLOCK_D + 2)) + group * (TILE.BLOCK_D + 2)
     tl.store(part[:, None] + d[None, :], softmax.acc)
-    tl.store(part + BLOCK_D, softmax.m_i)
-    tl.store(part + BLOCK_D + 1, softmax.l_i)
+    tl.store(part + TILE.BLOCK_D, softmax.m_i)
+    tl.store(part + TILE.BLOCK_D + 1, softmax.l_i)
