@@ -31,7 +31,7 @@ from infllm_flex_ops.block_attention.kernels import attend_blocks_backward as ba
 
 
 class Case(NamedTuple):
-    """Inputs of one attention, and the lists that the kernels walk for it."""
+    """Inputs of one attention call, and the lists that its kernels walk."""
 
     qkv: list[Tensor]
     selected: Tensor
@@ -46,7 +46,7 @@ class Case(NamedTuple):
 
     @property
     def rest(self) -> tuple[int, int, float]:
-        """What follows the lists where kernels are launched."""
+        """The arguments of a launch after the lists."""
         return self.block_size, self.tile_tokens, self.scale
 
     def define(self, qkv: list[Tensor] | None = None) -> tuple[Tensor, Tensor]:
@@ -123,7 +123,7 @@ def test_is_as_exact_in_half_precision(group: int, D: int, dtype: torch.dtype) -
     _judge(_case(shape, 64, 8, dtype))
 
 
-@pytest.mark.skipif(not INTERPRETED, reason="what Hopper does is what the other tests test there")
+@pytest.mark.skipif(not INTERPRETED, reason="on Hopper the other tests cover it")
 @pytest.mark.parametrize(
     ("shape", "block_size", "tile_tokens"),
     [
@@ -136,7 +136,7 @@ def test_is_as_exact_in_half_precision(group: int, D: int, dtype: torch.dtype) -
         ({"S": 30, "Hq": 2, "Hkv": 1, "D": 256}, 64, 16),
     ],
 )
-def test_boxes_are_as_exact_as_pointers(
+def test_tensor_descriptors_are_as_exact_as_pointers(
     shape: dict[str, int], block_size: int, tile_tokens: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from infllm_flex_ops.triton_common import descriptors
@@ -170,7 +170,7 @@ def test_rows_without_a_key() -> None:
     assert grads[0][0, :, 4:8].eq(0).all()
 
 
-def test_keys_beyond_the_lists_and_the_position_are_left_alone() -> None:
+def test_keys_beyond_the_lists_and_the_position_have_no_effect() -> None:
     case = _case({"S": 96, "Hq": 2, "Hkv": 1, "D": 16}, 16, 4)
     (q, k, v), lists, rest = case.qkv, list(case.lists), case.rest
     expected, _ = run_on_device(forward.launch, q, k, v, *lists, *rest)
@@ -184,7 +184,7 @@ def test_keys_beyond_the_lists_and_the_position_are_left_alone() -> None:
 
 @pytest.mark.parametrize("poison", [torch.nan, torch.inf, -torch.inf])
 @pytest.mark.parametrize("tensor", [1, 2], ids=["key", "value"])
-def test_nan_and_inf_reach_those_who_see_them_and_no_one_else(tensor: int, poison: float) -> None:
+def test_nan_and_inf_reach_only_the_rows_that_see_them(tensor: int, poison: float) -> None:
     group = 3
     shape = {"S": 96, "Hq": 2 * group, "Hkv": 2, "D": 24, "Sq": 20}
     case = _case(shape, 16, 4)
@@ -200,12 +200,12 @@ def test_nan_and_inf_reach_those_who_see_them_and_no_one_else(tensor: int, poiso
     torch.testing.assert_close(out[~same], expected[~same], equal_nan=True, rtol=1e-5, atol=1e-5)
     torch.testing.assert_close(lse, expected_lse, equal_nan=True, rtol=1e-5, atol=1e-5)
     torch.testing.assert_close(out[same], clean[same], rtol=1e-5, atol=1e-5)
-    other = slice(group, None)  # the other head has nothing to be careful about
+    other = slice(group, None)  # the head without NaN keeps its bits
     assert torch.equal(out[:, other], clean[:, other])
     assert torch.equal(lse[:, other], clean_lse[:, other])
 
 
-def test_heads_with_nan_are_done_again_after_another_engine() -> None:
+def test_heads_with_nan_are_repaired_after_another_engine() -> None:
     q, k, v = make_qkv(96, Hq=6, Sq=20, D=24)
     selected = make_selected(96)[:, :, -20:]
     v[0, 1, 80] = torch.nan
@@ -220,7 +220,7 @@ def test_heads_with_nan_are_done_again_after_another_engine() -> None:
         torch.testing.assert_close(out[:, 3:], expected[:, 3:], equal_nan=True)
 
 
-def test_wrong_numbers_in_lists_never_lead_outside() -> None:
+def test_corrupt_lists_read_nothing_out_of_bounds() -> None:
     case = _case({"S": 75, "Hq": 2, "Hkv": 1, "D": 16, "Sq": 12}, 16, 4)
     qkv, lists, rest = case.qkv, list(case.lists), case.rest
     lists[0][:] = 2**31 - 1
@@ -232,7 +232,7 @@ def test_wrong_numbers_in_lists_never_lead_outside() -> None:
 
 
 @pytest.mark.parametrize("split_size", [1, 3])
-def test_shared_blocks_have_the_gradients_of_whole_ones(
+def test_split_blocks_have_the_gradients_of_whole_ones(
     monkeypatch: pytest.MonkeyPatch, split_size: int
 ) -> None:
     case = _case({"S": 120, "Hq": 4, "Hkv": 2, "D": 24}, 16, 4)
@@ -242,13 +242,13 @@ def test_shared_blocks_have_the_gradients_of_whole_ones(
     whole = run_on_device(backward.launch, *state)
     monkeypatch.setattr(backward.plan, "choose_split_size", lambda *_: split_size)
     monkeypatch.setattr(backward.splits, "_MAX_SPLITS", 40)  # not enough for all blocks
-    shared = run_on_device(backward.launch, *state)
-    for a, b in zip(shared, whole, strict=True):
+    split = run_on_device(backward.launch, *state)
+    for a, b in zip(split, whole, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("programs", [1, 100], ids=["one at a time", "two of three"])
-def test_heads_in_turn_have_the_bits_of_all_at_once(
+def test_heads_in_turn_have_the_bits_of_all_heads_at_once(
     programs: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     case = _case({"S": 60, "Hq": 6, "Hkv": 3, "D": 16}, 16, 4)

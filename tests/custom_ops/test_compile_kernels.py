@@ -27,13 +27,13 @@ if INTERPRETED:
 # Triton 3.9 announces another default of its own; it does not concern a test of resources.
 pytestmark = pytest.mark.filterwarnings("ignore:TRITON_DEFAULT_FP_FUSION:UserWarning")
 
-# Bytes that a kernel may spill where a GPU was measured to run it faster so: a few of the 450
-# instructions of a step of 64 rows, which takes a tenth to a third less time than two of 32.
+# Bytes that a kernel may spill where it was measured to run faster so: a step of 64 rows spills a
+# little and still takes less time than two steps of 32.
 _MEASURED_SPILLS = {("dkv_kernel", 90): 160}
-# Where a group is no power of two the places of its rows in the output wait on the stack before
-# Hopper: eight values that are written before the walk over the list and read after it.
+# Before Hopper, where a group is no power of two, eight output offsets are kept on the stack: they
+# are written before the loop over the list and read after it.
 _WAITING_SPILLS = 32
-_ADA_SPILLS = 16  # of kernels that spill nothing on sm_80, whose instructions are the same
+_ADA_SPILLS = 16  # of kernels that do not spill on sm_80, with the same instructions
 
 FLOAT, HALF, BRAIN = torch.float32, torch.float16, torch.bfloat16
 EIGHT = torch.float8_e4m3fn
@@ -143,8 +143,8 @@ def _attend_forward(dtype: torch.dtype, D: int, G: int, tile_tokens: int) -> Non
 
     q, (k, v) = _meta(1, 2 * G, 8192, D, dtype=dtype), (_meta(1, 2, 8192, D, dtype=dtype),) * 2
     num, idx = (_meta(1, 2, 8192 // tile_tokens, *w, dtype=torch.int32) for w in ((), (128,)))
-    words = _meta(*idx.shape, dtype=word_dtype(tile_tokens))
-    attend_blocks.launch(q, k, v, num, idx, words, 64, tile_tokens, D**-0.5)
+    membership = _meta(*idx.shape, dtype=word_dtype(tile_tokens))
+    attend_blocks.launch(q, k, v, num, idx, membership, 64, tile_tokens, D**-0.5)
 
 
 def _cached(
@@ -174,7 +174,7 @@ def _cached(
 
 
 def _compile(launch: Launch, capability: int) -> Resources:
-    """Compile a launch, and show what it takes."""
+    """Compile a launch, and print the resources that it takes."""
     used = compile_for(launch, capability)
     sys.stdout.write(f"sm_{capability} {launch}: {used}\n")
     return used

@@ -25,19 +25,19 @@ def _lists(selected: Tensor, S: int, tile_tokens: int) -> list[Tensor]:
 def _attend_both_ways(
     qkv: list[Tensor], lists: list[Tensor], tile_tokens: int, monkeypatch: pytest.MonkeyPatch
 ) -> tuple[Tensor, Tensor]:
-    """Attend with the divided kernel; the other must give the same bits."""
+    """Attend with the kernel of specialised warps; the other kernel must give the same bits."""
     from infllm_flex_ops.block_attention.kernels import attend_blocks
 
     rest = (BLOCK_SIZE, tile_tokens, 0.25)
     tile_rows = qkv[0].shape[1] // qkv[1].shape[1] * tile_tokens
     assert attend_blocks.can_specialize(qkv[0], tile_rows, BLOCK_SIZE)
-    divided = attend_blocks.launch(*qkv, *lists, *rest)
+    specialized = attend_blocks.launch(*qkv, *lists, *rest)
     with monkeypatch.context() as patch:
         patch.setattr(attend_blocks, "can_specialize", lambda *_: False)
         plain = attend_blocks.launch(*qkv, *lists, *rest)
-    for a, b in zip(divided, plain, strict=True):
+    for a, b in zip(specialized, plain, strict=True):
         assert torch.equal(a.nan_to_num(7.0), b.nan_to_num(7.0))
-    return divided
+    return specialized
 
 
 @pytest.mark.gpu
@@ -88,7 +88,7 @@ def test_rows_and_tiles_without_a_block(monkeypatch):
 @pytest.mark.gpu
 @on_hopper
 @pytest.mark.parametrize("poison", [torch.nan, torch.inf])
-def test_nan_and_inf_are_seen_by_the_same(poison, monkeypatch):
+def test_nan_and_inf_reach_the_same_rows(poison, monkeypatch):
     qkv = [x.cuda() for x in make_qkv(600, Hq=16, Hkv=1, D=128, dtype=BRAIN)]
     qkv[2][0, 0, 70, 3] = poison
     selected = make_selected(600, Hkv=1, block_size=BLOCK_SIZE).cuda()
@@ -100,7 +100,7 @@ def test_nan_and_inf_are_seen_by_the_same(poison, monkeypatch):
 
 @pytest.mark.gpu
 @on_hopper
-def test_wrong_numbers_in_lists_lead_nowhere():
+def test_corrupt_lists_read_nothing_out_of_bounds():
     from infllm_flex_ops.block_attention.kernels import attend_blocks
 
     qkv = [x.cuda() for x in make_qkv(600, Hq=16, Hkv=1, D=128, dtype=BRAIN)]
@@ -221,7 +221,7 @@ def test_scores_of_nan_and_inf_have_the_same_bits(poison, monkeypatch):
 @pytest.mark.parametrize(
     ("groups", "kv_len", "block_size", "rows"),
     [
-        (4, 1 << 17, 64, 128),  # two warpgroups divide them
+        (4, 1 << 17, 64, 128),  # two warpgroups share a tile
         (4, 1 << 17, 32, 64),  # the other kernel's rule
         (4, 1 << 15, 32, 128),
         (2, 1 << 15, 32, 64),

@@ -1,4 +1,4 @@
-"""Attend from tiles of queries to their listed blocks, with gradients, on any device."""
+"""Attention of tiles of queries to their listed blocks, with gradients, on any device."""
 
 from typing import Any, NamedTuple
 
@@ -21,7 +21,7 @@ class ForwardLists(NamedTuple):
         tile_tokens: Tokens per tile.
         num: Blocks per tile, int32 ``[B, Hkv, Nq]``.
         idx: The blocks, int32 ``[B, Hkv, Nq, W]``, ascending.
-        words: Membership words ``[B, Hkv, Nq, W]``.
+        words: Membership bits of the blocks ``[B, Hkv, Nq, W]``.
     """
 
     tile_tokens: int
@@ -69,8 +69,8 @@ def attend_blocks(
 ) -> tuple[Tensor, Tensor]:
     """Softmax attention of every query over the keys of its own blocks, causally.
 
-    The tokens of a tile share the work on the union of their blocks; each token's own choice is
-    masked within it. Memory beside the result and the lists does not grow with the length.
+    A tile of tokens attends to the union of their blocks, and each token's selection is masked
+    within it. Memory other than the result and the lists does not grow with the length.
 
     Args:
         q: Queries ``[B, Hq, Sq, D]``, the last ``Sq`` of ``Skv`` positions.
@@ -80,7 +80,7 @@ def attend_blocks(
         block_size: Keys per block.
         scale: Factor on the dot products.
         tile_tokens: Tokens per tile, 1 to 64; None lets the device's rule choose.
-        unit: Where sequences begin at multiples of so many tokens, no tile holds two of them.
+        unit: Alignment of the first tokens of sequences. No tile then holds tokens of two.
         num: The first of three lists that ``build_lists`` has built for tiles of ``tile_tokens``;
             None builds them here. The backward builds its own, for tiles of its own size.
         idx: The second.
@@ -113,7 +113,7 @@ def attend_blocks(
             rows = chunk.load(head, q, accumulate) * scale
             logits = chunk.logits(rows, chunk.gather(keys))
             peak = logits.amax(-1, keepdim=True)
-            peak.masked_fill_(peak == -torch.inf, 0.0)  # no key: exp(-inf - 0) = 0, not nan
+            peak.masked_fill_(peak == -torch.inf, 0.0)  # no key: exp(-inf - 0) = 0, not NaN
             weights = logits.sub_(peak).exp_()
             total = weights.sum(-1, keepdim=True)
             summed = chunk.weigh(weights, chunk.gather(values), finite)

@@ -1,4 +1,4 @@
-"""The gradients of ``attend_blocks``, an operator of their own so that compilers can trace it."""
+"""The gradients of ``attend_blocks``: an operator of its own, so that compilers can trace it."""
 
 from typing import Any
 
@@ -26,7 +26,7 @@ def attend_blocks_backward(
     tile_tokens: int | None = None,
     unit: int | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of ``attend_blocks``, recomputing the weights chunk by chunk.
+    """Gradients of ``attend_blocks``; recomputes the weights of a chunk of tiles at a time.
 
     Args:
         grad_out: Gradient of the output ``[B, Hq, Sq, D]``.

@@ -1,4 +1,4 @@
-"""Keep nan and inf among keys and values from rows that do not see them."""
+"""Repair attention where NaN or inf among keys and values reached rows that do not see them."""
 
 from typing import Any
 
@@ -14,7 +14,7 @@ def redo_special_heads(
 ) -> None:
     """Overwrite the attention of heads whose keys or values are not all finite, in place.
 
-    Attention by tiles multiplies unseen values by zero, and zero times nan is nan. Here every row
+    Attention by tiles multiplies unseen values by zero, and zero times NaN is NaN. Here every row
     reads only what it sees. No gradient flows.
 
     Args:

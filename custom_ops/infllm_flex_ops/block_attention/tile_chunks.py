@@ -1,4 +1,4 @@
-"""Walk tiles and their listed blocks a chunk at a time, in plain tensors; no operator itself."""
+"""The lists of tiles in plain tensors, a chunk of tiles at a time, for the CPU."""
 
 from collections.abc import Iterator
 from typing import NamedTuple
@@ -7,24 +7,24 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-CHUNK_SCORES = 1 << 20  # scores held at a time, over all tiles of a chunk
+CHUNK_SCORES = 1 << 20  # scores of a chunk of tiles, which bound the memory beside the result
 
 
 class Head(NamedTuple):
-    """One key/value head of one batch entry, and the query heads that share it."""
+    """One key/value head of one batch row, and the query heads that share it."""
 
     batch: int
     kv: int
     group: slice
 
     def blocks(self, x: Tensor, block_size: int, dtype: torch.dtype) -> Tensor:
-        """Cut ``x [B, Hkv, Skv, D]`` into ``[Nkv, block_size, D]``; the last one zero-filled."""
+        """Cut ``x [B, Hkv, Skv, D]`` into ``[Nkv, block_size, D]``, the last block padded by 0."""
         x = x[self.batch, self.kv].to(dtype)
         return F.pad(x, (0, 0, 0, -x.shape[0] % block_size)).unflatten(0, (-1, block_size))
 
 
 def heads(q: Tensor, k: Tensor) -> Iterator[Head]:
-    """Walk the key/value heads of a batch."""
+    """Iterate over the key/value heads of a batch."""
     G = q.shape[1] // k.shape[1]
     for batch in range(k.shape[0]):
         for kv in range(k.shape[1]):
@@ -32,16 +32,16 @@ def heads(q: Tensor, k: Tensor) -> Iterator[Head]:
 
 
 class TileLists(NamedTuple):
-    """The lists of ``tile_blocks``, and the sizes that give them a meaning."""
+    """The lists of ``tile_blocks``, and the sizes that they were built for."""
 
     num: Tensor
     idx: Tensor
-    words: Tensor
+    membership: Tensor
     block_size: int
     tile_tokens: int
 
     def spans(self, head: Head) -> Iterator[tuple[slice, int]]:
-        """Walk a head's tiles, several at a time, with the length of their longest list."""
+        """Iterate over a head's tiles, several at a time, with the length of their longest list."""
         counts = self.num[head.batch, head.kv].tolist()
         group = head.group.stop - head.group.start
         per_slot = self.tile_tokens * group * self.block_size
@@ -59,15 +59,15 @@ class TileLists(NamedTuple):
     def cut(self, head: Head, span: tuple[slice, int], Skv: int, Sq: int) -> "TileChunk":
         """Read the lists of a span of tiles, cut to one width."""
         (tiles, width), at = span, (head.batch, head.kv)
-        num, block, word = self.num[at][tiles], self.idx[at][tiles], self.words[at][tiles]
+        num, block, bits = (x[at][tiles] for x in (self.num, self.idx, self.membership))
         listed = torch.arange(width, device=num.device) < num[:, None]
-        # A slot without a block repeats the tile's first: another's nan would come through 0 x nan.
+        # An unused slot repeats the first block: NaN of another would pass, as 0 x NaN is NaN.
         block = torch.where(listed, block[:, :width], block[:, :1])  # [n, W]
-        word = word[:, :width].masked_fill(~listed, 0)
+        bits = bits[:, :width].masked_fill(~listed, 0)
         token = torch.arange(self.tile_tokens, device=num.device)
         first = Skv - Sq + torch.arange(tiles.start, tiles.stop, device=num.device) * token.numel()
         position = first[:, None] + token  # [n, T]
-        member = (word[:, None] >> token[:, None]) & 1  # [n, T, W]
+        member = (bits[:, None] >> token[:, None]) & 1  # [n, T, W]
         past = position[:, :, None] - block[:, None] * self.block_size + 1
         return TileChunk(
             block.long(), past.clamp(0, self.block_size) * member, tiles, self.tile_tokens, Sq
@@ -75,7 +75,15 @@ class TileLists(NamedTuple):
 
 
 class TileChunk(NamedTuple):
-    """Several tiles: ``slots [n, W]`` name blocks, ``seen [n, T, W]`` counts their visible keys."""
+    """Several tiles of one head.
+
+    Attributes:
+        slots: Listed blocks ``[n, W]``.
+        seen: Keys of each block that each token sees ``[n, T, W]``, the first ones.
+        tiles: Which tiles of the head.
+        tile_tokens: Tokens per tile, ``T``.
+        Sq: Queries of the sequence.
+    """
 
     slots: Tensor
     seen: Tensor
@@ -114,7 +122,7 @@ class TileChunk(NamedTuple):
         return logits
 
     def sees(self, gathered: Tensor) -> Tensor:
-        """Spell out which gathered keys each token sees: bool ``[n, T, W * block_size]``."""
+        """Return which gathered keys each token sees: bool ``[n, T, W * block_size]``."""
         block_size = gathered.shape[1] // self.slots.shape[1]
         offset = torch.arange(block_size, device=self.seen.device)
         return (offset < self.seen[..., None]).flatten(2)
@@ -122,8 +130,8 @@ class TileChunk(NamedTuple):
     def weigh(self, weights: Tensor, values: Tensor, finite: bool) -> Tensor:
         """Sum the gathered values by ``weights [n, T * G, W * block_size]``.
 
-        A product multiplies unseen values by zero, and 0 x nan is nan: where values are not finite,
-        they are left out of the product and given only to the rows that see them.
+        A product multiplies unseen values by zero, and 0 x NaN is NaN. Values that are not finite
+        are left out of the product and added only to the rows that see them.
         """
         if finite:
             return weights @ values
@@ -136,5 +144,5 @@ class TileChunk(NamedTuple):
         return out
 
     def used(self) -> Tensor:
-        """Which slots some token sees a key of: bool ``[n, W]``."""
+        """Return the slots of which some token sees a key: bool ``[n, W]``."""
         return self.seen.amax(1) > 0

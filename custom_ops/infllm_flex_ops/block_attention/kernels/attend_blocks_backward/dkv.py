@@ -82,6 +82,16 @@ def _group_view(x, b, h, SHAPE: tl.constexpr):
 
 
 @triton.jit
+def _store_split(partial_ptr, split, inner, dk, dv, SHAPE: tl.constexpr, TILE: tl.constexpr):
+    """Write the gradients of a block's keys ``inner`` to the slot of a split."""
+    d = tl.arange(0, TILE.BLOCK_D)
+    at = (split * 2 * SHAPE.BLOCK_SIZE + inner)[:, None] * SHAPE.D + d[None, :]
+    mask = (inner < SHAPE.BLOCK_SIZE)[:, None] & (d < SHAPE.D)[None, :]
+    tl.store(partial_ptr + at, dk, mask=mask)
+    tl.store(partial_ptr + at + SHAPE.BLOCK_SIZE * SHAPE.D, dv, mask=mask)
+
+
+@triton.jit
 def _dkv_inner(
     dk,
     dv,
@@ -148,8 +158,8 @@ def _dkv_inner(
             logits = dot_fp32(k.ptr, k.mask, k.d, q_column, column_mask, q.d, SHAPE.D, TILE.BLOCK_D)
         else:
             logits = tl.dot(k.loaded, tl.trans(q_rows))
-        lse_safe = tl.where(member, lse, float("inf"))
-        weights = tl.exp2(logits * qk_scale_log2 - lse_safe[None, :])
+        logits = logits * qk_scale_log2
+        weights = tl.exp2(logits - tl.where(member, lse, float("inf"))[None, :])
         if EDGE:
             ahead = key - (Skv - Sq) - tile * SHAPE.TILE_TOKENS
             weights = tl.where(ahead[:, None] <= token[None, :], weights, 0.0)
@@ -248,7 +258,6 @@ def dkv_kernel(
                 b=b.to(tl.int32),
                 h=h.to(tl.int32),
             )
-            block_tiles = BlockTiles(tiles.tile + begin, tiles.membership + begin)
             for LATER in tl.static_range(2):
                 dk, dv = _dkv_inner(
                     dk,
@@ -257,7 +266,7 @@ def dkv_kernel(
                     RowTensor(v_loaded, v_row, valid[:, None], v.d),
                     key,
                     queries,
-                    block_tiles,
+                    BlockTiles(tiles.tile + begin, tiles.membership + begin),
                     num_edges if LATER else 0,
                     count if LATER else num_edges,
                     Sq,
@@ -270,10 +279,7 @@ def dkv_kernel(
                     not LATER,
                 )
             if is_split:
-                slot = (split * 2 * SHAPE.BLOCK_SIZE + inner)[:, None] * SHAPE.D + d[None, :]
-                slot_mask = (inner < SHAPE.BLOCK_SIZE)[:, None] & (d < SHAPE.D)[None, :]
-                tl.store(grads.partial + slot, dk * scale, mask=slot_mask)
-                tl.store(grads.partial + slot + SHAPE.BLOCK_SIZE * SHAPE.D, dv, mask=slot_mask)
+                _store_split(grads.partial, split, inner, dk * scale, dv, SHAPE, TILE)
             else:
                 out = ((head * Skv + key)[:, None]) * SHAPE.D + d[None, :]
                 tl.store(grads.dk + out, dk * scale, mask=key_mask)

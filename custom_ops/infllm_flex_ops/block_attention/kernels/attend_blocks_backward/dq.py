@@ -85,8 +85,8 @@ def _dq_inner(
                 v_values = tl.load(v_row)
             logits = tl.dot(q.loaded, tl.trans(keys))
             dweights = tl.dot(do.loaded, tl.trans(v_values))
-        lse_safe = tl.where(step.member, lse, float("inf"))
-        weights = tl.exp2(logits * qk_scale_log2 - lse_safe[:, None])
+        logits = logits * qk_scale_log2
+        weights = tl.exp2(logits - tl.where(step.member, lse, float("inf"))[:, None])
         if EDGE:
             causal = valid[None, :] & (step.index[None, :] <= rows.position[:, None])
             weights = tl.where(causal, weights, 0.0)
@@ -157,6 +157,7 @@ def dq_kernel(
         loaded = tl.load(q_ptr + d[None, :] * q.d, mask=mask, other=0.0)
 
     dq = tl.full([TILE.ROWS, TILE.BLOCK_D], 0.0, tl.float32)
+    qk_scale_log2 = scale * LOG2E
     tile_list = open_list(lists, head * num_tiles + tile, Skv, SHAPE)
     for EDGE in tl.static_range(2):
         dq = _dq_inner(
@@ -169,7 +170,7 @@ def dq_kernel(
             tile_list,
             rows,
             Skv,
-            scale * LOG2E,
+            qk_scale_log2,
             SHAPE,
             TILE,
             EDGE,
