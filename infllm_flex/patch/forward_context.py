@@ -108,6 +108,25 @@ def current_forward() -> ForwardContext | None:
     return _running.forward
 
 
+class RecomputedForward:
+    """Context manager in which the forward that runs now runs again, to recompute its layers.
+
+    For the ``context_fn`` of ``torch.utils.checkpoint``: a compiled layer asks the running forward,
+    and without it would be recomputed by another graph. It can be entered more than once.
+    """
+
+    def __init__(self) -> None:
+        self._forward = current_forward()
+        self._before: list[ForwardContext | None] = []
+
+    def __enter__(self) -> None:
+        self._before.append(current_forward())
+        _running.forward = self._forward
+
+    def __exit__(self, *error: object) -> None:
+        _running.forward = self._before.pop()
+
+
 def is_backward() -> bool:
     """Whether this thread is inside a backward pass, for example to recompute a layer."""
     if torch.compiler.is_compiling():

@@ -6,12 +6,14 @@ import contextlib
 import functools
 import warnings
 from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager as ContextManager
 from typing import Any
 
 import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
+from infllm_flex.patch.forward_context import RecomputedForward
 from infllm_flex.training.quiet import quiet_loggers
 from infllm_flex.training.settings import TrainingSettings
 
@@ -37,13 +39,20 @@ def run_layers(
             forward = torch.compile(forward)
         if settings.memory.activation_checkpointing:
             # Checkpointing goes outside: if the compiler saw it, it would choose what to recompute.
-            forward = functools.partial(checkpoint, forward, use_reentrant=False)
+            forward = functools.partial(
+                checkpoint, forward, use_reentrant=False, context_fn=_contexts
+            )
         layer.forward = forward
     try:
         yield
     finally:
         for layer in layers:
             del layer.forward  # uncovers the method of the class
+
+
+def _contexts() -> tuple[ContextManager[Any], ContextManager[Any]]:
+    """The contexts of a checkpointed layer's forward and of its recomputation."""
+    return contextlib.nullcontext(), RecomputedForward()
 
 
 def use_float8(model: Any, device: torch.device) -> None:

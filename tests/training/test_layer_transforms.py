@@ -8,10 +8,13 @@ from dataclasses import replace
 import pytest
 import torch
 
+from infllm_flex.patch.forward_context import current_forward
 from infllm_flex.training.layer_transforms import check_float8, run_layers, use_float8
 from infllm_flex.training.loop import train
+from infllm_flex.training.loss import LanguageLoss
 from infllm_flex.training.model import build_model, decoder_layers
 from infllm_flex.training.settings import MemorySettings, ModelSettings, RunSettings
+from infllm_flex.training.stage_attention import stage_attention
 from tests.training.parallel_checks import losses
 from tests.training.runs import LONG, TINY, settings, stage
 
@@ -38,6 +41,24 @@ def test_the_layers_are_restored_after_the_block(tmp_path, texts):
     with run_layers(layers, run, torch.device("cpu")):
         assert all("forward" in vars(layer) for layer in layers)
     assert [dict(vars(layer)) for layer in layers] == before
+
+
+def test_a_recomputed_layer_belongs_to_the_forward_that_it_repeats(tmp_path, texts):
+    """A compiled layer asks the running forward, and must be recomputed by the same graph."""
+    run = settings(tmp_path, texts, memory=MemorySettings(activation_checkpointing=True))
+    model, tokens = build_model(run.model, 128), torch.arange(128)[None]
+    layers = decoder_layers(model)
+    seen = []
+    layers[0].self_attn.register_forward_pre_hook(lambda *_: seen.append(current_forward()))
+    sparse = stage(attention="sparse", max_length=128)
+    with (
+        stage_attention(model, sparse, run.attention),
+        run_layers(layers, run, torch.device("cpu")),
+    ):
+        LanguageLoss(model)(tokens, input_ids=tokens, use_cache=False).backward()
+    assert seen[0] is not None
+    assert [forward is seen[0] for forward in seen] == [True, True]
+    assert current_forward() is None
 
 
 @pytest.mark.slow  # compiles two layers
