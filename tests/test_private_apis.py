@@ -4,11 +4,13 @@
 other versions of PyTorch and transformers. Written against PyTorch 2.13.
 """
 
+import ast
 import copy
 import inspect
 import re
 import time
 import warnings
+from pathlib import Path
 
 import pytest
 import torch
@@ -20,6 +22,12 @@ import infllm_flex_ops
 from infllm_flex_ops import torch_private
 
 pytestmark = pytest.mark.private_api
+ROOT = Path(__file__).parent.parent
+OF_OBJECTS = {
+    *("_version", "_cdata", "_sequence_nr", "_init_fn", "_opoverload", "_modules"),
+    *("_forward_hooks", "_forward_pre_hooks", "_forward_hooks_with_kwargs"),
+    *("_forward_pre_hooks_with_kwargs", "_forward_hooks_always_called"),
+}
 FUNCTIONS = [x for x in map(torch_private.__dict__.get, torch_private.__all__) if callable(x)]
 
 
@@ -29,6 +37,30 @@ def test_every_entry_says_what_it_needs_and_has_a_test(function):
     for part in ("\nAPI: ", r", seen\s+in\s+\d", "\nIf it goes: ", "\nInstead: "):
         assert re.search(part, text), part
     assert f"test_{function.__name__}" in globals()
+
+
+def private_names(path):
+    """Private names of PyTorch in a file: after ``torch``, in its imports, or of its objects."""
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.ImportFrom) and (node.module or "").split(".")[0] == "torch":
+            names = [*node.module.split("."), *(alias.name for alias in node.names)]
+            yield from (name for name in names if name.startswith("_"))
+        if isinstance(node, ast.Attribute) and re.match("_[a-zA-Z]", node.attr):
+            text = ast.unparse(node)
+            if text.startswith("torch.") or node.attr in OF_OBJECTS:
+                yield text
+
+
+def test_no_other_file_of_the_packages_uses_a_private_name():
+    files = [x for part in ("infllm_flex", "custom_ops") for x in (ROOT / part).rglob("*.py")]
+    found = {
+        f"{path.relative_to(ROOT)}: {name}"
+        for path in files
+        if "torch_private" not in path.parts
+        for name in private_names(path)
+    }
+    assert not found
+    assert set(private_names(Path(inspect.getfile(torch_private.write_count)))) > {"x._version"}
 
 
 # Operators and transforms.
