@@ -16,6 +16,7 @@ from infllm_flex.patch.huggingface import patched_layers
 from infllm_flex.selection import select_blocks
 from infllm_flex.validation import resolve_scale
 from infllm_flex_ops.block_lists import union_lists
+from infllm_flex_ops.sizes import group_size
 
 _SINGLE_KEYS = 8
 _TILE_TOKENS = (2, 4, 8, 16, 32)
@@ -146,7 +147,7 @@ def _block_mass(
     And the share of single keys outside the forced blocks. A KV head at a time, since weights of
     all keys are made.
     """
-    S, groups = key.shape[2], query.shape[1] // key.shape[1]
+    S, groups = key.shape[2], group_size(query, key)
     hidden = torch.arange(S, device=key.device) > position[:, None]
     block = torch.arange(S, device=key.device) // config.block_size
     own = (position // config.block_size)[:, None]
