@@ -1,7 +1,7 @@
-# Sourced by scripts/quickstart and scripts/test: one virtual environment for both, made on first
-# use and widened when more extras are asked for. With nothing to do it costs a few milliseconds.
+# Sourced by the shell scripts of this folder, which share one virtual environment. It is made on
+# first use, and extended when a script needs more extras.
 #
-#   ensure_venv EXTRAS    e.g. `ensure_venv hf,plot`; afterwards "$VENV_PYTHON" runs with them
+#   ensure_venv EXTRAS    such as `ensure_venv hf,plot`; afterwards "$VENV_PYTHON" has these extras
 #
 # PYTHON names the interpreter to build from (default python3; 3.10 or newer).
 
@@ -15,12 +15,12 @@ _venv_fail() {
     exit 1
 }
 
-# The names of two comma-separated lists, sorted, each once, comma-separated.
+# The union of two comma-separated lists, sorted.
 _venv_union() {
     printf '%s\n' "${1//,/$'\n'}" "${2//,/$'\n'}" | sed '/^$/d' | LC_ALL=C sort -u | paste -sd, -
 }
 
-# What has to be as it was for the installed packages to be right: both files and the extras.
+# A checksum of both requirement files and the extras; the packages are installed anew if it changes.
 _venv_fingerprint() {
     { cat "$REPO_ROOT/pyproject.toml" "$REPO_ROOT/constraints.txt" && printf '%s\n' "$1"; } | cksum
 }
@@ -49,7 +49,7 @@ _venv_install() {
         printf '%s\n' "No NVIDIA driver here. The default torch wheel carries CUDA (gigabytes); for the small CPU wheel" \
             "set PIP_EXTRA_INDEX_URL=https://download.pytorch.org/whl/cpu before the first run."
     fi
-    # Taken away first: an interrupted install must not look like a finished one.
+    # Removed first: an interrupted installation must not look like a complete one.
     rm -f "$VENV_STAMP"
     (cd "$REPO_ROOT" && "$VENV_PYTHON" -m pip install --disable-pip-version-check \
         -c constraints.txt -e ".[$extras]") || _venv_fail "pip could not install infllm-flex[$extras]; see above"
@@ -63,7 +63,7 @@ ensure_venv() {
         { read -r recorded; read -r installed; } <"$VENV_STAMP"
     fi
     extras=$(_venv_union "$installed" "$wanted")
-    # A venv whose interpreter was upgraded away or that was only half made is built anew.
+    # Make the environment anew where its interpreter is gone or it is incomplete.
     if ! "$VENV_PYTHON" -c '' 2>/dev/null ||
         { [ -z "$recorded" ] && ! "$VENV_PYTHON" -m pip --version >/dev/null 2>&1; }; then
         _venv_create

@@ -1,12 +1,12 @@
 #!/usr/bin/env python3
-"""Say what block selection would keep of a model's dense attention, layer by layer.
+"""Measure how much of a model's dense attention block selection would keep, layer by layer.
 
     scripts/evaluate.py --model FOLDER --text FILE --length 16384 [attention.topk=64 ...]
 
-The model, a folder that transformers can load, attends densely to the text; of every layer that
-would be sparse the table shows how much of its attention lies in the blocks it would select, in the
-best as many, and in the window alone, and how many blocks a tile of 4, 8 or 32 tokens would load
-for each that a token selects. Exit status: 0 done, 1 failed, 2 settings that cannot be used.
+The model, a folder that transformers can load, attends densely to the text. For every layer that
+would be sparse, the table shows how much of its attention lies in the blocks it would select, in as
+many blocks of largest weight, and in the window, and how many blocks a tile of 4, 8 or 32 tokens
+would load per selected block. Exit status: 0 done, 1 failed, 2 settings that cannot be used.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ HEADER = ("layer", "blocks", "mass", "best", "window", "single", "u(4)", "u(8)",
 
 
 def main() -> int:
-    """Run the command; returns its exit status."""
+    """Run the command and return its exit status."""
     options = parse_arguments()
     try:
         overrides = parse_overrides(options.overrides)
@@ -47,7 +47,7 @@ def main() -> int:
 
 
 def parse_arguments() -> argparse.Namespace:
-    """The command line."""
+    """Read the command line."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -68,14 +68,14 @@ def parse_overrides(arguments: list[str]) -> dict[str, Any]:
         name, equals, value = argument.partition("=")
         section, _, key = name.partition(".")
         if section != "attention" or not key or not equals:
-            raise ValueError(f"settings are written attention.key=value, got {argument}")
+            raise ValueError(f"settings must be written attention.key=value, got {argument}")
         values[key] = yaml.safe_load(value)
     InfLLMConfig.from_dict(values)
     return values
 
 
 def read_tokens(text: Path, model: Path, length: int) -> torch.Tensor:
-    """The first tokens of a text ``[1, length]``: by the model's tokenizer, else its bytes."""
+    """Read the first tokens ``[1, length]`` of a text; bytes where the model has no tokenizer."""
     if (model / "tokenizer_config.json").exists() or (model / "tokenizer.json").exists():
         from transformers import AutoTokenizer
 
@@ -93,7 +93,7 @@ def read_tokens(text: Path, model: Path, length: int) -> torch.Tensor:
 def evaluate(
     folder: Path, tokens: torch.Tensor, overrides: dict[str, Any], device: torch.device
 ) -> None:
-    """Run the model once, and judge the inputs of its layers."""
+    """Run the model once, and judge selection by the inputs of its layers."""
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
     model = patch_model(load_model(folder, dtype).to(device).eval(), None, **overrides)
     config = next(iter(model_configs(model)))
@@ -106,22 +106,23 @@ def evaluate(
     )
     print(format_table(HEADER, [row(name, report) for name, report in reports.items()]))
     print(
-        "\nmass: share of the dense attention in the selected blocks; best: in the best as many; "
-        "window:\nin the first and nearest as many; single: in the 8 strongest keys of a head, the "
-        "same for all\ntokens, between the blocks that are always selected (attention sinks, which "
-        "scores of pooled\nkeys may miss); u(n): blocks a tile of n tokens loads per block selected"
+        "\nmass: fraction of dense attention in the selected blocks; best: in as many blocks of "
+        "largest\nweight; window: in as many blocks, the first and the nearest; single: in the 8 "
+        "strongest keys of\na head, the same for all tokens, outside the blocks that are always "
+        "selected (attention sinks,\nwhich scores of pooled keys may miss); u(n): blocks that a "
+        "tile of n tokens loads per selected block"
     )
 
 
 def model_configs(model: Any) -> list[InfLLMConfig]:
-    """The settings of the sparse layers."""
+    """Return the settings of the sparse layers."""
     from infllm_flex.patch.huggingface import patched_layers
 
     return [layer.config for layer in patched_layers(model).values() if layer.skip_reason is None]
 
 
 def row(name: str, report: SelectionReport) -> list[str]:
-    """One line of the table."""
+    """Format one line of the table."""
     numbers = (report.mass, report.mass_best, report.mass_window, report.mass_single)
     return [
         name,

@@ -1,14 +1,14 @@
 #!/usr/bin/env python3
-"""Hold every causal LM type of transformers against itself unpatched, tiny and random.
+"""Compare every causal LM type of transformers, tiny and random, patched with unpatched.
 
-    scripts/families.py                     all types that the CSV lacks for these versions
-    scripts/families.py --types llama,doge  these, also where the CSV has them
-    scripts/families.py --table             only write the table again
+    scripts/families.py                     all types that have no row for these versions yet
+    scripts/families.py --types llama,doge  these types, even if they have one
+    scripts/families.py --table             only write docs/models.md
 
-Each type runs in a process of its own. Its row is in docs/results/families.csv as soon as it is
-done, so that a run that was stopped goes on where it was. At the end docs/models.md is written.
+Each type runs in a process of its own and adds its row to docs/results/families.csv when it ends;
+the same command continues after an interruption. At the end docs/models.md is written.
 
-Exit status: 0 no fault, 1 some type is at fault, 2 a mistake in the command, 130 stopped.
+Exit status: 0 no fault, 1 at least one fault, 2 a mistake in the command, 130 stopped.
 """
 
 from __future__ import annotations
@@ -39,10 +39,10 @@ Row = dict[str, str]
 
 
 def main() -> int:
-    """Run the command; returns its exit status."""
+    """Run the command and return its exit status."""
     args = parse_arguments()
     sys.path.insert(0, str(ROOT))
-    os.environ.setdefault("OMP_NUM_THREADS", "1")  # the models are too small to share
+    os.environ.setdefault("OMP_NUM_THREADS", "1")  # the models are too small for several threads
     from tests.patch.families.table import format_table
     from tests.patch.families.tiny import TYPES
 
@@ -59,7 +59,7 @@ def main() -> int:
                 rows[row["type"]] = row
                 write_rows([rows[t] for t in TYPES if t in rows])
     except KeyboardInterrupt:
-        print("stopped: the same command goes on with the types that are left", file=sys.stderr)
+        print("stopped: run the same command to continue with the other types", file=sys.stderr)
         stopped = True
     rows = {t: rows[t] for t in TYPES if t in rows}
     TABLE.write_text(format_table(list(rows.values())))
@@ -71,16 +71,16 @@ def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--types", help="model types, with commas between them")
-    parser.add_argument("--jobs", type=int, default=1, help="types at a time")
-    parser.add_argument("--seconds", type=float, default=300, help="limit of each type")
+    parser.add_argument("--types", help="model types, separated by commas")
+    parser.add_argument("--jobs", type=int, default=1, help="number of processes")
+    parser.add_argument("--seconds", type=float, default=300, help="time limit of each type")
     parser.add_argument("--gigabytes", type=float, default=6, help="memory limit of each type")
     parser.add_argument("--table", action="store_true", help="run nothing, write the table")
     return parser.parse_args()
 
 
 def read_rows() -> dict[str, Row]:
-    """The CSV's rows by type."""
+    """Read the rows of the CSV by type."""
     if not CSV.exists():
         return {}
     with CSV.open(newline="") as file:
@@ -88,7 +88,7 @@ def read_rows() -> dict[str, Row]:
 
 
 def write_rows(rows: list[Row]) -> None:
-    """Replace the CSV at once, so that a stopped run leaves a whole file."""
+    """Replace the CSV in one operation, so that a stopped run leaves a complete file."""
     beside = CSV.with_suffix(".csv.tmp")
     with beside.open("w", newline="") as file:
         writer = csv.DictWriter(file, COLUMNS, lineterminator="\n")
@@ -98,7 +98,7 @@ def write_rows(rows: list[Row]) -> None:
 
 
 def read_versions() -> Row:
-    """What a result depends on."""
+    """Return the versions on which a result depends."""
     import torch
     import transformers
 
@@ -113,15 +113,15 @@ def read_versions() -> Row:
 
 
 def is_done(row: Row | None, versions: Row) -> bool:
-    """Whether a row is of the versions at hand."""
+    """Tell whether a row was made with these versions."""
     return row is not None and all(row[name] == versions[name] for name in VERSIONS)
 
 
 def run(types: list[str], args: argparse.Namespace, versions: Row) -> Iterator[Row]:
-    """A row for each type, in the order in which they end."""
+    """Yield a row for each type, in the order in which they end."""
     from tqdm import tqdm
 
-    import tests.patch.families.examine  # noqa: F401 - once, before the processes fork
+    import tests.patch.families.examine  # noqa: F401 - imported once, before the processes fork
 
     waiting, running = list(types), {}
     with tqdm(
@@ -143,7 +143,7 @@ def run(types: list[str], args: argparse.Namespace, versions: Row) -> Iterator[R
 
 
 class Job:
-    """One type in a process."""
+    """The process of one type."""
 
     def __init__(self, model_type: str, gigabytes: float) -> None:
         context = multiprocessing.get_context("fork")
@@ -158,7 +158,7 @@ class Job:
         sending.close()
 
     def poll(self, seconds: float) -> Row | None:
-        """The row, once there is one."""
+        """Return the row; None while the process runs."""
         lasted = time.monotonic() - self._started
         if self.connection.poll():
             try:
@@ -192,7 +192,7 @@ def _examine(model_type: str, gigabytes: float, connection: Connection) -> None:
 
     from tests.patch.families.examine import examine
 
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the one that started it ends it
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent process ends this one
     limit = int(gigabytes * 2**30)
     resource.setrlimit(resource.RLIMIT_DATA, (limit, limit))
     warnings.simplefilter("ignore")

@@ -1,11 +1,11 @@
 #!/usr/bin/env python3
-"""Measure what patching itself costs: below dense_len, where nothing else changes, and once.
+"""Measure the overhead of a patched model below dense_len, and the time of patching.
 
     scripts/patch_cost.py [--rounds N]
 
-Three tables: microseconds that an eager attention call takes longer patched than unpatched;
-the time of a compiled training step, patched over unpatched; seconds to patch models of the size
-of a 7B one. Models are random, the patched and the unpatched one run by turns.
+Three tables: microseconds that patching adds to an eager attention call; the time of a compiled
+training step, patched over unpatched; seconds to patch models of 7B parameters. Models are random;
+the patched and the unpatched one run in rotation.
 """
 
 from __future__ import annotations
@@ -25,12 +25,12 @@ from benchmarking.timing import Limits, Subject, time_in_rotation
 from evaluation.table import format_table
 
 WIDTH, HEADS = 128, 4
-FEW_TOKENS, TOKENS = 8, 64  # few, so that eager time is that of calls rather than of numbers
-EAGER_LAYERS = 8  # what a forward does once is shared out
+FEW_TOKENS, TOKENS = 8, 64  # few, so that eager time is overhead rather than arithmetic
+EAGER_LAYERS = 8  # several, so that the work of a forward outside its layers weighs little
 
 
 class Attention(nn.Module):
-    """As a hand-written model has it."""
+    """Attention of a hand-written model."""
 
     def __init__(self, width: int, heads: int) -> None:
         super().__init__()
@@ -38,7 +38,7 @@ class Attention(nn.Module):
         self.qkv, self.out = nn.Linear(width, 3 * width), nn.Linear(width, width)
 
     def forward(self, x: Tensor) -> Tensor:
-        """``[B, S, width]`` to the same."""
+        """Map ``[B, S, width]`` to ``[B, S, width]``."""
         q, k, v = (
             t.view(*x.shape[:2], self.heads, -1).transpose(1, 2) for t in self.qkv(x).chunk(3, -1)
         )
@@ -47,22 +47,22 @@ class Attention(nn.Module):
 
 
 class MethodAttention(Attention):
-    """As litgpt has it: a method attends."""
+    """Attention in litgpt's form: a method attends."""
 
     def forward(self, x: Tensor) -> Tensor:
-        """``[B, S, width]`` to the same."""
+        """Map ``[B, S, width]`` to ``[B, S, width]``."""
         q, k, v = (
             t.view(*x.shape[:2], self.heads, -1).transpose(1, 2) for t in self.qkv(x).chunk(3, -1)
         )
         return self.out(self.scaled_dot_product_attention(q, k, v).reshape(x.shape))
 
     def scaled_dot_product_attention(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        """``[B, H, S, D]`` to ``[B, S, H, D]``."""
+        """Map ``[B, H, S, D]`` to ``[B, S, H, D]``."""
         return F.scaled_dot_product_attention(q, k, v, is_causal=True).transpose(1, 2)
 
 
 def blocks(kind: type[Attention], layers: int, width: int, heads: int) -> nn.Sequential:
-    """Layers of attention and a perceptron."""
+    """Build layers of attention and a perceptron."""
     made = []
     for _ in range(layers):
         mlp = (nn.Linear(width, 4 * width), nn.GELU(), nn.Linear(4 * width, width))
@@ -71,7 +71,7 @@ def blocks(kind: type[Attention], layers: int, width: int, heads: int) -> nn.Seq
 
 
 def llama(layers: int, width: int, heads: int) -> nn.Module:
-    """The same in transformers."""
+    """Build a Llama of transformers."""
     from transformers import LlamaConfig, LlamaModel
 
     return LlamaModel(
@@ -98,7 +98,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--rounds", type=int, default=1000, help="turns per measurement")
+    parser.add_argument("--rounds", type=int, default=1000, help="rounds per measurement")
     rounds = parser.parse_args().rounds
     torch.set_num_threads(1)
     print_eager(rounds)
@@ -107,7 +107,7 @@ def main() -> None:
 
 
 def call(model: nn.Module) -> Callable[[Tensor], Any]:
-    """What takes hidden states."""
+    """Return the function from hidden states to hidden states of a model."""
     if not hasattr(model, "config"):
         return model
     return lambda x: model(inputs_embeds=x, use_cache=False).last_hidden_state
@@ -116,9 +116,9 @@ def call(model: nn.Module) -> Callable[[Tensor], Any]:
 def compare(
     model: nn.Module, tokens: int, rounds: int, wrap: Callable[[Any], Any], train: bool
 ) -> tuple[float, float]:
-    """Milliseconds of a pass unpatched and patched, below dense_len.
+    """Return the milliseconds of a pass unpatched and patched, below dense_len.
 
-    A fifth of the passes is faster: less than the median depends on what else the machine does.
+    The 20th percentile, which depends less than the median on the load of the machine.
     """
     twin = ifx.patch_model(copy.deepcopy(model))
     x = torch.randn(1, tokens, WIDTH, requires_grad=train)
@@ -141,34 +141,34 @@ def compare(
 
 
 def print_eager(rounds: int) -> None:
-    """Overhead of an eager attention call."""
+    """Print the overhead of an eager attention call."""
     rows = []
-    for way, make in MODELS.items():
+    for name, make in MODELS.items():
         model = make(EAGER_LAYERS, WIDTH, HEADS).eval()
         unpatched, patched = compare(model, FEW_TOKENS, 5 * rounds, lambda f: f, False)
         microseconds = (1e3 * t / EAGER_LAYERS for t in (unpatched, patched, patched - unpatched))
-        rows.append([way, *(f"{t:.1f}" for t in microseconds)])
+        rows.append([name, *(f"{t:.1f}" for t in microseconds)])
     head = ["eager pass, µs per layer", "unpatched", "patched", "longer by"]
     print(format_table(head, rows), end="\n\n")
 
 
 def print_compiled(rounds: int) -> None:
-    """Ratio of compiled training steps."""
+    """Print the ratio of compiled training steps."""
     rows = []
-    for way, make in MODELS.items():
+    for name, make in MODELS.items():
         torch.compiler.reset()
         unpatched, patched = compare(
             make(2, WIDTH, HEADS).train(), TOKENS, rounds, torch.compile, True
         )
-        rows.append([way, f"{unpatched:.3f}", f"{patched:.3f}", f"{patched / unpatched:.4f}"])
+        rows.append([name, f"{unpatched:.3f}", f"{patched:.3f}", f"{patched / unpatched:.4f}"])
     head = ["compiled training step, ms", "unpatched", "patched", "ratio"]
     print(format_table(head, rows), end="\n\n")
 
 
 def print_patching() -> None:
-    """Seconds to patch a 7B model that has no memory behind it."""
+    """Print the seconds to patch a 7B model on the meta device."""
     rows = []
-    for way, make in MODELS.items():
+    for name, make in MODELS.items():
         with torch.device("meta"):
             model = make(32, 4096, 32)
         parameters = sum(p.numel() for p in model.parameters())
@@ -178,7 +178,7 @@ def print_patching() -> None:
         ifx.unpatch_model(model)
         undone = time.perf_counter()
         seconds = (patched - started, undone - patched)
-        rows.append([way, f"{parameters / 1e9:.1f}e9", *(f"{s:.3f}" for s in seconds)])
+        rows.append([name, f"{parameters / 1e9:.1f}e9", *(f"{s:.3f}" for s in seconds)])
     print(format_table(["on meta", "parameters", "patch, s", "unpatch, s"], rows))
 
 

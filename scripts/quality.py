@@ -1,14 +1,14 @@
 #!/usr/bin/env python3
-"""Measure what sparse settings keep of dense attention's quality on a pretrained model.
+"""Measure how much of dense attention's quality sparse settings keep on a pretrained model.
 
     scripts/quality.py --config configs/quality_smollm2_16k.yaml [section.key=value ...]
 
 The base is tuned densely, with every sparse setting, and with two controls that see as many tokens
-without a choice, all on the same samples; then each model answers the same questions. A table, a
-CSV and a plot show what is kept. Every finished part is kept: the same command goes on after an
-interruption. Processes may share the folder, each with a GPU of its own (CUDA_VISIBLE_DEVICES):
-each takes parts that no other has; --parts limits one to some. Exit status: 0 done, 1 failed, 2
-settings that cannot be used, 128 + signal stopped.
+without selection, all on the same samples. Then each model answers the same questions. Results are
+printed, written as CSV, and drawn. Finished parts are saved: the same command continues after an
+interruption. Several processes may share the folder, each with a GPU of its own
+(CUDA_VISIBLE_DEVICES); each takes parts that no other process works on. --parts limits a process to
+some parts. Exit status: 0 done, 1 failed, 2 settings that cannot be used, 128 + signal stopped.
 """
 
 from __future__ import annotations
@@ -28,14 +28,14 @@ from evaluation.quality.plot import plot_quality
 from evaluation.quality.report import report
 from evaluation.quality.results import gather, write_table
 from evaluation.quality.settings import QualitySettings
-from evaluation.quality.work import StoppedError, Workshop, longest
+from evaluation.quality.work import StoppedError, Worker, longest
 from infllm_flex.strict_yaml import ConfigError, build_dataclass, load_yaml
 from infllm_flex.training.loop import TrainingDivergedError
 from infllm_flex.training.parallel import pick_device
 
 
 def main() -> int:
-    """Run the command; returns its exit status."""
+    """Run the command and return its exit status."""
     warnings.showwarning = lambda message, *_, **__: say(f"warning: {message}")
     options = parse_arguments()
     try:
@@ -55,7 +55,7 @@ def main() -> int:
     stop_on_signals(options.max_seconds)
     skipped: list[Part] = []
     try:
-        skipped = Workshop(settings, device, source, say).do(wanted, parts)
+        skipped = Worker(settings, device, source, say).do(wanted, parts)
     except StoppedError as stopped:
         print(stopped, file=sys.stderr)
         return stopped.status
@@ -67,7 +67,7 @@ def main() -> int:
 
 
 def parse_arguments() -> argparse.Namespace:
-    """The command line."""
+    """Read the command line."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -76,28 +76,31 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument(
         "--parts",
         metavar="NAMES",
-        help="do these and what they need only: names with commas between them, * for any text, "
-        "as train:dense:0,judge:dense:0:*",
+        help="do only these parts and those they need: names separated by commas, * for any text, "
+        "such as train:dense:0,judge:dense:0:*",
     )
     parser.add_argument("--list", action="store_true", help="show all parts and stop")
     parser.add_argument(
-        "--max-seconds", type=float, metavar="N", help="stop after so long, as Ctrl-C does"
+        "--max-seconds", type=float, metavar="N", help="stop after N seconds, as Ctrl-C does"
     )
     return parser.parse_args()
 
 
 def state(folder: Folder, part: Part) -> str:
-    """Whether a part is done."""
+    """Return whether a part is done, as a word."""
     return "done" if folder.result(part) is not None else "to do"
 
 
 def check_inputs(
     settings: QualitySettings, folder: Folder, parts: dict[str, Part]
 ) -> base.Source | None:
-    """Refuse a base or a text that cannot be used, before any work.
+    """Check base and text before any work.
 
     Returns:
-        Where the base lies; None where it is in the folder already.
+        The source of the base; None where the base is in the folder already.
+
+    Raises:
+        ValueError: Base or text cannot be used.
     """
     if folder.result(parts[TEXT]) is None:
         text.find_folders(settings.text)
@@ -111,7 +114,7 @@ def check_inputs(
 
 
 def stop_on_signals(max_seconds: float | None) -> None:
-    """Make Ctrl-C and SIGTERM end the part that is worked on, also when the time is up."""
+    """Make Ctrl-C, SIGTERM and the end of the time raise a StoppedError."""
 
     def stop(number: int, frame: FrameType | None) -> None:
         raise StoppedError(number)
@@ -125,12 +128,12 @@ def stop_on_signals(max_seconds: float | None) -> None:
 
 
 def show(settings: QualitySettings, folder: Folder, parts: list[Part], skipped: list[Part]) -> None:
-    """Print the tables, and write the CSV and the plot, of all that is done."""
+    """Print the tables and write the CSV and the plot of all finished parts."""
     results = gather(settings, folder, parts)
     print(report(results), flush=True)
-    left = [part.name for part in parts if folder.result(part) is None]
-    if left:
-        print(f"\n{len(left)} of {len(parts)} parts are not done, {left[0]} the first of them")
+    missing = [part.name for part in parts if folder.result(part) is None]
+    if missing:
+        print(f"\n{len(missing)} of {len(parts)} parts are not done; the first is {missing[0]}")
     for part in skipped:
         print(f"skipped: {part.name}")
     if not results.found:
@@ -146,7 +149,7 @@ def show(settings: QualitySettings, folder: Folder, parts: list[Part], skipped: 
 
 
 def say(line: str) -> None:
-    """Tell the user how it goes."""
+    """Print a line of progress."""
     print(line, file=sys.stderr, flush=True)
 
 

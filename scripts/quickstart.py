@@ -1,8 +1,8 @@
 #!/usr/bin/env python3
-"""What sparse attention keeps: of a real pretrained model as it is, and of a tiny one fine-tuned.
+"""Compare sparse with dense attention on a pretrained model, and on a tiny one that is fine-tuned.
 
-scripts/quickstart sets up the environment and runs this. What is finished is not done again, so
-the same command goes on after Ctrl-C; delete runs/quickstart to start over.
+scripts/quickstart sets up the environment and runs this file. Finished parts are not repeated: the
+same command continues after Ctrl-C. Delete runs/quickstart to start over.
 """
 
 from __future__ import annotations
@@ -20,14 +20,13 @@ import torch
 from tqdm import tqdm
 
 from evaluation.bars import plot_bars
-from evaluation.kept_results import Result, cpu_seconds, read_result, write_result
 from evaluation.pairs import PairsSampler, PairsText, right_answers
 from evaluation.passwords import hide_passwords, judge_passwords
 from evaluation.quality import base
 from evaluation.quality.scoring import Scorer
 from evaluation.quality.settings import BaseSettings
 from evaluation.quality.words import Vocabulary
-from evaluation.quickstart_arms import Arm, pretrained_arms, tiny_arms, window_of
+from evaluation.quickstart_arms import Arm, pretrained_arms, tiny_arms, window_only
 from evaluation.quickstart_report import (
     NOTE,
     pretrained_panels,
@@ -36,6 +35,7 @@ from evaluation.quickstart_report import (
     tiny_panels,
     tiny_table,
 )
+from evaluation.saved_results import Result, cpu_seconds, read_result, write_result
 from infllm_flex import patch_model, unpatch_model
 from infllm_flex.strict_yaml import ConfigError, Mistake, build_dataclass, load_yaml
 from infllm_flex.training.loop import TrainingDivergedError, train
@@ -48,15 +48,15 @@ RESULT = "result.json"
 
 
 class StoppedError(Exception):
-    """Ctrl-C or SIGTERM; what was finished is saved."""
+    """Ctrl-C or SIGTERM came; finished parts are saved."""
 
     def __init__(self, signal: int) -> None:
-        super().__init__(f"stopped and saved; the same command goes on (signal {signal})")
+        super().__init__(f"stopped and saved; run the same command to continue (signal {signal})")
         self.status = 128 + signal
 
 
 def main() -> int:
-    """Run the command; returns its exit status."""
+    """Run the command and return its exit status."""
     warnings.showwarning = lambda message, *_, **__: print(f"warning: {message}", file=sys.stderr)
     options = parse_arguments()
     try:
@@ -81,7 +81,7 @@ def main() -> int:
 
 
 def parse_arguments() -> argparse.Namespace:
-    """The command line."""
+    """Read the command line."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -91,10 +91,10 @@ def parse_arguments() -> argparse.Namespace:
 
 
 def check_folders(settings: TrainingSettings) -> None:
-    """Refuse, before anything is loaded, to mix this run with one of other settings.
+    """Check, before anything is loaded, that no folder holds a run with other settings.
 
     Raises:
-        ConfigError: A folder holds something else.
+        ConfigError: A folder does.
     """
     check_folder(short_run(settings), resume=True)
     trained = short_run(settings).run.folder / MODEL
@@ -104,10 +104,10 @@ def check_folders(settings: TrainingSettings) -> None:
 
 
 def find_pretrained(settings: TrainingSettings) -> base.Source | None:
-    """Find the pretrained model; None where none is asked for.
+    """Find the pretrained model; None where ``compare.package`` is null.
 
     Raises:
-        BaseError: Its package, the one that reads its file, or the text is missing.
+        BaseError: Its package, the package that reads its file, or the text is missing.
     """
     package = settings.compare.package
     if package is None:
@@ -115,18 +115,18 @@ def find_pretrained(settings: TrainingSettings) -> base.Source | None:
     if importlib.util.find_spec(package) is None or importlib.util.find_spec("gguf") is None:
         raise base.BaseError(
             f"compare.package: {package} and gguf are not both installed: pip install --no-deps "
-            f"{package.replace('_', '-')} gguf; or set compare.package=null to go without"
+            f"{package.replace('_', '-')} gguf; or leave it out by compare.package=null"
         )
     if importlib.util.find_spec("pydoc_data") is None:
         raise base.BaseError(
-            "compare.package: this Python lacks pydoc_data, the text to read: install its whole "
-            "standard library; or set compare.package=null to go without"
+            "compare.package: this Python lacks pydoc_data, whose text is read: install its whole "
+            "standard library; or leave this part out by compare.package=null"
         )
     return base.find(BaseSettings(package=package))
 
 
 def quickstart(settings: TrainingSettings, source: base.Source | None) -> None:
-    """Judge the pretrained model, train and judge the tiny one, show it."""
+    """Judge the pretrained model, train and judge the tiny one, and show the results."""
     folder = settings.run.folder
     pretrained = judge_pretrained(settings, source, folder / "pretrained") if source else {}
     tiny = judge_tiny(settings)
@@ -136,13 +136,13 @@ def quickstart(settings: TrainingSettings, source: base.Source | None) -> None:
 def judge_pretrained(
     settings: TrainingSettings, source: base.Source, folder: Path
 ) -> dict[str, Result]:
-    """What the pretrained model keeps, patched as it is."""
+    """Judge the pretrained model with each kind of attention, without training it."""
     compare = settings.compare
     model_folder, bases = folder / MODEL, BaseSettings(package=compare.package)
     arms = pretrained_arms()
     print(
-        f"1. A pretrained model as it is reads {compare.length} tokens with {compare.facts} hidden "
-        "sentences. patch_model(model, ...)\n   is all that is done to it.",
+        f"1. A pretrained model reads {compare.length} tokens with {compare.facts} hidden "
+        "sentences. It is patched by\n   patch_model(model, ...) and not trained.",
         flush=True,
     )
     base.prepare(bases, source, compare.length, model_folder)
@@ -150,7 +150,7 @@ def judge_pretrained(
     passwords = hide_passwords(vocabulary, manual(), compare.length, compare.facts)
     scorer: Scorer | None = None
     found = {}
-    for arm in tqdm(arms, desc="reading", unit="way", disable=None):
+    for arm in tqdm(arms, desc="reading", unit="run", disable=None):
         about = {"arm": repr(arm), "length": compare.length, "facts": compare.facts}
         place = folder / f"{arm.name.replace(', ', '-').replace(' ', '-')}.json"
         if (known := read_result(place, about)) is None:
@@ -161,7 +161,7 @@ def judge_pretrained(
 
 
 def run_arm(scorer: Scorer, arm: Arm, passwords: Any) -> Result:
-    """One forward of the pretrained model."""
+    """Run the pretrained model once."""
     if arm.attention is None:
         return judge_passwords(scorer, passwords)
     patch_model(scorer.model, arm.attention)
@@ -172,14 +172,14 @@ def run_arm(scorer: Scorer, arm: Arm, passwords: Any) -> Result:
 
 
 def manual() -> str:
-    """The language reference that comes with Python."""
+    """Return the language reference that comes with Python."""
     from pydoc_data.topics import topics
 
     return "\n".join(topics.values())
 
 
 def short_run(settings: TrainingSettings) -> TrainingSettings:
-    """The run of all stages but the last."""
+    """Return the run of all stages but the last."""
     stages = dict(list(settings.stages.items())[:-1])
     if not stages:
         raise ConfigError([Mistake("", "stages", "expected a short stage before the long one")])
@@ -188,13 +188,13 @@ def short_run(settings: TrainingSettings) -> TrainingSettings:
 
 
 def long_stage(settings: TrainingSettings, arm: Arm) -> StageSettings:
-    """The last stage with the attention of an arm."""
+    """Return the last stage with the attention of an arm."""
     stage = list(settings.stages.values())[-1]
     return replace(stage, attention="dense" if arm.attention is None else "sparse")
 
 
 def long_run(settings: TrainingSettings, arm: Arm, trained: Path) -> TrainingSettings:
-    """The run of one arm, from the weights of the short run."""
+    """Return the run of one arm, which starts from the weights of the short run."""
     folder = settings.run.folder / arm.name.replace(" ", "-")
     return replace(
         settings,
@@ -233,7 +233,7 @@ def judge_tiny(settings: TrainingSettings) -> dict[str, Result]:
 
 
 def timed_training(run: TrainingSettings, title: str) -> float:
-    """Train, or go on, until the run is complete; returns the CPU-seconds that it took.
+    """Train until the run is complete, and return its CPU-seconds.
 
     Raises:
         StoppedError: A signal came.
@@ -253,10 +253,10 @@ def timed_training(run: TrainingSettings, title: str) -> float:
 
 @torch.no_grad()
 def answers_of(run: TrainingSettings, arm: Arm, settings: TrainingSettings) -> Result:
-    """Questions about facts beyond any window, with the attention the model was trained with."""
+    """Ask about facts beyond the window, with the attention that the model was trained with."""
     model, stage = load_model(run.run.folder / MODEL).eval(), long_stage(settings, arm)
     sampler, compare = PairsSampler(stage.max_length, "held out"), settings.compare
-    window = window_of(settings.attention).window_size + settings.attention.block_size
+    window = window_only(settings.attention).window_size + settings.attention.block_size
     right: list[bool] = []
     with stage_attention(model, stage, arm.attention or settings.attention):
         for first in range(0, compare.sequences, compare.batch_size):
@@ -269,7 +269,7 @@ def answers_of(run: TrainingSettings, arm: Arm, settings: TrainingSettings) -> R
 def show(
     settings: TrainingSettings, pretrained: dict[str, Result], tiny: dict[str, Result]
 ) -> None:
-    """Print the tables; write them, the numbers and the picture."""
+    """Print the tables; write the tables, the numbers and the picture."""
     folder, texts, rows = settings.run.folder, [], []
     if pretrained:
         heading = f"SmolLM2-135M, untrained for this, {settings.compare.length} tokens"

@@ -1,4 +1,4 @@
-"""Numbers of a few ways to attend as bars, one panel for each number."""
+"""Bar charts that compare a few kinds of attention, one panel for each number."""
 
 from __future__ import annotations
 
@@ -6,19 +6,19 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-# Dark enough on white, and apart for colour-blind eyes.
+# Dark enough on white, and distinguishable with colour blindness.
 _COLOURS = ("#0072b2", "#009e73", "#e69f00", "#888888")
 
 
 @dataclass(frozen=True)
 class Panel:
-    """A number of every way.
+    """One number of every kind of attention.
 
     Attributes:
-        title: What it is, and which direction is better.
-        values: By way.
-        form: How a value is written, for ``str.format``.
-        floor: Where bars begin.
+        title: Name of the number, and the better direction.
+        values: The number by name of the attention.
+        form: Format of a value, for ``str.format``.
+        floor: Value at which bars begin.
     """
 
     title: str
@@ -28,23 +28,25 @@ class Panel:
 
 
 def plot_bars(path: Path, rows: Sequence[tuple[str, Sequence[Panel]]], title: str) -> None:
-    """Draw rows of panels, each row under a heading of its own.
+    """Draw rows of panels, each row under its heading.
 
     Args:
         path: The PNG to write.
-        rows: Heading and panels.
-        title: Above all.
+        rows: Heading and panels of each row.
+        title: Title of the picture.
 
     Raises:
-        ValueError: There are more ways than colours.
+        ValueError: There are more kinds of attention than colours.
     """
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    ways = dict.fromkeys(way for _, panels in rows for panel in panels for way in panel.values)
-    if len(ways) > len(_COLOURS):
-        raise ValueError(f"expected at most {len(_COLOURS)} ways, got {len(ways)}: {list(ways)}")
-    colours = dict(zip(ways, _COLOURS, strict=False))
+    kinds = dict.fromkeys(kind for _, panels in rows for panel in panels for kind in panel.values)
+    if len(kinds) > len(_COLOURS):
+        raise ValueError(
+            f"expected at most {len(_COLOURS)} kinds of attention, got {len(kinds)}: {list(kinds)}"
+        )
+    colours = dict(zip(kinds, _COLOURS, strict=False))
     columns = max(len(panels) for _, panels in rows)
     figure = Figure(figsize=(4.2 * columns, 0.7 + 2.7 * len(rows)), dpi=130, layout="constrained")
     figure.suptitle(title, fontsize=13, fontweight="bold")

@@ -1,4 +1,4 @@
-"""Keys with values hidden among noise, and questions for them at the end."""
+"""A synthetic task: facts, each a key with a value, among noise; questions for them at the end."""
 
 from __future__ import annotations
 
@@ -18,17 +18,17 @@ _NOISE_FROM = _FACT + _KEYS * _VALUES
 _ASK = _NOISE_FROM + _NOISE
 _ANSWER = _ASK + _KEYS
 _VOCABULARY = _ANSWER + _VALUES
-_SPAN = 4  # a fact is a token for key and value together, so many times
+_SPAN = 4  # a fact is one token for key and value, repeated this often
 
 
 @dataclass(frozen=True)
 class Sequence:
-    """A sequence.
+    """A sequence with facts and questions.
 
     Attributes:
         tokens: int64 ``[N]``.
         labels: int64 ``[N]``, the value at each question, `NO_LABEL` elsewhere.
-        places: int64 ``[N]``, where the fact of each question stands; -1 elsewhere.
+        places: int64 ``[N]``, at each question the position of its fact; -1 elsewhere.
     """
 
     tokens: Tensor
@@ -37,22 +37,22 @@ class Sequence:
 
 
 class PairsText:
-    """Samples of `infllm_flex.training.loop.train`, made from their numbers."""
+    """The text of `infllm_flex.training.loop.train`; a sample is a function of its number."""
 
     identity = f"pairs/{_KEYS}/{_VALUES}/{_NOISE}/{_SPAN}"
     vocabulary = _VOCABULARY
 
     def sampler(self, name: str, stage: StageSettings, seed: int) -> Sampler:
-        """The samples of a stage."""
+        """Return the samples of a stage."""
         return PairsSampler(stage.max_length, f"{seed}/{name}")
 
 
 class PairsSampler:
-    """Finds samples by number.
+    """Makes samples from their numbers.
 
     Args:
         length: Tokens of a sample.
-        key: Parts these samples from those of other stages and seeds.
+        key: Seed of all samples; stages and seeds of a run have different ones.
 
     Raises:
         ValueError: The length leaves no room for facts and questions.
@@ -66,14 +66,14 @@ class PairsSampler:
         self._length, self._key = length, key
 
     def batch(self, indices: Iterable[int]) -> Batch:
-        """The samples of ``indices``, one per row."""
+        """Return the samples of ``indices``, one per row."""
         rows = [self.sequence(index) for index in indices]
         return Batch(
             torch.stack([row.tokens for row in rows]), torch.stack([row.labels for row in rows])
         )
 
     def sequence(self, index: int) -> Sequence:
-        """One sample."""
+        """Make one sample."""
         random = Random(f"{self._key}/{index}")
         context = self._length - self._questions
         tokens = [_NOISE_FROM + random.randrange(_NOISE) for _ in range(context)]
@@ -93,12 +93,12 @@ class PairsSampler:
 
 @torch.no_grad()
 def right_answers(model: torch.nn.Module, sequences: list[Sequence], beyond: int) -> Tensor:
-    """Which questions a model answers right, of those whose fact is far away.
+    """Find the questions that a model answers correctly, among those whose fact is far away.
 
     Args:
         model: A causal LM of transformers.
-        sequences: Of one length.
-        beyond: Tokens between fact and question, at least.
+        sequences: Sequences of equal length.
+        beyond: Smallest distance in tokens between fact and question.
 
     Returns:
         bool ``[questions]``.

@@ -1,4 +1,4 @@
-"""What a pretrained model recalls of sentences hidden in a long text, and how well it reads on."""
+"""Recall of sentences hidden in a long text, and the loss on that text, by a pretrained model."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from evaluation.quality.rows import Asked, Row, compose
+from evaluation.quality.rows import QuestionTokens, Row, compose
 from evaluation.quality.scoring import Scorer
 from evaluation.quality.words import Vocabulary
 
@@ -18,12 +18,12 @@ _WORDS = 4
 
 @dataclass(frozen=True)
 class Passwords:
-    """A text with hidden sentences, each of which begins again at the end.
+    """A text with hidden sentences, whose beginnings are repeated at the end.
 
     Attributes:
         row: All tokens; each word of a password is a question.
-        is_text: bool ``[N]``, the tokens of the second half that are neither hidden sentence nor
-            question.
+        is_text: bool ``[N]``, the tokens of the second half that belong neither to a hidden
+            sentence nor to a question.
     """
 
     row: Row
@@ -31,13 +31,13 @@ class Passwords:
 
 
 def hide_passwords(vocabulary: Vocabulary, text: str, length: int, facts: int) -> Passwords:
-    """Hide sentences of one form, each with a password of four words, in a text.
+    """Hide sentences of equal form, each with a password of four words, in a text.
 
     Args:
-        vocabulary: Of the model.
-        text: Long enough.
-        length: Tokens that the model reads; the row has one more, to be predicted.
-        facts: How many to hide.
+        vocabulary: Words of the model's tokenizer.
+        text: A text of more than ``length`` tokens.
+        length: Tokens of the model's input; the row has one more, the last label.
+        facts: Number of hidden sentences.
 
     Raises:
         ValueError: The text is too short.
@@ -45,13 +45,15 @@ def hide_passwords(vocabulary: Vocabulary, text: str, length: int, facts: int) -
     random, encode = Random("passwords"), vocabulary.encode
     names = vocabulary.names(random, True, facts * (_WORDS + 1), 1)
     hidden: list[list[int]] = []
-    asked: list[list[Asked]] = []
+    asked: list[list[QuestionTokens]] = []
     for number in range(facts):
         name, *words = names[number * (_WORDS + 1) : (number + 1) * (_WORDS + 1)]
         start = encode(f"\nThe password of the{name} is")
         hidden.append([*start, *encode("".join(words)), *encode(".\n")])
         prompts = [start, *([[]] * (_WORDS - 1))]
-        asked.append([Asked(p, encode(w), (number,)) for p, w in zip(prompts, words, strict=True)])
+        asked.append(
+            [QuestionTokens(p, encode(w), (number,)) for p, w in zip(prompts, words, strict=True)]
+        )
     random.shuffle(asked)
     questions = [item for items in asked for item in items]
     tokens = torch.tensor(encode(text[: 16 * length]))
@@ -66,10 +68,11 @@ def hide_passwords(vocabulary: Vocabulary, text: str, length: int, facts: int) -
 
 
 def judge_passwords(scorer: Scorer, passwords: Passwords) -> dict[str, Any]:
-    """Let a model read it once, with the attention it has.
+    """Run a model over the text once, with its present attention.
 
     Returns:
-        ``right``, ``asked``: words of passwords; ``nats``: per token of the text's second half.
+        ``asked`` and ``right``: words of passwords, and correct ones; ``nats``: loss per token of
+        the text's second half.
     """
     row = passwords.row
     costs, hits = scorer.nats_and_hits(row.tokens[None])

@@ -1,4 +1,4 @@
-"""What block selection keeps of a model's dense attention, and what tiles of tokens load for it."""
+"""How much of a model's dense attention block selection keeps, and how many blocks tiles load."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ _TILE_TOKENS = (2, 4, 8, 16, 32)
 
 
 class LayerInputs(NamedTuple):
-    """What one attention layer was called with: ``[B, Hq, S, D]`` and ``[B, Hkv, S, D]``."""
+    """Inputs of one attention layer: query ``[B, Hq, S, D]``, key ``[B, Hkv, S, D]``, scale."""
 
     query: Tensor
     key: Tensor
@@ -32,16 +32,16 @@ class LayerInputs(NamedTuple):
 
 @dataclass(frozen=True)
 class SelectionReport:
-    """How one layer would fare with selected blocks, over the second half of a sequence.
+    """Dense attention of one layer and its selected blocks, over the second half of a sequence.
 
     Attributes:
-        blocks: Blocks that a token selects, on average.
-        inflation: Blocks that a tile of so many tokens loads, over ``blocks``.
-        mass: Share of the dense attention weights that lies in the selected blocks.
-        mass_best: The same for as many blocks chosen with the weights known.
-        mass_window: The same for the first block and the nearest, as many in all.
-        mass_single: The share in the 8 strongest single keys of each head, the same for all tokens,
-            outside the blocks that are always selected.
+        blocks: Mean number of blocks that a token selects.
+        inflation: By tokens of a tile, the blocks that the tile loads, over ``blocks``.
+        mass: Fraction of the dense attention weights in the selected blocks.
+        mass_best: The same fraction in as many blocks of largest weight.
+        mass_window: The same fraction in as many blocks, the first and the nearest.
+        mass_single: The fraction in the 8 strongest single keys of each head, the same keys for
+            all tokens, outside the blocks that are always selected.
     """
 
     blocks: float
@@ -54,7 +54,7 @@ class SelectionReport:
 
 @contextmanager
 def recorded_inputs(model: Any) -> Iterator[dict[str, LayerInputs]]:
-    """Inside the block the model attends densely, and sparse layers leave their last inputs.
+    """Make a model attend densely inside the block, and record the inputs of its sparse layers.
 
     `attend_through` is no substitute: it refuses models with windowed layers, and replaces what the
     model's own function does with masks and soft caps.
@@ -93,21 +93,21 @@ def judge_selection(
     """Compare selected blocks with dense attention.
 
     Args:
-        inputs: Queries and keys of one layer, of a whole sequence.
-        config: Sparsity settings; ``dense_len`` plays no part.
-        samples: Tokens whose dense attention is looked at.
-        seed: Of their choice.
+        inputs: Queries and keys of one layer, over a whole sequence.
+        config: Sparsity settings; ``dense_len`` is ignored.
+        samples: Number of tokens whose dense attention is computed.
+        seed: Seed of their choice.
 
     Raises:
-        ValueError: The second half of the sequence has tokens that see no more than their budget.
+        ValueError: Tokens of the second half of the sequence see no more keys than their budget.
     """
     query, key, scale = inputs
     S, half = query.shape[2], query.shape[2] // 2
     budget = config.num_selected * config.block_size
     if half < budget:
         raise ValueError(
-            f"the second half must lie beyond the budget of {budget} tokens, where all is seen; "
-            f"got {S} tokens: take at least {2 * budget}, or fewer blocks"
+            f"the second half must lie beyond the budget of {budget} tokens, within which all keys "
+            f"are selected; got {S} tokens: take at least {2 * budget}, or fewer blocks"
         )
     selected = select_blocks(query[:, :, half:], key, config, scale=scale)
     blocks = (selected >= 0).sum(-1).float().mean().item()
@@ -142,10 +142,10 @@ def judge_selection(
 def _block_mass(
     query: Tensor, key: Tensor, position: Tensor, scale: float, config: InfLLMConfig
 ) -> tuple[Tensor, float]:
-    """Dense attention weights, summed by block and averaged over the group: ``[B, Hkv, n, Nkv]``.
+    """Return dense attention weights by block ``[B, Hkv, n, Nkv]``, and the mass of single keys.
 
-    And the share of single keys outside the forced blocks. A KV head at a time, since weights of
-    all keys are made.
+    Weights are averaged over the group. One KV head at a time, since the weights of all keys need
+    much memory.
     """
     S, groups = key.shape[2], group_size(query, key)
     hidden = torch.arange(S, device=key.device) > position[:, None]

@@ -1,4 +1,4 @@
-"""Numbers as a plain table for the terminal."""
+"""Plain tables for the terminal."""
 
 from __future__ import annotations
 
@@ -6,11 +6,11 @@ from collections.abc import Sequence
 
 
 def format_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """Align cells: the first column to the left, the others, numbers, to the right.
+    """Align the cells of the first column to the left, those of the others to the right.
 
     Args:
         header: Titles of the columns.
-        rows: As many cells each.
+        rows: Cells of each row, one per column.
     """
     lines = [list(header), *[list(row) for row in rows]]
     widths = [max(len(line[column]) for line in lines) for column in range(len(header))]

@@ -105,7 +105,7 @@ def test_a_pretrained_model_is_judged_dense_sparse_and_by_the_window(
     folder = tmp_path / "out"
     found = json.loads((folder / "results.json").read_text())["pretrained"]
     assert list(found) == ["dense", "sparse", "sparse, coarse", "window only"]
-    assert len({row["nats"] for row in found.values()}) == 4  # each attends in another way
+    assert len({row["nats"] for row in found.values()}) == 4  # no two attend equally
     assert {row["asked"] for row in found.values()} == {12}
     # What was judged before is kept: the model is not even read again.
     (folder / "pretrained" / "window-only.json").unlink()

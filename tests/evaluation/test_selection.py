@@ -110,7 +110,7 @@ def test_the_command_shows_a_row_per_layer(evaluate, tmp_path):
     assert "5 blocks of 16 a token = 80 tokens" in out
     for bad, message in (
         (("--length", 9999), "--length must be between 1 and the text's 760 tokens, got 9999"),
-        (("--length", 400, "topk=3"), "settings are written attention.key=value, got topk=3"),
+        (("--length", 400, "topk=3"), "settings must be written attention.key=value, got topk=3"),
         (("--length", 400, "attention.top=3"), "topk"),
     ):
         status, _, err = evaluate(*common, *bad)

@@ -1,1 +1,1 @@
-"""How much of dense attention's quality a sparse setting keeps, on a model that is tuned for it."""
+"""The parts of scripts/quality.py: how much of dense attention's quality a sparse setting keeps."""

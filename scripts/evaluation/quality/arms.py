@@ -1,4 +1,4 @@
-"""Which models are trained, and which attention each is then run with."""
+"""The models that are trained, and the attention that each is evaluated with."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ DENSE, WINDOW, RANDOM = "dense", "window", "random"
 
 
 @dataclass(frozen=True)
-class Way:
-    """A way to attend.
+class AttentionMode:
+    """An attention mode of a model.
 
     Attributes:
-        name: Of the variant, or ``dense``, ``window``, ``random``.
-        attention: Its setting; None: dense.
+        name: Name of the variant, or ``dense``, ``window``, ``random``.
+        attention: Its settings; None: dense.
     """
 
     name: str
@@ -30,20 +30,20 @@ class Way:
 
     @property
     def attend(self) -> LayerAttend | None:
-        """What attends instead of the setting's own choice."""
+        """The attention that replaces the settings' own selection; None: nothing does."""
         if self.name != RANDOM or self.attention is None:
             return None
         return RandomBlocks(self.attention)
 
     def visible(self, length: int) -> int:
-        """Tokens that a query sees at most."""
+        """Return the largest number of tokens that a query sees."""
         if self.attention is None or self.attention.is_dense(length):
             return length
         return min(length, self.attention.num_selected * self.attention.block_size)
 
     @contextlib.contextmanager
     def on(self, model: Any) -> Iterator[None]:
-        """Let a model attend so for the block."""
+        """Patch a model with this attention inside the block."""
         if self.attention is None:
             yield
             return
@@ -60,11 +60,11 @@ class Way:
 
 @dataclass(frozen=True)
 class Arm:
-    """A model as it was trained, and how it is run.
+    """A trained model with the attention that it is evaluated with.
 
     Attributes:
-        tuned: Name of the way it was trained.
-        run: Name of the way it attends now.
+        tuned: Name of the attention mode in training.
+        run: Name of the attention mode in evaluation.
     """
 
     tuned: str
@@ -72,24 +72,28 @@ class Arm:
 
     @property
     def name(self) -> str:
-        """As tables call it."""
+        """The name in tables."""
         return self.tuned if self.tuned == self.run else f"{self.tuned}->{self.run}"
 
 
-def ways(settings: QualitySettings) -> dict[str, Way]:
-    """Every way by name; the controls see as many tokens as one of the variants."""
+def attention_modes(settings: QualitySettings) -> dict[str, AttentionMode]:
+    """Return all attention modes by name; the controls see as many tokens as one variant."""
     control = _without_scores(settings.control_attention)
-    # As few blocks as there can be beside the window: the first and the query's own.
+    # topk is the smallest number of blocks beside the window: the first and the query's own.
     topk = control.init_blocks + 1
     size = (control.num_selected - topk) * control.block_size
     window = dataclasses.replace(control, topk=topk, window_size=size)
-    found = [Way(DENSE, None), Way(WINDOW, window), Way(RANDOM, control)]
-    found += [Way(name, variant.attention) for name, variant in settings.variants.items()]
-    return {way.name: way for way in found}
+    found = [
+        AttentionMode(DENSE, None),
+        AttentionMode(WINDOW, window),
+        AttentionMode(RANDOM, control),
+    ]
+    found += [AttentionMode(name, variant.attention) for name, variant in settings.variants.items()]
+    return {mode.name: mode for mode in found}
 
 
 def _without_scores(attention: InfLLMConfig) -> InfLLMConfig:
-    """A setting with the blocks of another, and scores that cost little: no control heeds them."""
+    """Return settings with the same blocks and cheap scores, which the controls do not use."""
     block = attention.block_size
     stride = block // 4 if block % 4 == 0 else block
     return InfLLMConfig(
@@ -105,13 +109,13 @@ def _without_scores(attention: InfLLMConfig) -> InfLLMConfig:
 
 
 def trained(settings: QualitySettings) -> list[str]:
-    """Names of the ways that a model is trained with."""
+    """Return the names of the attention modes that a model is trained with."""
     names = [name for name, variant in settings.variants.items() if variant.trained]
     return [DENSE, *names, *([WINDOW, RANDOM] if names else [])]
 
 
 def arms(settings: QualitySettings) -> list[Arm]:
-    """What is judged, in the order of tables."""
+    """Return all arms in the order of tables."""
     found = [Arm(name, name) for name in trained(settings)]
     variants = settings.variants.items()
     free = [name for name, variant in variants if variant.training_free]

@@ -1,4 +1,4 @@
-"""The pretrained model: found, checked before any work, and kept as a folder of the run."""
+"""The pretrained model: find it, check it before any work, and save it in the run's folder."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ from infllm_flex.training.quiet import quiet_transformers
 
 
 class BaseError(ValueError):
-    """The base cannot be used; the message says why, in one line."""
+    """The base cannot be used; the message gives the reason in one line."""
 
 
 class Source(NamedTuple):
-    """Where the base lies: a folder, and the GGUF file in it, if it is one."""
+    """The folder of the base, and the name of its GGUF file where it has one."""
 
     folder: Path
     gguf_file: str | None
@@ -30,7 +30,7 @@ def find(settings: BaseSettings) -> Source:
     """Find the folder of the base.
 
     Raises:
-        BaseError: There is none.
+        BaseError: The folder does not exist.
     """
     if settings.package is not None:
         return _in_package(settings.package)
@@ -46,15 +46,16 @@ def find(settings: BaseSettings) -> Source:
 
 
 def check(settings: BaseSettings, source: Source, longest: int) -> None:
-    """Refuse a base that cannot be tuned and judged, by its configuration alone.
+    """Check by its configuration that a base can be tuned and judged.
 
     Args:
         settings: The ``base`` section.
-        source: What `find` found.
+        source: The result of `find`.
         longest: Tokens of the longest sequence.
 
     Raises:
-        BaseError: transformers does not know it, no layer can be sparse, or it is too short.
+        BaseError: transformers does not know the model, no layer can be sparse, or the model has
+            too few positions.
     """
     with quiet_transformers() as transformers:
         config = _read_config(transformers, source)
@@ -73,13 +74,13 @@ def check(settings: BaseSettings, source: Source, longest: int) -> None:
 
 
 def prepare(settings: BaseSettings, source: Source, longest: int, folder: Path) -> None:
-    """Publish the base as a transformers folder with safetensors weights, unless it is there.
+    """Write the base as a transformers folder with safetensors weights, unless it exists.
 
     Args:
         settings: The ``base`` section.
-        source: What `find` found.
+        source: The result of `find`.
         longest: Tokens of the longest sequence.
-        folder: To make.
+        folder: The folder to write.
     """
     if folder.exists():
         return
@@ -100,17 +101,19 @@ def prepare(settings: BaseSettings, source: Source, longest: int, folder: Path) 
 
 
 def load_tokenizer(folder: Path) -> Any:
-    """The fast tokenizer of a model folder.
+    """Load the fast tokenizer of a model folder.
 
     Raises:
-        BaseError: It has none.
+        BaseError: The folder has none.
     """
     with quiet_transformers() as transformers:
         tokenizer = transformers.AutoTokenizer.from_pretrained(
             folder, local_files_only=True, trust_remote_code=False
         )
     if not getattr(tokenizer, "is_fast", False):
-        raise BaseError(f"base: the tokenizer in {folder} has no tokenizer.json")
+        raise BaseError(
+            f"base: expected a fast tokenizer with a tokenizer.json in {folder}, got a slow one"
+        )
     return tokenizer
 
 
@@ -121,7 +124,7 @@ def _save(model: Any, tokenizer: Any, folder: Path) -> None:
     tensors: dict[str, torch.Tensor] = {}
     seen = set()
     for name, value in model.state_dict(keep_vars=True).items():
-        if id(value) not in seen:  # tied weights load under their first name
+        if id(value) not in seen:  # tied weights are saved once, under their first name
             seen.add(id(value))
             tensors[name] = value.detach().contiguous()
     save_file(tensors, folder / "model.safetensors", {"format": "pt"})
@@ -173,7 +176,7 @@ def _set_positions(config: Any, settings: BaseSettings, longest: int) -> None:
         parameters = getattr(config, "rope_parameters", None) or {}
         if parameters.get("rope_type", "default") != "default":
             raise BaseError(
-                f"base.rope_theta: expected a plain rotary embedding, the base has "
+                f"base.rope_theta: expected a base with rope_type default, got "
                 f"{parameters['rope_type']}: leave rope_theta out"
             )
         config.rope_parameters = {
@@ -185,8 +188,8 @@ def _set_positions(config: Any, settings: BaseSettings, longest: int) -> None:
     known = settings.positions or known
     if known < longest:
         raise BaseError(
-            f"base: it has positions for {known} tokens, {longest} are asked for: set "
-            "base.rope_theta and base.positions to let it reach further"
+            f"base: the longest sequence has {longest} tokens, the model has positions for "
+            f"{known}: extend it by base.rope_theta and base.positions"
         )
     config.max_position_embeddings = known
 

@@ -1,4 +1,4 @@
-"""Long generation: a program executed step by step, each line of the answer from lines before."""
+"""Long generation: execute a program step by step; lines of the answer depend on earlier lines."""
 
 from __future__ import annotations
 
@@ -12,24 +12,24 @@ from evaluation.quality.names import STEPS
 from evaluation.quality.rows import Row
 from evaluation.quality.scoring import Scorer
 from evaluation.quality.settings import QualitySettings
-from evaluation.quality.tasks import Maker
+from evaluation.quality.tasks import TaskMaker
 from evaluation.quality.words import Vocabulary
 
 
 def judge_generation(
     settings: QualitySettings, scorer: Scorer, vocabulary: Vocabulary, text: Tensor, seed: int
 ) -> dict[str, Any]:
-    """Let a model run programs by itself, greedily, and compare line by line.
+    """Let a model execute programs by greedy generation, and compare the answers line by line.
 
-    Weights are in bfloat16 on a GPU. Arguments as of `judge_retrieval`.
+    Weights are in bfloat16 on a GPU. The arguments are those of `judge_retrieval`.
 
     Returns:
-        ``hits``: of every program, 0 or 1 for each line; ``tokens``: generated for each.
+        ``hits``: for each program, 0 or 1 for each line; ``tokens``: tokens generated for each.
     """
     judge = settings.judge
-    maker = Maker(vocabulary, text, settings.length + 1, True, settings.tuning.questions)
+    maker = TaskMaker(vocabulary, text, settings.length + 1, True, settings.tuning.questions)
     rows = [maker.row(STEPS, Random(f"generate/{seed}/{n}")) for n in range(judge.programs)]
-    # Prompts of one length need no padding: the text before the first fact gives way.
+    # Prompts of equal length need no padding; longer ones lose text before their first fact.
     shortest = min(_prompt_end(row) for row in rows)
     longest = max(len(row.tokens) - _prompt_end(row) for row in rows)
     if scorer.is_half:
@@ -55,14 +55,14 @@ def _generate(scorer: Scorer, prompts: Tensor, tokens: int) -> Tensor:
             attention_mask=torch.ones_like(ids),
             do_sample=False,
             max_new_tokens=tokens,
-            min_new_tokens=tokens,  # the end of a text is no way out
+            min_new_tokens=tokens,  # an end-of-text token does not end the answer
             pad_token_id=0,
         )
     return made[:, ids.shape[1] :].cpu()
 
 
 def _lines_right(row: Row, made: Tensor, vocabulary: Vocabulary) -> list[int]:
-    """Whether each line of the answer is what it should be, wherever it ends."""
+    """Tell for each line of the answer whether it is correct; extra lines do not count."""
     answers = [row.tokens[q.answer.start : q.answer.end].tolist() for q in row.questions]
     expected = [vocabulary.decode(answer).strip("\n") for answer in answers]
     lines = vocabulary.decode(made.tolist()).strip("\n").split("\n")

@@ -1,4 +1,4 @@
-"""What every variant is trained on: plain text and tasks, a function of seed and number alone."""
+"""Training samples: plain text and tasks, a function of seed and sample number only."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ from random import Random
 import torch
 from torch import Tensor
 
-from evaluation.quality.rows import stretch
+from evaluation.quality.rows import random_window
 from evaluation.quality.settings import TuningSettings
-from evaluation.quality.tasks import Maker
+from evaluation.quality.tasks import TaskMaker
 from evaluation.quality.words import Vocabulary
 from infllm_flex.training.data import Batch, Sampler
 from infllm_flex.training.data.store import TokenStore
@@ -24,12 +24,12 @@ class Mixture:
 
     Args:
         store: Tokens of the text.
-        vocabulary: What facts are made of.
-        tuning: Says how much of what.
+        vocabulary: Words and values of the facts.
+        tuning: Proportions of text and tasks.
 
     Attributes:
-        identity: Equal exactly for equal samples.
-        vocabulary: Token numbers are below this.
+        identity: A hash that is equal exactly for equal samples.
+        vocabulary: Upper bound of token numbers, exclusive.
     """
 
     def __init__(self, store: TokenStore, vocabulary: Vocabulary, tuning: TuningSettings) -> None:
@@ -40,10 +40,10 @@ class Mixture:
         self.vocabulary = store.vocabulary
 
     def sampler(self, name: str, stage: StageSettings, seed: int) -> Sampler:
-        """The samples of a stage.
+        """Return the samples of a stage.
 
         Raises:
-            ValueError: The text is too short for one.
+            ValueError: The text is too short for a sample.
         """
         sampler = MixtureSampler(
             self._store.train.tokens, self._words, self._tuning, stage.max_length, seed
@@ -53,14 +53,14 @@ class Mixture:
 
 
 class MixtureSampler:
-    """Finds samples by number, whatever was asked for before.
+    """Makes samples from their numbers, independently of earlier calls.
 
     Args:
         text: Tokens ``[N]``.
-        vocabulary: What facts are made of.
-        tuning: Says how much of what.
+        vocabulary: Words and values of the facts.
+        tuning: Proportions of text and tasks.
         length: Tokens of a sample.
-        seed: Of the run.
+        seed: Seed of the run.
     """
 
     def __init__(
@@ -72,19 +72,19 @@ class MixtureSampler:
         seed: int,
     ) -> None:
         self._text, self._tuning, self._length, self._seed = text, tuning, length, seed
-        self._maker = Maker(vocabulary, text, length + 1, False, tuning.questions)
+        self._maker = TaskMaker(vocabulary, text, length + 1, False, tuning.questions)
 
     def check(self) -> None:
         """Make one sample of each task.
 
         Raises:
-            ValueError: The text or the length is too short for one.
+            ValueError: The text or the length is too short for a task.
         """
         for task in self._tuning.tasks:
             self._maker.row(task, Random(0))
 
     def batch(self, indices: Iterable[int]) -> Batch:
-        """The samples of ``indices``, one per row."""
+        """Return the samples of ``indices``, one per row."""
         parts = [self._sample(index) for index in indices]
         tokens = torch.stack([tokens for tokens, _ in parts])
         weights = torch.stack([weights for _, weights in parts])
@@ -95,7 +95,7 @@ class MixtureSampler:
         random, tuning = Random(f"{self._seed}/{index}"), self._tuning
         weights = torch.ones(self._length + 1)
         if random.random() >= tuning.task_share:
-            return stretch(random, self._text, self._length + 1).long(), weights
+            return random_window(random, self._text, self._length + 1).long(), weights
         task = random.choices(list(tuning.tasks), list(tuning.tasks.values()))[0]
         row = self._maker.row(task, random)
         answer = row.is_answer()

@@ -1,4 +1,4 @@
-"""The names of the tasks, in the order of tables."""
+"""Names of the tasks, in the order of tables."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Parts of a comparison: what is done is kept, and processes that share a folder never collide."""
+"""Parts of a comparison, whose results are saved, and locks between processes of one folder."""
 
 from __future__ import annotations
 
@@ -15,17 +15,17 @@ from infllm_flex.strict_yaml import ConfigError, Mistake
 
 
 class SkippedError(Exception):
-    """A part cannot be done here; the message says why."""
+    """A part cannot be done on this machine; the message gives the reason."""
 
 
 @dataclass(frozen=True)
 class Part:
-    """One unit of work: all of it is done, or nothing.
+    """A unit of work, which is either done or not.
 
     Attributes:
-        name: Words with colons between them, as ``train:dense:0``.
-        needs: Names of the parts that come before.
-        settings: What its result depends on, as JSON has it.
+        name: Words separated by colons, such as ``train:dense:0``.
+        needs: Names of the parts that must be done before.
+        settings: Everything that its result depends on, in JSON types.
     """
 
     name: str
@@ -37,20 +37,20 @@ class Folder:
     """The folder of a comparison.
 
     Args:
-        path: Made when the first part begins.
+        path: The folder; it is made when the first part begins.
     """
 
     def __init__(self, path: Path) -> None:
         self.path = path
 
     def check(self, parts: list[Part]) -> None:
-        """Refuse a folder whose parts were begun with other settings. Changes nothing.
+        """Check that no part in the folder was begun with other settings. Changes nothing.
 
         Raises:
-            ConfigError: With the part and what differs.
+            ConfigError: A part was; the message names it and the settings that differ.
         """
         if self.path.exists() and not self.path.is_dir():
-            self._refuse(f"{self.path} is a file, expected a folder for the comparison")
+            self._refuse(f"expected a folder for the comparison, {self.path} is a file")
         if self.path.is_dir() and not self._parts.is_dir() and any(self.path.iterdir()):
             self._refuse(f"{self.path} holds something else: choose another folder")
         for part in parts:
@@ -64,19 +64,19 @@ class Folder:
                 )
 
     def result(self, part: Part) -> dict[str, Any] | None:
-        """What a part has found, None where it is not done."""
+        """Return the result of a part; None where it is not done."""
         return self._read(part, "result")
 
     @contextlib.contextmanager
     def claim(self, part: Part, wait: bool = False) -> Iterator[bool]:
-        """Keep a part to this process for the block.
+        """Lock a part for this process inside the block.
 
         Args:
             part: The part.
-            wait: Whether to wait while another process has it.
+            wait: Whether to wait while another process holds the lock.
 
         Yields:
-            False where another process has it.
+            False where another process holds it.
         """
         self._parts.mkdir(parents=True, exist_ok=True)
         with self._file(part, "lock").open("w") as lock:
@@ -88,11 +88,11 @@ class Folder:
             yield True
 
     def begin(self, part: Part) -> None:
-        """Note the settings of a part, before it is worked on."""
+        """Save the settings of a part before the work begins."""
         self._write(part, "settings", _as_json(part.settings))
 
     def finish(self, part: Part, result: dict[str, Any]) -> None:
-        """Keep the result of a part."""
+        """Save the result of a part."""
         self._write(part, "result", result)
 
     @property
@@ -117,5 +117,5 @@ class Folder:
 
 
 def _as_json(settings: Mapping[str, Any]) -> Any:
-    """As it reads back: tuples are lists, paths are text."""
+    """Convert to what JSON reads back: tuples become lists, paths become text."""
     return json.loads(json.dumps(settings, default=str))

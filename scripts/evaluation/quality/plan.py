@@ -1,4 +1,4 @@
-"""All parts of a comparison, in the order in which one process does them."""
+"""All parts of a comparison, in the order in which a single process does them."""
 
 from __future__ import annotations
 
@@ -6,12 +6,12 @@ import dataclasses
 import fnmatch
 from typing import Any
 
-from evaluation.quality.arms import Arm, arms, trained, ways
+from evaluation.quality.arms import Arm, arms, attention_modes, trained
 from evaluation.quality.parts import Part
 from evaluation.quality.settings import RESERVED, QualitySettings
 
 BASE, TEXT = "base", "text"
-# What changes no result: how work is split.
+# Settings that change no result, only how the work is done.
 _FREE_TUNING = ("workers", "compile", "checkpointing", "sequences_at_once")
 _OF_GROUP = {
     "retrieval": ("tasks", "items"),
@@ -23,7 +23,7 @@ _OF_GROUP = {
 
 
 def plan(settings: QualitySettings) -> list[Part]:
-    """The parts; every one stands behind those it needs."""
+    """Return all parts, each after those it needs."""
     base = _section(settings.base, "download")
     text = _section(settings.text)
     parts = [Part(BASE, (), {"base": base}), Part(TEXT, (BASE,), {"base": base, "text": text})]
@@ -31,9 +31,8 @@ def plan(settings: QualitySettings) -> list[Part]:
     models: dict[tuple[str, int], Part] = {}
     for seed in settings.run.seeds:
         for name in trained(settings):
-            part = Part(
-                f"train:{name}:{seed}", (BASE, TEXT), {**common, f"{name}": _way(settings, name)}
-            )
+            depends_on = {**common, name: _attention(settings, name)}
+            part = Part(f"train:{name}:{seed}", (BASE, TEXT), depends_on)
             models[name, seed] = part
             parts.append(part)
             for arm in arms(settings):
@@ -43,25 +42,25 @@ def plan(settings: QualitySettings) -> list[Part]:
 
 
 def chosen(parts: list[Part], patterns: list[str]) -> list[Part]:
-    """Those of the parts that a pattern names, as ``train:dense:*``, and what they need.
+    """Return the parts that match a pattern such as ``train:dense:*``, and those they need.
 
     Raises:
-        ValueError: A pattern names none.
+        ValueError: A pattern matches no part.
     """
     names: set[str] = set()
     for pattern in patterns:
         found = [part.name for part in parts if fnmatch.fnmatchcase(part.name, pattern)]
         if not found:
-            raise ValueError(f"--parts: none is called {pattern}; --list shows all")
+            raise ValueError(f"--parts: no part matches {pattern}; --list shows all")
         names.update(found)
-    for part in reversed(parts):  # what a part needs stands before it
+    for part in reversed(parts):  # a part comes after those it needs
         if part.name in names:
             names.update(part.needs)
     return [part for part in parts if part.name in names]
 
 
 def judge_name(arm: Arm, seed: int, group: str) -> str:
-    """The name of the part that judges one group of one arm."""
+    """Return the name of the part that judges one group of one arm."""
     return f"judge:{arm.name}:{seed}:{group}"
 
 
@@ -69,19 +68,19 @@ def _judged(settings: QualitySettings, arm: Arm, seed: int, model: Part) -> list
     parts = []
     for group in settings.judge.groups:
         if group == "shares" and arm.run in RESERVED:
-            continue  # nothing is chosen there
+            continue  # these select no blocks by scores
         own = {name: getattr(settings.judge, name) for name in _OF_GROUP[group]}
-        how = {**model.settings, "judge": {**own, "length": settings.length}}
-        how[arm.run] = _way(settings, arm.run)
-        parts.append(Part(judge_name(arm, seed, group), (model.name,), how))
+        depends_on = {**model.settings, "judge": {**own, "length": settings.length}}
+        depends_on[arm.run] = _attention(settings, arm.run)
+        parts.append(Part(judge_name(arm, seed, group), (model.name,), depends_on))
     return parts
 
 
-def _way(settings: QualitySettings, name: str) -> Any:
-    attention = ways(settings)[name].attention
+def _attention(settings: QualitySettings, name: str) -> Any:
+    attention = attention_modes(settings)[name].attention
     if attention is None:
         return None
-    # As far as it differs from the defaults: settings that come later change nothing.
+    # Only values that differ from the defaults, so that a new setting changes no existing part.
     return {
         field.name: getattr(attention, field.name)
         for field in dataclasses.fields(attention)

@@ -1,4 +1,4 @@
-"""Retained quality against visible tokens, and against time, as a PNG."""
+"""A picture of retained quality over visible tokens, and over time."""
 
 from __future__ import annotations
 
@@ -8,17 +8,17 @@ from typing import Any
 
 from evaluation.quality.arms import DENSE, RANDOM, WINDOW, Arm
 from evaluation.quality.results import Results
-from evaluation.quality.verdicts import closed, mean_kept
+from evaluation.quality.verdicts import closed_gap, mean_retained
 
-# Dark enough on white, and apart for colour-blind eyes.
+# Dark enough on white, and distinguishable with colour blindness.
 _TRAINED, _FREE, _CONTROL = "#0072b2", "#d55e00", "#888888"
 
 
 def plot_quality(results: Results, path: Path) -> None:
-    """Draw what each variant keeps.
+    """Draw the retained quality of each arm.
 
     Args:
-        results: What is done.
+        results: Results of the finished parts.
         path: The PNG to write.
     """
     from matplotlib.backends.backend_agg import FigureCanvasAgg
@@ -28,7 +28,7 @@ def plot_quality(results: Results, path: Path) -> None:
     answers, nats, times = figure.subplots(1, 3)
     dense_seconds = results.seconds(Arm(DENSE, DENSE))
     for arm in results.arms("retrieval"):
-        share, visible = mean_kept(results, arm), results.visible(arm)
+        share, visible = mean_retained(results, arm), results.visible(arm)
         if arm.run == DENSE or share is None:
             continue
         _mark(answers, arm, visible, share)
@@ -36,25 +36,25 @@ def plot_quality(results: Results, path: Path) -> None:
         if seconds and dense_seconds:
             _mark(times, arm, seconds / dense_seconds, share)
     for arm in results.arms("nats"):
-        gap = closed(results, arm)
+        gap = closed_gap(results, arm)
         if gap is not None and arm.run != DENSE:
             error = [[gap.value - gap.low], [gap.high - gap.value]]
             nats.errorbar(results.visible(arm), gap.value, error, color=_colour(arm), capsize=3)
             _mark(nats, arm, results.visible(arm), gap.value)
     for axes, title in (
-        (answers, "right answers kept, mean over tasks that dense can do"),
+        (answers, "retained accuracy, mean over tasks that dense can do"),
         (nats, "gap from window to dense closed, nats in the second half"),
-        (times, "right answers kept"),
+        (times, "retained accuracy"),
     ):
         axes.set_title(title, fontsize=9)
         axes.axhline(1.0, color="#bbbbbb", linewidth=0.8)
-        axes.set_xlabel("tokens that a query sees at most")
+        axes.set_xlabel("tokens that a query can see")
         axes.spines[["top", "right"]].set_visible(False)
         axes.set_ylim(bottom=min(0.0, axes.get_ylim()[0]))
-    times.set_xlabel("time of a forward pass over that of dense")
+    times.set_xlabel("time of a forward pass relative to dense")
     figure.suptitle(
-        f"{results.settings.length} tokens; blue: trained so, orange: trained densely, grey: "
-        "controls without a choice",
+        f"{results.settings.length} tokens; blue: trained with this attention, orange: trained "
+        "densely, grey: controls without selection",
         fontsize=10,
     )
     path.parent.mkdir(parents=True, exist_ok=True)

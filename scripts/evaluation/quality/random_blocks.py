@@ -1,4 +1,4 @@
-"""The control that chooses nothing: forced blocks, and others at random."""
+"""A control without selection: forced blocks, and random ones."""
 
 from __future__ import annotations
 
@@ -13,47 +13,47 @@ _MASK = 0x7FFFFFFF
 
 
 class RandomBlocks:
-    """Attention to the forced blocks of each query and to random ones, as many as it may select.
+    """Attention to the forced blocks of each query, and to random ones up to its budget.
 
-    The choice is a function of seed, layer, head and position alone: computed again it is the same,
-    in the recomputation of a layer, in a cache, or for queries in parts. Takes one sequence per
-    row, without padding.
+    The blocks are a function of seed, layer, head and position only. Hence they are the same when a
+    layer is recomputed, in a cache, and for queries in chunks. Supports one sequence per row,
+    without padding.
 
     Args:
-        config: Says how many blocks, and which are forced.
-        seed: Of the choice.
+        config: Budget and forced blocks.
+        seed: Seed of the random blocks.
     """
 
     def __init__(self, config: InfLLMConfig, seed: int = 0) -> None:
         self._config, self._seed = config, seed
 
     def __call__(self, layer: int) -> Attend:
-        """What attends in a layer, as `infllm_flex.patch.attend_through` takes it."""
+        """Return the attention of a layer, in the form of `infllm_flex.patch.attend_through`."""
         config, seed = self._config, self._seed * 1_000_003 + layer
 
         def attend(query: Tensor, key: Tensor, value: Tensor, scale: float | None) -> Tensor:
             if config.is_dense(key.shape[2]):
                 return infllm_attention(query, key, value, config, scale=scale)
-            selected = choose_at_random(query, key, config, seed)
+            selected = select_at_random(query, key, config, seed)
             return infllm_attention(query, key, value, config, scale=scale, selected=selected)
 
         return attend
 
 
-def choose_at_random(query: Tensor, key: Tensor, config: InfLLMConfig, seed: int) -> Tensor:
-    """Pick blocks without looking at queries and keys.
+def select_at_random(query: Tensor, key: Tensor, config: InfLLMConfig, seed: int) -> Tensor:
+    """Select blocks independently of the values of queries and keys.
 
-    What is visible beyond the forced blocks is cut into as many stretches as the budget has blocks
-    left, and one block of each is taken, each with the same probability.
+    The visible blocks that are not forced are cut into as many ranges as the budget leaves, and one
+    block of each range is drawn uniformly.
 
     Args:
         query: ``[B, Hq, Sq, D]``, the last ``Sq`` positions.
         key: ``[B, Hkv, Skv, D]``.
         config: Sparsity settings.
-        seed: Of the choice.
+        seed: Seed of the draws.
 
     Returns:
-        int32 ``[B, Hkv, Sq, K]``, as `select_blocks` returns them.
+        int32 ``[B, Hkv, Sq, K]``, ascending, in the form of `select_blocks`.
     """
     (B, _, Sq, _), (_, heads, Skv, _) = query.shape, key.shape
     init, local = config.init_blocks, config.local_blocks
@@ -78,7 +78,7 @@ def choose_at_random(query: Tensor, key: Tensor, config: InfLLMConfig, seed: int
 
 
 def _hash(number: Tensor) -> Tensor:
-    """Scramble integers within 31 bits; products stay below 2**62."""
+    """Hash integers to 31 bits; products stay below 2**62."""
     number = number & _MASK
     number = (number ^ (number >> 15)) * 0x2C1B3C6D & _MASK
     number = (number ^ (number >> 12)) * 0x297A2D39 & _MASK

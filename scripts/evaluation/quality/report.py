@@ -1,4 +1,4 @@
-"""The comparison as text for the terminal."""
+"""Tables of a comparison for the terminal."""
 
 from __future__ import annotations
 
@@ -6,15 +6,15 @@ from evaluation.quality.arms import DENSE, Arm
 from evaluation.quality.nats import buckets
 from evaluation.quality.results import Results
 from evaluation.quality.statistics import Interval
-from evaluation.quality.verdicts import ABLE, closed, kept
+from evaluation.quality.verdicts import ABLE, closed_gap, retained_accuracy
 from evaluation.table import format_table
 
 
 def report(results: Results) -> str:
-    """All tables that something is known for."""
+    """Return all tables that have results."""
     parts = [_answers(results), _kept(results), _nats(results), _shares(results)]
     found = [part for part in parts if part]
-    return "\n\n".join(found) if found else "nothing is judged yet"
+    return "\n\n".join(found) if found else "no results yet"
 
 
 def _answers(results: Results) -> str:
@@ -27,7 +27,7 @@ def _answers(results: Results) -> str:
         for arm in some
     ]
     return (
-        f"Right answers at {results.settings.length} tokens, trained->run where the two differ\n\n"
+        f"Accuracy at {results.settings.length} tokens; trained->run where the two differ\n\n"
         + format_table(["variant", "visible", *tasks], rows)
     )
 
@@ -41,7 +41,7 @@ def _kept(results: Results) -> str:
     for arm in results.arms("retrieval"):
         cells = []
         for task in tasks:
-            found = kept(results, arm, task)
+            found = retained_accuracy(results, arm, task)
             mark = ""
             if found is not None and found.remark:
                 if found.remark not in remarks:
@@ -54,10 +54,9 @@ def _kept(results: Results) -> str:
         return ""
     lines = [f"({number}) {remark}" for number, remark in enumerate(remarks, start=1)]
     if unable:
-        lines.append(f"Left out, as dense answers less than half: {', '.join(unable)}")
+        lines.append(f"Left out, since dense answers less than half: {', '.join(unable)}")
     return (
-        "Kept of the dense model's right answers, with the 95 % interval over seeds and "
-        "sequences\n\n"
+        "Accuracy over that of the dense model, with the 95 % interval over seeds and sequences\n\n"
         + format_table(["variant", "visible", *tasks], rows)
         + ("\n\n" + "\n".join(lines) if lines else "")
     )
@@ -72,7 +71,7 @@ def _nats(results: Results) -> str:
     for arm in some:
         means = [results.nats(name, arm) for name in names]
         cells = [f"{mean[0].mean():.3f}" if mean else "" for mean in means]
-        rows.append([*_head(results, arm), *cells, _interval(closed(results, arm))])
+        rows.append([*_head(results, arm), *cells, _interval(closed_gap(results, arm))])
     return "Nats per token of held-out text, by position\n\n" + format_table(
         ["variant", "visible", *names, "gap window-dense closed"], rows
     )
@@ -94,8 +93,8 @@ def _shares(results: Results) -> str:
             cells.append(_number(sum(values) / len(values)) if values else "")
         rows.append([*_head(results, arm), *cells])
     return (
-        "Share of dense attention in the chosen blocks, in the best as many, in the window; and of "
-        "the attention on needles\n(mean over layers; by layer in the CSV)\n\n"
+        "Fraction of dense attention in the selected blocks, in as many best blocks, and in the "
+        "window; and of\nthe attention on needles (mean over layers; by layer in the CSV)\n\n"
         + format_table(["variant", "visible", *kinds], rows)
     )
 

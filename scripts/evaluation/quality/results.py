@@ -1,4 +1,4 @@
-"""What the finished parts of a comparison have found, gathered."""
+"""The results of all finished parts of a comparison."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from evaluation.quality.arms import DENSE, Arm, arms, ways
+from evaluation.quality.arms import DENSE, Arm, arms, attention_modes
 from evaluation.quality.names import STEPS
 from evaluation.quality.parts import Folder, Part
 from evaluation.quality.plan import judge_name
@@ -31,15 +31,15 @@ class Results:
     """Results by arm, seed and group.
 
     Attributes:
-        settings: The whole comparison.
-        found: What each finished part has found.
+        settings: All settings.
+        found: The result of each finished part.
     """
 
     settings: QualitySettings
     found: dict[tuple[Arm, int, str], dict[str, Any]]
 
     def seeds(self, group: str, *some: Arm) -> list[int]:
-        """Seeds for which a group is done of all of these arms."""
+        """Return the seeds for which a group is done for all of these arms."""
         return [
             seed
             for seed in self.settings.run.seeds
@@ -47,15 +47,15 @@ class Results:
         ]
 
     def arms(self, group: str) -> list[Arm]:
-        """Arms of which a group is done for a seed."""
+        """Return the arms for which a group is done for at least one seed."""
         return [arm for arm in arms(self.settings) if self.seeds(group, arm)]
 
     def visible(self, arm: Arm) -> int:
-        """Tokens that a query sees at most."""
-        return ways(self.settings)[arm.run].visible(self.settings.length)
+        """Return the largest number of tokens that a query sees."""
+        return attention_modes(self.settings)[arm.run].visible(self.settings.length)
 
     def tasks(self) -> list[str]:
-        """Tasks with right and wrong answers that are done of any arm."""
+        """Return the tasks with correct answers to count that are done for at least one arm."""
         found = [t for t in self.settings.judge.tasks if self.arms("retrieval")]
         ruler = {
             task
@@ -67,7 +67,7 @@ class Results:
         return [*found, *generated, *sorted(ruler)]
 
     def hits(self, task: str, *some: Arm) -> list[Tensor] | None:
-        """Right answers ``[seeds, sequences]`` of each arm, for the seeds that all have."""
+        """Return correct answers ``[seeds, sequences]`` of each arm, for the seeds of all arms."""
         group = group_of(task)
         seeds = [
             seed
@@ -87,7 +87,7 @@ class Results:
         ]
 
     def accuracy(self, task: str, arm: Arm) -> float:
-        """The share of right answers, over all seeds; nan where none is done."""
+        """Return the fraction of correct answers over all seeds; nan where none is done."""
         group, right, asked = group_of(task), 0, 0
         for seed in self.seeds(group, arm):
             rows = _hits(self.found[arm, seed, group], task) or []
@@ -96,7 +96,7 @@ class Results:
         return right / asked if asked else float("nan")
 
     def nats(self, bucket: str, *some: Arm) -> list[Tensor] | None:
-        """Nats ``[seeds, stretches]`` of each arm, for the seeds that all have."""
+        """Return nats ``[seeds, windows]`` of each arm, for the seeds of all arms."""
         seeds = self.seeds("nats", *some)
         if not seeds:
             return None
@@ -106,14 +106,14 @@ class Results:
         ]
 
     def seconds(self, arm: Arm) -> float | None:
-        """Of a sequence, on average; None where retrieval is not done."""
+        """Return the mean seconds of a sequence; None where retrieval is not done."""
         seeds = self.seeds("retrieval", arm)
         times = [self.found[arm, seed, "retrieval"]["seconds"] for seed in seeds]
         return sum(times) / len(times) if times else None
 
 
 def gather(settings: QualitySettings, folder: Folder, parts: Sequence[Part]) -> Results:
-    """Read what is done."""
+    """Read the results of all finished parts."""
     by_name = {part.name: part for part in parts}
     found = {}
     for arm in arms(settings):
@@ -127,14 +127,14 @@ def gather(settings: QualitySettings, folder: Folder, parts: Sequence[Part]) -> 
 
 
 def group_of(task: str) -> str:
-    """The group that a task belongs to."""
+    """Return the group of a task."""
     if task == GENERATED:
         return "generation"
     return "ruler" if "@" in task else "retrieval"
 
 
 def write_table(results: Results, path: Path) -> None:
-    """Write the CSV anew: a row for each variant, task and seed."""
+    """Write the whole CSV: a row for each arm, task and seed."""
     path.parent.mkdir(parents=True, exist_ok=True)
     aside = path.with_suffix(f".{os.getpid()}.tmp")
     with aside.open("w", newline="") as file:

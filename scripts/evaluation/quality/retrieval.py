@@ -1,4 +1,4 @@
-"""Retrieval: how many questions a model answers right, row by row."""
+"""Retrieval: the questions that a model answers correctly, row by row."""
 
 from __future__ import annotations
 
@@ -12,28 +12,28 @@ from torch import Tensor
 from evaluation.quality.rows import Row
 from evaluation.quality.scoring import Scorer
 from evaluation.quality.settings import QualitySettings
-from evaluation.quality.tasks import Maker
+from evaluation.quality.tasks import TaskMaker
 from evaluation.quality.words import Vocabulary
 
 
 def judge_retrieval(
     settings: QualitySettings, scorer: Scorer, vocabulary: Vocabulary, text: Tensor, seed: int
 ) -> dict[str, Any]:
-    """Ask about held-out facts in held-out text; the same rows whatever the model is.
+    """Ask about held-out facts in held-out text; the rows are the same for every model.
 
     Args:
-        settings: The whole comparison.
+        settings: All settings.
         scorer: The model.
-        vocabulary: What facts are made of.
+        vocabulary: Words and values of the facts.
         text: Held-out tokens ``[N]``.
-        seed: Of the rows.
+        seed: Seed of the rows.
 
     Returns:
-        By task: ``hits``, for every row a list of 0 and 1, and ``depths``, for every row a list of
-        the tenths of the sequence that hold the values. ``seconds``: the median time of a sequence.
+        By task: ``hits``, for each row a list of 0 and 1, and ``depths``, for each row the tenths
+        of the sequence that hold the values. ``seconds``: the median time of a sequence.
     """
     judge = settings.judge
-    maker = Maker(vocabulary, text, settings.length + 1, True, settings.tuning.questions)
+    maker = TaskMaker(vocabulary, text, settings.length + 1, True, settings.tuning.questions)
     tasks: dict[str, Any] = {}
     times: list[float] = []
     for task in judge.tasks:

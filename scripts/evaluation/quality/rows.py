@@ -1,4 +1,4 @@
-"""A sequence of a task: facts spread over text, and questions at the end."""
+"""Sequences of a task: facts spread over text, and questions at the end."""
 
 from __future__ import annotations
 
@@ -20,11 +20,11 @@ class Span(NamedTuple):
 
 @dataclass(frozen=True)
 class Question:
-    """What is asked, and where.
+    """A question of a row.
 
     Attributes:
-        answer: The tokens that must all be predicted.
-        needles: The facts that the answer follows from; the first holds the value.
+        answer: The tokens that a correct answer predicts.
+        needles: The facts that the answer follows from; the first one holds the value.
     """
 
     answer: Span
@@ -33,30 +33,36 @@ class Question:
 
 @dataclass(frozen=True)
 class Row:
-    """A sequence.
+    """A sequence of a task.
 
     Attributes:
         tokens: int64 ``[N]``.
-        questions: In the order of the sequence.
+        questions: Questions in the order of the sequence.
     """
 
     tokens: Tensor
     questions: tuple[Question, ...]
 
     def is_answer(self) -> Tensor:
-        """Which tokens belong to answers, bool ``[N]``."""
+        """Return the mask of tokens that belong to answers, bool ``[N]``."""
         marks = torch.zeros(len(self.tokens), dtype=torch.bool)
         for question in self.questions:
             marks[question.answer.start : question.answer.end] = True
         return marks
 
     def depth(self, question: Question) -> int:
-        """The tenth of the sequence that holds the value, 0 to 9."""
+        """Return the tenth of the sequence that holds the value, 0 to 9."""
         return 10 * question.needles[0].start // len(self.tokens)
 
 
-class Asked(NamedTuple):
-    """Tokens before the answer, the answer, and the facts that it follows from."""
+class QuestionTokens(NamedTuple):
+    """A question before it has a place in a row.
+
+    Attributes:
+        prompt: Tokens before the answer.
+        answer: Tokens of the answer.
+        facts: Numbers of the facts that it follows from; the first one holds the value.
+    """
 
     prompt: list[int]
     answer: list[int]
@@ -68,28 +74,28 @@ def compose(
     text: Tensor,
     length: int,
     facts: Sequence[list[int]],
-    asked: Sequence[Asked],
+    asked: Sequence[QuestionTokens],
 ) -> Row:
-    """Put facts at random places of a random stretch of text, in their order, and questions behind.
+    """Insert facts at random places of a random window of text, and append questions.
 
     Args:
-        random: Chooses stretch and places.
+        random: Draws window and places.
         text: Tokens ``[N]`` of any integer type.
         length: Tokens of the row.
-        facts: Tokens of each.
+        facts: Tokens of each fact; the row keeps their order.
         asked: The questions.
 
     Raises:
-        ValueError: The text is too short, or the row.
+        ValueError: The text or the row is too short.
     """
     tail = sum(len(item.prompt) + len(item.answer) for item in asked)
     room = length - tail - sum(map(len, facts))
     if room < len(facts):
         raise ValueError(
             f"a sequence of {length} tokens is too short for {len(facts)} facts and {len(asked)} "
-            f"questions, which have {length - room} tokens: take longer ones"
+            f"questions, which have {length - room} tokens: use longer sequences"
         )
-    hay = stretch(random, text, room).tolist()
+    hay = random_window(random, text, room).tolist()
     tokens: list[int] = []
     needles: list[Span] = []
     last = 0
@@ -108,15 +114,16 @@ def compose(
     return Row(torch.tensor(tokens), tuple(questions))
 
 
-def stretch(random: Random, text: Tensor, length: int) -> Tensor:
-    """A random stretch of ``length`` tokens.
+def random_window(random: Random, text: Tensor, length: int) -> Tensor:
+    """Return a random window of ``length`` tokens.
 
     Raises:
         ValueError: The text is shorter.
     """
     if len(text) < length:
         raise ValueError(
-            f"text: {len(text)} tokens are too few for sequences of {length}: give more text"
+            f"text: expected at least {length} tokens, those of a sequence, got {len(text)}: give "
+            "more text"
         )
     start = random.randrange(len(text) - length + 1)
     return text[start : start + length]

@@ -1,4 +1,4 @@
-"""RULER by ``lm-eval`` on a model as it attends: the tasks that need no download."""
+"""RULER by ``lm-eval``: the tasks that need no download."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from evaluation.quality.arms import Way
+from evaluation.quality.arms import AttentionMode
 from evaluation.quality.base import load_tokenizer
 from evaluation.quality.parts import SkippedError
 from evaluation.quality.settings import QualitySettings
@@ -24,19 +24,19 @@ _NEEDED = ("lm_eval", "nltk", "wonderwords", "scipy")
 
 
 def judge_ruler(
-    settings: QualitySettings, model: Path, way: Way, device: torch.device, seed: int
+    settings: QualitySettings, model: Path, mode: AttentionMode, device: torch.device, seed: int
 ) -> dict[str, Any]:
-    """Let a model generate answers to RULER's prompts; one at a time, so that none is padded.
+    """Generate answers to RULER's prompts, one prompt at a time, so that none is padded.
 
     Args:
-        settings: The whole comparison.
-        model: Its folder.
-        way: How it attends.
-        device: Where it computes; weights are in bfloat16 on a GPU.
-        seed: Of the prompts.
+        settings: All settings.
+        model: Folder of the model.
+        mode: The model's attention.
+        device: Device of the model; weights are in bfloat16 on a GPU.
+        seed: Seed of the prompts.
 
     Returns:
-        By ``task@length``: ``hits``, for each prompt a list with the share of right answers.
+        By ``task@length``: ``hits``, for each prompt a list with the fraction of correct answers.
 
     Raises:
         SkippedError: A package is missing.
@@ -47,7 +47,7 @@ def judge_ruler(
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
     network = load_model(model, dtype).to(device).eval()
     tasks: dict[str, Any] = {}
-    with way.on(network), _no_sentences():
+    with mode.on(network), _no_sentences():
         for length in settings.judge.ruler_lengths:
             samples = _evaluate(settings, network, model, length, seed)
             for task, some in samples.items():
@@ -64,7 +64,7 @@ def _evaluate(
 
     logging.getLogger("lm_eval").setLevel(logging.ERROR)
     judge = settings.judge
-    base = settings.run.folder / "base"  # whose tokenizer all models have
+    base = settings.run.folder / "base"  # all models have its tokenizer
     with contextlib.redirect_stdout(io.StringIO()):
         found = evaluate(
             lm=HFLM(
@@ -83,7 +83,7 @@ def _evaluate(
 
 @functools.cache
 def _prompts(tasks: tuple[str, ...], length: int, tokenizer: str, seed: int) -> Any:
-    """The tasks with their prompts, made once for all models: it takes longer than to answer."""
+    """Make the prompts of the tasks once for all models; this takes longer than answering them."""
     import numpy
     from lm_eval.tasks import TaskManager
 
@@ -95,7 +95,7 @@ def _prompts(tasks: tuple[str, ...], length: int, tokenizer: str, seed: int) -> 
 
 @contextlib.contextmanager
 def _no_sentences() -> Any:
-    """Keep the tasks from downloading a cutter of sentences, which only those of essays use."""
+    """Prevent the download of a sentence tokenizer, which only the tasks on essays use."""
     import nltk
 
     with tempfile.TemporaryDirectory() as aside:

@@ -1,4 +1,4 @@
-"""What a model predicts of a sequence, without ever holding the logits of all of it."""
+"""Predictions of a model, with the logits of only a part of a sequence in memory at a time."""
 
 from __future__ import annotations
 
@@ -19,13 +19,13 @@ _LOGITS_AT_ONCE = 2**26
 
 
 class Scorer:
-    """A model that is asked what comes next.
+    """A model whose next-token predictions are scored.
 
     Products are in bfloat16 over float32 weights on a GPU, as in training.
 
     Args:
-        folder: Of the model.
-        device: Where it computes.
+        folder: Folder of the model.
+        device: Device of the model.
     """
 
     def __init__(self, folder: Path, device: torch.device) -> None:
@@ -35,17 +35,17 @@ class Scorer:
 
     @contextlib.contextmanager
     def arithmetic(self) -> Iterator[None]:
-        """Without gradients, in the precision of the device."""
+        """Disable gradients, and enable autocast on a GPU."""
         with torch.no_grad(), torch.autocast(self.device.type, torch.bfloat16, self.is_half):
             yield
 
     @property
     def is_half(self) -> bool:
-        """Whether products are in bfloat16."""
+        """Whether products are computed in bfloat16."""
         return self.device.type == "cuda"
 
     def answers(self, rows: list[Row]) -> list[list[bool]]:
-        """Of each question of each row, whether every token of the answer is the likeliest."""
+        """Tell for each question of each row whether every token of the answer is the likeliest."""
         ids = torch.stack([row.tokens for row in rows]).to(self.device)
         marks = torch.stack([row.is_answer() for row in rows])
         with self.arithmetic():
@@ -55,18 +55,18 @@ class Scorer:
         right = torch.zeros_like(asked)
         right[asked] = found == ids[:, 1:][asked]
         right = right.cpu()
-        # Token t is predicted at place t - 1.
+        # Token t is predicted at position t - 1.
         return [
             [bool(right[n, q.answer.start - 1 : q.answer.end - 1].all()) for q in row.questions]
             for n, row in enumerate(rows)
         ]
 
     def nats(self, windows: Tensor) -> Tensor:
-        """The cost of every token but the first: float32 ``[N, S]`` of ``[N, S + 1]``."""
+        """Return the loss of every token but the first: float32 ``[N, S]`` of ``[N, S + 1]``."""
         return self.nats_and_hits(windows)[0]
 
     def nats_and_hits(self, windows: Tensor) -> tuple[Tensor, Tensor]:
-        """Costs as of `nats`, and whether each token is the likeliest, bool ``[N, S]``."""
+        """Return the losses of `nats`, and whether each token is the likeliest, bool ``[N, S]``."""
         ids = windows.to(self.device)
         costs, hits = [], []
         with self.arithmetic():

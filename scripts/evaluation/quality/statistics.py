@@ -1,4 +1,4 @@
-"""What is kept, with its interval: a paired bootstrap over seeds and sequences."""
+"""Confidence intervals by a paired bootstrap over seeds and sequences."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ _TAIL = 0.025
 
 
 class Interval(NamedTuple):
-    """A number and the 95 % interval around it; nan where it cannot be told."""
+    """A number and its 95 % interval; nan where it is undefined."""
 
     value: float
     low: float
@@ -21,22 +21,22 @@ class Interval(NamedTuple):
 
 
 def retained(ours: Tensor, dense: Tensor) -> Interval:
-    """The share of the dense model's right answers that a sparse one gives.
+    """Return the accuracy of a sparse model over that of the dense one.
 
     Args:
-        ours: Right answers, ``[seeds, sequences]``.
-        dense: The same of the dense model, of the same sequences.
+        ours: Correct answers ``[seeds, sequences]``.
+        dense: Correct answers of the dense model ``[seeds, sequences]``, on the same sequences.
     """
     return bootstrap(torch.stack([ours, dense], -1), lambda m: m[..., 0] / m[..., 1], nested=True)
 
 
 def gap_closed(ours: Tensor, dense: Tensor, window: Tensor) -> Interval:
-    """The share of what a window costs that a sparse model does not.
+    """Return the fraction of the gap in nats between window and dense that a sparse model closes.
 
     Args:
-        ours: Nats, ``[seeds, sequences]``, of the same sequences with every seed.
-        dense: Alike.
-        window: Alike.
+        ours: Nats ``[seeds, sequences]``; the sequences are the same with every seed.
+        dense: Nats of the dense model, ``[seeds, sequences]``.
+        window: Nats of the window, ``[seeds, sequences]``.
     """
     columns = torch.stack([ours, dense, window], -1)
     return bootstrap(
@@ -47,17 +47,18 @@ def gap_closed(ours: Tensor, dense: Tensor, window: Tensor) -> Interval:
 def bootstrap(
     values: Tensor, statistic: Callable[[Tensor], Tensor], *, nested: bool, seed: int = 0
 ) -> Interval:
-    """A statistic of means, and its 95 % interval by the percentiles of resampled means.
+    """Return a statistic of means, and its 95 % interval by the percentiles of resampled means.
 
-    Seeds are drawn with replacement, and for each draw sequences. What is measured of one sequence
-    stays together. One seed alone says nothing of other seeds: then only sequences are drawn.
+    Seeds are drawn with replacement, and sequences for each of them. The columns of a sequence stay
+    together. With a single seed, only sequences are drawn, and the interval leaves out the variance
+    between seeds.
 
     Args:
         values: ``[seeds, sequences, columns]``.
-        statistic: Of the means of the columns: ``[..., columns]`` to ``[...]``.
-        nested: Whether each seed has sequences of its own; else all have the same, and a draw of
-            sequences holds for all seeds.
-        seed: Of the draws.
+        statistic: Function of the means of the columns, ``[..., columns]`` to ``[...]``.
+        nested: Whether each seed has sequences of its own; if not, all seeds have the same, and one
+            draw of sequences is used for all seeds.
+        seed: Seed of the draws.
     """
     values = values.double()
     seeds, sequences = values.shape[:2]

@@ -1,4 +1,4 @@
-"""The tasks: what is hidden in a text, and what is asked for at its end."""
+"""The tasks: facts that are hidden in a text, and questions at its end."""
 
 from __future__ import annotations
 
@@ -9,10 +9,10 @@ from random import Random
 from torch import Tensor
 
 from evaluation.quality.names import STEPS
-from evaluation.quality.rows import Asked, Row, compose
+from evaluation.quality.rows import QuestionTokens, Row, compose
 from evaluation.quality.words import Vocabulary
 
-_TOKENS_PER_FACT = 64  # at least; shorter sequences hold fewer facts
+_TOKENS_PER_FACT = 64  # at least, hence shorter sequences have fewer facts
 _FORMS = (
     *("secret code", "phone number", "room number"),
     *("badge number", "order number", "locker number"),
@@ -26,15 +26,15 @@ _LINE_DIGITS = 3
 
 
 @dataclass(frozen=True)
-class Maker:
+class TaskMaker:
     """Makes the sequences of all tasks.
 
     Args:
-        vocabulary: Of the model.
-        text: Tokens ``[N]`` to hide facts in.
+        vocabulary: Words and values of the facts.
+        text: Tokens ``[N]`` in which facts are hidden.
         length: Tokens of a sequence.
-        held_out: Whether names and values are those of the evaluation.
-        questions: Questions of a sequence, at most.
+        held_out: Whether names and values are those of evaluation.
+        questions: Largest number of questions of a sequence.
     """
 
     vocabulary: Vocabulary
@@ -44,7 +44,7 @@ class Maker:
     questions: int
 
     def row(self, task: str, random: Random) -> Row:
-        """A sequence of a task; the same for the same state of ``random``."""
+        """Make a sequence of a task, a function of the state of ``random``."""
         facts, asked = _TASKS[task](self, random)
         return compose(random, self.text, self.length, facts, asked)
 
@@ -57,14 +57,14 @@ class Maker:
     def _value(self, random: Random) -> str:
         return self.vocabulary.value(random, self.held_out)
 
-    def _ask(self, form: str, name: str, answer: str, facts: tuple[int, ...]) -> Asked:
+    def _ask(self, form: str, name: str, answer: str, facts: tuple[int, ...]) -> QuestionTokens:
         encode = self.vocabulary.encode
         prompt = [
             *encode.fixed(f"\nQuestion: What is the {form} of the"),
             *encode(name),
             *encode.fixed("?\nAnswer:"),
         ]
-        return Asked(prompt, encode(f" {answer}"), facts)
+        return QuestionTokens(prompt, encode(f" {answer}"), facts)
 
     def _fact(self, start: str, name: str, middle: str, end: str) -> list[int]:
         encode = self.vocabulary.encode
@@ -77,11 +77,11 @@ class Maker:
         ]
 
 
-Made = tuple[list[list[int]], list[Asked]]
+FactsAndQuestions = tuple[list[list[int]], list[QuestionTokens]]
 
 
-def _single(maker: Maker, random: Random) -> Made:
-    """One fact of each form: no other looks like it."""
+def _single(maker: TaskMaker, random: Random) -> FactsAndQuestions:
+    """One fact of each form, so that no two facts look similar."""
     forms = _FORMS[: maker._fit(len(_FORMS))]
     names = maker._names(random, len(forms), 2)
     values = [maker._value(random) for _ in forms]
@@ -92,10 +92,10 @@ def _single(maker: Maker, random: Random) -> Made:
     return _shuffled(random, facts, asked[: maker.questions])
 
 
-def _keys(count: int, size: int) -> Callable[[Maker, Random], Made]:
-    """Facts of one form, each with a name of ``size`` words."""
+def _keys(count: int, size: int) -> Callable[[TaskMaker, Random], FactsAndQuestions]:
+    """Facts of equal form, each with a name of ``size`` words."""
 
-    def make(maker: Maker, random: Random) -> Made:
+    def make(maker: TaskMaker, random: Random) -> FactsAndQuestions:
         names = maker._names(random, maker._fit(count), size)
         values = [maker._value(random) for _ in names]
         facts = [
@@ -109,8 +109,8 @@ def _keys(count: int, size: int) -> Callable[[Maker, Random], Made]:
     return make
 
 
-def _values(maker: Maker, random: Random) -> Made:
-    """Several facts of each name; all values are asked for, in the order of the text."""
+def _values(maker: TaskMaker, random: Random) -> FactsAndQuestions:
+    """Several facts for each name; the answer is all values of a name in the order of the text."""
     encode = maker.vocabulary.encode
     names = maker._names(random, maker._fit(16, _VALUES), 2)
     owners = [name for name in names for _ in range(_VALUES)]
@@ -129,14 +129,14 @@ def _values(maker: Maker, random: Random) -> Made:
             *encode.fixed(", in order?\nAnswer:"),
         ]
         answer = [token for number in mine for token in encode(f" {values[number]}")]
-        asked.append(Asked(prompt, answer, tuple(mine)))
+        asked.append(QuestionTokens(prompt, answer, tuple(mine)))
     return facts, asked
 
 
-def _chain(hops: int) -> Callable[[Maker, Random], Made]:
-    """A code that other names are said to share, one after the other; the last one is asked for."""
+def _chain(hops: int) -> Callable[[TaskMaker, Random], FactsAndQuestions]:
+    """Chains of names, each with the code of the one before; the last name's code is asked for."""
 
-    def make(maker: Maker, random: Random) -> Made:
+    def make(maker: TaskMaker, random: Random) -> FactsAndQuestions:
         chains = maker._fit(_CHAINS, hops + 1)
         names = maker._names(random, chains * (hops + 1), 2)
         owners = [chain for chain in range(chains) for _ in range(hops + 1)]
@@ -164,11 +164,11 @@ def _chain(hops: int) -> Callable[[Maker, Random], Made]:
     return make
 
 
-def _steps(maker: Maker, random: Random) -> Made:
-    """A program whose lines are spread over the text, executed line by line in one long answer.
+def _steps(maker: TaskMaker, random: Random) -> FactsAndQuestions:
+    """A program whose lines are spread over the text; the answer executes it line by line.
 
-    A line sets a new variable to a number or to an earlier variable: each line of the answer needs
-    its line of the program, and the value that the answer has found for another before.
+    A line sets a new variable to a number or to an earlier variable. Hence each line of the answer
+    depends on its line of the program and on an earlier line of the answer.
     """
     encode, count = maker.vocabulary.encode, max(2, min(_LINES, maker.length // _TOKENS_PER_LINE))
     names = maker._names(random, min(count, 48), 1)
@@ -188,20 +188,22 @@ def _steps(maker: Maker, random: Random) -> Made:
         values.append(value)
     prompt = encode.fixed("\nQuestion: Run all steps in order.\nAnswer:")
     asked = [
-        Asked(prompt if number == 0 else [], answer, (number,))
+        QuestionTokens(prompt if number == 0 else [], answer, (number,))
         for number, answer in enumerate(answers)
     ]
     return _shuffled(random, facts, asked)
 
 
-def _shuffled(random: Random, facts: list[list[int]], asked: list[Asked]) -> Made:
+def _shuffled(
+    random: Random, facts: list[list[int]], asked: list[QuestionTokens]
+) -> FactsAndQuestions:
     order = random.sample(range(len(facts)), len(facts))
     place = {number: new for new, number in enumerate(order)}
     moved = [item._replace(facts=tuple(place[n] for n in item.facts)) for item in asked]
     return [facts[number] for number in order], moved
 
 
-_TASKS: dict[str, Callable[[Maker, Random], Made]] = {
+_TASKS: dict[str, Callable[[TaskMaker, Random], FactsAndQuestions]] = {
     "single": _single,
     "keys12": _keys(12, 2),
     "keys200": _keys(200, 2),

@@ -1,4 +1,4 @@
-"""The text of a comparison: files parted by folder, and their tokens, made once."""
+"""The text of a comparison: files, split by folder into train and held out, and their tokens."""
 
 from __future__ import annotations
 
@@ -20,22 +20,22 @@ from infllm_flex.training.data.encoding import ModelTokenizer
 from infllm_flex.training.data.store import ABOUT, Documents, TokenStore, open_store
 
 _SHORTEST, _LONGEST = 800, 400_000  # characters of a file
-_AT_ONCE = 2**22  # characters to encode in one call: enough for the tokenizer's own threads
+_AT_ONCE = 2**22  # characters to encode per call, enough for all threads of the tokenizer
 
 
 class TextError(ValueError):
-    """The text is not there, or there is not enough of it."""
+    """The text is missing or too short."""
 
 
 class SourceFolder(NamedTuple):
-    """A folder of text: its path relative to where the search began, and its files."""
+    """A folder of text: its path relative to the root of the search, and its files."""
 
     name: str
     files: list[Path]
 
 
 def find_folders(settings: TextSettings) -> list[SourceFolder]:
-    """Folders with the files of theirs that are text, in the order of a hash of their names.
+    """Find the folders that contain text files, in the order of a hash of their names.
 
     Raises:
         TextError: There are none.
@@ -44,7 +44,7 @@ def find_folders(settings: TextSettings) -> list[SourceFolder]:
     seen: set[Path] = set()
     for root in _roots(settings):
         for path in sorted(root.rglob(settings.pattern)):
-            real = path.resolve()  # one root may lie within another
+            real = path.resolve()  # one root may be inside another
             if real in seen or not real.is_file():
                 continue
             seen.add(real)
@@ -60,10 +60,10 @@ def find_folders(settings: TextSettings) -> list[SourceFolder]:
 
 
 def prepare(settings: TextSettings, model: Path, folder: Path) -> None:
-    """Read the files and publish their tokens as a store in ``folder``, unless it is there.
+    """Read the files and write their tokens as a store in ``folder``, unless it exists.
 
     Raises:
-        TextError: A part would be empty.
+        TextError: The train or the held-out part is empty.
     """
     if folder.exists():
         return
@@ -74,17 +74,17 @@ def prepare(settings: TextSettings, model: Path, folder: Path) -> None:
 
 
 def open_text(folder: Path) -> TokenStore:
-    """The tokens, mapped into memory."""
+    """Map the tokens into memory."""
     return open_store(folder, checksums=False)
 
 
 def windows(documents: Documents, length: int, count: int) -> Tensor:
-    """Stretches to predict, one of each document that is long enough, in turns.
+    """Cut windows of text, round-robin over the documents that are long enough.
 
     Args:
-        documents: Each is the text of a folder.
-        length: Tokens the model sees; one more is cut, to be predicted.
-        count: How many to cut at most.
+        documents: Documents; each is the text of a folder.
+        length: Tokens of the model's input; a window has one more, the last label.
+        count: Largest number of windows.
 
     Returns:
         int64 ``[N, length + 1]``.
@@ -94,13 +94,14 @@ def windows(documents: Documents, length: int, count: int) -> Tensor:
     """
     size = length + 1
     cut: list[Tensor] = []
-    turn = 0
+    round_number = 0
     while len(cut) < count:
-        longer = [n for n in range(len(documents)) if _length(documents, n) >= (turn + 1) * size]
+        end = (round_number + 1) * size
+        longer = [n for n in range(len(documents)) if _length(documents, n) >= end]
         if not longer:
             break
-        cut += [documents[n][turn * size : (turn + 1) * size] for n in longer]
-        turn += 1
+        cut += [documents[n][end - size : end] for n in longer]
+        round_number += 1
     if not cut:
         raise TextError(
             f"text: no held-out folder has {size} tokens: give more text, or a smaller judge.length"
@@ -117,7 +118,7 @@ def _roots(settings: TextSettings) -> list[Path]:
         return [Path(settings.source).expanduser()]
     paths = sysconfig.get_paths()
     roots = [Path(paths["purelib"]), Path(paths["stdlib"])]
-    # A virtual environment often leaves large packages to the interpreter that it was made from.
+    # A virtual environment may take large packages from the interpreter that it was made from.
     roots += [Path(entry) for entry in sys.path if entry.endswith(("site-packages", "packages"))]
     found: dict[Path, None] = {}
     for root in roots:
@@ -157,7 +158,7 @@ def _write(folder: Path, settings: TextSettings, encoding: ModelTokenizer) -> No
 
 
 class _Part:
-    """Tokens of one part; a folder is one document."""
+    """Tokens of the train or the held-out part; a folder is one document."""
 
     def __init__(self) -> None:
         self.tokens: list[bytes] = []
@@ -171,19 +172,19 @@ class _Part:
 
 
 def _encode(waiting: list[tuple[_Part, list[str]]], encoding: ModelTokenizer) -> None:
-    """Encode the folders that wait in one call."""
+    """Encode the waiting folders in one call."""
     encoded = iter(encoding.encode([text for _, texts in waiting for text in texts]))
     for part, texts in waiting:
         part.add([next(encoded) for _ in texts], encoding.dtype.itemsize)
 
 
 def _texts(files: Iterable[Path], known: set[bytes]) -> Iterator[str]:
-    """The text of each file that is not a copy of a ``known`` one: packages hold many of others."""
+    """Yield the text of each file that is not a copy of a ``known`` one; packages have copies."""
     for path in files:
         try:
             text = path.read_text(encoding="utf-8")
         except (OSError, UnicodeDecodeError):
-            continue  # sources in old encodings: a few among thousands
+            continue  # a few source files have other encodings
         digest = hashlib.sha256(text.encode()).digest()
         if _SHORTEST <= len(text) <= _LONGEST and digest not in known:
             known.add(digest)

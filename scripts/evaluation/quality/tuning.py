@@ -1,4 +1,4 @@
-"""Training of one variant by the project's own loop."""
+"""Training of one variant by the project's training loop."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import Literal
 
 import torch
 
-from evaluation.quality.arms import Way
+from evaluation.quality.arms import AttentionMode
 from evaluation.quality.mixture import Mixture
 from evaluation.quality.settings import QualitySettings
 from infllm_flex.config import InfLLMConfig
@@ -24,21 +24,26 @@ from infllm_flex.training.settings import (
     TrainingSettings,
 )
 
-_LOGITS_MIB = 512  # of a small model on a large GPU: few parts, little time between them
+_LOGITS_MIB = 512  # large, since a small model on a large GPU is fastest with few chunks of logits
 
 
 def training_settings(
-    settings: QualitySettings, way: Way, seed: int, base: Path, folder: Path, device: torch.device
+    settings: QualitySettings,
+    mode: AttentionMode,
+    seed: int,
+    base: Path,
+    folder: Path,
+    device: torch.device,
 ) -> TrainingSettings:
-    """The recipe of one variant.
+    """Return the training settings of one variant.
 
     Args:
-        settings: The whole comparison.
-        way: How the model attends while it is trained.
-        seed: Of the samples.
-        base: The folder of the base.
-        folder: Of the training.
-        device: Where it happens.
+        settings: All settings.
+        mode: The model's attention in training.
+        seed: Seed of the samples.
+        base: Folder of the base.
+        folder: Folder of the training run.
+        device: Device of the training.
     """
     tuning = settings.tuning
     arithmetic = tuning.arithmetic
@@ -51,7 +56,7 @@ def training_settings(
         sequences_at_once=tuning.sequences_at_once,
         steps=tuning.steps,
         learning_rate=tuning.learning_rate,
-        attention="dense" if way.attention is None else "sparse",
+        attention="dense" if mode.attention is None else "sparse",
         warmup_steps=tuning.warmup_steps,
         decay_steps=tuning.steps - tuning.warmup_steps,
     )
@@ -59,7 +64,7 @@ def training_settings(
         run=RunSettings(folder=folder, seed=seed, device=place, compile=tuning.compile),
         model=ModelSettings(path=base, arithmetic=arithmetic),
         stages={"long": stage},
-        attention=way.attention or InfLLMConfig(),
+        attention=mode.attention or InfLLMConfig(),
         data=DataSettings(workers=tuning.workers),
         optim=OptimSettings(
             beta2=tuning.beta2, weight_decay=tuning.weight_decay, clip_norm=tuning.clip_norm
@@ -72,6 +77,6 @@ def training_settings(
     )
 
 
-def tune(recipe: TrainingSettings, way: Way, mixture: Mixture, title: str) -> Outcome:
-    """Train, or go on."""
-    return train(recipe, resume=True, text=mixture, attend=way.attend, title=title)
+def tune(recipe: TrainingSettings, mode: AttentionMode, mixture: Mixture, title: str) -> Outcome:
+    """Train, or resume an interrupted training."""
+    return train(recipe, resume=True, text=mixture, attend=mode.attend, title=title)

@@ -1,4 +1,4 @@
-"""What a variant keeps of each task, and whether the task tells anything."""
+"""Retained accuracy of each arm and task, and whether the task distinguishes it from controls."""
 
 from __future__ import annotations
 
@@ -9,65 +9,66 @@ from evaluation.quality.nats import buckets
 from evaluation.quality.results import Results
 from evaluation.quality.statistics import Interval, gap_closed, retained
 
-ABLE = 0.5  # of the questions must the dense model answer
-PASSED = 0.9  # of them kept is a pass
+ABLE = 0.5  # least accuracy of the dense model on a task that counts
+PASSED = 0.9  # retained accuracy from which an arm passes a task
 _DENSE = Arm(DENSE, DENSE)
 
 
-class Kept(NamedTuple):
-    """What is kept of a task.
+class Retained(NamedTuple):
+    """Retained accuracy on a task.
 
     Attributes:
-        share: Of the dense model's right answers.
-        remark: Why the share does not say what it seems to; empty where it does.
+        share: Accuracy over that of the dense model.
+        remark: The reason why the number is no evidence; empty where it is.
     """
 
     share: Interval
     remark: str
 
 
-def kept(results: Results, arm: Arm, task: str) -> Kept | None:
-    """What an arm keeps of a task; None where it is not done, or there is nothing to compare."""
+def retained_accuracy(results: Results, arm: Arm, task: str) -> Retained | None:
+    """Return the retained accuracy of an arm; None where it or the dense arm is not done."""
     share = _share(results, arm, task)
     if share is None:
         return None
     dense = results.accuracy(task, _DENSE)
     if not dense >= ABLE:
-        return Kept(share, f"dense answers {dense:.2f}")
+        return Retained(share, f"dense answers {dense:.2f}")
     if arm.run in (DENSE, WINDOW, RANDOM):
-        return Kept(share, "")
+        return Retained(share, "")
     for control in controls(arm):
         theirs = _share(results, control, task)
         if theirs is None:
-            return Kept(share, f"{control.run} is not judged")
+            return Retained(share, f"{control.run} is not judged yet")
         if theirs.high >= share.low:
             if share.value >= PASSED:
-                return Kept(share, f"says nothing: {control.run} keeps {theirs.value:.2f}")
-            return Kept(share, f"no better than {control.run}, {theirs.value:.2f}")
-    return Kept(share, "")
+                return Retained(share, f"no evidence: {control.run} keeps {theirs.value:.2f}")
+            return Retained(share, f"no better than {control.run}, {theirs.value:.2f}")
+    return Retained(share, "")
 
 
 def controls(arm: Arm) -> tuple[Arm, Arm]:
-    """The arms without a choice that an arm is compared with: trained as it was, or not."""
+    """Return the controls of an arm: trained densely if it was, else trained with the control."""
     if arm.tuned == DENSE:
         return Arm(DENSE, WINDOW), Arm(DENSE, RANDOM)
     return Arm(WINDOW, WINDOW), Arm(RANDOM, RANDOM)
 
 
-def closed(results: Results, arm: Arm) -> Interval | None:
-    """The share of the gap from the window to dense that an arm closes, in the last half."""
+def closed_gap(results: Results, arm: Arm) -> Interval | None:
+    """Return the fraction of the gap window to dense that an arm closes, in the second half."""
     last = str(buckets(results.settings.length)[-1])
     window = controls(arm)[0]
     found = results.nats(last, arm, _DENSE, window)
     return None if found is None or arm in (_DENSE, window) else gap_closed(*found)
 
 
-def mean_kept(results: Results, arm: Arm) -> float | None:
-    """The mean over the retrieval tasks that the dense model is able to do."""
+def mean_retained(results: Results, arm: Arm) -> float | None:
+    """Return the mean retained accuracy over the retrieval tasks that the dense model can do."""
     shares = [
         found.share.value
         for task in results.settings.judge.tasks
-        if results.accuracy(task, _DENSE) >= ABLE and (found := kept(results, arm, task))
+        if results.accuracy(task, _DENSE) >= ABLE
+        and (found := retained_accuracy(results, arm, task))
     ]
     return sum(shares) / len(shares) if shares else None
 

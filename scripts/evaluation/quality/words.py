@@ -1,4 +1,4 @@
-"""Names and values: words of one token, and digits, parted into those trained on and held out."""
+"""Names and values of facts: words of one token, and digits, split into trained and held out."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Any
 _WORD = re.compile(r" [a-z]{4,9}")
 _MOST = 4096
 _FEWEST = 48
-_HELD_OUT = 5  # one in so many
+_HELD_OUT = 5  # one of this many words and values is held out
 _DIGITS = 6
 _POOLS = {2: 32, 4: 12}
 
@@ -23,32 +23,32 @@ class Encoder:
     """
 
     def __init__(self, tokenizer: Any) -> None:
-        # One text at a time: the tokenizer's own threads do not outlive the start of a worker.
+        # One text at a time, since the tokenizer's threads do not survive the fork of a worker.
         self._backend = tokenizer.backend_tokenizer
         self._known: dict[str, list[int]] = {}
 
     def __call__(self, text: str) -> list[int]:
-        """The tokens of a text."""
+        """Return the tokens of a text."""
         return list(self._backend.encode(text, add_special_tokens=False).ids)
 
     def fixed(self, text: str) -> list[int]:
-        """The tokens of a text that comes again and again."""
+        """Return the tokens of a text, cached."""
         if text not in self._known:
             self._known[text] = self(text)
         return self._known[text]
 
 
 class Vocabulary:
-    """What facts are made of.
+    """Words and values of the facts.
 
-    Every word begins with a space and is one token. A fifth of words and values is held out, by a
-    hash, so that no evaluation asks for a name or a value of the training.
+    Every word begins with a space and is one token. A hash holds out a fifth of words and values,
+    so that no evaluation asks for a name or a value of training.
 
     Args:
         tokenizer: A fast tokenizer of transformers.
 
     Raises:
-        ValueError: It has too few words of one token.
+        ValueError: The tokenizer has too few words of one token.
     """
 
     def __init__(self, tokenizer: Any) -> None:
@@ -58,7 +58,7 @@ class Vocabulary:
             text = tokenizer.decode([number])
             if _WORD.fullmatch(text) and encode(text) == [number]:
                 words.append(text)
-        words = words[len(words) // 8 :][:_MOST]  # not the most frequent: they are no names
+        words = words[len(words) // 8 :][:_MOST]  # the most frequent words are no plausible names
         self.encode = encode
         self._backend = tokenizer.backend_tokenizer
         self._words = {
@@ -67,16 +67,16 @@ class Vocabulary:
         fewest = min(len(part) for part in self._words.values())
         if fewest < _FEWEST:
             raise ValueError(
-                f"base: its tokenizer has too few words of one token to make names of: expected "
-                f"{_FEWEST} to train on and as many held out, got {fewest}"
+                f"base: its tokenizer must have {_FEWEST} words of one token to train on, and as "
+                f"many held out, got {fewest}: choose another base"
             )
 
     def decode(self, tokens: list[int]) -> str:
-        """The text of tokens."""
+        """Return the text of tokens."""
         return str(self._backend.decode(tokens, skip_special_tokens=False))
 
     def names(self, random: Random, held_out: bool, count: int, size: int) -> list[str]:
-        """Different names of ``size`` words; longer ones share their words with one another."""
+        """Return different names of ``size`` words; names of several words overlap in words."""
         words = self._words[held_out]
         if size == 1:
             return random.sample(words, count)
@@ -89,7 +89,7 @@ class Vocabulary:
         return list(names)
 
     def value(self, random: Random, held_out: bool, digits: int = _DIGITS) -> str:
-        """Digits, those of the evaluation others than those of the training."""
+        """Return random digits; those of evaluation and of training are disjoint."""
         while True:
             value = "".join(random.choice("0123456789") for _ in range(digits))
             if _is_held_out(value) == held_out:

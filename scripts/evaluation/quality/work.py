@@ -1,4 +1,4 @@
-"""Doing the parts of a comparison, each once, in one process or in several that share a folder."""
+"""Execution of the parts of a comparison, each once, by one or several processes of one folder."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ import torch
 
 from benchmarking.results import describe_environment
 from evaluation.quality import base, text
-from evaluation.quality.arms import Arm, arms, ways
+from evaluation.quality.arms import Arm, arms, attention_modes
 from evaluation.quality.generation import judge_generation
 from evaluation.quality.mixture import Mixture
 from evaluation.quality.nats import judge_nats
@@ -34,22 +34,22 @@ Say = Callable[[str], None]
 
 
 class StoppedError(Exception):
-    """A signal came, or the time was up; what is finished is kept."""
+    """A signal came, or the time was up; finished parts are saved."""
 
     def __init__(self, signal: int) -> None:
-        super().__init__("stopped; the same command goes on from the last finished part")
+        super().__init__("stopped; run the same command to continue after the last finished part")
         self.status = 128 + signal
 
 
 @dataclass
-class Workshop:
-    """The parts of one comparison in one process.
+class Worker:
+    """One process that works on the parts of a comparison.
 
     Attributes:
-        settings: The whole comparison.
-        device: Where it computes.
-        source: Where the base lies; None once it is in the folder.
-        say: Takes lines for the user.
+        settings: All settings.
+        device: Device of the models.
+        source: Source of the base; None where the base is in the folder already.
+        say: Function that prints a line of progress.
     """
 
     settings: QualitySettings
@@ -59,18 +59,18 @@ class Workshop:
 
     def __post_init__(self) -> None:
         self.folder = Folder(self.settings.run.folder)
-        # transformers warns of workers that begin after its tokenizer has used threads.
+        # Without this, transformers warns when workers are forked after the tokenizer used threads.
         os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
 
     def do(self, wanted: Sequence[Part], everything: Sequence[Part]) -> list[Part]:
-        """Do what is not done, and wait for other processes where all that is left needs them.
+        """Do all parts that are not done, and wait for other processes where they must come first.
 
         Args:
-            wanted: What this process may do, with all that it needs.
+            wanted: The parts that this process may do, with all parts that they need.
             everything: All parts, in order.
 
         Returns:
-            What of ``wanted`` was skipped.
+            The parts of ``wanted`` that were skipped.
 
         Raises:
             StoppedError: A signal came.
@@ -78,13 +78,13 @@ class Workshop:
         by_name = {part.name: part for part in everything}
         skipped: set[str] = set()
         while True:
-            left = [part for part in wanted if self.folder.result(part) is None]
-            left = [part for part in left if part.name not in skipped]
-            ready = [part for part in left if self._is_ready(part, by_name)]
+            todo = [part for part in wanted if self.folder.result(part) is None]
+            todo = [part for part in todo if part.name not in skipped]
+            ready = [part for part in todo if self._is_ready(part, by_name)]
             if any(self._try(part, skipped) for part in ready):
                 continue
-            # What this process cannot do now, another one may be doing.
-            waited = [by_name[name] for part in left for name in self._missing(part, by_name)]
+            # Another process may be working on the parts that this one cannot do now.
+            waited = [by_name[name] for part in todo for name in self._missing(part, by_name)]
             if not any(self._wait(part) for part in [*ready, *waited]):
                 return [part for part in wanted if self.folder.result(part) is None]
 
@@ -95,7 +95,7 @@ class Workshop:
         return not self._missing(part, by_name)
 
     def _wait(self, part: Part) -> bool:
-        """Wait while another process works on a part; whether one did."""
+        """Wait while another process works on a part; return whether one did."""
         with self.folder.claim(part) as mine:
             if mine:
                 return False
@@ -107,7 +107,7 @@ class Workshop:
             if not mine:
                 return False
             if self.folder.result(part) is not None:
-                return True  # by another process, meanwhile
+                return True  # another process has finished it
             self.folder.begin(part)
             started = time.perf_counter()
             self.say(f"{part.name} ...")
@@ -118,7 +118,7 @@ class Workshop:
                 skipped.add(part.name)
                 return True
             finally:
-                gc.collect()  # a model that was trained is in a cycle with its own forward
+                gc.collect()  # a trained model is in a reference cycle with its own forward
                 if self.device.type == "cuda":
                     torch.cuda.empty_cache()
             self.folder.finish(part, {**result, "environment": self._environment()})
@@ -146,31 +146,31 @@ class Workshop:
         return self._judge(part)
 
     def _train(self, name: str, seed: int) -> dict[str, Any]:
-        way, folder = ways(self.settings)[name], self._model_folder(name, seed)
-        recipe = training_settings(self.settings, way, seed, self._base, folder, self.device)
+        mode, folder = attention_modes(self.settings)[name], self._model_folder(name, seed)
+        recipe = training_settings(self.settings, mode, seed, self._base, folder, self.device)
         mixture = Mixture(self._store, self._vocabulary, self.settings.tuning)
         started = time.perf_counter()
-        outcome = tune(recipe, way, mixture, f"{name} {seed}")
+        outcome = tune(recipe, mode, mixture, f"{name} {seed}")
         if outcome.signal:
             raise StoppedError(outcome.signal)
-        shutil.rmtree(folder / CHECKPOINTS)  # the model is what is left of it
+        shutil.rmtree(folder / CHECKPOINTS)  # only the final model is needed
         return {"seconds": time.perf_counter() - started}
 
     def _judge(self, part: Part) -> dict[str, Any]:
         arm, seed, group = self._arm(part)
         model = self._model_folder(arm.tuned, seed) / MODEL
-        way = ways(self.settings)[arm.run]
+        mode = attention_modes(self.settings)[arm.run]
         if group == "ruler":
             from evaluation.quality.ruler import judge_ruler
 
-            return judge_ruler(self.settings, model, way, self.device, seed)
+            return judge_ruler(self.settings, model, mode, self.device, seed)
         if group == "shares":
             from evaluation.quality.shares import judge_shares
 
             words, held_out = self._maker_parts
-            return judge_shares(self.settings, model, way, self.device, words, held_out, seed)
+            return judge_shares(self.settings, model, mode, self.device, words, held_out, seed)
         scorer = Scorer(model, self.device)
-        with way.on(scorer.model):
+        with mode.on(scorer.model):
             if group == "nats":
                 return judge_nats(self.settings, scorer, self._store)
             words, held_out = self._maker_parts
@@ -214,7 +214,7 @@ class Workshop:
 
 
 def longest(settings: QualitySettings) -> int:
-    """Tokens of the longest sequence that a model will see."""
+    """Return the tokens of the longest sequence of training and evaluation."""
     lengths = [settings.tuning.length, settings.length]
     if "ruler" in settings.judge.groups:
         lengths += settings.judge.ruler_lengths

@@ -14,7 +14,7 @@ import warnings
 
 import pytest
 
-from evaluation.quality.arms import ways
+from evaluation.quality.arms import attention_modes
 from evaluation.quality.parts import Folder
 from evaluation.quality.plan import plan
 from evaluation.quality.settings import QualitySettings
@@ -103,7 +103,7 @@ def test_an_interrupted_run_goes_on_where_it_was(config):
     process.send_signal(signal.SIGTERM)
     _, err = process.communicate(timeout=60)
     assert process.returncode == 128 + signal.SIGTERM, err
-    assert err.strip().endswith("the same command goes on from the last finished part")
+    assert err.strip().endswith("run the same command to continue after the last finished part")
     done = {name for name, result in parts_of(config).items() if result is not None}
     assert {"base", "text", "train:dense:0"} <= done < set(parts_of(config))
     status, out, err = run(config, "--parts", "judge:dense:*,judge:fine:0:nats")
@@ -183,10 +183,10 @@ def test_what_cannot_be_used_is_said_in_one_line_before_any_work(tmp_path, refus
     empty.mkdir()
     assert "folder: must be a local folder" in refused("base.folder=/nowhere")
     assert "is not installed" in refused("base.folder=null", "base.package=no_such_thing")
-    assert "positions for 512 tokens, 1024 are asked" in refused("tuning.length=1024")
-    assert "positions for 512 tokens, 700 are asked" in refused("judge.length=700")
+    assert "has 1024 tokens, the model has positions for 512" in refused("tuning.length=1024")
+    assert "has 700 tokens, the model has positions for 512" in refused("judge.length=700")
     assert "no file *.txt" in refused(f"text.source={empty}")
-    assert "none is called nothing" in refused("--parts", "nothing")
+    assert "no part matches nothing" in refused("--parts", "nothing")
     assert not (tmp_path / "run").exists()
     other = tmp_path / "other"
     other.mkdir()
@@ -208,9 +208,9 @@ def test_a_folder_of_other_settings_is_refused(config, refused, tmp_path):
 def test_the_config_gives_all_variants_and_controls_as_many_tokens():
     path = ROOT / "configs" / "quality_smollm2_16k.yaml"
     settings = build_dataclass(QualitySettings, load_yaml(path))
-    visible = {way.visible(settings.length) for way in ways(settings).values()}
+    visible = {mode.visible(settings.length) for mode in attention_modes(settings).values()}
     assert visible == {2048, 16384}
-    window, random = (ways(settings)[name].attention for name in ("window", "random"))
+    window, random = (attention_modes(settings)[name].attention for name in ("window", "random"))
     for control in (window, random):  # a control does not pay for scores that it does not heed
         assert control.kernel_stride == control.block_size // 4
         assert control.block_size == settings.control_attention.block_size

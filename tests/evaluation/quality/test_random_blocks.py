@@ -6,8 +6,8 @@ import pytest
 import torch
 
 import infllm_flex as ifx
-from evaluation.quality.arms import RANDOM, Way
-from evaluation.quality.random_blocks import RandomBlocks, choose_at_random
+from evaluation.quality.arms import RANDOM, AttentionMode
+from evaluation.quality.random_blocks import RandomBlocks, select_at_random
 from tests.evaluation.quality.tiny import make_base
 
 CONFIG = ifx.InfLLMConfig(
@@ -34,7 +34,7 @@ def test_as_many_blocks_as_the_choice_has_forced_ones_among_them(init):
         kernel_size=4, kernel_stride=2, block_size=8, init_blocks=init, window_size=16, topk=6
     )
     query, key, _ = inputs(333)
-    ours = choose_at_random(query, key, config, seed=1)
+    ours = select_at_random(query, key, config, seed=1)
     theirs = ifx.select_blocks(query, key, config)
     assert ours.shape == theirs.shape
     assert ours.dtype == theirs.dtype
@@ -50,16 +50,16 @@ def test_as_many_blocks_as_the_choice_has_forced_ones_among_them(init):
 def test_free_blocks_are_spread_evenly_and_differ_by_head_layer_and_position():
     query, key, _ = inputs(8 * 60)
     last = torch.cat(
-        [choose_at_random(query[:, :, -8:], key, CONFIG, seed=s)[0, 0] for s in range(400)]
+        [select_at_random(query[:, :, -8:], key, CONFIG, seed=s)[0, 0] for s in range(400)]
     )
     counts = torch.bincount(last.flatten().long(), minlength=60)[1:57].float()
     expected = last.shape[0] * 4 / 56
     assert counts.min() > 0.75 * expected
     assert counts.max() < 1.25 * expected
-    one = choose_at_random(query, key, CONFIG, seed=1)[0]
+    one = select_at_random(query, key, CONFIG, seed=1)[0]
     assert not torch.equal(one[0, -1], one[1, -1])
     assert not torch.equal(one[0, -1], one[0, -2])
-    assert not torch.equal(one, choose_at_random(query, key, CONFIG, seed=2)[0])
+    assert not torch.equal(one, select_at_random(query, key, CONFIG, seed=2)[0])
 
 
 def test_queries_in_parts_see_what_they_see_at_once():
@@ -80,7 +80,7 @@ def test_a_model_generates_what_it_would_without_a_cache(tmp_path):
 
     model = load_model(make_base(tmp_path)).eval()
     prompt = torch.randint(300, (2, 120), generator=torch.Generator().manual_seed(0))
-    with Way(RANDOM, CONFIG).on(model), torch.no_grad():
+    with AttentionMode(RANDOM, CONFIG).on(model), torch.no_grad():
         options = {"attention_mask": torch.ones_like(prompt), "do_sample": False}
         made = model.generate(prompt, max_new_tokens=12, min_new_tokens=12, **options)
         again = model(made[:, :-1], use_cache=False).logits[:, 119:].argmax(-1)

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 import infllm_flex as ifx
-from evaluation.quality.arms import Way
+from evaluation.quality.arms import AttentionMode
 from evaluation.quality.parts import SkippedError
 from evaluation.quality.rows import Question, Span
 from evaluation.quality.settings import QualitySettings
@@ -63,7 +63,7 @@ def test_a_choice_of_more_than_half_is_left_out_with_a_word(tmp_path):
     settings = settings_of(tmp_path / "run", make_base(tmp_path / "base"), tmp_path)
     path = write_settings(tmp_path / "quality.yaml", settings)
     read = build_dataclass(QualitySettings, load_yaml(path))
-    wide = Way("wide", dataclasses.replace(CONFIG, topk=40))
+    wide = AttentionMode("wide", dataclasses.replace(CONFIG, topk=40))
     with pytest.raises(SkippedError, match="at most half of 512 tokens, wide sees 328"):
         judge_shares(read, tmp_path, wide, torch.device("cpu"), None, None, 0)
 

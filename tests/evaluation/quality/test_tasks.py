@@ -11,7 +11,7 @@ import torch
 from evaluation.quality.mixture import MixtureSampler
 from evaluation.quality.names import STEPS, TASKS
 from evaluation.quality.settings import TuningSettings
-from evaluation.quality.tasks import Maker
+from evaluation.quality.tasks import TaskMaker
 from evaluation.quality.words import Vocabulary
 from tests.evaluation.quality.tiny import make_tokenizer
 
@@ -30,7 +30,7 @@ def text(vocabulary):
 
 
 def make(vocabulary, text, task, seed=0, held_out=True, length=LENGTH):
-    return Maker(vocabulary, text, length, held_out, 12).row(task, Random(seed))
+    return TaskMaker(vocabulary, text, length, held_out, 12).row(task, Random(seed))
 
 
 def solve(facts: list[str], form: str, name: str) -> str:

@@ -1,4 +1,4 @@
-"""Text is parted by folder, no copy of a file is on both sides, and stretches are of one folder."""
+"""Text is split by folder, without copies across the split; a window is from one folder."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ def test_a_file_that_two_roots_reach_comes_once(tmp_path, monkeypatch):
     assert len([file for folder in found for file in folder.files]) == 4
 
 
-def test_stretches_are_of_one_folder_each_and_folders_take_turns(tmp_path, base):
+def test_windows_are_of_one_folder_each_and_are_cut_round_robin(tmp_path, base):
     source = make_texts(tmp_path / "texts", folders=10)
     settings = TextSettings(source=str(source), pattern="*.txt", held_out_percent=50)
     text.prepare(settings, base, tmp_path / "store")

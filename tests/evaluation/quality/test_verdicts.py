@@ -11,7 +11,7 @@ from evaluation.quality.plot import plot_quality
 from evaluation.quality.report import report
 from evaluation.quality.results import Results, write_table
 from evaluation.quality.settings import QualitySettings
-from evaluation.quality.verdicts import closed, kept
+from evaluation.quality.verdicts import closed_gap, retained_accuracy
 from infllm_flex.strict_yaml import build_dataclass, load_yaml
 from tests.evaluation.quality.tiny import make_base, make_texts, settings_of, write_settings
 
@@ -62,32 +62,32 @@ def test_a_share_stands_only_where_controls_fail_and_dense_does_not(settings):
         RANDOM: {"keys12": 2, "keys200": 1, "single": 1},
     }
     results = results_of(settings, answers, {})
-    found = kept(results, FINE, "keys12")
+    found = retained_accuracy(results, FINE, "keys12")
     assert found.share.value == found.share.low == pytest.approx(0.9)
     assert found.remark == ""
-    assert kept(results, FINE, "keys200").remark == "says nothing: window keeps 0.90"
-    assert kept(results, FINE, "single").remark == "dense answers 0.40"
-    assert kept(results, DENSE, "keys12") is None
-    assert kept(results, FREE, "keys12") is None  # not judged
+    assert retained_accuracy(results, FINE, "keys200").remark == "no evidence: window keeps 0.90"
+    assert retained_accuracy(results, FINE, "single").remark == "dense answers 0.40"
+    assert retained_accuracy(results, DENSE, "keys12") is None
+    assert retained_accuracy(results, FREE, "keys12") is None  # not judged
 
 
 def test_what_is_no_better_than_a_control_is_said_to_be(settings):
     answers = {DENSE: {"keys12": 10}, FREE: {"keys12": 2}}
     answers |= {Arm("dense", "window"): {"keys12": 1}, Arm("dense", "random"): {"keys12": 2}}
     results = results_of(settings, answers, {})
-    assert kept(results, FREE, "keys12").remark == "no better than random, 0.20"
+    assert retained_accuracy(results, FREE, "keys12").remark == "no better than random, 0.20"
     del answers[Arm("dense", "random")]
-    assert kept(results_of(settings, answers, {}), FREE, "keys12").remark == (
-        "random is not judged"
+    assert retained_accuracy(results_of(settings, answers, {}), FREE, "keys12").remark == (
+        "random is not judged yet"
     )
 
 
 def test_the_gap_is_that_of_models_trained_alike(settings):
     nats = {DENSE: 1.0, WINDOW: 1.2, FINE: 1.05, FREE: 1.1, Arm("dense", "window"): 1.4}
     results = results_of(settings, {}, nats)
-    assert closed(results, FINE).value == pytest.approx(0.75)
-    assert closed(results, FREE).value == pytest.approx(0.75)
-    assert closed(results, DENSE) is None
+    assert closed_gap(results, FINE).value == pytest.approx(0.75)
+    assert closed_gap(results, FREE).value == pytest.approx(0.75)
+    assert closed_gap(results, DENSE) is None
 
 
 def test_tables_and_plot_hold_what_is_done_and_no_more(settings, tmp_path):
@@ -102,8 +102,8 @@ def test_tables_and_plot_hold_what_is_done_and_no_more(settings, tmp_path):
     (line,) = [line for line in text.splitlines() if "(1)" in line and line.startswith("fine")]
     assert line.split() == [*("fine", "12.5%", "0.900", "[0.900", "0.900]"), *line.split()[5:]]
     assert line.endswith("0.900 [0.900 0.900] (1)")
-    assert "(1) says nothing: window keeps 0.90" in text
-    assert "Left out, as dense answers less than half: keys200" in text
+    assert "(1) no evidence: window keeps 0.90" in text
+    assert "Left out, since dense answers less than half: keys200" in text
     assert "0.750 [0.750 0.750]" in text  # of the gap
     write_table(results, tmp_path / "table.csv")
     with (tmp_path / "table.csv").open() as file:
@@ -119,4 +119,4 @@ def test_tables_and_plot_hold_what_is_done_and_no_more(settings, tmp_path):
     assert (row["commit"], row["device"], row["visible"]) == ("abc", "card", "64")
     plot_quality(results, tmp_path / "plot.png")
     assert (tmp_path / "plot.png").stat().st_size > 10_000
-    assert report(Results(settings, {})) == "nothing is judged yet"
+    assert report(Results(settings, {})) == "no results yet"

@@ -1,4 +1,4 @@
-"""What was found once is kept in a file, with the CPU time that it took."""
+"""Results in files, with the CPU time of the computation, so that none is computed twice."""
 
 from __future__ import annotations
 
@@ -14,17 +14,17 @@ Result = dict[str, Any]
 
 
 def read_result(path: Path, about: Result) -> Result | None:
-    """What was found before of the same."""
+    """Read a saved result; None where there is none, or its ``about`` differs."""
     if not path.is_file():
         return None
     known = json.loads(path.read_text())
     return known["found"] if known["about"] == json.loads(json.dumps(about)) else None
 
 
-def write_result(path: Path, about: Result, find: Callable[[], Result]) -> Result:
-    """Find something and keep it, with the CPU-seconds that it took."""
+def write_result(path: Path, about: Result, compute: Callable[[], Result]) -> Result:
+    """Compute a result and save it, with the CPU-seconds and the seconds of the computation."""
     started, begun = cpu_seconds(), time.perf_counter()
-    found = find()
+    found = compute()
     found |= {"cpu": cpu_seconds() - started, "seconds": time.perf_counter() - begun}
     aside = path.with_suffix(".tmp")
     aside.write_text(json.dumps({"about": about, "found": found}, indent=2) + "\n")
@@ -33,6 +33,6 @@ def write_result(path: Path, about: Result, find: Callable[[], Result]) -> Resul
 
 
 def cpu_seconds() -> float:
-    """Of this process and those that it waited for."""
+    """Return the CPU-seconds of this process and of the children it has waited for."""
     used = [resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)]
     return sum(one.ru_utime + one.ru_stime for one in used)
