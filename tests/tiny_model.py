@@ -1,4 +1,4 @@
-"""A folder that from_pretrained reads: a tiny Llama with random weights and a byte tokenizer."""
+"""A folder for from_pretrained: a tiny Llama with random weights and a byte tokenizer."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def tiny_config(**changes):
         "num_attention_heads": 4,
         "num_key_value_heads": 2,
         "max_position_embeddings": 1 << 15,
-        "initializer_range": 0.3,  # keys that differ, unlike those of the usual 0.02
+        "initializer_range": 0.3,  # the usual 0.02 makes all keys nearly equal
         "pad_token_id": 0,
         "eos_token_id": 1,
         "bos_token_id": None,
@@ -48,7 +48,7 @@ def byte_tokenizer():
 
 
 def write_tiny_model(folder: Path, **changes) -> Path:
-    """Write model and tokenizer; ``changes`` are those to the model's config."""
+    """Write model and tokenizer; ``changes`` replace values of the model's config."""
     from transformers import LlamaForCausalLM
 
     torch.manual_seed(0)

@@ -7,12 +7,12 @@ from torch import Tensor
 def assert_within_rounding(
     actual: Tensor, exact: Tensor, same_precision: Tensor, *, factor: float = 2.0
 ) -> None:
-    """Allow ``factor`` times the error of plain arithmetic in the same precision, and one rounding.
+    """Allow ``factor`` times the error of plain operations in the same precision plus a rounding.
 
     Args:
-        actual: What is judged.
-        exact: The same in float64.
-        same_precision: The same by plain operations in the precision of ``actual``.
+        actual: The result under test.
+        exact: The result in float64.
+        same_precision: The result of plain operations in the precision of ``actual``.
         factor: 2 for outputs, 3 for gradients.
     """
     assert actual.shape == exact.shape

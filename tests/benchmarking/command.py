@@ -1,4 +1,4 @@
-"""Runs of the benchmark's scripts within the process of the tests."""
+"""Run the benchmark's scripts within the test process."""
 
 from __future__ import annotations
 
@@ -24,14 +24,14 @@ cases:
 
 
 def write_config(folder):
-    """Write a small benchmark, whose results are ``out.csv`` beside it."""
+    """Write the config of a small benchmark that writes ``out.csv`` beside it."""
     path = folder / "bench.yaml"
     path.write_text(CONFIG.replace("OUT", str(folder / "out.csv")))
     return path
 
 
 def script_runner(monkeypatch, capsys):
-    """Return a function that runs a script: its status, standard output and standard error."""
+    """Return a function that runs a script and returns status, standard output and error."""
 
     def run(name, *arguments):
         spec = importlib.util.spec_from_file_location(name, ROOT / "scripts" / f"{name}.py")
@@ -39,7 +39,7 @@ def script_runner(monkeypatch, capsys):
         spec.loader.exec_module(module)
         monkeypatch.setattr(sys, "argv", [f"{name}.py", *map(str, arguments)])
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr("warnings.showwarning", warnings.showwarning)  # the command sets its own
+            patch.setattr("warnings.showwarning", warnings.showwarning)  # the command replaces it
             status = module.main()
         captured = capsys.readouterr()
         return status, captured.out, captured.err
@@ -48,6 +48,6 @@ def script_runner(monkeypatch, capsys):
 
 
 def rows_of(path):
-    """The rows of a CSV."""
+    """Read the rows of a CSV."""
     with path.open(newline="") as file:
         return list(csv.DictReader(file))

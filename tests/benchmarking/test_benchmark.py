@@ -1,4 +1,4 @@
-"""The benchmark's command: what it refuses, what it writes, and that the numbers add up."""
+"""The benchmark's command: refused settings, written rows, and their consistency."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def test_tiles_of_other_sizes_say_how_much_they_load(run_script, config, tmp_pat
     assert run_script("benchmark", "--config", config, case)[0] == 0
     rows = [row for row in rows_of(tmp_path / "out.csv") if row["op"] == "attend_blocks"]
     sizes, inflation = zip(*(row["variant"].split(" rows, u = ") for row in rows), strict=True)
-    assert sizes == ("2", "16")  # one row is less than a token, 256 are more than a word has bits
+    assert sizes == ("2", "16")  # 1 row is less than a token; 256 are more than a word has bits
     assert inflation[0] == "1.00"
     assert float(inflation[1]) > 1
     assert all(float(row["ms_p50"]) > 0 for row in rows)

@@ -1,4 +1,4 @@
-"""Attention settings timed side by side, and pooled queries: their judge and their least work."""
+"""Attention settings timed side by side, and the checks and least work of pooled queries."""
 
 from __future__ import annotations
 

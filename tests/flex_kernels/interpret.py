@@ -1,7 +1,8 @@
 """Run lowered kernels in Triton's interpreter, over real lists: attention and its gradients.
 
-``TRITON_INTERPRET=1 python -m tests.flex_kernels.interpret CASE.json KERNELS.json OUT.pt``, the
-case and the kernels being those of ``lower``.
+``TRITON_INTERPRET=1 python -m tests.flex_kernels.interpret CASE.json KERNELS.json OUT.pt``
+
+Case and kernels are files of ``lower``.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ from tests.inputs import make_qkv, make_selected, small_config
 
 
 def run(case: dict[str, Any], kernels: list[dict[str, Any]]) -> dict[str, Tensor]:
-    """Attention ``out`` and the gradients ``dq``, ``dk``, ``dv`` of its product with the seed 1."""
+    """Return ``out`` of attention and the gradients ``dq``, ``dk``, ``dv``."""
     S, D, G, block = (case[x] for x in ("S", "head_dim", "groups", "block_size"))
     inputs = {"Hq": 2 * G, "Hkv": 2, "D": D}
     q, k, v = make_qkv(S, **inputs)
@@ -40,16 +41,16 @@ def run(case: dict[str, Any], kernels: list[dict[str, Any]]) -> dict[str, Tensor
     for kernel, mask, level in zip(forward, masks, levels, strict=True):
         rows.append(fold_queries(q, 2, level.rows).contiguous())
         outs.append(torch.full_like(rows[-1], torch.nan))
-        lses.append(torch.full(rows[-1].shape[:3], torch.nan))  # of base 2
+        lses.append(torch.full(rows[-1].shape[:3], torch.nan))  # base 2
         lists = (mask.kv_num_blocks, mask.kv_indices, nothing, nothing)
         scores = torch.empty_like(lses[-1])
         _launch(kernel, rows[-1], k, v, lses[-1], scores, *lists, outs[-1])
 
     parts = [unfold_queries(x, G, level.rows) for x, level in zip(outs, levels, strict=True)]
-    natural = [
+    natural_lses = [
         unfold_queries(x, G, n.rows) * math.log(2) for x, n in zip(lses, levels, strict=True)
     ]
-    leaves = [x.clone().requires_grad_() for x in (*parts, *natural)]
+    leaves = [x.clone().requires_grad_() for x in (*parts, *natural_lses)]
     out = merge_attention(leaves[: len(levels)], leaves[len(levels) :])
     grads = torch.autograd.grad(out, leaves, grad_out)
 
@@ -68,7 +69,7 @@ def run(case: dict[str, Any], kernels: list[dict[str, Any]]) -> dict[str, Tensor
 
 
 def _fold(x: Tensor, rows: int) -> Tensor:
-    """``fold_queries`` for what has a value per row, or D of them."""
+    """Apply ``fold_queries`` to a tensor with D values or one value per row."""
     wide = x if x.dim() == 4 else x[..., None]
     folded = fold_queries(wide, 2, rows)
     return folded.contiguous() if x.dim() == 4 else folded[..., 0].contiguous()

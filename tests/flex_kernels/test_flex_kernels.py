@@ -4,15 +4,14 @@ Show what each takes: ``pytest tests/flex_kernels -s``.
 """
 
 import json
-import os
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 import torch
 
 from infllm_flex import reference
+from tests.checkout import ROOT, environment
 from tests.custom_ops.ahead_of_time import SHARED_LIMIT
 from tests.inputs import make_qkv, make_selected
 from tests.tolerance import assert_within_rounding
@@ -25,12 +24,12 @@ if not (2, 11) <= _VERSION <= (2, 13):
 
 def run_module(name, *args, interpret=False):
     """Run in a process of its own, in which Triton interprets or compiles for a pretended GPU."""
-    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    variables = environment()
+    variables.pop("TRITON_INTERPRET", None)
     if interpret:
-        environment["TRITON_INTERPRET"] = "1"
+        variables["TRITON_INTERPRET"] = "1"
     command = [sys.executable, "-m", f"tests.flex_kernels.{name}", *map(str, args)]
-    root = Path(__file__).parents[2]
-    done = subprocess.run(command, cwd=root, env=environment, capture_output=True, text=True)
+    done = subprocess.run(command, cwd=ROOT, env=variables, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-3000:]
 
 
