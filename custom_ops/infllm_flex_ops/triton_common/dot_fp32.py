@@ -6,14 +6,7 @@ import triton.language as tl
 
 @triton.jit
 def dot_fp32(
-    a_ptr,
-    a_mask,
-    stride_ad,
-    b_ptr,
-    b_mask,
-    stride_bd,
-    D: tl.constexpr,
-    BLOCK_D: tl.constexpr,
+    a_ptr, a_mask, stride_ad, b_ptr, b_mask, stride_bd, D: tl.constexpr, BLOCK_D: tl.constexpr
 ):
     """Multiply float32 rows ``a [M, 1]`` by columns ``b [1, N]``, loading 16 elements of D a step.
 

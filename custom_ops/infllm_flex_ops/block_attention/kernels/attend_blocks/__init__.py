@@ -80,13 +80,7 @@ def launch(
         tile, options = choose_tile(q, tile_rows, block_size, use_tma)
         k_desc, v_desc = (describe(x, tile.BLOCK_N) if use_tma else None for x in (k, v))
         attend_kernel[(programs * tile.PARTS,)](
-            **arguments,
-            k=view(k),
-            v=view(v),
-            k_desc=k_desc,
-            v_desc=v_desc,
-            TILE=tile,
-            **options,
+            **arguments, k=view(k), v=view(v), k_desc=k_desc, v_desc=v_desc, TILE=tile, **options
         )
     _attend_exact_reads(k, v, q, arguments)
     return out, lse

@@ -26,14 +26,7 @@ class ExactTile(NamedTuple):
 
 @triton.jit(do_not_specialize=["S"])
 def find_nonfinite_kernel(
-    k,
-    v,
-    has_nonfinite_ptr,
-    S,
-    Hkv,
-    D: tl.constexpr,
-    BLOCK_S: tl.constexpr,
-    BLOCK_D: tl.constexpr,
+    k, v, has_nonfinite_ptr, S, Hkv, D: tl.constexpr, BLOCK_S: tl.constexpr, BLOCK_D: tl.constexpr
 ):
     """Set ``has_nonfinite`` of a head to 1 if some of its keys or values are not finite."""
     chunks = tl.cdiv(S, BLOCK_S)
