@@ -37,7 +37,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("--config", required=True, metavar="FILE", help="a YAML file of configs/")
     parser.add_argument("overrides", nargs="*", metavar="section.key=value")
-    parser.add_argument("--repeats", type=int, default=3, help="the smallest of so many is shown")
+    parser.add_argument(
+        "--repeats", type=int, default=3, help="measurements, of which the smallest is shown"
+    )
     options = parser.parse_args(arguments)
     document = load_yaml(options.config, options.overrides)
     settings = find_model(build_dataclass(TrainingSettings, document))

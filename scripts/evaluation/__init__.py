@@ -1,1 +1,1 @@
-"""What sparse settings keep of a model's quality, and what block selection keeps of attention."""
+"""The parts of scripts/evaluate.py, quality.py and quickstart.py."""

@@ -21,7 +21,7 @@ FINE = InfLLMConfig(
     dense_len=1024,
     engine="fused",  # no compiler needed
 )
-# As many keys, in blocks of 64 that are scored by means of 32 keys, as in the 8B checkpoints.
+# The same budget, in blocks of 64 that are scored by means of 32 keys, as in the 8B checkpoints.
 COARSE = InfLLMConfig(window_size=256, topk=12, dense_len=1024, engine="fused")
 
 

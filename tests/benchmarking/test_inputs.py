@@ -13,14 +13,14 @@ from infllm_flex import InfLLMConfig, select_blocks
 from infllm_flex_ops.block_lists import union_lists
 
 
-def test_neighbouring_queries_are_alike_only_where_they_drift(settings):
-    def likeness(inputs):
+def test_neighbouring_queries_are_similar_only_where_they_drift(settings):
+    def similarity(inputs):
         query = make_qkv(settings, Heads(4, 2), 1000, inputs).query
         return torch.cosine_similarity(query[:, :, 1:], query[:, :, :-1], dim=-1).mean()
 
-    assert likeness("drifting") > 0.7
-    assert likeness("text") > 0.6
-    assert abs(likeness("independent")) < 0.1
+    assert similarity("drifting") > 0.7
+    assert similarity("text") > 0.6
+    assert abs(similarity("independent")) < 0.1
 
 
 def test_heads_of_a_group_have_half_in_common_in_text(settings):

@@ -1,4 +1,4 @@
-"""fla's attention as a baseline: what it is asked for, and how its times are shown.
+"""fla's attention as a baseline: its arguments, and how its times are shown.
 
 fla needs a GPU; without one, a stand-in attends to the blocks that it is given.
 """
@@ -43,7 +43,7 @@ def attend_to_given(q, k, v, *, block_indices=None, block_counts=16, block_size=
 
 @pytest.fixture
 def calls(monkeypatch):
-    """Stand in for fla; returns the arguments it is called with."""
+    """Replace fla, and return the arguments of its calls."""
     calls = []
 
     def parallel_nsa(*qkv, **options):
@@ -121,7 +121,7 @@ def test_it_has_a_column_but_is_not_the_dense_attention_to_beat():
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
-@pytest.mark.filterwarnings("ignore")  # of fla
+@pytest.mark.filterwarnings("ignore")  # fla warns
 def test_on_a_gpu_it_attends_to_the_blocks_that_we_choose():
     pytest.importorskip("fla.ops.nsa.parallel", exc_type=ImportError)
     config = dataclasses.replace(InfLLMConfig(), window_size=128, topk=6, dense_len=-1)

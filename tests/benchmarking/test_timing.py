@@ -31,7 +31,7 @@ def test_lists_are_built_apart_from_the_attention_over_them(engine, monkeypatch)
 
 
 def test_dense_flex_stays_compiled_however_many_shapes_there_are():
-    # Uncompiled, it would warn, which is an error here.
+    # PyTorch warns when it runs flex_attention uncompiled, and warnings are errors here.
     with torch._dynamo.config.patch(recompile_limit=1), torch.no_grad():
         for S in (128, 200, 385):
             qkv = QKV(*draw_qkv(S))

@@ -184,12 +184,12 @@ def judge_choice(selected, q, k, config):
 @pytest.mark.parametrize("score_dtype", ["same", "float8"])
 @pytest.mark.parametrize("sign", [1, -1])
 def test_pooled_scores_may_be_negative_and_differ_by_rounding(sign, score_dtype):
-    """Keys have a part in common, which puts all dot products on one side of zero."""
+    """Keys have a common component, which puts all dot products on one side of zero."""
     config = small_config(**EVERY_KEY | {"score_dtype": score_dtype}, topk=4)
     common = torch.ones(16)
     q, k, _ = draw_qkv(1500, Hq=24, Hkv=8, dtype=torch.float64)
     q, k = (q + common).bfloat16(), (k + 3 * sign * common).bfloat16()
-    # As an operator that rounds elsewhere might choose: by queries that differ by half a bit.
+    # Queries that differ by half a bit stand for an operator that rounds in another place.
     random = torch.rand(q.shape, generator=torch.Generator().manual_seed(0))
     rounded = q.double() * (1 + (random - 0.5) * 2.0**-8)
     differing = select_blocks(rounded, k.double(), config)
@@ -199,7 +199,7 @@ def test_pooled_scores_may_be_negative_and_differ_by_rounding(sign, score_dtype)
 
 
 def test_windows_that_are_rounded_twice_are_no_error():
-    """Their means become bfloat16 before they become float8; those of the reference do not."""
+    """Means of windows are rounded to bfloat16 before float8; those of the reference are not."""
     windows = {"kernel_size": 4, "kernel_stride": 4}
     config = small_config(**EVERY_KEY | windows, topk=20)
     q, k, _ = draw_qkv(1500, Hq=8, Hkv=8, dtype=torch.bfloat16)

@@ -1,4 +1,4 @@
-"""The quickstart runs through, keeps what is finished, and refuses what it cannot do."""
+"""The quickstart runs, saves finished parts, and refuses invalid settings."""
 
 from __future__ import annotations
 
@@ -88,7 +88,7 @@ def test_each_kind_of_attention_is_in_the_table_the_numbers_and_the_picture(run,
         assert f"\n{name} " in table
     metrics = (folder / "sparse" / "metrics.jsonl").read_text().splitlines()
     assert json.loads(metrics[-1])["sparse_layers"] == 1.0
-    # The same command again: nothing is trained or judged again, and the table has the same times.
+    # The second run of the command trains and judges nothing; the table has the same times.
     times = [path.stat().st_mtime_ns for path in sorted(folder.glob("*/re*.json"))]
     assert run()[0] == 0
     assert (folder / "table.txt").read_text() == table
@@ -107,7 +107,7 @@ def test_a_pretrained_model_is_judged_dense_sparse_and_by_the_window(
     assert list(found) == ["dense", "sparse", "sparse, coarse", "window only"]
     assert len({row["nats"] for row in found.values()}) == 4  # no two attend equally
     assert {row["asked"] for row in found.values()} == {12}
-    # What was judged before is kept: the model is not even read again.
+    # Only the removed result is computed again.
     (folder / "pretrained" / "window-only.json").unlink()
     judged = []
     monkeypatch.setattr(
@@ -134,7 +134,7 @@ def test_a_comparison_needs_a_short_and_a_long_stage(run):
     assert err == "stages: expected a short stage before the long one\n"
 
 
-def test_a_missing_package_is_told_in_one_line_before_any_work(run, tmp_path):
+def test_a_missing_package_is_named_in_one_line_before_any_work(run, tmp_path):
     status, out, err = run("compare.package=no_such_package")
     assert status == 2
     assert out == ""

@@ -64,7 +64,7 @@ def test_a_key_that_all_attend_to_is_found():
     assert report.mass_window < 0.01
 
 
-def test_single_keys_that_all_attend_to_are_told_apart_from_spread_attention():
+def test_single_keys_that_all_attend_to_are_distinguished_from_spread_attention():
     query, key, _ = make_qkv(400, Hq=4, Hkv=2)
 
     def share(at=None):

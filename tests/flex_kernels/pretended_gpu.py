@@ -1,7 +1,7 @@
 """Lower FlexAttention for a GPU in a process without one; nothing can be run.
 
-Dynamo traces on the CPU; what it hands to Inductor is relabelled as CUDA, and Inductor is told the
-properties of the device it asks for. This reaches into private parts of PyTorch 2.11 and 2.13.
+Dynamo traces on the CPU. Its graphs are relabelled as CUDA before Inductor lowers them, and device
+properties are replaced, for the whole process. This uses private parts of PyTorch 2.11 to 2.13.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""The command from a base to a table; interrupted, shared, and with settings that cannot be."""
+"""The command from a base to a table: interrupted, shared, and with invalid settings."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def texts(tmp_path_factory):
 
 @pytest.fixture
 def config(tmp_path, base, texts):
-    """A comparison in one seed, with two retrieval tasks."""
+    """A comparison of one seed and two retrieval tasks."""
     settings = settings_of(tmp_path / "run", base, texts)
     settings["run"]["seeds"] = [0]
     settings["judge"] |= {"tasks": ["keys12", "steps"], "groups": ["retrieval", "nats"]}
@@ -108,7 +108,7 @@ def test_an_interrupted_run_goes_on_where_it_was(config):
     assert {"base", "text", "train:dense:0"} <= done < set(parts_of(config))
     status, out, err = run(config, "--parts", "judge:dense:*,judge:fine:0:nats")
     assert status == 0, err
-    # Nothing is done twice, and only what was asked for, with what it needs.
+    # No part is done twice; only the given parts, and those they need, are done.
     begun = [line.split()[0] for line in err.splitlines() if line.endswith(" ...")]
     assert not done & set(begun)
     assert {"judge:dense:0:retrieval", "judge:dense:0:nats"} <= done | set(begun)
@@ -161,11 +161,11 @@ def test_processes_that_share_a_folder_do_each_part_once(config):
 
 @pytest.fixture
 def refused(config, monkeypatch, capsys):
-    """What the command says to overrides that it refuses; in this process, to be quick."""
+    """Return the message to overrides that the command refuses; in this process, to be quick."""
     spec = importlib.util.spec_from_file_location("quality", ROOT / "scripts/quality.py")
     script = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(script)
-    monkeypatch.setattr(warnings, "showwarning", warnings.showwarning)  # put back afterwards
+    monkeypatch.setattr(warnings, "showwarning", warnings.showwarning)  # restored after the test
 
     def refuse(*overrides):
         monkeypatch.setattr(sys, "argv", ["quality.py", "--config", str(config), *overrides])
@@ -211,7 +211,7 @@ def test_the_config_gives_all_variants_and_controls_as_many_tokens():
     visible = {mode.visible(settings.length) for mode in attention_modes(settings).values()}
     assert visible == {2048, 16384}
     window, random = (attention_modes(settings)[name].attention for name in ("window", "random"))
-    for control in (window, random):  # a control does not pay for scores that it does not heed
+    for control in (window, random):  # controls ignore scores, hence have cheap ones
         assert control.kernel_stride == control.block_size // 4
         assert control.block_size == settings.control_attention.block_size
     assert random.window_size == settings.control_attention.window_size

@@ -1,4 +1,4 @@
-"""The control sees as much as the choice it stands beside, and no more, and always the same."""
+"""The random control sees as many blocks as the variant, and the same ones in every call."""
 
 from __future__ import annotations
 
@@ -84,7 +84,7 @@ def test_a_model_generates_what_it_would_without_a_cache(tmp_path):
         options = {"attention_mask": torch.ones_like(prompt), "do_sample": False}
         made = model.generate(prompt, max_new_tokens=12, min_new_tokens=12, **options)
         again = model(made[:, :-1], use_cache=False).logits[:, 119:].argmax(-1)
-    # The end of the text is ruled out in generation.
+    # An end-of-text token would end the generation.
     end = model.config.eos_token_id
     same = (made[:, 120:] == again) | (again == end)
     assert same.all()

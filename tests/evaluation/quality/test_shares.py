@@ -1,4 +1,4 @@
-"""The share of a needle that a choice holds, where it is known."""
+"""The fraction of a needle in selected blocks, against known values."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ S, NEEDLE, ASKS = 400, Span(100, 108), 380
 
 
 def inputs(looking: list[int], strength: float = 40.0) -> LayerInputs:
-    """Four heads in groups of two; those named look from ``ASKS`` at the needle, others nowhere."""
+    """Make four heads in groups of two; the given heads look from ``ASKS`` at the needle."""
     query, key = torch.zeros(1, 4, S, 16), torch.zeros(1, 2, S, 16)
     key[:, :, NEEDLE.start : NEEDLE.end, 0] = 1.0
     query[:, looking, ASKS, 0] = strength
@@ -39,13 +39,13 @@ def test_heads_that_look_are_counted_and_a_choice_that_finds_holds_all():
     for looking in ([0], [1, 2], [0, 1, 2, 3]):
         held, best = needle_shares(inputs(looking), CONFIG, [question()])
         assert len(held) == len(best) == len(looking)
-        # Half of the needle lies in block 12, half in block 13; two blocks are free to choose.
+        # Half of the needle is in block 12, half in block 13; two blocks are not forced.
         assert held == pytest.approx(torch.ones(len(looking)))
         assert best == pytest.approx(torch.ones(len(looking)))
 
 
 def test_a_choice_without_room_holds_none_and_the_best_as_many_does():
-    # The first block, the one before and its own: nothing is left to choose.
+    # The first block, the previous and the own block: no other block is selected.
     window = dataclasses.replace(CONFIG, topk=2)
     held, best = needle_shares(inputs([0]), window, [question()])
     assert held == pytest.approx(torch.zeros(1))

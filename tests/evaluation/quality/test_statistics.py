@@ -22,7 +22,7 @@ def test_a_mean_has_the_interval_of_the_normal_distribution():
 
 @pytest.mark.parametrize("nested", [True, False])
 def test_seeds_that_differ_widen_the_interval(nested):
-    # Seeds apart by much more than sequences: the interval is that of the mean of seeds.
+    # Seeds differ much more than sequences, hence the interval is that of the mean over seeds.
     seeds = torch.linspace(-1, 1, 40, dtype=torch.float64)
     values = seeds[:, None, None].repeat(1, 30, 1)
     found = bootstrap(values, lambda m: m[..., 0], nested=nested)

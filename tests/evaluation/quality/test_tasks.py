@@ -1,4 +1,4 @@
-"""Answers are where they say and follow from the facts; nothing of them is trained on."""
+"""Answers are at their spans and follow from the facts; held-out names are not trained on."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def make(vocabulary, text, task, seed=0, held_out=True, length=LENGTH):
 
 
 def solve(facts: list[str], form: str, name: str) -> str:
-    """The answer, by reading the facts as a person would."""
+    """Find the answer by parsing the facts in the text."""
     values = []
     for fact in facts:
         if found := re.fullmatch(rf"\n(?:The|One) {form} of the {name} is (\d+)\.\n", fact):

@@ -23,7 +23,7 @@ def texts_of(documents, tokenizer) -> list[str]:
 def test_folders_are_trained_on_or_held_out_and_copies_are_left_out(tmp_path, base):
     source = make_texts(tmp_path / "texts")
     copied = (source / "part0" / "text.txt").read_text()
-    for number in range(30):  # one of them would be held out, were copies not known
+    for number in range(30):  # enough copies for one to be held out if copies were kept
         (source / f"copy{number}").mkdir()
         (source / f"copy{number}" / "copy.txt").write_text(copied)
     settings = TextSettings(source=str(source), pattern="*.txt", held_out_percent=20)

@@ -1,4 +1,4 @@
-"""What a comparison says of results that are known."""
+"""Verdicts, tables and plots of known results."""
 
 from __future__ import annotations
 
@@ -82,7 +82,7 @@ def test_what_is_no_better_than_a_control_is_said_to_be(settings):
     )
 
 
-def test_the_gap_is_that_of_models_trained_alike(settings):
+def test_the_gap_is_between_models_of_the_same_training(settings):
     nats = {DENSE: 1.0, WINDOW: 1.2, FINE: 1.05, FREE: 1.1, Arm("dense", "window"): 1.4}
     results = results_of(settings, {}, nats)
     assert closed_gap(results, FINE).value == pytest.approx(0.75)

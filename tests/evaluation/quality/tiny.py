@@ -1,4 +1,4 @@
-"""A tiny random model with a tokenizer that knows words, a few texts, and settings that fit."""
+"""A tiny random model with a word tokenizer, a few texts, and settings for them."""
 
 from __future__ import annotations
 
