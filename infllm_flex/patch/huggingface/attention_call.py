@@ -80,7 +80,7 @@ class AttentionCall:
             return Kind.OVERRIDDEN
         cached = self.cached = cache_layer(self.kwargs.pop(KEYWORD, None), self.module, self.key)
         length = self.key.shape[2]
-        if is_static(cached) and layer.ever_attends_sparsely(length):
+        if cached is not None and is_static(cached) and layer.ever_attends_sparsely(length):
             # A static cache's state follows every call, however it is served.
             mask = self.mask = materialize(self.mask)
             config = layer.config

@@ -64,6 +64,8 @@ def cache_layer(cache: object, module: nn.Module, key: Tensor) -> Any:
         The layer that holds ``key``; None without a cache; `UNKNOWN_LAYER` if the model computes
         ``key`` from what the cache holds, or the cache from what it stores.
     """
+    if cache is None:
+        return None
     layers = cache_layers(cache)
     if layers is None:
         return None

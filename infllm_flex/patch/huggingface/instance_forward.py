@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from infllm_flex.patch.code_inspection import names
 from infllm_flex.patch.errors import UnsupportedModelError
+from infllm_flex.patch.huggingface.transformers_private import REGISTRY
 from infllm_flex.patch.layer_state import get_layer
 from infllm_flex_ops import torch_private
 
@@ -64,9 +65,7 @@ def _unwrapped(forward: Any) -> Iterator[Any]:
 
 def _may_reach_registry(function: FunctionType) -> bool:
     """Whether code looks up attention functions, or calls some forward."""
-    return not {"ALL_ATTENTION_FUNCTIONS", "forward", "_old_forward"}.isdisjoint(
-        names(function.__code__)
-    )
+    return not {REGISTRY, "forward", "_old_forward"}.isdisjoint(names(function.__code__))
 
 
 def _callables_in(found: Any) -> list[Any]:

@@ -22,6 +22,8 @@ class Speculation:
         output: What the call returned; None if it was not launched.
     """
 
+    __slots__ = ("_call", "_layer", "output")
+
     def __init__(self, layer: PatchedLayer, call: Callable[[], Any]) -> None:
         self._layer = layer
         self._call = call

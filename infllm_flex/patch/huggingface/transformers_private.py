@@ -17,6 +17,7 @@ from torch import Tensor
 
 from infllm_flex.patch.code_inspection import names
 
+REGISTRY = "ALL_ATTENTION_FUNCTIONS"  # name of the registry in the code of attention layers
 _MAKES_MASKS = re.compile(r"create_\w*mask")
 # What attention layers call their cache, by version and family.
 _CACHE_NAMES = ("cache", "past_key_values", "layer_past", "past_key_value")
@@ -37,7 +38,7 @@ def reads_attention_registry(forward: Callable[..., Any]) -> bool:
     Instead: nothing public.
     """
     code = getattr(forward, "__code__", None)
-    return code is not None and "ALL_ATTENTION_FUNCTIONS" in code.co_names
+    return code is not None and REGISTRY in code.co_names
 
 
 def attention_functions(
