@@ -124,14 +124,14 @@ class HeadKeys(NamedTuple):
 
 
 @triton.jit
-def open_keys(keys, desc, b, h, start, PART: tl.constexpr):
-    """Point at the keys of one KV head, ``b`` and ``h`` int64, from the key ``start`` on.
+def view_head(keys, b, h, start, PART: tl.constexpr):
+    """View of one KV head's keys, ``b`` and ``h`` int64, from the key ``start`` on.
 
-    ``start`` is 0 without documents.
+    ``start`` is 0 without documents. Triton 3.6 returns no None from a function, so that callers
+    add the tensor descriptor.
     """
     ptr = keys.ptr
     if PART.SIZE > 0:
         ptr += start.to(tl.int64) * keys.s
     ptr += b * keys.b + h * keys.h
-    view = View(ptr, keys.b, keys.h, keys.s, keys.d)
-    return HeadKeys(view, desc, b.to(tl.int32), h.to(tl.int32), start)
+    return View(ptr, keys.b, keys.h, keys.s, keys.d)

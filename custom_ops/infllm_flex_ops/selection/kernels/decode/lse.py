@@ -13,10 +13,10 @@ from infllm_flex_ops.triton_common.tensor_args import View
 
 
 @triton.jit
-def _head_keys(keys, b, h):
-    """Point at the keys of one KV head."""
+def _view_head(keys, b, h):
+    """View of one KV head's keys."""
     ptr = keys.ptr + b * keys.b + h * keys.h
-    return HeadKeys(View(ptr, keys.b, keys.h, keys.s, keys.d), None, 0, 0, 0)
+    return View(ptr, keys.b, keys.h, keys.s, keys.d)
 
 
 @triton.jit(do_not_specialize=["n", "C", "C2", "run_keys"])
@@ -77,7 +77,7 @@ def cached_lse_kernel(
 
     m_i, l_i = softmax_over_keys(
         queries,
-        _head_keys(coarse, b, h),
+        HeadKeys(_view_head(coarse, b, h), None, 0, 0, 0),
         run * run_keys,
         tl.minimum(run * run_keys + run_keys, count),
         count_windows(length - n + tile * TILE.TOKENS, SIZE, STRIDE, C2),
@@ -93,7 +93,7 @@ def cached_lse_kernel(
         end = count_windows(last, RULE.kernel_size, RULE.kernel_stride, C)
         own_m_i, own_l_i = softmax_over_keys(
             queries,
-            _head_keys(keys, b, h),
+            HeadKeys(_view_head(keys, b, h), None, 0, 0, 0),
             0,
             end,
             0,

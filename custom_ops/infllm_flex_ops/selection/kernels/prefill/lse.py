@@ -3,7 +3,7 @@
 import triton
 import triton.language as tl
 
-from infllm_flex_ops.selection.kernels.kernel_args import open_keys
+from infllm_flex_ops.selection.kernels.kernel_args import HeadKeys, view_head
 from infllm_flex_ops.selection.kernels.online_softmax import (
     count_windows,
     logit_of_sum,
@@ -67,9 +67,11 @@ def lse_kernel(
     STRIDE: tl.constexpr = RULE.coarse_stride
     num_seen = count_windows(position, SIZE, STRIDE, C2)
     end = count_windows(last_position, SIZE, STRIDE, C2)
+    coarse_start = rows.seq_start // STRIDE
+    coarse_view = view_head(coarse, b, h, coarse_start, PART)
     m_i, l_i = softmax_over_keys(
         queries,
-        open_keys(coarse, coarse_desc, b, h, rows.seq_start // STRIDE, PART),
+        HeadKeys(coarse_view, coarse_desc, b.to(tl.int32), h.to(tl.int32), coarse_start),
         0,
         end,
         count_windows(rows.q_offset + rows.start, SIZE, STRIDE, C2),
@@ -84,9 +86,10 @@ def lse_kernel(
         last = tl.minimum(last_position, SIZE - 2)
         end = count_windows(last, RULE.kernel_size, RULE.kernel_stride, C)
         num_seen = count_windows(position, RULE.kernel_size, RULE.kernel_stride, C)
+        keys_view = view_head(keys, b, h, rows.seq_start // RULE.kernel_stride, PART)
         m_i, l_i = softmax_over_keys(
             queries,
-            open_keys(keys, None, b, h, rows.seq_start // RULE.kernel_stride, PART),
+            HeadKeys(keys_view, None, 0, 0, 0),
             0,
             end,
             0,

@@ -7,7 +7,7 @@ dtype, head dim and group, and every reduction runs over fixed groups of keys in
 import triton
 import triton.language as tl
 
-from infllm_flex_ops.selection.kernels.kernel_args import Run, open_keys
+from infllm_flex_ops.selection.kernels.kernel_args import HeadKeys, Run, view_head
 from infllm_flex_ops.selection.kernels.online_softmax import count_windows
 from infllm_flex_ops.selection.kernels.prefill.documents import locate_rows
 from infllm_flex_ops.selection.kernels.prefill.queries import load_query_columns
@@ -258,9 +258,10 @@ def score_kernel(
 
     first_block = split * split_blocks
     run = Run(first_block, tl.minimum(first_block + split_blocks, num_scored), num_scored)
+    keys_view = view_head(keys, b, h, window_start, PART)
     _score_run(
         queries,
-        open_keys(keys, desc, b, h, window_start, PART),
+        HeadKeys(keys_view, desc, b.to(tl.int32), h.to(tl.int32), window_start),
         run,
         rows,
         C,
