@@ -265,6 +265,33 @@ def test_compiles_without_spills(
         assert used.shared <= SHARED_LIMIT[capability]
 
 
+@pytest.mark.slow  # with the Triton of .venv the test above compiles the same
+@pytest.mark.private_api
+@pytest.mark.parametrize(
+    ("call", "args"),
+    [
+        (_compress, (BRAIN, 128)),
+        (_select, (BRAIN, 128, 16)),
+        (_select, (BRAIN, 128, 4)),
+        (_select_documents, (BRAIN, 128, 16)),
+        (_select_pooled, (BRAIN, 128)),
+        (_pool, (BRAIN, 128, 16, True)),
+        (_cached_pooled, (BRAIN, 128, 16, 1, True)),
+        (_tile, (8,)),
+        (_share, (8,)),
+        (_transpose, ()),
+        (_cached, (BRAIN, 128, 16)),
+        (_redo, (BRAIN, 128, 16)),
+        (_attend, (BRAIN, 128, 16, 8)),
+    ],
+)
+def test_another_triton_compiles_every_operator_for_hopper(
+    call: Callable[..., None], args: tuple[Any, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for launch in record_launches(monkeypatch, lambda: call(*args), 90):
+        _compile(launch, 90)
+
+
 @pytest.mark.parametrize(
     "args", [(HALF, 80, 7, 18), (BRAIN, 128, 2, 64), (BRAIN, 64, 3, 42), (BRAIN, 128, 128, 1)]
 )
