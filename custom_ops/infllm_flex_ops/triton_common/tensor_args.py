@@ -54,11 +54,14 @@ class Lists(NamedTuple):
 
 
 class Softmax(NamedTuple):
-    """A running softmax over keys, in a kernel: maximum, sum and weighted values of each row."""
+    """A running softmax over keys, in a kernel: weighted values, maximum and sum of each row.
 
+    A loop carries the members in this order, and ptxas may spill in another one.
+    """
+
+    acc: Any
     m_i: Any
     l_i: Any
-    acc: Any
 
 
 def view(x: Tensor) -> View:

@@ -26,7 +26,7 @@ def add_seen_keys(
     are not read, so that nothing there, NaN or unmapped, can matter. Keys and values of another
     dtype, as autocast leaves them, are converted to that of half-precision queries.
     """
-    m_i, l_i, acc = softmax
+    acc, m_i, l_i = softmax
     d = tl.arange(0, BLOCK_D)
     if FP32:
         logits = dot_fp32(q.ptr, q.mask, q.d, k_row, seen[None, :], stride_kd, D, BLOCK_D)
@@ -43,4 +43,4 @@ def add_seen_keys(
     if not FP32:
         v = v.to(q.loaded.dtype)
     acc = tl.dot(weights.to(v.dtype), v, acc * alpha[:, None], input_precision="ieee")
-    return Softmax(m_new, l_i, acc)
+    return Softmax(acc, m_new, l_i)

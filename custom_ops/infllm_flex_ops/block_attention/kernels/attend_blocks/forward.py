@@ -37,7 +37,7 @@ def _attend_blocks_inner(
     """Add the keys of a list's past blocks, or of its last ones, to the softmax of the rows."""
     CHUNKS: tl.constexpr = (SHAPE.BLOCK_SIZE + TILE.BLOCK_N - 1) // TILE.BLOCK_N
     CHECK: tl.constexpr = EDGE or SHAPE.BLOCK_SIZE % TILE.BLOCK_N != 0
-    m_i, l_i, acc = softmax
+    acc, m_i, l_i = softmax
     k, v = kv.k, kv.v
     d = tl.arange(0, TILE.BLOCK_D)
     begin = tile_list.num_past if EDGE else 0
@@ -79,7 +79,7 @@ def _attend_blocks_inner(
             values = tl.load(v_row)
         weights = weights.to(values.dtype)
         acc = tl.dot(weights, values, acc * alpha[:, None], input_precision="ieee")
-    return Softmax(m_i, l_i, acc)
+    return Softmax(acc, m_i, l_i)
 
 
 @triton.jit(do_not_specialize=["Sq", "Skv", "num_tiles"])
