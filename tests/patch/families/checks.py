@@ -57,7 +57,7 @@ _NOT_PADDED = (ifx.UnsupportedModelError,)  # by layers that call F.scaled_dot_p
 def _packing(lengths: tuple[int, ...]) -> dict[str, Check]:
     name = f"{max(lengths)} tokens"
     checks = {}
-    for told, *how in (
+    for argument, *how in (
         ("cu_seq_lens", True),
         ("position_ids", False),
         ("position_ids with a cache", False, True),
@@ -67,9 +67,11 @@ def _packing(lengths: tuple[int, ...]) -> dict[str, Check]:
         apart = as_unpatched(packed(lengths, how[0]))
         expected = (alone(lengths), block_diagonal(lengths), as_unpatched(ours), apart)
         every = {**EVERYTHING, "topk": -(-sum(lengths) // EVERYTHING["block_size"])}
-        checks[f"packed by {told}, {name}"] = Check(every, ours, expected, may_refuse=_NOT_PACKED)
+        checks[f"packed by {argument}, {name}"] = Check(
+            every, ours, expected, may_refuse=_NOT_PACKED
+        )
         if max(lengths) >= SETTINGS["dense_len"]:
-            checks[f"packed by {told}, sparse"] = Check(
+            checks[f"packed by {argument}, sparse"] = Check(
                 SETTINGS, ours, (alone(lengths),), itself=True
             )
     return checks

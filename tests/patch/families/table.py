@@ -39,8 +39,8 @@ def format_table(rows: list[Row]) -> str:
     """Markdown of all rows, by verdict."""
     counts = Counter(row["result"] for row in rows)
     versions = sorted({row["transformers"] for row in rows})
-    told = ", ".join(f"{counts[r]} {title.lower()}" for r, title, _ in _SECTIONS if counts[r])
-    parts = [_HEAD.format(versions=" and ".join(versions), counts=told)]
+    summary = ", ".join(f"{counts[r]} {title.lower()}" for r, title, _ in _SECTIONS if counts[r])
+    parts = [_HEAD.format(versions=" and ".join(versions), counts=summary)]
     for result, title, column in _SECTIONS:
         if counts[result]:
             chosen = [row for row in rows if row["result"] == result]

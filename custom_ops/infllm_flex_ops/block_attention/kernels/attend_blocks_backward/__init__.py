@@ -37,7 +37,7 @@ __all__ = ["choose_tile_tokens", "differentiate", "launch"]
 
 
 class _Inputs(NamedTuple):
-    """What all launches read."""
+    """The tensors that all launches read."""
 
     grad_out: Tensor
     q: Tensor

@@ -175,8 +175,7 @@ def topk_kernel(
 ):
     """Write one row's blocks, ascending: forced blocks, then the best scored, lowest at ties.
 
-    Of a long row only ``TAKEN`` segments are read, by the best score of each; 0 reads the whole
-    row.
+    Only the ``TAKEN`` segments of a long row with the best scores are read; 0 reads the whole row.
     """
     num_rows = row_end - row_start
     head = (tl.program_id(0) // num_rows).to(tl.int64)
