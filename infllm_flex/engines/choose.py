@@ -12,6 +12,7 @@ from infllm_flex.config import InfLLMConfig
 from infllm_flex.engines.flex import FlexInLevels, FlexOnCpu, FlexUnderOneMask, can_train
 from infllm_flex.engines.flex_level_masks import can_split, choose_levels
 from infllm_flex.engines.fused import FusedEngine
+from infllm_flex_ops.sizes import group_size
 from infllm_flex_ops.transforms import is_transformed
 
 
@@ -61,7 +62,7 @@ def choose_engine(
         scale: Factor on the dot products.
         alignment: Sequences of a layout start at multiples of it; None for one sequence per row.
     """
-    G = query.shape[1] // key.shape[1]
+    G = group_size(query, key)
     fused = FusedEngine(config.block_size, scale, G, alignment)
     compiling = torch.compiler.is_compiling()
     if config.engine == "fused" or query.dtype == torch.float64:

@@ -14,6 +14,7 @@ from torch.nn.attention.flex_attention import BlockMask, flex_attention
 
 from benchmarking.inputs import QKV
 from infllm_flex_ops import torch_private
+from infllm_flex_ops.sizes import ceil_div, group_size
 
 _CUDA_BACKENDS = {
     "sdpa_cudnn": SDPBackend.CUDNN_ATTENTION,
@@ -74,7 +75,7 @@ def _sdpa(qkv: QKV) -> Tensor:
 def _with_backend(backend: SDPBackend, qkv: QKV) -> Baseline:
     query, key, value = qkv
     if backend == SDPBackend.EFFICIENT_ATTENTION:  # has no grouped queries: repeat the KV heads
-        G = query.shape[1] // key.shape[1]
+        G = group_size(query, key)
         qkv = QKV(query, *(_repeated(x, G) for x in (key, value)))
 
     def attend() -> Tensor:
@@ -107,7 +108,7 @@ def _dense_flex(qkv: QKV) -> Callable[[], Tensor]:
 
 def _causal_blocks(S: int, device: torch.device) -> BlockMask:
     """Build the causal mask directly; deriving it from ``mask_mod`` needs memory or compilation."""
-    block = torch.arange(-(-S // _BLOCK), dtype=torch.int32, device=device)
+    block = torch.arange(ceil_div(S, _BLOCK), dtype=torch.int32, device=device)
     num_blocks = len(block)
     square = (1, 1, num_blocks, num_blocks)
     return BlockMask.from_kv_blocks(

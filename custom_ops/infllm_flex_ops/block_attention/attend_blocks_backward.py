@@ -9,6 +9,7 @@ from infllm_flex_ops.block_attention.tile_chunks import Head, TileLists, heads
 from infllm_flex_ops.block_lists import union_lists
 from infllm_flex_ops.dispatch import cuda_launcher, define_operator
 from infllm_flex_ops.in_parallel import in_parallel
+from infllm_flex_ops.sizes import group_size
 from infllm_flex_ops.transforms import refuse_gradients, register_vmap
 
 
@@ -47,7 +48,7 @@ def attend_blocks_backward(
     accumulate = torch.promote_types(q.dtype, torch.float32)
     dq = torch.empty_like(q)
     dk, dv = (torch.empty_like(x, memory_format=torch.contiguous_format) for x in (k, v))
-    tile_tokens = tile_tokens or union_lists.choose_tile_tokens(q.shape[1] // k.shape[1])
+    tile_tokens = tile_tokens or union_lists.choose_tile_tokens(group_size(q, k))
     tile_tokens = union_lists.fit_unit(tile_tokens, unit)
     num, idx, words = union_lists.list_blocks(selected, k.shape[2], block_size, tile_tokens)
     lists = TileLists(num, idx, words, block_size, tile_tokens)

@@ -6,6 +6,7 @@ from torch import Tensor
 
 from infllm_flex_ops.block_attention.attend_blocks import attend_blocks
 from infllm_flex_ops.dispatch import cuda_launcher, define_operator
+from infllm_flex_ops.sizes import group_size
 
 
 @define_operator(mutates_args=("out",))
@@ -27,7 +28,7 @@ def redo_special_heads(
         scale: Factor on the dot products.
     """
     finite = (k.isfinite() & v.isfinite()).flatten(2).all(-1)
-    groups = q.shape[1] // k.shape[1]
+    groups = group_size(q, k)
     for b, h in (~finite).nonzero().tolist():
         at, group = (slice(b, b + 1), slice(h, h + 1)), slice(h * groups, (h + 1) * groups)
         heads = (x[at] for x in (k, v, selected))

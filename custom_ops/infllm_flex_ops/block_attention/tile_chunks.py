@@ -7,6 +7,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from infllm_flex_ops.sizes import group_size
+
 CHUNK_SCORES = 1 << 20  # scores of a chunk of tiles, which bound the memory beside the result
 
 
@@ -25,7 +27,7 @@ class Head(NamedTuple):
 
 def heads(q: Tensor, k: Tensor) -> Iterator[Head]:
     """Iterate over the key/value heads of a batch."""
-    G = q.shape[1] // k.shape[1]
+    G = group_size(q, k)
     for batch in range(k.shape[0]):
         for kv in range(k.shape[1]):
             yield Head(batch, kv, slice(kv * G, (kv + 1) * G))

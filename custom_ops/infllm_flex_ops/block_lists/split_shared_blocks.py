@@ -7,6 +7,7 @@ from torch import Tensor
 from infllm_flex_ops.block_lists.tile_blocks import tile_blocks
 from infllm_flex_ops.block_lists.union_lists import union_width
 from infllm_flex_ops.dispatch import cuda_launcher, define_operator
+from infllm_flex_ops.sizes import ceil_div
 
 
 @define_operator()
@@ -28,7 +29,7 @@ def split_shared_blocks(
         begin after it, ascending, -1 in unused slots.
     """
     Sq, K = selected.shape[2:]
-    num_blocks = -(-kv_len // block_size)
+    num_blocks = ceil_div(kv_len, block_size)
     width = union_width(K, tile_tokens, num_blocks)
     _, _, _, num, idx = tile_blocks(selected, kv_len, block_size, tile_tokens, width)
     idx = idx[..., : min(K, num_blocks)].contiguous()
@@ -52,7 +53,7 @@ def _(
     selected: Tensor, kv_len: int, block_size: int, tile_tokens: int
 ) -> tuple[Tensor, Tensor, Tensor]:
     B, Hkv, Sq, K = selected.shape
-    num = selected.new_empty(B, Hkv, (Sq + tile_tokens - 1) // tile_tokens)
+    num = selected.new_empty(B, Hkv, ceil_div(Sq, tile_tokens))
     width = union_width(K, 1, (kv_len + block_size - 1) // block_size)
     return num, selected.new_empty(*num.shape, width), selected.new_empty(selected.shape)
 

@@ -6,6 +6,7 @@ from torch import Tensor
 
 from infllm_flex_ops.block_lists.membership import word_dtype
 from infllm_flex_ops.dispatch import cuda_launcher, define_operator
+from infllm_flex_ops.sizes import ceil_div
 from infllm_flex_ops.transforms import register_vmap
 
 _CHUNK_ENTRIES = 4 << 20  # (tile, block) pairs looked at together; bounds memory at any length
@@ -49,14 +50,14 @@ def tile_blocks(
     if tile_tokens == 1 and separate_full:
         return _split_own_lists(selected, kv_len, block_size, width)
     B, Hkv, Sq, _ = selected.shape
-    num_tiles = -(-Sq // tile_tokens)
+    num_tiles = ceil_div(Sq, tile_tokens)
     rows = B * Hkv * num_tiles
     kv_num, full_num = (selected.new_zeros(rows) for _ in range(2))
     full_width = width if separate_full else 0
     kv_idx = selected.new_zeros(rows, width)
     words = selected.new_zeros(rows, width, dtype=dtype)
     full_idx = selected.new_zeros(rows, full_width)
-    num_blocks = -(-kv_len // block_size)
+    num_blocks = ceil_div(kv_len, block_size)
     per_chunk = max(1, _CHUNK_ENTRIES // num_blocks)
     flat = selected.reshape(B * Hkv, Sq, -1)
     for head in range(B * Hkv):
@@ -93,7 +94,7 @@ def _(
     separate_full: bool = True,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     B, Hkv, Sq, _ = selected.shape
-    num_tiles = (Sq + tile_tokens - 1) // tile_tokens
+    num_tiles = ceil_div(Sq, tile_tokens)
     num = selected.new_empty(B, Hkv, num_tiles)
     idx = selected.new_empty(B, Hkv, num_tiles, width)
     full_idx = selected.new_empty(B, Hkv, num_tiles, width if separate_full else 0)
@@ -131,7 +132,7 @@ def _unite(
         ``partial`` and ``full``, bool ``[tiles, num_blocks]``, and ``members``, int64 words.
     """
     T = tokens.shape[0]
-    num_tiles = -(-T // tile_tokens)
+    num_tiles = ceil_div(T, tile_tokens)
     token = torch.arange(T, device=tokens.device)
     tile = token // tile_tokens
     bit = torch.ones_like(token) << (token - tile * tile_tokens)

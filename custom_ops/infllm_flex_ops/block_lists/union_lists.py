@@ -7,6 +7,7 @@ from torch import Tensor
 
 from infllm_flex_ops.block_lists.membership import MAX_TILE_TOKENS
 from infllm_flex_ops.block_lists.tile_blocks import tile_blocks
+from infllm_flex_ops.sizes import ceil_div
 
 _TILE_ROWS = 64  # on the CPU; larger tiles load more blocks that few of their rows selected
 
@@ -34,7 +35,7 @@ def list_blocks(
         Blocks per tile, int32 ``[B, Hkv, Nq]``; the blocks, int32 ``[B, Hkv, Nq, W]``, ascending;
         and their membership words ``[B, Hkv, Nq, W]``, as ``tile_blocks`` returns them.
     """
-    num_blocks = -(-kv_len // block_size)
+    num_blocks = ceil_div(kv_len, block_size)
     width = union_width(selected.shape[3], tile_tokens, num_blocks)
     lists = tile_blocks(selected, kv_len, block_size, tile_tokens, width, separate_full=False)
     return lists[0], lists[1], lists[2]

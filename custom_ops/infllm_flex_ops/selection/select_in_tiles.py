@@ -17,6 +17,7 @@ from infllm_flex_ops.selection.block_scores import (
 )
 from infllm_flex_ops.selection.documents import Sequence, check_documents, list_sequences
 from infllm_flex_ops.selection.rule import SelectionRule, Windows
+from infllm_flex_ops.sizes import ceil_div
 
 TILE_ROWS = 512  # query rows (tokens x group) scored at a time: scores take rows x C
 
@@ -114,7 +115,7 @@ def _select_for_head(
     """Fill ``out [Sq, K]`` for queries ``q [Sq, G, D]`` from position ``q_offset`` on."""
     (Sq, G, _), K = q.shape, out.shape[-1]
     tokens, end = tokens_per_tile(G), q_offset + Sq
-    keys = _pad_keys(keys, -(-end // tokens) * tokens, rule)
+    keys = _pad_keys(keys, ceil_div(end, tokens) * tokens, rule)
     num_columns = len(keys.compressed) + (0 if keys.coarse is None else len(keys.coarse))
     # Kept from tile to tile: fresh pages for each tile would cost as much as the products.
     kept = threading.local()

@@ -36,6 +36,22 @@ class View(NamedTuple):
     d: int
 
 
+class RowTensor(NamedTuple):
+    """A tensor's values in some rows, and pointers to the rows, from which float32 is read.
+
+    Attributes:
+        loaded: The values; unused in float32, whose rows are loaded a few elements at a time.
+        ptr: Pointers to the rows, with an axis of 1 for the elements.
+        mask: Whether each row exists, in the shape of ``ptr``.
+        d: Stride of the last dimension.
+    """
+
+    loaded: Any
+    ptr: Any
+    mask: Any
+    d: Any
+
+
 class Lists(NamedTuple):
     """The blocks that each tile of tokens attends to, ``[B, Hkv, num_tiles, width]``, contiguous.
 

@@ -8,6 +8,7 @@ from torch import Tensor
 from infllm_flex.attention import infllm_attention
 from infllm_flex.config import InfLLMConfig
 from infllm_flex.patch.layer_state import Attend
+from infllm_flex_ops.sizes import ceil_div
 
 _MASK = 0x7FFFFFFF
 
@@ -57,7 +58,7 @@ def select_at_random(query: Tensor, key: Tensor, config: InfLLMConfig, seed: int
     """
     (B, _, Sq, _), (_, heads, Skv, _) = query.shape, key.shape
     init, local = config.init_blocks, config.local_blocks
-    slots = min(config.num_selected, -(-Skv // config.block_size))
+    slots = min(config.num_selected, ceil_div(Skv, config.block_size))
     free = config.num_selected - init - local - 1
     position = torch.arange(Skv - Sq, Skv, device=key.device)
     own = (position // config.block_size)[None, :, None]  # [1, Sq, 1]

@@ -21,6 +21,7 @@ from evaluation.quality.words import Vocabulary
 from evaluation.selection import LayerInputs, judge_selection, recorded_inputs
 from infllm_flex.config import InfLLMConfig
 from infllm_flex.selection import select_blocks
+from infllm_flex_ops.sizes import group_size
 
 TASK = "keys12"
 _LOOKING = 0.3  # a head looks at a needle if more than this fraction of its attention is on it
@@ -130,7 +131,7 @@ def needle_shares(
         the head's attention.
     """
     query, key, scale = layer
-    S, G = key.shape[2], query.shape[1] // key.shape[1]
+    S, G = key.shape[2], group_size(query, key)
     at = torch.tensor([q.answer.start - 1 for q in questions], device=key.device)
     first = int(at.min())
     selected = select_blocks(query[:, :, first:], key, config, scale=scale)[0, :, at - first]

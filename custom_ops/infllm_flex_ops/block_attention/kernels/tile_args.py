@@ -65,22 +65,6 @@ class Rows(NamedTuple):
     exists: Any
 
 
-class RowTensor(NamedTuple):
-    """A tensor's values in some rows, and pointers to the rows, from which float32 is read.
-
-    Attributes:
-        loaded: Values ``[ROWS, BLOCK_D]``; unused in float32.
-        ptr: ``[ROWS, 1]``.
-        mask: Whether the row exists, ``[ROWS, 1]``.
-        d: Stride of the last dimension.
-    """
-
-    loaded: Any
-    ptr: Any
-    mask: Any
-    d: Any
-
-
 class KeyValues(NamedTuple):
     """The keys and values of one KV head, by pointer or by tensor descriptor.
 

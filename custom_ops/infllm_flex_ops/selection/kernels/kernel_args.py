@@ -75,22 +75,6 @@ class Scores(NamedTuple):
     columns: int
 
 
-class Queries(NamedTuple):
-    """Query rows of a tile, in a kernel.
-
-    Attributes:
-        loaded: Loaded values; unused in float32, whose rows are loaded a few elements at a time.
-        ptr: Pointers to the rows.
-        mask: Whether each row exists, in the shape of ``ptr``.
-        d: Stride of the last dimension.
-    """
-
-    loaded: Any
-    ptr: Any
-    mask: Any
-    d: Any
-
-
 class Run(NamedTuple):
     """The blocks that a program scores, in a kernel.
 

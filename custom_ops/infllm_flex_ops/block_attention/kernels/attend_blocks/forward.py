@@ -11,14 +11,13 @@ import triton.language as tl
 
 from infllm_flex_ops.block_attention.kernels.tile_args import (
     KeyValues,
-    RowTensor,
     locate_rows,
     open_list,
     read_step,
 )
 from infllm_flex_ops.triton_common.constants import LN2
 from infllm_flex_ops.triton_common.dot_fp32 import dot_fp32
-from infllm_flex_ops.triton_common.tensor_args import Softmax, View
+from infllm_flex_ops.triton_common.tensor_args import RowTensor, Softmax, View
 
 
 @triton.jit

@@ -10,9 +10,8 @@ import triton
 import triton.language as tl
 
 from infllm_flex_ops.block_attention.kernels.exact_reads import add_seen_keys
-from infllm_flex_ops.block_attention.kernels.tile_args import RowTensor
 from infllm_flex_ops.triton_common.constants import LN2
-from infllm_flex_ops.triton_common.tensor_args import Softmax
+from infllm_flex_ops.triton_common.tensor_args import RowTensor, Softmax
 
 
 class ExactTile(NamedTuple):

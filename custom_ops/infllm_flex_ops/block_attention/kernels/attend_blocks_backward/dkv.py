@@ -10,10 +10,9 @@ from typing import Any, NamedTuple
 import triton
 import triton.language as tl
 
-from infllm_flex_ops.block_attention.kernels.tile_args import RowTensor
 from infllm_flex_ops.triton_common.constants import LOG2E
 from infllm_flex_ops.triton_common.dot_fp32 import dot_fp32
-from infllm_flex_ops.triton_common.tensor_args import View
+from infllm_flex_ops.triton_common.tensor_args import RowTensor, View
 
 
 class KeyGradients(NamedTuple):

@@ -3,13 +3,13 @@
 import triton
 import triton.language as tl
 
-from infllm_flex_ops.selection.kernels.kernel_args import HeadKeys, Queries
+from infllm_flex_ops.selection.kernels.kernel_args import HeadKeys
 from infllm_flex_ops.selection.kernels.online_softmax import (
     count_windows,
     logit_of_sum,
     softmax_over_keys,
 )
-from infllm_flex_ops.triton_common.tensor_args import View
+from infllm_flex_ops.triton_common.tensor_args import RowTensor, View
 
 
 @triton.jit
@@ -73,7 +73,7 @@ def cached_lse_kernel(
         d = tl.arange(0, TILE.BLOCK_D)
         d_mask = (d < TILE.D)[None, :]
         loaded = tl.load(row_ptr + d[None, :] * q.d, mask=q_mask & d_mask, other=0.0)
-    queries = Queries(loaded, row_ptr, q_mask, q.d)
+    queries = RowTensor(loaded, row_ptr, q_mask, q.d)
 
     m_i, l_i = softmax_over_keys(
         queries,

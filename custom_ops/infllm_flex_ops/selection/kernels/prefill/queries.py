@@ -3,7 +3,7 @@
 import triton
 import triton.language as tl
 
-from infllm_flex_ops.selection.kernels.kernel_args import Queries
+from infllm_flex_ops.triton_common.tensor_args import RowTensor
 
 
 @triton.jit
@@ -26,7 +26,7 @@ def load_queries(q, b, h, token, exists, TILE: tl.constexpr):
     if not TILE.FP32:
         d = tl.arange(0, TILE.BLOCK_D)
         loaded = tl.load(ptr + d[None, :] * q.d, mask=mask & (d < TILE.D)[None, :], other=0.0)
-    return Queries(loaded, ptr, mask, q.d)
+    return RowTensor(loaded, ptr, mask, q.d)
 
 
 @triton.jit
@@ -49,4 +49,4 @@ def load_query_columns(q, b, h, token, exists, TILE: tl.constexpr):
     if not TILE.FP32:
         d = tl.arange(0, TILE.BLOCK_D)
         loaded = tl.load(ptr + d[:, None] * q.d, mask=mask & (d < TILE.D)[:, None], other=0.0)
-    return Queries(loaded, ptr, mask, q.d)
+    return RowTensor(loaded, ptr, mask, q.d)
