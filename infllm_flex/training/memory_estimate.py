@@ -29,8 +29,9 @@ class MemoryEstimate:
         optimizer: Optimizer state.
         gathered: Unsharded layers that FSDP gathers for use, and the gradient of one layer.
         activations: Tensors kept for the backward pass, and the working memory of a layer.
-        process: On the CPU, the interpreter, the libraries and heap fragmentation. 0 on other
-            devices.
+        process: On the CPU, the interpreter and the libraries. 0 on other devices.
+        fragmentation: On the CPU, freed memory that the heap cannot reuse, at its most. It differs
+            between equal runs, because the system places the heap at random. 0 on other devices.
         saved: On the CPU, the copy of weights and optimizer state made while a checkpoint is
             written. It never coexists with activations.
         offloaded: Whether weights, gradients and optimizer state are in CPU memory instead.
@@ -42,6 +43,7 @@ class MemoryEstimate:
     gathered: int
     activations: int
     process: int
+    fragmentation: int
     saved: int
     offloaded: bool
 
@@ -49,7 +51,8 @@ class MemoryEstimate:
     def total(self) -> int:
         """Bytes on the device at the peak."""
         permanent = 0 if self.offloaded else self.weights + self.gradients + self.optimizer
-        return permanent + max(self.gathered + self.activations, self.saved) + self.process
+        passing = max(self.gathered + self.activations, self.saved)
+        return permanent + passing + self.process + self.fragmentation
 
     def __str__(self) -> str:
         parts = {
@@ -60,7 +63,7 @@ class MemoryEstimate:
             "activations": self.activations,
         }
         if self.process:
-            parts["process"] = self.process
+            parts["process"] = self.process + self.fragmentation
         if self.saved > self.gathered + self.activations:
             parts["instead of the last two, while saving"] = self.saved
         text = ", ".join(f"{name} {value / _GIB:.1f}" for name, value in parts.items())
@@ -92,11 +95,13 @@ def estimate_memory(
         gathered = int((3 * largest_layer + 2 * rest) * ratio)
     stages = settings.stages.values()
     optimizer = _optimizer_bytes(model, settings) // shards
-    process = saved = 0
+    process = fragmentation = saved = 0
     if device.type == "cpu":
         saved = weights // shards + optimizer
         process = _resident_bytes()
-        process += max(_fragmentation_bytes(model, stage, settings, processes) for stage in stages)
+        fragmentation = max(
+            _fragmentation_bytes(model, stage, settings, processes) for stage in stages
+        )
     return MemoryEstimate(
         weights=weights // shards,
         gradients=weights // shards,
@@ -104,6 +109,7 @@ def estimate_memory(
         gathered=gathered,
         activations=max(_activation_bytes(model, stage, settings, processes) for stage in stages),
         process=process,
+        fragmentation=fragmentation,
         saved=saved,
         offloaded=settings.memory.cpu_offload,
     )
@@ -164,9 +170,9 @@ def _fragmentation_bytes(
     freed_per_token = 4 * model.config.hidden_size + 3 * (heads + kv_heads) * head_dim
     freed = tokens * freed_per_token * _arithmetic_bytes(settings)
     if settings.memory.activation_checkpointing:
-        # New gradients occupy the memory of the previous layer before the next one is recomputed,
+        # New gradients occupy the memory of the previous layers before the next one is recomputed,
         # and cannot reuse the memory of the previous step's gradients.
-        return freed + _layer_bytes(model, stage, settings, processes) + _bytes(model)
+        return freed + 2 * _layer_bytes(model, stage, settings, processes) + _bytes(model)
     return model.config.num_hidden_layers * freed
 
 
