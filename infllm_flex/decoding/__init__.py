@@ -2,5 +2,14 @@
 
 from infllm_flex.decoding.attention import decode_attention, select_cached
 from infllm_flex.decoding.compressed_keys import CompressedKeys
+from infllm_flex.decoding.paged import PagedBatch, PagedCache, paged_attention, window_entries
 
-__all__ = ["CompressedKeys", "decode_attention", "select_cached"]
+__all__ = [
+    "CompressedKeys",
+    "PagedBatch",
+    "PagedCache",
+    "decode_attention",
+    "paged_attention",
+    "select_cached",
+    "window_entries",
+]

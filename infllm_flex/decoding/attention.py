@@ -7,6 +7,7 @@ from torch import Tensor
 
 import infllm_flex_ops
 from infllm_flex.autocast import as_autocast, attention_dtype
+from infllm_flex.config import InfLLMConfig
 from infllm_flex.decoding.compressed_keys import CompressedKeys
 from infllm_flex.selection import selection_rule
 from infllm_flex.validation import check_query_and_key, resolve_scale
@@ -105,9 +106,7 @@ def select_cached(
     query = as_autocast(query)
     keys, config = compressed_keys, compressed_keys.config
     compressed, coarse = _windows(keys, query)
-    longest_dense = min(config.dense_len - 1, capacity)
-    num_blocks = ceil_div(capacity, config.block_size)
-    width = max(min(config.num_selected, num_blocks), ceil_div(longest_dense, config.block_size))
+    width = list_width(config, capacity)
     if config.pool_queries:
         if keys.scores_keys and key is None:
             raise ValueError("key must be the cache where kernel_size is 1, got None")
@@ -134,6 +133,18 @@ def select_cached(
         width,
         resolve_scale(query, scale),
     )
+
+
+def list_width(config: InfLLMConfig, capacity: int) -> int:
+    """Count the slots of a list: the budget, or all blocks of the longest dense query.
+
+    Args:
+        config: Sparsity settings.
+        capacity: Tokens of the longest row.
+    """
+    longest_dense = min(config.dense_len - 1, capacity)
+    num_blocks = ceil_div(capacity, config.block_size)
+    return max(min(config.num_selected, num_blocks), ceil_div(longest_dense, config.block_size))
 
 
 def _windows(keys: CompressedKeys, query: Tensor) -> tuple[Tensor, Tensor]:
