@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
-from infllm_flex.attention import attend_in_layout, infllm_attention
-from infllm_flex.batches import lay_out_padded
+from infllm_flex.attention import attend_in_layout
+from infllm_flex.batches import lay_out_batch
 from infllm_flex.config import InfLLMConfig
 
 
@@ -36,17 +35,5 @@ def attend_chunk(
     Returns:
         ``[B, Hq, Sq, D]``, as ``infllm_attention`` returns it.
     """
-    q_len, kv_len = query.shape[2], key.shape[2]
-    if attention_mask is not None and not config.is_dense(kv_len):
-        layout = lay_out_padded(attention_mask, config, q_len)
-        return attend_in_layout(query, key, value, config, layout, scale=scale, query_by_query=True)
-    longest = config.dense_len - 1  # that is dense
-    num_dense = longest - (kv_len - q_len)
-    if config.is_dense(kv_len) or num_dense <= 0:
-        return infllm_attention(
-            query, key, value, config, scale=scale, attention_mask=attention_mask
-        )
-    early = query[:, :, :num_dense], key[:, :, :longest], value[:, :, :longest]
-    dense = infllm_attention(*early, config, scale=scale)
-    late = infllm_attention(query[:, :, num_dense:], key, value, config, scale=scale)
-    return torch.cat([dense, late], 2)
+    layout = lay_out_batch(key, query.shape[2], config, attention_mask, None)
+    return attend_in_layout(query, key, value, config, layout, scale=scale, by_position=True)

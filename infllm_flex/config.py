@@ -12,6 +12,7 @@ from typing import Any
 _LSE_CHOICES = ("coarse", "exact")
 _ENGINE_CHOICES = ("auto", "flex", "fused")
 _SCORE_DTYPE_CHOICES = ("same", "float8")
+_DENSE_BY_CHOICES = ("sequence", "position")
 _LARGEST = 2**31 - 1  # block and token indices are int32
 
 
@@ -29,6 +30,11 @@ class InfLLMConfig:
         window_size: Tokens before the query's own block that are always visible, in whole blocks.
         topk: Blocks of the budget beyond the window's; the whole budget is ``num_selected``.
         dense_len: A sequence is dense iff its length is below this. -1: always sparse.
+        dense_by: ``"sequence"``: the queries of a sequence are all dense or all sparse, by its
+            whole length. ``"position"``: each query is dense iff the tokens up to it, its own
+            included, are fewer than ``dense_len``. Its output then depends on these tokens alone,
+            as a server needs that works in chunks or keeps prefixes. Steps of generation over a
+            cache go by position with either.
         use_nope: Score with the queries and keys from before the rotary embedding.
         lse: Normalise scores by the log-sum-exp of the ``"coarse"`` keys, or by the compressed
             keys' own, ``"exact"``.
@@ -54,6 +60,7 @@ class InfLLMConfig:
     window_size: int = 2048
     topk: int = 64
     dense_len: int = 8192
+    dense_by: str = "sequence"
     use_nope: bool = False
     lse: str = "coarse"
     engine: str = "auto"
@@ -71,6 +78,7 @@ class InfLLMConfig:
         for key in ("use_nope", "pool_queries"):
             if not isinstance(getattr(self, key), bool):
                 raise ValueError(f"{key} must be true or false, got {getattr(self, key)!r}")
+        self._check_choice("dense_by", _DENSE_BY_CHOICES)
         self._check_choice("lse", _LSE_CHOICES)
         self._check_choice("engine", _ENGINE_CHOICES)
         self._check_choice("score_dtype", _SCORE_DTYPE_CHOICES)
@@ -137,9 +145,29 @@ class InfLLMConfig:
         """Step between the windows of the coarse keys, in tokens."""
         return 4 * self.kernel_stride
 
+    @property
+    def budget_tokens(self) -> int:
+        """Tokens in the blocks that a query selects."""
+        return self.num_selected * self.block_size
+
+    @property
+    def longest_dense(self) -> int:
+        """Tokens of the longest sequence that is dense."""
+        return max(self.dense_len - 1, 0)
+
     def is_dense(self, length: int) -> bool:
-        """Whether a sequence of ``length`` tokens attends densely; equality is sparse."""
+        """Whether every query of a sequence of ``length`` tokens is dense; equality is sparse."""
         return length < self.dense_len
+
+    def count_dense(self, length: int) -> int:
+        """Queries of a sequence of ``length`` tokens that are dense: its first ones, if any."""
+        if self.is_dense(length):
+            return length
+        return self.longest_dense if self.dense_by == "position" else 0
+
+    def max_visible(self, length: int) -> int:
+        """Tokens that a query of a sequence of ``length`` tokens attends to at most."""
+        return max(self.count_dense(length), min(length, self.budget_tokens))
 
     def to_sparse_config(self) -> dict[str, Any]:
         """Return the ``sparse_config`` that a checkpoint carries.

@@ -81,15 +81,17 @@ class Layout:
         table = torch.stack([start, start + length, budget], -1)
         return torch.where((token >= 0)[..., None], table, 0).int()
 
-    def move_selected(self, selected: Tensor, config: InfLLMConfig, dense_slots: int) -> Tensor:
+    def move_selected(
+        self, selected: Tensor, config: InfLLMConfig, dense_slots: int, *, by_position: bool
+    ) -> Tensor:
         """Lay out a selection ``[B, Hkv, Sq, K]`` numbered by sequence, in blocks of the layout.
 
-        Sequences shorter than ``dense_len`` get all their blocks, whatever was selected.
+        Dense queries get all their blocks, whatever was selected; see ``list_dense``.
         """
         start_block = self.start_block(config.block_size, selected.shape[2])[:, None, :, None]
         selected = torch.where(selected < 0, -1, selected + start_block)
         selected = self.move_queries(selected, fill=-1)
-        return self.list_dense(selected, config, dense_slots)
+        return self.list_dense(selected, config, dense_slots, by_position=by_position)
 
     def list_dense(
         self,
@@ -97,7 +99,7 @@ class Layout:
         config: InfLLMConfig,
         dense_slots: int,
         *,
-        query_by_query: bool = False,
+        by_position: bool,
     ) -> Tensor:
         """Select every block of its past for a query that is dense, whatever was selected.
 
@@ -105,7 +107,7 @@ class Layout:
             selected: ``[B, Hkv, Sq', K]`` in blocks of the layout.
             config: Sparsity settings.
             dense_slots: Blocks that suffice for any dense query; 0 where none is dense.
-            query_by_query: Whether the tokens up to a query decide if it is dense; else all tokens
+            by_position: Whether the tokens up to a query decide if it is dense; else all tokens
                 of its sequence do.
         """
         if not dense_slots:
@@ -119,7 +121,7 @@ class Layout:
         block = start // config.block_size + slot
         seen = (block * config.block_size <= position) & (position < end)
         everything = torch.where(seen, block, -1)
-        length = position + 1 - start if query_by_query else end - start
+        length = position + 1 - start if by_position else end - start
         return torch.where(length < config.dense_len, everything, selected)
 
     def start_block(self, block_size: int, q_len: int) -> Tensor:

@@ -129,6 +129,27 @@ def attention_mask(selected: Tensor, block_size: int, kv_len: int) -> Tensor:
     return is_selected & (torch.arange(kv_len) <= position)
 
 
+def switched_mask(selected: Tensor, config: InfLLMConfig, kv_len: int) -> Tensor:
+    """Make the causal mask of a sequence: its dense queries see all keys, the others their blocks.
+
+    The length that decides is that of the sequence, or, by position, that up to the query.
+
+    Args:
+        selected: int32 ``[B, Hkv, Sq, K]``; what it holds for dense queries has no effect.
+        config: Sparsity settings.
+        kv_len: Keys in the sequence.
+
+    Returns:
+        bool ``[B, Hkv, Sq, Skv]``.
+    """
+    Sq = selected.shape[2]
+    position = torch.arange(kv_len - Sq, kv_len)[:, None]
+    causal = torch.arange(kv_len) <= position
+    length = position + 1 if config.dense_by == "position" else torch.tensor(kv_len)
+    sparse = attention_mask(selected, config.block_size, kv_len)
+    return torch.where(length < config.dense_len, causal, sparse)
+
+
 def masked_attention(
     query: Tensor, key: Tensor, value: Tensor, mask: Tensor, *, scale: float
 ) -> Tensor:
@@ -161,12 +182,12 @@ def attention(
     """
     scale = query.shape[-1] ** -0.5 if scale is None else scale
     Sq, Skv = query.shape[2], key.shape[2]
-    if config.is_dense(Skv):
-        mask = torch.ones(Sq, Skv, dtype=torch.bool).tril(Skv - Sq).expand(*key.shape[:2], -1, -1)
+    if Skv < config.dense_len:
+        selected = torch.full((*key.shape[:2], Sq, 0), -1, dtype=torch.int32)
     else:
         with torch.no_grad():
             selected = select_blocks(query, key, config, scale=scale)
-        mask = attention_mask(selected, config.block_size, Skv)
+    mask = switched_mask(selected, config, Skv)
     return masked_attention(query, key, value, mask, scale=scale)
 
 

@@ -16,6 +16,8 @@ CONFIGS = [
     small_config(window_size=0, topk=2, dense_len=60, init_blocks=0, lse="exact"),
     # An alignment of 48, and dense sequences with more blocks than sparse ones select.
     small_config(window_size=24, block_size=24, topk=3, dense_len=110),
+    small_config(window_size=16, topk=3, dense_len=100, dense_by="position"),
+    small_config(window_size=24, block_size=24, topk=3, dense_len=110, dense_by="position"),
 ]
 _LENGTH = st.one_of(st.integers(1, 170), st.sampled_from([1, 16, 59, 60, 99, 100, 109, 110]))
 
@@ -101,10 +103,6 @@ def _per_sequence(
 
 
 def _exactly(query: Tensor, key: Tensor, value: Tensor, config: InfLLMConfig) -> Tensor:
-    Sq, Skv = query.shape[2], key.shape[2]
-    if config.is_dense(Skv):
-        mask = torch.ones(Sq, Skv, dtype=torch.bool).tril(Skv - Sq).expand(*key.shape[:2], -1, -1)
-    else:
-        selected = select_blocks(query.float(), key.float(), config)
-        mask = reference.attention_mask(selected, config.block_size, Skv)
+    selected = select_blocks(query.float(), key.float(), config)
+    mask = reference.switched_mask(selected, config, key.shape[2])
     return reference.masked_attention(query, key, value, mask, scale=query.shape[-1] ** -0.5)

@@ -79,10 +79,11 @@ BATCHES = pytest.mark.parametrize("batch", [{"cu_seqlens": BOUNDS}, {"attention_
 
 
 @BATCHES
-def test_the_reference_says_the_same(batch):
+@pytest.mark.parametrize("dense_by", ["sequence", "position"])
+def test_the_reference_says_the_same(batch, dense_by):
     # Half the lengths and one head, since the reference is slow.
     batch = {name: x[..., ::2] if name == "attention_mask" else x // 2 for name, x in batch.items()}
-    config = small_config(window_size=16, topk=3, dense_len=50, engine="fused")
+    config = small_config(window_size=16, topk=3, dense_len=68, engine="fused", dense_by=dense_by)
     qkv = qkv_for(batch, Hq=1, Hkv=1)
     out = infllm_attention(*qkv, config, **batch)
     exact = reference.batch_attention(*qkv, config, **batch)
@@ -91,7 +92,7 @@ def test_the_reference_says_the_same(batch):
 
 
 @pytest.mark.parametrize("fill", [1.0, torch.nan])
-@pytest.mark.parametrize("config", [CONFIG, CONFIGS[3], small_config(dense_len=1000)])
+@pytest.mark.parametrize("config", [CONFIG, CONFIGS[3], CONFIGS[5], small_config(dense_len=1000)])
 def test_editing_another_document_changes_no_bit(config, fill):
     if config.is_dense(330) and fill != fill:
         pytest.skip("SDPA multiplies masked values by zero, and 0 x nan is nan")

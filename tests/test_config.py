@@ -27,6 +27,23 @@ def test_a_sequence_is_dense_iff_shorter_than_dense_len(dense_len, length, dense
 
 
 @pytest.mark.parametrize(
+    ("changes", "length", "dense", "visible"),
+    [
+        ({}, 8191, 8191, 8191),
+        ({}, 8192, 0, 6144),
+        ({"dense_by": "position"}, 8191, 8191, 8191),
+        ({"dense_by": "position"}, 8192, 8191, 8191),
+        ({"dense_by": "position", "dense_len": 4096}, 100_000, 4095, 6144),
+        ({"dense_by": "position", "dense_len": 0}, 1, 0, 1),
+        ({"dense_by": "position", "dense_len": -1}, 100_000, 0, 6144),
+    ],
+)
+def test_the_rule_decides_how_many_queries_are_dense(changes, length, dense, visible):
+    config = InfLLMConfig(**changes)
+    assert (config.count_dense(length), config.max_visible(length)) == (dense, visible)
+
+
+@pytest.mark.parametrize(
     ("settings", "message"),
     [
         ({"topk": 1}, r"topk must be at least init_blocks \+ 1 = 2, .*got 1"),
@@ -51,6 +68,7 @@ def test_a_sequence_is_dense_iff_shorter_than_dense_len(dense_len, length, dense
         ({"score_dtype": "fp8"}, "score_dtype must be one of same, float8, got 'fp8'"),
         ({"score_dtype": "float8"}, "score_dtype must be same where pool_queries is false"),
         ({"engine": "cuda"}, "engine must be one of auto, flex, fused, got 'cuda'"),
+        ({"dense_by": "query"}, "dense_by must be one of sequence, position, got 'query'"),
     ],
 )
 def test_an_impossible_value_is_named(settings, message):
@@ -82,7 +100,9 @@ def test_a_models_own_settings_are_read():
 
 
 def test_what_a_checkpoint_carries_names_no_engine():
-    config = InfLLMConfig(topk=16, engine="fused", pool_queries=True, kernel_size=16)
+    config = InfLLMConfig(
+        topk=16, engine="fused", pool_queries=True, kernel_size=16, dense_by="position"
+    )
     written = config.to_sparse_config()
     assert "engine" not in written
     read = InfLLMConfig.from_model_config(json.loads(json.dumps({"sparse_config": written})))

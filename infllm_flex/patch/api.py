@@ -18,6 +18,7 @@ from infllm_flex.patch.example_run import Example, record_example
 from infllm_flex.patch.head_groups import check_kv_heads, count_heads
 from infllm_flex.patch.layer_state import get_layer
 from infllm_flex.patch.module_names import Names, resolve_modules
+from infllm_flex.patch.report import describe_switch
 from infllm_flex.patch.settings import Settings, resolve_config
 from infllm_flex.patch.unsupported import (
     reject_scripted,
@@ -165,11 +166,11 @@ def _log_decisions(model: nn.Module, layers: Mapping[str, AttentionModule]) -> N
     layer = get_layer(sparse)
     assert layer is not None
     _log.info(
-        "%s: %d of %d attention layers sparse from %d tokens on (settings: %s)%s",
+        "%s: %d of %d attention layers sparse from %s (settings: %s)%s",
         type(model).__name__,
         len(layers) - sum(skipped.values()),
         len(layers),
-        max(layer.config.dense_len, 1),
+        describe_switch(layer.config),
         layer.origin,
         f"; {reasons}" if reasons else "",
     )

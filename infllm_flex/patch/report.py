@@ -75,6 +75,12 @@ def describe(model: nn.Module) -> LayerTable:
     return LayerTable(rows.values())
 
 
+def describe_switch(config: InfLLMConfig) -> str:
+    """Say from where on attention is sparse."""
+    by_position = ", query by query" if config.dense_by == "position" else ""
+    return f"{config.longest_dense + 1} tokens on{by_position}"
+
+
 def _find_skip_reason(module: nn.Module, found: AttentionModule | None) -> str | None:
     # The decision made when patching precedes what the layer's code says now.
     layer = get_layer(module)
@@ -92,8 +98,6 @@ def _row(name: str, layer: PatchedLayer | None, skip_reason: str | None) -> Laye
     if layer.is_in_dense_context():
         return LayerRow(name, adapter, False, "dense: inside infllm_flex.dense()")
     config = layer.config
-    status = (
-        f"sparse from {max(config.dense_len, 1)} tokens on: "
-        f"{config.num_selected} blocks of {config.block_size}"
-    )
+    budget = f"{config.num_selected} blocks of {config.block_size}"
+    status = f"sparse from {describe_switch(config)}: {budget}"
     return LayerRow(name, adapter, True, status, config, layer.origin)

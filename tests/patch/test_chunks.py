@@ -3,36 +3,17 @@
 import pytest
 import torch
 import torch.nn.functional as F
-from transformers import DynamicCache, StaticCache
 
 import infllm_flex as ifx
 from infllm_flex.patch.layer_state import PatchedLayer
 from infllm_flex.patch.sdpa_calls import SdpaCall, attend
 from tests.inputs import make_qkv
+from tests.patch.generation import in_parts, new_cache
 from tests.patch.models import CACHE, FULL_ATTENTION, SETTINGS, build, tokens
 
 TURNING = {**SETTINGS, "dense_len": 97, "topk": 3}
 WIDE = {"block_size": 32, "window_size": 32}
 PADS = (16, 0, 41, 3, 88)
-
-
-def new_cache(model, kind):
-    if kind == "dynamic":
-        return DynamicCache(config=model.config)
-    return StaticCache(config=model.config, max_cache_len=180)
-
-
-def in_parts(model, ids, mask, sizes, kind="dynamic"):
-    """Logits of a batch that comes in parts, ``[B, S, V]``."""
-    cache, out, end = new_cache(model, kind), [], 0
-    for part in ids.split(sizes, 1):
-        end += part.shape[1]
-        kwargs = {} if mask is None else {"attention_mask": mask[:, :end]}
-        if mask is not None and model.config.model_type == "gpt2":  # as generate() passes them
-            own = (mask[:, :end].cumsum(1) - 1).clamp(min=0)
-            kwargs["position_ids"] = own[:, -part.shape[1] :]
-        out.append(model(part, **{CACHE: cache}, **kwargs).logits)
-    return torch.cat(out, 1)
 
 
 def padded(length, pads=PADS):
