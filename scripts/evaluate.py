@@ -102,7 +102,7 @@ def evaluate(
     reports = {name: judge_selection(layer, config) for name, layer in inputs.items()}
     print(
         f"{tokens.shape[1]} tokens, second half; {config.num_selected} blocks of "
-        f"{config.block_size} a token = {config.num_selected * config.block_size} tokens\n"
+        f"{config.block_size} a token = {config.budget_tokens} tokens\n"
     )
     print(format_table(HEADER, [row(name, report) for name, report in reports.items()]))
     print(

@@ -116,9 +116,9 @@ def plan(settings: TrainingSettings) -> str:
             f"{stage.attention}"
         )
         if stage.attention == "sparse" and not attention.is_dense(stage.max_length):
-            budget = attention.num_selected * attention.block_size
+            visible = attention.max_visible(stage.max_length)
             line += (
-                f" (a query attends to at most {budget} tokens, {budget / stage.max_length:.0%})"
+                f" (a query attends to at most {visible} tokens, {visible / stage.max_length:.0%})"
             )
         lines.append(line + "\n")
     return "".join(lines)

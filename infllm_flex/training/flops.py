@@ -76,25 +76,23 @@ class FlopCounter:
         self._per_token = 6 * _weights_per_token(model)
 
     def sparse_tokens(self, lengths: Iterable[int]) -> int:
-        """Number of tokens in documents that are long enough for sparse attention."""
-        return sum(length for length in lengths if self._is_sparse(length))
+        """Number of tokens that attend sparsely."""
+        return sum(length - self._count_dense(length) for length in lengths)
 
     def flops(self, lengths: Iterable[int]) -> float:
         """FLOPs of a step over documents of these lengths."""
         return sum(self._document_flops(length) for length in lengths)
 
-    def _is_sparse(self, length: int) -> bool:
-        return self._sparse and not self._attention.is_dense(length)
+    def _count_dense(self, length: int) -> int:
+        return self._attention.count_dense(length) if self._sparse else length
 
     def _document_flops(self, length: int) -> float:
-        config = self._attention
-        budget, scored_pairs = length, 0.0
-        if self._is_sparse(length):
-            budget = min(length, config.num_selected * config.block_size)
-            keys_per_token = 1 / config.kernel_stride + 1 / config.coarse_stride
-            scored_pairs = length * length / 2 * keys_per_token
-        # Query s attends to s + 1 tokens, up to the budget.
-        pairs = budget * budget / 2 + (length - budget) * budget
+        config, dense = self._attention, self._count_dense(length)
+        # Query s attends to s + 1 tokens, if it is sparse up to the budget.
+        full = max(dense, min(length, config.budget_tokens))
+        pairs = full * full / 2 + (length - full) * config.budget_tokens
+        keys_per_token = 1 / config.kernel_stride + 1 / config.coarse_stride
+        scored_pairs = (length * length - dense * dense) / 2 * keys_per_token
         # Attention has two products per pair, each computed once forward and twice backward.
         # Selection has one product per pair, forward only.
         per_product = 2 * self._heads * self._head_dim

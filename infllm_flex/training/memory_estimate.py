@@ -150,6 +150,9 @@ def _layer_bytes(
     if stage.attention == "sparse" and not settings.attention.is_dense(stage.max_length):
         # The selected blocks, the lists of the tiles, and the inputs of both.
         layer += tokens * kv_heads * settings.attention.num_selected * 4 * 2
+        if settings.attention.dense_by == "position":
+            # The outputs of dense and of sparse queries, beside the two joined.
+            layer += tokens * heads * head_dim * size
     if context > 1:
         layer += 3 * 2 * rows * stage.max_length * kv_heads * head_dim * size
     return layer

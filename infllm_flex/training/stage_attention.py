@@ -125,7 +125,7 @@ def warn_if_not_sparse(name: str, stage: StageSettings, attention: InfLLMConfig)
     """Warn if a stage asks for sparse attention but would compute dense attention."""
     if stage.attention == "dense":
         return
-    length, budget = stage.max_length, attention.num_selected * attention.block_size
+    length, budget = stage.max_length, attention.budget_tokens
     if attention.is_dense(length):
         warnings.warn(
             f"stages.{name}: attention will be dense: max_length = {length} is below "

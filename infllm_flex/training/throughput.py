@@ -48,7 +48,7 @@ class Meter:
         """The measurements since the last call.
 
         Returns:
-            ``sparse_tokens``: fraction of the last step's tokens in documents that attend sparsely.
+            ``sparse_tokens``: fraction of the last step's tokens that attend sparsely.
             ``mfu``: model FLOPs utilisation of the devices, None if their peak is unknown.
             ``memory_gib``: peak memory.
         """

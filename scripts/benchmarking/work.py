@@ -83,7 +83,7 @@ def _work_of_step(op: str, settings: BenchmarkSettings, heads: Heads, S: int) ->
 
     return {
         "select_blocks": select,
-        "infllm_attention": select + attend(min(S, config.num_selected * config.block_size)),
+        "infllm_attention": select + attend(min(S, config.budget_tokens)),
         "dense": attend(S),
     }.get(op)
 

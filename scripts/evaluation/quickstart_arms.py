@@ -41,7 +41,7 @@ class Arm:
         """Return the fraction of a sequence's keys that its last query attends to."""
         if self.attention is None:
             return 1.0
-        return self.attention.num_selected * self.attention.block_size / length
+        return self.attention.budget_tokens / length
 
 
 def pretrained_arms() -> list[Arm]:

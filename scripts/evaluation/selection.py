@@ -103,7 +103,7 @@ def judge_selection(
     """
     query, key, scale = inputs
     S, half = query.shape[2], query.shape[2] // 2
-    budget = config.num_selected * config.block_size
+    budget = config.budget_tokens
     if half < budget:
         raise ValueError(
             f"the second half must lie beyond the budget of {budget} tokens, within which all keys "

@@ -87,8 +87,9 @@ def stopped_run(folder: Path) -> TrainingSettings:
 def attention_equals_that_of_one_process(world: World) -> None:
     for S, starts in ((128, None), (192, [0, 7, 70, 71, 180])):
         # Of the packed documents, that of 109 tokens is sparse and the others are dense.
-        config = replace(ATTENTION, dense_len=100)
-        _compare(world, config, S, starts)
+        for dense_by in ("sequence", "position"):
+            config = replace(ATTENTION, dense_len=100, dense_by=dense_by)
+            _compare(world, config, S, starts)
     _compare(world, replace(ATTENTION, dense_len=129), 128, None)
 
 
@@ -131,7 +132,7 @@ def _compare(world: World, config: InfLLMConfig, S: int, starts: list[int] | Non
     assert_within_rounding(out, local(exact_out), local(expected))
     for x, y, z in zip(parts, exact, whole, strict=True):
         assert_within_rounding(x.grad, local(y.grad), local(z.grad), factor=3.0)
-    if starts is None and calls:
+    if starts is None and calls and config.dense_by == "sequence":
         (full,) = expected_calls
         ours = torch.cat([_padded(part, full.shape[3]) for part in calls], dim=2)
         chunks = full.chunk(2 * world.context, dim=2)

@@ -56,6 +56,20 @@ def test_flops_of_sparse_attention_follow_from_the_budget_and_the_scores(model):
     assert attention_alone(always_dense, 256) == layers_times_width * 12 * 256 * 256 / 2
 
 
+def test_by_position_the_first_queries_of_a_long_document_count_as_dense(model):
+    by_position = replace(ATTENTION, dense_by="position")  # dense up to 63 tokens, a budget of 24
+    work = FlopCounter(model, stage(attention="sparse"), by_position)
+    assert work.sparse_tokens([63, 64, 200]) == 1 + 137
+    attention = work.flops([200]) - 200 * work._per_token
+    seen = 63 * 63 / 2 + 137 * 24
+    scored = (200 * 200 - 63 * 63) / 2 * (1 / 2 + 1 / 8)
+    assert attention == 3 * 64 * 2 * (6 * seen + scored)
+    within_budget = replace(by_position, dense_len=20)
+    assert FlopCounter(model, stage(attention="sparse"), within_budget).flops([63]) < (
+        FlopCounter(model, stage(attention="dense"), ATTENTION).flops([63])
+    )
+
+
 def test_only_documents_of_dense_len_count_as_sparse(model):
     work = FlopCounter(model, stage(attention="sparse"), ATTENTION)
     assert work.sparse_tokens([63, 64, 200]) == 264

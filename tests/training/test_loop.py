@@ -10,6 +10,7 @@ from dataclasses import replace
 import pytest
 import torch
 
+import infllm_flex as ifx
 from infllm_flex.training import loss
 from infllm_flex.training.checkpoints import newest
 from infllm_flex.training.data import PackedSampler, WindowSampler
@@ -173,6 +174,23 @@ def test_a_sparse_stage_is_sparse_in_every_layer_and_unpatches_the_model(tmp_pat
     assert config["sparse_config"] == ATTENTION.to_sparse_config()
     assert "engine" not in config["sparse_config"]
     assert "attn_implementation" not in str(config)
+
+
+def test_a_stage_by_position_trains_what_chunks_compute(tmp_path, texts):
+    only = stage(attention="sparse", max_length=128)
+    attention = replace(ATTENTION, dense_by="position")  # dense up to 63 tokens
+    run = settings(tmp_path / "run", texts, stages={"only": only}, attention=attention)
+    outcome = train(run, show=False)
+    assert {line["sparse_tokens"] for line in metrics(run)} == {65 / 128}
+    model = ifx.patch_model(load_model(outcome.model))
+    assert {row.config.dense_by for row in ifx.describe(model)} == {"position"}
+    tokens = torch.arange(128)[None] * 7 % 256
+    with torch.no_grad():
+        whole, part = model(tokens).logits, model(tokens[:, :100]).logits
+    torch.testing.assert_close(part, whole[:, :100], rtol=1e-4, atol=1e-5)
+    by_sequence = replace(run, attention=ATTENTION, run=replace(run.run, folder=tmp_path / "other"))
+    train(by_sequence, show=False)
+    assert losses(by_sequence) != losses(run)
 
 
 def test_a_stage_longer_than_the_model_needs_another_rope_theta(tmp_path, texts):

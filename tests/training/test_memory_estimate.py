@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from dataclasses import replace
 
 import pytest
 import torch
@@ -64,7 +65,7 @@ def kept_for_the_backward(run, length):
 
     tokens = torch.randint(256, (2, length))
     with (
-        stage_attention(model, run.stages["only"], ATTENTION),
+        stage_attention(model, run.stages["only"], run.attention),
         run_layers(decoder_layers(model), run, torch.device("cpu")),
         saved_tensors_hooks(note, lambda tensor: tensor),
     ):
@@ -72,15 +73,17 @@ def kept_for_the_backward(run, length):
     return sum(kept.values())
 
 
-@pytest.mark.parametrize("attention", ["dense", "sparse"])
+@pytest.mark.parametrize("attention", ["dense", "sparse", "sparse by position"])
 def test_activations_are_estimated_within_a_half(tmp_path, texts, attention):
     length, kept, found = 2048, [], []
+    settings_of = {"sparse by position": replace(ATTENTION, dense_len=1024, dense_by="position")}
     for checkpointing in (False, True):
         run = settings(
             tmp_path,
             texts,
             model=MODEL,
-            stages={"only": stage(max_length=length, attention=attention)},
+            stages={"only": stage(max_length=length, attention=attention.split()[0])},
+            attention=settings_of.get(attention, ATTENTION),
             memory=MemorySettings(activation_checkpointing=checkpointing),
         )
         kept.append(kept_for_the_backward(run, length))

@@ -45,12 +45,12 @@ class _Segment:
     Attributes:
         queries: Their positions among the tokens of this process.
         keys: Positions in the whole sequence, from the start of the document to the last query.
-        dense: Whether the document attends densely.
+        config: Settings by which these queries attend as they do in the whole document.
     """
 
     queries: slice
     keys: slice
-    dense: bool
+    config: InfLLMConfig
 
 
 class ContextAttention:
@@ -103,9 +103,14 @@ class ContextAttention:
             first, stop = max(start, number * chunk), min(end, (number + 1) * chunk)
             if first < stop:
                 shift = (place - number) * chunk
-                # The length of the whole document decides, not that of the local part.
-                dense = self._config.is_dense(end - start)
-                yield _Segment(slice(first + shift, stop + shift), slice(start, stop), dense)
+                queries = slice(first + shift, stop + shift)
+                yield _Segment(queries, slice(start, stop), self._settings(end - start))
+
+    def _settings(self, length: int) -> InfLLMConfig:
+        """The settings for parts of a document of ``length`` tokens."""
+        if self._config.dense_by == "position":
+            return self._config  # which does not depend on what follows a part
+        return self._dense if self._config.is_dense(length) else self._sparse
 
     def __call__(self, query: Tensor, key: Tensor, value: Tensor, scale: float | None) -> Tensor:
         """Attend.
@@ -138,7 +143,7 @@ class ContextAttention:
                 query[:, :, segment.queries],
                 key[:, :, segment.keys],
                 value[:, :, segment.keys],
-                self._dense if segment.dense else self._sparse,
+                segment.config,
                 scale=scale,
             )
             for segment in segments

@@ -37,9 +37,7 @@ class AttentionMode:
 
     def visible(self, length: int) -> int:
         """Return the largest number of tokens that a query sees."""
-        if self.attention is None or self.attention.is_dense(length):
-            return length
-        return min(length, self.attention.num_selected * self.attention.block_size)
+        return length if self.attention is None else self.attention.max_visible(length)
 
     @contextlib.contextmanager
     def on(self, model: Any) -> Iterator[None]:
@@ -104,6 +102,7 @@ def _without_scores(attention: InfLLMConfig) -> InfLLMConfig:
         window_size=attention.window_size,
         topk=attention.topk,
         dense_len=attention.dense_len,
+        dense_by=attention.dense_by,
         engine=attention.engine,
     )
 
