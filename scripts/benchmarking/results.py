@@ -7,13 +7,17 @@ import datetime
 import importlib.metadata
 import platform
 import subprocess
+from collections.abc import Collection
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 from benchmarking.checkout import ROOT
+
+if TYPE_CHECKING:
+    from typing_extensions import Self  # comes with torch
 
 COLUMNS = (
     *("op", "variant", "settings", "mode", "inputs", "B", "Hq", "Hkv", "S", "D", "dtype"),
@@ -25,31 +29,31 @@ _EARLIER = tuple(name for name in COLUMNS if name != "settings")  # files of bef
 _MEASURED = ("infllm_flex", "custom_ops", "scripts/benchmarking", "scripts/evaluation")
 
 
-class Results:
+class CsvFile:
     """A CSV file, and the rows that this run has added to it.
 
     Args:
         path: The file. Its rows are kept; new rows are appended.
+        columns: Columns of the file.
         common: Cells that are equal in all rows of the run.
-        has_variants: Whether rows will have a value in the column ``settings``.
 
     Raises:
-        ValueError: The file exists with other columns, or without the column ``settings``.
+        ValueError: The file exists with other columns.
     """
 
-    def __init__(self, path: Path, common: dict[str, str], *, has_variants: bool = False) -> None:
+    def __init__(self, path: Path, columns: tuple[str, ...], common: dict[str, str]) -> None:
         self.rows: list[dict[str, str]] = []
-        self._common = common
-        is_new = not path.exists() or path.stat().st_size == 0
-        columns = COLUMNS if is_new else check_columns(path, has_variants=has_variants)
-        self._unwritten = set(COLUMNS) - set(columns)
+        self._columns, self._common = columns, common
+        is_new = _is_missing(path)
+        if not is_new:
+            check_header(path, (columns,))
         path.parent.mkdir(parents=True, exist_ok=True)
         self._file = path.open("a", newline="")
         self._writer = csv.DictWriter(self._file, columns, lineterminator="\n")
         if is_new:
             self._writer.writeheader()
 
-    def __enter__(self) -> Results:
+    def __enter__(self) -> Self:
         return self
 
     def __exit__(
@@ -61,12 +65,55 @@ class Results:
         self._file.close()
 
     def add(self, **cells: Any) -> None:
-        """Write a row; columns that are not given are empty."""
-        row = dict.fromkeys(COLUMNS, "") | self._common
+        """Write a row at once; columns that are not given are empty."""
+        row = dict.fromkeys(self._columns, "") | self._common
         row |= {name: _format(value) for name, value in cells.items()}
-        self._writer.writerow({k: v for k, v in row.items() if k not in self._unwritten})
+        self._writer.writerow({name: row[name] for name in self._columns})
         self._file.flush()
         self.rows.append(row)
+
+
+class Results(CsvFile):
+    """The CSV of ``scripts/benchmark.py``.
+
+    Args:
+        path: The file. Its rows are kept; new rows are appended.
+        common: Cells that are equal in all rows of the run.
+        has_variants: Whether rows will have a value in the column ``settings``.
+
+    Raises:
+        ValueError: The file exists with other columns, or without the column ``settings``.
+    """
+
+    def __init__(self, path: Path, common: dict[str, str], *, has_variants: bool = False) -> None:
+        known = COLUMNS if _is_missing(path) else check_columns(path, has_variants=has_variants)
+        super().__init__(path, known, dict.fromkeys(COLUMNS, "") | common)
+
+
+def check_header(path: Path, known: Collection[tuple[str, ...]]) -> tuple[str, ...]:
+    """Return the columns of a CSV.
+
+    Args:
+        path: The file.
+        known: The headers that it may have.
+
+    Raises:
+        ValueError: The file cannot be read, or has another header.
+    """
+    try:
+        with path.open(newline="") as file:
+            columns = tuple(next(csv.reader(file), []))
+    except (OSError, UnicodeDecodeError) as error:
+        raise ValueError(f"{path} cannot be read as a CSV: {error}") from error
+    if columns not in known:
+        raise ValueError(
+            f"{path} has other columns than this benchmark writes; move it away or name another"
+        )
+    return columns
+
+
+def _is_missing(path: Path) -> bool:
+    return not path.exists() or path.stat().st_size == 0
 
 
 def check_columns(path: Path, *, has_variants: bool = False) -> tuple[str, ...]:
@@ -79,16 +126,7 @@ def check_columns(path: Path, *, has_variants: bool = False) -> tuple[str, ...]:
     Raises:
         ValueError: The file is no such CSV, or lacks that column.
     """
-    try:
-        with path.open(newline="") as file:
-            header = next(csv.reader(file), [])
-    except (OSError, UnicodeDecodeError) as error:
-        raise ValueError(f"{path} cannot be read as a CSV: {error}") from error
-    columns = tuple(header)
-    if columns not in (COLUMNS, _EARLIER):
-        raise ValueError(
-            f"{path} has other columns than this benchmark writes; move it away or name another"
-        )
+    columns = check_header(path, (COLUMNS, _EARLIER))
     if has_variants and columns == _EARLIER:
         raise ValueError(
             f"{path} has no column 'settings', which variants need; move it away or name another"

@@ -1,0 +1,248 @@
+#!/usr/bin/env python3
+"""Time whole models: prefill, decoding and training steps, dense and patched in turns.
+
+    scripts/benchmark_models.py --config configs/bench_models.yaml [--cases NAME,NAME]
+                                [--max-seconds N] [section.key=value ...]
+
+Weights are random, made on the device; the dense and the patched model share them. Before a model
+is timed its attention is checked. Every measurement is appended to the CSV `run.out` at once, and
+the same command continues a run that was stopped: what the CSV holds of this code, these versions
+and this device is not measured again. Without memory for a measurement, or support, a word stands
+in its cell.
+
+Exit status: 0 done or out of time, 1 wrong attention or another failure, 2 settings that cannot be
+used (nothing was run), 130 stopped by Ctrl-C (earlier measurements are kept).
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import sys
+import warnings
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from benchmarking.correctness import IncorrectError
+from benchmarking.results import CsvFile, describe_environment
+from benchmarking.whole_models.checks import attention_of, check_pair
+from benchmarking.whole_models.clock import Deadline, OutOfTimeError
+from benchmarking.whole_models.pairs import Pair, build_pair
+from benchmarking.whole_models.rows import COLUMNS, MEASURED, Done, word_for
+from benchmarking.whole_models.settings import ModelBenchmark
+from benchmarking.whole_models.steps import Step, free_memory, longest_by_model, steps_of, time_step
+from benchmarking.whole_models.tables import tables
+from evaluation.quality.base import BaseError
+from evaluation.table import format_table
+from evaluation.tile_overlap import tile_inflation, trained_model
+from infllm_flex.config import InfLLMConfig
+from infllm_flex.patch import patch_model
+from infllm_flex.strict_yaml import ConfigError, build_dataclass, load_yaml, to_yaml
+
+
+def main() -> int:
+    """Run the command and return its exit status."""
+    options = parse_arguments()
+    warnings.showwarning = lambda message, *_, **__: print(f"warning: {message}", file=sys.stderr)
+    try:
+        settings = read_settings(options)
+        common = environment(settings)
+        steps = steps_to_do(settings, common)
+    except (ConfigError, ValueError) as error:
+        print(error, file=sys.stderr)
+        return 2
+    if options.print_config:
+        print(to_yaml(settings), end="")
+        return 0
+    try:
+        return measure(settings, steps, common)
+    except KeyboardInterrupt:
+        print(f"stopped; earlier measurements are in {settings.run.out}", file=sys.stderr)
+        return 130
+    except (RuntimeError, ValueError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+
+
+def parse_arguments() -> argparse.Namespace:
+    """Read the command line."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--config", required=True, metavar="FILE", help="a YAML file of configs/")
+    parser.add_argument("--cases", metavar="NAME,NAME", help="cases of the file; else all")
+    parser.add_argument(
+        "--max-seconds",
+        type=float,
+        metavar="N",
+        help="instead of run.max_seconds: nothing begins later; a run that has begun ends",
+    )
+    parser.add_argument("overrides", nargs="*", metavar="section.key=value")
+    parser.add_argument("--print-config", action="store_true", help="show all settings and stop")
+    return parser.parse_args()
+
+
+def read_settings(options: argparse.Namespace) -> ModelBenchmark:
+    """Read the file and the command line.
+
+    Raises:
+        ConfigError: The file or an override is wrong.
+        ValueError: A case is unknown, or the device is missing.
+    """
+    settings = build_dataclass(ModelBenchmark, load_yaml(options.config, options.overrides))
+    if options.cases is not None:
+        names = options.cases.split(",")
+        if unknown := [name for name in names if name not in settings.cases]:
+            raise ValueError(
+                f"--cases must be names of cases, {', '.join(settings.cases)}; got "
+                f"{', '.join(unknown)}"
+            )
+        cases = {name: settings.cases[name] for name in names}
+        settings = dataclasses.replace(settings, cases=cases)
+    if options.max_seconds is not None:
+        run = dataclasses.replace(settings.run, max_seconds=options.max_seconds)
+        settings = dataclasses.replace(settings, run=run)
+    if settings.run.device == "cuda" and not torch.cuda.is_available():
+        raise ValueError("run.device: cuda is not available here; set run.device=cpu")
+    return settings
+
+
+def environment(settings: ModelBenchmark) -> dict[str, str]:
+    """Return the cells for device, versions, commit and date."""
+    import transformers
+
+    if settings.run.threads:
+        torch.set_num_threads(settings.run.threads)
+    described = describe_environment(torch.device(settings.run.device))
+    return described | {"transformers": transformers.__version__}
+
+
+def steps_to_do(settings: ModelBenchmark, common: dict[str, str]) -> list[Step]:
+    """Return the measurements that the CSV does not hold yet.
+
+    Raises:
+        ValueError: The CSV has other columns.
+    """
+    done = Done(settings.run.out, common)
+    steps = list(steps_of(settings))
+    missing = [step for step in steps if not done.holds(step.cells(settings.run))]
+    if len(missing) < len(steps):
+        print(f"{len(steps) - len(missing)} measurements are in {settings.run.out} already")
+    return missing
+
+
+def measure(settings: ModelBenchmark, steps: Sequence[Step], common: dict[str, str]) -> int:
+    """Make the measurements, print the tables, and return the exit status."""
+    deadline = Deadline(settings.run.max_seconds)
+    with CsvFile(settings.run.out, COLUMNS, common) as out:
+        measurer = Measurer(settings, out, deadline)
+        number = 0
+        try:
+            for number, step in enumerate(steps, 1):
+                print(f"[{number}/{len(steps)}] {step}", file=sys.stderr, flush=True)
+                measurer.measure(step)
+        except OutOfTimeError:
+            left = len(steps) - number + 1
+            print(f"out of time, {left} measurements are left; the same command makes them")
+        finally:
+            report(settings, out)
+    return int(measurer.found_wrong)
+
+
+class Measurer:
+    """Makes measurements one by one, and builds and checks models when they change.
+
+    Args:
+        settings: The run.
+        out: The CSV.
+        deadline: End of the run.
+
+    Attributes:
+        found_wrong: Whether the attention of a model was wrong.
+    """
+
+    def __init__(self, settings: ModelBenchmark, out: CsvFile, deadline: Deadline) -> None:
+        self.found_wrong = False
+        self._settings, self._out, self._deadline = settings, out, deadline
+        self._pair: Pair | None = None
+        self._built: object = None
+        self._refusal = ""  # why nothing of the pair is measured
+
+    def measure(self, step: Step) -> None:
+        """Make one measurement; what fails is a word in its rows.
+
+        Raises:
+            OutOfTimeError: The deadline came first.
+        """
+        self._deadline.check()
+        try:
+            word = self._carry_out(step)
+        except BaseError as error:
+            word = f"not installed: {error}"
+        except (RuntimeError, ValueError, NotImplementedError) as error:
+            word = word_for(error)
+        if word:
+            print(f"warning: {step}: {word}", file=sys.stderr)
+            cells = step.cells(self._settings.run) | {"result": word}
+            for attention in ("dense", "sparse"):
+                self._out.add(**cells, attention=attention)
+        free_memory()
+
+    def _carry_out(self, step: Step) -> str:
+        """Make one measurement; return why its models cannot be measured, or nothing."""
+        if step.activations == "trained":
+            assert step.shape.package is not None  # the settings were checked
+            model, ids = trained_model(step.shape.package, step.length)
+            self._add_overlap(step, model, step.shape.attention, input_ids=ids)
+            return ""
+        if self._built != step.pair:
+            self._build(step)
+        pair, run = self._pair, self._settings.run
+        if pair is None:
+            return self._refusal
+        if step.case.phase == "overlap":
+            embeds = pair.embeddings(1, step.length, run.seed)
+            self._add_overlap(step, pair.sparse, None, inputs_embeds=embeds)
+        else:
+            time_step(run, step, pair, self._out, self._deadline)
+        return ""
+
+    def _add_overlap(
+        self, step: Step, model: Any, attention: InfLLMConfig | None, **inputs: Tensor
+    ) -> None:
+        """Write a row for every size of tiles."""
+        if attention is not None:
+            patch_model(model, attention)
+        cells = step.cells(self._settings.run) | {"attention": "sparse", "result": MEASURED}
+        for tokens, ratio in tile_inflation(model, attention_of(model), **inputs).items():
+            self._out.add(**cells, tile_tokens=tokens, inflation=ratio)
+
+    def _build(self, step: Step) -> None:
+        """Build and check the models of a step."""
+        self._pair, self._built, self._refusal = None, step.pair, ""
+        free_memory()
+        run, lengths = self._settings.run, longest_by_model(self._settings)
+        try:
+            pair = build_pair(run, step.shape, step.layers, step.activations, lengths[step.model])
+            check_pair(run, pair)
+        except IncorrectError as error:
+            self.found_wrong, self._refusal = True, f"wrong: {error}"
+        except (RuntimeError, ValueError, NotImplementedError) as error:
+            self._refusal = word_for(error)
+        else:
+            self._pair = pair
+
+
+def report(settings: ModelBenchmark, out: CsvFile) -> None:
+    """Print the tables of what this run measured."""
+    whole = {name: shape.num_layers for name, shape in settings.models.items()}
+    for title, (header, lines) in tables(out.rows, whole).items():
+        print(f"\n{title}\n\n{format_table(header, lines)}")
+    print(f"\n{len(out.rows)} rows added to {settings.run.out}")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,1 @@
+"""Whole models: prefill, decoding and training steps, dense and patched in turns."""
