@@ -1,9 +1,12 @@
 """Merge the ascending lists of a tile's tokens: shared by the kernels of this stage."""
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import triton
 import triton.language as tl
+from torch import Tensor
+
+from infllm_flex_ops.triton_common.tensor_args import view
 
 LIST_END = tl.constexpr(0x7FFFFFFF)  # stands after a list's last block
 _WARP = 32
@@ -31,27 +34,65 @@ def choose_tiling(block_size: int, tile_tokens: int) -> Tiling:
     return Tiling(block_size, tile_tokens, lanes, max(1, _WARP // lanes))
 
 
+def merge_arguments(
+    selected: Tensor, kv_len: int, block_size: int, tile_tokens: int
+) -> tuple[int, dict[str, Any]]:
+    """Count the programs of a merge, and collect the arguments by which they find their lists."""
+    B, Hkv, Sq, K = selected.shape
+    num_tiles = triton.cdiv(Sq, tile_tokens)
+    total_tiles = B * Hkv * num_tiles
+    tiling = choose_tiling(block_size, tile_tokens)
+    return triton.cdiv(total_tiles, tiling.TILES), {
+        "selected": view(selected),
+        "Sq": Sq,
+        "K": K,
+        "q_offset": kv_len - Sq,
+        "num_tiles": num_tiles,
+        "total_tiles": total_tiles,
+        "Hkv": Hkv,
+        "TILING": tiling,
+    }
+
+
+class LaneLists(NamedTuple):
+    """The lists of a program's tiles, one lane per token, in a kernel.
+
+    Attributes:
+        flat: Number of each tile among those of all heads ``[TILES]``.
+        head: Its head among those of all rows ``[TILES]``.
+        row: Query of each lane ``[TILES, LANES]``.
+        real: Whether the lane has a query ``[TILES, LANES]``.
+        own: Block of that query ``[TILES, LANES]``.
+        num_past: Blocks that the tile's first token sees whole ``[TILES]``.
+        ptr: Start of each list ``[TILES, LANES]``.
+        stride: Step between the slots of a list.
+        K: Slots of a list.
+    """
+
+    flat: Any
+    head: Any
+    row: Any
+    real: Any
+    own: Any
+    num_past: Any
+    ptr: Any
+    stride: Any
+    K: Any
+
+
 @triton.jit
-def locate_lists(selected, Sq, q_offset, num_tiles, total_tiles, Hkv, TILING: tl.constexpr):
-    """Find the lists of a program's tiles, one lane per token.
+def locate_lists(selected, Sq, K, q_offset, num_tiles, total_tiles, Hkv, TILING: tl.constexpr):
+    """Find the lists of a program's tiles.
 
     Args:
         selected: View of the selected blocks.
         Sq: Queries per row.
+        K: Slots of a list.
         q_offset: Position of the first query.
         num_tiles: Tiles per head.
         total_tiles: Tiles of all heads.
         Hkv: KV heads.
         TILING: Compile-time sizes.
-
-    Returns:
-        flat ``[TILES]``: Number of each tile among those of all heads.
-        head ``[TILES]``: Its head among those of all rows.
-        row ``[TILES, LANES]``: Query of each lane.
-        real ``[TILES, LANES]``: Whether the lane has a query.
-        own ``[TILES, LANES]``: Block of that query.
-        num_past ``[TILES]``: Blocks that the tile's first token sees whole.
-        list_ptr ``[TILES, LANES]``: Start of each list.
     """
     flat = tl.program_id(0).to(tl.int64) * TILING.TILES + tl.arange(0, TILING.TILES)
     head = flat // num_tiles
@@ -61,17 +102,23 @@ def locate_lists(selected, Sq, q_offset, num_tiles, total_tiles, Hkv, TILING: tl
     real = (flat < total_tiles)[:, None] & (lane < TILING.TILE_TOKENS)[None, :] & (row < Sq)
     own = (q_offset + row) // TILING.BLOCK_SIZE
     num_past = (q_offset + tile * TILING.TILE_TOKENS + 1) // TILING.BLOCK_SIZE
-    list_ptr = selected.ptr + (head // Hkv * selected.b + head % Hkv * selected.h)[:, None]
-    list_ptr += row.to(tl.int64) * selected.s
-    return flat, head, row, real, own, num_past, list_ptr
+    ptr = selected.ptr + (head // Hkv * selected.b + head % Hkv * selected.h)[:, None]
+    ptr += row.to(tl.int64) * selected.s
+    return LaneLists(flat, head, row, real, own, num_past, ptr, selected.d, K)
 
 
 @triton.jit
-def next_block(list_ptr, taken, own, stride, K, mask):
+def next_block(lists, taken, mask):
     """Read the blocks at slots ``taken``; ``LIST_END`` after a list's last, and where masked out.
 
-    A block that begins after its token, whose own block is ``own``, ends the list.
+    A block that begins after its token ends the list.
     """
-    at = list_ptr + taken.to(tl.int64) * stride
-    block = tl.load(at, mask=mask & (taken < K), other=-1)
-    return tl.where((block < 0) | (block > own), LIST_END, block)
+    at = lists.ptr + taken.to(tl.int64) * lists.stride
+    block = tl.load(at, mask=mask & (taken < lists.K), other=-1)
+    return tl.where((block < 0) | (block > lists.own), LIST_END, block)
+
+
+@triton.jit
+def pass_lowest(lists, taken, block, hit):
+    """Replace the lowest blocks of a tile, which are ``hit``, by those at slots ``taken``."""
+    return tl.where(hit, next_block(lists, taken, hit), block)

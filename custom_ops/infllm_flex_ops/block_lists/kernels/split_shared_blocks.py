@@ -9,11 +9,11 @@ from torch import Tensor
 
 from infllm_flex_ops.block_lists.kernels.merge import (
     LIST_END,
-    choose_tiling,
     locate_lists,
+    merge_arguments,
     next_block,
+    pass_lowest,
 )
-from infllm_flex_ops.triton_common.tensor_args import view
 
 
 class _Output(NamedTuple):
@@ -38,19 +38,18 @@ def _split_shared_blocks_kernel(
     TILING: tl.constexpr,
 ):
     """Merge for a few tiles side by side, one lane per token: each step places the lowest block."""
-    flat, head, row, real, own, num_past, list_ptr = locate_lists(
-        selected, Sq, q_offset, num_tiles, total_tiles, Hkv, TILING
-    )
+    lists = locate_lists(selected, Sq, K, q_offset, num_tiles, total_tiles, Hkv, TILING)
+    flat, real = lists.flat, lists.real
     everyone = tl.sum(real.to(tl.int32), 1)
-    rest_ptr = out.rest + (head[:, None] * Sq + row) * K
+    rest_ptr = out.rest + (lists.head[:, None] * Sq + lists.row) * K
     taken = tl.full([TILING.TILES, TILING.LANES], 0, tl.int32)
     num_rest = tl.full([TILING.TILES, TILING.LANES], 0, tl.int32)
     num = tl.full([TILING.TILES], 0, tl.int32)
-    block = next_block(list_ptr, taken, own, selected.d, K, real)
+    block = next_block(lists, taken, real)
     lowest = tl.min(block, 1)
     while tl.min(lowest, 0) < LIST_END:
         hit = (block == lowest[:, None]) & (block < LIST_END)
-        shared = (lowest < num_past) & (tl.sum(hit.to(tl.int32), 1) == everyone)
+        shared = (lowest < lists.num_past) & (tl.sum(hit.to(tl.int32), 1) == everyone)
         tl.store(out.idx + flat * width + num, lowest, mask=shared & (num < width))
         num += shared.to(tl.int32)
         remains = hit & (shared == 0)[:, None]
@@ -58,8 +57,7 @@ def _split_shared_blocks_kernel(
         num_rest += remains.to(tl.int32)
 
         taken += hit.to(tl.int32)
-        following = next_block(list_ptr, taken, own, selected.d, K, hit)
-        block = tl.where(hit, following, block)
+        block = pass_lowest(lists, taken, block, hit)
         lowest = tl.min(block, 1)
     tl.store(out.num + flat, tl.minimum(num, width), mask=flat < total_tiles)
 
@@ -77,19 +75,11 @@ def launch(
     )
     rest = torch.full((B, Hkv, Sq, K), -1, dtype=torch.int32, device=selected.device)
     if selected.numel():
-        total_tiles = B * Hkv * num_tiles
-        tiling = choose_tiling(block_size, tile_tokens)
-        _split_shared_blocks_kernel[(triton.cdiv(total_tiles, tiling.TILES),)](
-            selected=view(selected),
+        programs, arguments = merge_arguments(selected, kv_len, block_size, tile_tokens)
+        _split_shared_blocks_kernel[(programs,)](
             out=_Output(num, idx, rest),
-            Sq=Sq,
-            K=K,
-            q_offset=kv_len - Sq,
-            num_tiles=num_tiles,
-            total_tiles=total_tiles,
             width=width,
-            Hkv=Hkv,
-            TILING=tiling,
             num_warps=1,
+            **arguments,
         )
     return num, idx, rest

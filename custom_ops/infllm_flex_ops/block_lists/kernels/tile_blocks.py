@@ -9,12 +9,12 @@ from torch import Tensor
 
 from infllm_flex_ops.block_lists.kernels.merge import (
     LIST_END,
-    choose_tiling,
     locate_lists,
+    merge_arguments,
     next_block,
+    pass_lowest,
 )
 from infllm_flex_ops.block_lists.membership import word_dtype
-from infllm_flex_ops.triton_common.tensor_args import view
 
 
 class _Output(NamedTuple):
@@ -42,15 +42,14 @@ def _tile_blocks_kernel(
     SEPARATE_FULL: tl.constexpr,
 ):
     """Merge for a few tiles side by side, one lane per token: each step lists the lowest block."""
-    flat, _, _, real, own, num_past, list_ptr = locate_lists(
-        selected, Sq, q_offset, num_tiles, total_tiles, Hkv, TILING
-    )
+    lists = locate_lists(selected, Sq, K, q_offset, num_tiles, total_tiles, Hkv, TILING)
+    flat, real = lists.flat, lists.real
     WORD: tl.constexpr = tl.int32 if TILING.TILE_TOKENS <= 32 else tl.int64
     lane = tl.arange(0, TILING.LANES)[None, :]
     bit = tl.where(real, tl.full([1, TILING.LANES], 1, WORD) << lane.to(WORD), 0)
     everyone = tl.sum(bit, 1)
     taken = tl.full([TILING.TILES, TILING.LANES], 0, tl.int32)
-    block = next_block(list_ptr, taken, own, selected.d, K, real)
+    block = next_block(lists, taken, real)
     num = tl.full([TILING.TILES], 0, tl.int32)
     full_num = tl.full([TILING.TILES], 0, tl.int32)
     lowest = tl.min(block, 1)
@@ -59,7 +58,7 @@ def _tile_blocks_kernel(
         word = tl.sum(tl.where(hit, bit, 0), 1)
         is_listed = lowest < LIST_END
         if SEPARATE_FULL:
-            full = (lowest < num_past) & (word == everyone)
+            full = (lowest < lists.num_past) & (word == everyone)
             is_listed = is_listed & (full == 0)
         slot = flat * width + num
         tl.store(out.idx + slot, lowest, mask=is_listed & (num < width))
@@ -71,8 +70,7 @@ def _tile_blocks_kernel(
             full_num += full.to(tl.int32)
 
         taken += hit.to(tl.int32)
-        following = next_block(list_ptr, taken, own, selected.d, K, hit)
-        block = tl.where(hit, following, block)
+        block = pass_lowest(lists, taken, block, hit)
         lowest = tl.min(block, 1)
     tl.store(out.num + flat, tl.minimum(num, width), mask=flat < total_tiles)
     tl.store(out.full_num + flat, tl.minimum(full_num, width), mask=flat < total_tiles)
@@ -87,7 +85,7 @@ def launch(
     separate_full: bool = True,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Allocate zeroed lists and merge into them, one warp for as many tiles as its lanes hold."""
-    B, Hkv, Sq, K = selected.shape
+    B, Hkv, Sq, _ = selected.shape
     num_tiles = triton.cdiv(Sq, tile_tokens)
 
     def zeros(*slots: int, dtype: torch.dtype = torch.int32) -> Tensor:
@@ -101,20 +99,12 @@ def launch(
         full_idx=zeros(width if separate_full else 0),
     )
     if selected.numel():
-        total_tiles = B * Hkv * num_tiles
-        tiling = choose_tiling(block_size, tile_tokens)
-        _tile_blocks_kernel[(triton.cdiv(total_tiles, tiling.TILES),)](
-            selected=view(selected),
+        programs, arguments = merge_arguments(selected, kv_len, block_size, tile_tokens)
+        _tile_blocks_kernel[(programs,)](
             out=out,
-            Sq=Sq,
-            K=K,
-            q_offset=kv_len - Sq,
-            num_tiles=num_tiles,
-            total_tiles=total_tiles,
             width=width,
-            Hkv=Hkv,
-            TILING=tiling,
             SEPARATE_FULL=separate_full,
             num_warps=1,
+            **arguments,
         )
     return tuple(out)

@@ -4,7 +4,7 @@ A step of generation appends one token, and most steps complete no window: they 
 The counters therefore move inside the kernel, and a program serves a row with all its KV heads.
 """
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import triton
 import triton.language as tl
@@ -12,7 +12,7 @@ from torch import Tensor
 
 from infllm_flex_ops.selection.kernels.compress_keys import average_windows
 from infllm_flex_ops.selection.rule import Windows
-from infllm_flex_ops.triton_common.tensor_args import view
+from infllm_flex_ops.triton_common.tensor_args import View, view
 
 _WINDOWS = 8
 
@@ -25,52 +25,55 @@ class _Tile(NamedTuple):
     WINDOWS: int
 
 
-@triton.jit
-def _write_windows(
-    k_ptr,
-    k,
-    windows,
-    b,
-    start,
-    end,
-    S,
-    C,
-    num_new,
-    Hkv,
-    LEVEL: tl.constexpr,
-    TILE: tl.constexpr,
-):
-    """Average the windows of a row that end in its last ``num_new`` slots, of all KV heads.
+class _Row(NamedTuple):
+    """A row of a cache, in a kernel.
 
-    Args:
-        k_ptr: The row's keys.
-        k: View of all keys, for its strides.
-        windows: View of the windows.
+    Attributes:
+        k: View of all keys, whose pointer is that of the row's first key.
         b: The row.
         start: Slot of the row's first token.
         end: One past the slot of its last token.
         S: Slots of the cache.
-        C: Windows that have room.
         num_new: New slots before ``end``.
         Hkv: KV heads.
+    """
+
+    k: Any
+    b: Any
+    start: Any
+    end: Any
+    S: Any
+    num_new: Any
+    Hkv: Any
+
+
+@triton.jit
+def _write_windows(cache, windows, C, LEVEL: tl.constexpr, TILE: tl.constexpr):
+    """Average the windows of a row that end in its new slots, of all KV heads.
+
+    Args:
+        cache: The row.
+        windows: View of the windows.
+        C: Windows that have room.
         LEVEL: Size and step of the windows.
         TILE: Sizes of the program.
     """
+    k, start, end, Hkv = cache.k, cache.start, cache.end, cache.Hkv
     SIZE: tl.constexpr = LEVEL.size
     STRIDE: tl.constexpr = LEVEL.stride
-    written = (tl.maximum(end - start - num_new + (STRIDE - SIZE), 0) // STRIDE).to(tl.int32)
+    written = (tl.maximum(end - start - cache.num_new + (STRIDE - SIZE), 0) // STRIDE).to(tl.int32)
     complete = (tl.maximum(end - start + (STRIDE - SIZE), 0) // STRIDE).to(tl.int32)
     count = (tl.minimum(complete, C) - written) * Hkv
-    windows_ptr = windows.ptr + b * windows.b
+    windows_ptr = windows.ptr + cache.b * windows.b
     d = tl.arange(0, TILE.BLOCK_D)[None, :].to(tl.int64)
     for begin in range(tl.program_id(0) * TILE.WINDOWS, count, tl.num_programs(0) * TILE.WINDOWS):
         i = begin + tl.arange(0, TILE.WINDOWS)
         window = (written + i // Hkv).to(tl.int64)
         head = (i % Hkv)[:, None].to(tl.int64)
         token = start + window * STRIDE
-        mask = ((i < count) & (token + SIZE <= S))[:, None] & (d < TILE.D)
+        mask = ((i < count) & (token + SIZE <= cache.S))[:, None] & (d < TILE.D)
         mean = average_windows(
-            k_ptr + head * k.h + d * k.d,
+            k.ptr + head * k.h + d * k.d,
             token,
             k.s,
             mask,
@@ -121,10 +124,11 @@ def _append_kernel(
     if tl.program_id(0) == 0:
         tl.store(start_ptr + b, start)
         tl.store(end_ptr + b, end)
-    k_ptr = k.ptr + b * k.b
-    _write_windows(k_ptr, k, compressed, b, start, end, S, C, num_new, Hkv, LEVEL, TILE)
+    k = View(k.ptr + b * k.b, k.b, k.h, k.s, k.d)
+    cache = _Row(k, b, start, end, S, num_new, Hkv)
+    _write_windows(cache, compressed, C, LEVEL, TILE)
     if HAS_COARSE:
-        _write_windows(k_ptr, k, coarse, b, start, end, S, C2, num_new, Hkv, COARSE_LEVEL, TILE)
+        _write_windows(cache, coarse, C2, COARSE_LEVEL, TILE)
 
 
 def launch(

@@ -11,7 +11,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from infllm_flex_ops.block_lists.kernels.transpose_blocks import mark_kernel
+from infllm_flex_ops.block_lists.kernels.transpose_blocks import mark
 from infllm_flex_ops.triton_common.tensor_args import Lists
 
 _CHUNK = 256
@@ -85,25 +85,11 @@ def sort_by_block(lists: Lists, blocks: int) -> TilesByBlock:
     """Sort the lists of all tiles, contiguous, by block."""
     num, idx, membership, _ = lists
     B, Hkv, num_tiles = num.shape
-    row_words = triton.cdiv(num_tiles, 32)
     rows, device = B * Hkv * blocks, idx.device
-    bitmap = torch.zeros(rows, row_words, dtype=torch.int32, device=device)
+    bitmap = mark(num, idx, blocks, _CHUNK)
+    row_words = bitmap.shape[1]
     before = torch.empty(rows, row_words, dtype=torch.int32, device=device)
     count = torch.empty(rows, dtype=torch.int32, device=device)
-    programs = (B * Hkv * num_tiles,)
-    mark_kernel[programs](
-        num,
-        idx,
-        bitmap,
-        *num.stride(),
-        *idx.stride(),
-        num_tiles,
-        blocks,
-        row_words,
-        Hkv,
-        _CHUNK,
-        num_warps=2,
-    )
     _rank_kernel[(rows,)](
         bitmap_ptr=bitmap,
         before_ptr=before,
@@ -118,7 +104,7 @@ def sort_by_block(lists: Lists, blocks: int) -> TilesByBlock:
         tile=torch.empty(idx.numel(), dtype=idx.dtype, device=device),
         membership=torch.empty(idx.numel(), dtype=membership.dtype, device=device),
     )
-    _place_kernel[programs](
+    _place_kernel[(B * Hkv * num_tiles,)](
         lists=lists,
         tiles=tiles,
         bitmap_ptr=bitmap,
