@@ -15,6 +15,12 @@ SHARED_LIMIT = {80: 163 << 10, 89: 99 << 10, 90: 227 << 10, 100: 227 << 10}
 _OPTIONS = ("num_warps", "num_stages", "maxnreg")
 
 
+def _members(value: Any) -> dict[str, Any]:
+    """The members of a NamedTuple by name, and theirs."""
+    members = value._asdict() if isinstance(value, tuple) else {}  # type: ignore[attr-defined]
+    return members | {k: v for member in members.values() for k, v in _members(member).items()}
+
+
 class Launch(NamedTuple):
     """One recorded launch: the kernel, its arguments by name, and its compile options."""
 
@@ -27,9 +33,8 @@ class Launch(NamedTuple):
         """The arguments by name; grouped compile-time constants by their own names."""
         sizes = dict(self.arguments)
         for parameter in self.kernel.params:
-            value = self.arguments[parameter.name]
-            if parameter.is_constexpr and isinstance(value, tuple):
-                sizes |= value._asdict()  # type: ignore[attr-defined]
+            if parameter.is_constexpr:
+                sizes |= _members(self.arguments[parameter.name])
         return sizes
 
     def __str__(self) -> str:

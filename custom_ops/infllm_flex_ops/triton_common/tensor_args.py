@@ -10,7 +10,8 @@ read the members by name. The limits:
 * No member may be named ``values`` or ``type``: tuples in a kernel have these themselves.
 * The members of a NamedTuple passed as ``tl.constexpr`` are plain numbers in the kernel. Functions
   of Triton's builtin language take them; a list of them is refused by ``tl.zeros``, which is itself
-  a kernel function: write ``tl.full([TILE.ROWS], 0.0, tl.float32)``.
+  a kernel function: write ``tl.full([TILE.ROWS], 0.0, tl.float32)``. A member may be a NamedTuple
+  of its own.
 """
 
 from typing import Any, NamedTuple
@@ -37,10 +38,11 @@ class View(NamedTuple):
 
 
 class RowTensor(NamedTuple):
-    """A tensor's values in some rows, and pointers to the rows, from which float32 is read.
+    """Some rows of a tensor, or rows as columns: values, and pointers that float32 is read from.
 
     Attributes:
-        loaded: The values; unused in float32, whose rows are loaded a few elements at a time.
+        loaded: The values; unused in float32, whose rows are loaded a few elements at a time, and
+            None where only the pointers are passed.
         ptr: Pointers to the rows, with an axis of 1 for the elements.
         mask: Whether each row exists, in the shape of ``ptr``.
         d: Stride of the last dimension.

@@ -4,7 +4,7 @@ import triton
 import triton.language as tl
 
 from infllm_flex_ops.triton_common.dot_fp32 import dot_fp32
-from infllm_flex_ops.triton_common.tensor_args import Softmax
+from infllm_flex_ops.triton_common.tensor_args import RowTensor, Softmax
 
 
 @triton.jit
@@ -29,7 +29,7 @@ def add_seen_keys(
     acc, m_i, l_i = softmax
     d = tl.arange(0, BLOCK_D)
     if FP32:
-        logits = dot_fp32(q.ptr, q.mask, q.d, k_row, seen[None, :], stride_kd, D, BLOCK_D)
+        logits = dot_fp32(q, RowTensor(None, k_row, seen[None, :], stride_kd), D, BLOCK_D)
     else:
         k_mask = seen[None, :] & (d < D)[:, None]
         k = tl.load(k_row + d[:, None] * stride_kd, mask=k_mask, other=0.0)

@@ -5,6 +5,7 @@ from typing import Any, NamedTuple
 import triton
 import triton.language as tl
 
+from infllm_flex_ops.selection.rule import SelectionRule
 from infllm_flex_ops.triton_common.tensor_args import View
 
 
@@ -58,6 +59,24 @@ class Part(NamedTuple):
 
     SIZE: int
     ROWS: int
+
+
+class KernelSizes(NamedTuple):
+    """All that a prefill kernel knows at compile time.
+
+    Attributes:
+        RULE: Settings of the selection.
+        PART: Size of the documents' parts.
+        WINDOWS: Windows that a step scores for each block.
+        TILE: Sizes of a program.
+        SEGMENT: Blocks of a segment, whose best score is stored as well; 0 stores none.
+    """
+
+    RULE: SelectionRule
+    PART: Part
+    WINDOWS: WindowSlots
+    TILE: Tile
+    SEGMENT: int
 
 
 class Scores(NamedTuple):

@@ -1,9 +1,26 @@
 """Online softmax over windows of keys, shared by the prefill and decode kernels."""
 
+from typing import Any, NamedTuple
+
 import triton
 import triton.language as tl
 
 from infllm_flex_ops.triton_common.dot_fp32 import dot_fp32
+from infllm_flex_ops.triton_common.tensor_args import RowTensor
+
+
+class KeySpan(NamedTuple):
+    """Keys that a tile takes, in a kernel.
+
+    Attributes:
+        begin: First key.
+        end: One past the last key.
+        num_seen_by_all: Keys that every row of the tile sees.
+    """
+
+    begin: Any
+    end: Any
+    num_seen_by_all: Any
 
 
 @triton.jit
@@ -13,30 +30,18 @@ def count_windows(position, SIZE: tl.constexpr, STRIDE: tl.constexpr, count):
 
 
 @triton.jit
-def softmax_over_keys(
-    queries,
-    keys,
-    begin,
-    end,
-    num_seen_by_all,
-    num_seen,
-    qk_scale_log2,
-    TILE: tl.constexpr,
-    USE_TMA: tl.constexpr,
-):
+def softmax_over_keys(queries, keys, span, num_seen, qk_scale_log2, TILE: tl.constexpr):
     """Maximum of each row's logits, and the sum of ``2 ** ((logit - maximum) * qk_scale_log2)``.
 
     Args:
         queries: Rows of a tile.
         keys: Keys of one KV head.
-        begin: First key to take.
-        end: One past the last key to take.
-        num_seen_by_all: Keys that every row sees.
+        span: The keys to take.
         num_seen: Keys that each row sees, ``[rows]``.
         qk_scale_log2: Factor on the logits.
         TILE: Sizes of the program.
-        USE_TMA: Load by the descriptor.
     """
+    begin, end, num_seen_by_all = span
     m_i = tl.full([queries.ptr.shape[0]], float("-inf"), tl.float32)
     l_i = tl.full([queries.ptr.shape[0]], 0.0, tl.float32)
     d = tl.arange(0, TILE.BLOCK_D)
@@ -50,17 +55,9 @@ def softmax_over_keys(
             key_ptr = keys.view.ptr + n[None, :].to(tl.int64) * keys.view.s
             valid = (n < end)[None, :]
             if TILE.FP32:
-                logits = dot_fp32(
-                    queries.ptr,
-                    queries.mask,
-                    queries.d,
-                    key_ptr,
-                    valid,
-                    keys.view.d,
-                    TILE.D,
-                    TILE.BLOCK_D,
-                )
-            elif USE_TMA:
+                columns = RowTensor(None, key_ptr, valid, keys.view.d)
+                logits = dot_fp32(queries, columns, TILE.D, TILE.BLOCK_D)
+            elif keys.desc is not None:
                 box = keys.desc.load([keys.b, keys.h, keys.start + start, 0])
                 x = box.reshape(TILE.BLOCK_N, TILE.BLOCK_D)
                 logits = tl.dot(queries.loaded, tl.trans(x))

@@ -6,6 +6,8 @@ Only the last blocks of a list can reach beyond the tile's first token; only the
 key.
 """
 
+from typing import Any, NamedTuple
+
 import triton
 import triton.language as tl
 
@@ -20,24 +22,31 @@ from infllm_flex_ops.triton_common.dot_fp32 import dot_fp32
 from infllm_flex_ops.triton_common.tensor_args import RowTensor, Softmax, View
 
 
+class _QueryRows(NamedTuple):
+    """The rows of a tile, in a kernel.
+
+    Attributes:
+        q: Queries.
+        token: Token within the tile.
+        position: Position of the token among the keys.
+        qk_scale_log2: Factor on the dot products, times log2 e.
+    """
+
+    q: Any
+    token: Any
+    position: Any
+    qk_scale_log2: Any
+
+
 @triton.jit
 def _attend_blocks_inner(
-    softmax,
-    q,
-    kv,
-    tile_list,
-    rows,
-    Skv,
-    qk_scale_log2,
-    SHAPE: tl.constexpr,
-    TILE: tl.constexpr,
-    EDGE: tl.constexpr,
+    softmax, rows, kv, tile_list, Skv, SHAPE: tl.constexpr, TILE: tl.constexpr, EDGE: tl.constexpr
 ):
     """Add the keys of a list's past blocks, or of its last ones, to the softmax of the rows."""
     CHUNKS: tl.constexpr = (SHAPE.BLOCK_SIZE + TILE.BLOCK_N - 1) // TILE.BLOCK_N
     CHECK: tl.constexpr = EDGE or SHAPE.BLOCK_SIZE % TILE.BLOCK_N != 0
     acc, m_i, l_i = softmax
-    k, v = kv.k, kv.v
+    q, k, v, qk_scale_log2 = rows.q, kv.k, kv.v, rows.qk_scale_log2
     d = tl.arange(0, TILE.BLOCK_D)
     begin = tile_list.num_past if EDGE else 0
     end = tile_list.num if EDGE else tile_list.num_past
@@ -47,7 +56,8 @@ def _attend_blocks_inner(
         k_row = k.ptr + keys.index.to(tl.int64)[None, :] * k.s
         v_row = v.ptr + keys.index.to(tl.int64)[:, None] * v.s + d[None, :] * v.d
         if TILE.FP32:
-            logits = dot_fp32(q.ptr, q.mask, q.d, k_row, valid[None, :], k.d, SHAPE.D, TILE.BLOCK_D)
+            columns = RowTensor(None, k_row, valid[None, :], k.d)
+            logits = dot_fp32(q, columns, SHAPE.D, TILE.BLOCK_D)
         elif TILE.USE_TMA:
             box = kv.k_desc.load([kv.b, kv.h, keys.first, 0]).reshape(TILE.BLOCK_N, TILE.BLOCK_D)
             logits = tl.dot(q.loaded, tl.trans(box))
@@ -126,19 +136,10 @@ def attend_kernel(
         acc=tl.full([TILE.ROWS, TILE.BLOCK_D], 0.0, tl.float32),
     )
     tile_list = open_list(lists, head * num_tiles + tile, Skv, SHAPE)
+    q_rows = RowTensor(loaded, q_ptr, q_mask, q.d)
+    query_rows = _QueryRows(q_rows, rows.token, rows.position, qk_scale_log2)
     for EDGE in tl.static_range(2):
-        softmax = _attend_blocks_inner(
-            softmax,
-            RowTensor(loaded, q_ptr, q_mask, q.d),
-            kv,
-            tile_list,
-            rows,
-            Skv,
-            qk_scale_log2,
-            SHAPE,
-            TILE,
-            EDGE,
-        )
+        softmax = _attend_blocks_inner(softmax, query_rows, kv, tile_list, Skv, SHAPE, TILE, EDGE)
 
     lse_row = (b * Hkv * SHAPE.G + rows.q_head) * Sq + rows.s
     out_row = b * out.b + rows.q_head * out.h + rows.s.to(tl.int64) * out.s

@@ -3,7 +3,7 @@
 There are no atomics: one program sums a gradient in a fixed order, so its bits repeat.
 """
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import triton.language as tl
@@ -36,17 +36,30 @@ from infllm_flex_ops.triton_common.tensor_args import Lists, view
 __all__ = ["choose_tile_tokens", "differentiate", "launch"]
 
 
-class _Inputs(NamedTuple):
-    """The tensors that all launches read."""
+class Inputs(NamedTuple):
+    """What the gradients are computed from: tensors, or views of them in a kernel."""
 
-    grad_out: Tensor
-    q: Tensor
-    k: Tensor
-    v: Tensor
-    out: Tensor
-    lse: Tensor
-    lists: Lists
-    scale: float
+    grad_out: Any
+    q: Any
+    k: Any
+    v: Any
+    out: Any
+    lse: Any
+
+
+class RowSums(NamedTuple):
+    """What the dq kernel keeps of each row for the dkv kernel, where ``RowLayout`` says.
+
+    Attributes:
+        row_lse: Log-sum-exp in base 2.
+        row_delta: Dot product of the output and its gradient.
+    """
+
+    row_lse: Any
+    row_delta: Any
+
+
+_Arguments = dict[str, Any]  # of a kernel, by name
 
 
 def differentiate(
@@ -90,97 +103,87 @@ def launch(
         return dq, dk.zero_(), dv.zero_()
     plan = plan_backward(grad_out, q, k, v, idx, block_size, tile_tokens)
     lists = Lists(num.contiguous(), idx.contiguous(), membership.contiguous(), idx.shape[3])
-    inputs = _Inputs(grad_out, q, k, v, out, lse.contiguous(), lists, scale)
+    inputs = Inputs(grad_out, q, k, v, out, lse.contiguous())
+    shared = {
+        "inputs": Inputs(*map(view, inputs[:-1]), inputs.lse),
+        "Sq": q.shape[2],
+        "Skv": Skv,
+        "num_tiles": num.shape[2],
+        "scale": scale,
+        "Hkv": Hkv,
+        "SHAPE": plan.shape,
+    }
     per_row = (B * Hkv, num.shape[2], plan.row_layout.TILE_ROWS)
-    row_lse = torch.full(per_row, torch.inf, dtype=torch.float32, device=device)
-    row_delta = torch.zeros(per_row, dtype=torch.float32, device=device)
-    _launch_dq(plan, inputs, row_lse, row_delta, dq)
+    rows = RowSums(
+        torch.full(per_row, torch.inf, dtype=torch.float32, device=device),
+        torch.zeros(per_row, dtype=torch.float32, device=device),
+    )
+    _launch_dq(plan, inputs, shared, lists, rows, dq)
     tiles = sort_by_block(lists, plan.num_blocks)
     counts = tiles.length.view(B * Hkv, plan.num_blocks)
     splits = split_long_lists(counts, plan.split_size, plan.max_splits)
     slots = (B * Hkv * plan.max_splits, 2, block_size, D)
     partial = torch.empty(*slots, dtype=torch.float32, device=device)
     grads = KeyGradients(dk, dv, partial)
-    _launch_dkv(plan, inputs, row_lse, row_delta, tiles, splits, grads)
+    _launch_dkv(plan, inputs, shared, rows, tiles, splits, grads)
     _launch_reduce(plan, splits, grads)
     return dq, dk, dv
 
 
 def _launch_dq(
-    plan: BackwardPlan, inputs: _Inputs, row_lse: Tensor, row_delta: Tensor, dq: Tensor
+    plan: BackwardPlan, inputs: Inputs, shared: _Arguments, lists: Lists, rows: RowSums, dq: Tensor
 ) -> None:
-    """Fill ``dq``, and for each row its log-sum-exp and the product of output and gradient."""
-    q, k, v = inputs.q, inputs.k, inputs.v
+    """Fill ``dq`` and what the other kernel needs of each row."""
     tile = plan.dq.tile
-    k_desc, v_desc = (describe(x, tile.BLOCK_N) if plan.keys_by_tma else None for x in (k, v))
+    k_desc, v_desc = (
+        describe(x, tile.BLOCK_N) if plan.keys_by_tma else None for x in (inputs.k, inputs.v)
+    )
     dq_kernel[(plan.dq.programs,)](
-        grad_out=view(inputs.grad_out),
-        q=view(q),
-        k=view(k),
-        v=view(v),
         k_desc=k_desc,
         v_desc=v_desc,
-        out=view(inputs.out),
-        lse_ptr=inputs.lse,
-        lists=inputs.lists,
-        row_lse_ptr=row_lse,
-        row_delta_ptr=row_delta,
+        lists=lists,
+        **rows._asdict(),
         dq_ptr=dq,
-        Sq=q.shape[2],
-        Skv=k.shape[2],
-        num_tiles=inputs.lists.num.shape[2],
-        scale=inputs.scale,
-        Hkv=k.shape[1],
-        SHAPE=plan.shape,
         TILE=tile,
         ROW_LAYOUT=plan.row_layout,
+        **shared,
         **plan.dq.options,
     )
 
 
 def _launch_dkv(
     plan: BackwardPlan,
-    inputs: _Inputs,
-    row_lse: Tensor,
-    row_delta: Tensor,
+    inputs: Inputs,
+    shared: _Arguments,
+    rows: RowSums,
     tiles: TilesByBlock,
     splits: Splits,
     grads: KeyGradients,
 ) -> None:
     """Fill ``dk`` and ``dv`` of whole blocks, and ``partial`` for the splits of the others."""
-    grad_out, q, (B, Hkv, Skv, _) = inputs.grad_out, inputs.q, inputs.k.shape
-    tile, layout = plan.dkv.tile, plan.row_layout
+    (B, Hkv), tile = inputs.k.shape[:2], plan.dkv.tile
     do_desc = q_desc = None
-    lse_rows, delta_rows = row_lse, row_delta
     if plan.rows_by_tma:
-        do_desc, q_desc = (describe_groups(x, Hkv, layout.BOX_TOKENS) for x in (grad_out, q))
-        lse_rows, delta_rows = (describe_lines(x, tile.ROWS) for x in (row_lse, row_delta))
+        do_desc, q_desc = (
+            describe_groups(x, Hkv, plan.row_layout.BOX_TOKENS) for x in (inputs.grad_out, inputs.q)
+        )
+        rows = RowSums(*(describe_lines(x, tile.ROWS) for x in rows))
     dkv_kernel[(plan.dkv.programs,)](
-        grad_out=view(grad_out),
-        q=view(q),
-        k=view(inputs.k),
-        v=view(inputs.v),
         do_desc=do_desc,
         q_desc=q_desc,
-        row_lse=lse_rows,
-        row_delta=delta_rows,
+        **rows._asdict(),
         tiles=tiles,
         splits=splits,
         grads=grads,
-        Sq=q.shape[2],
-        Skv=Skv,
-        num_tiles=inputs.lists.num.shape[2],
         num_blocks=plan.num_blocks,
         max_splits=plan.max_splits,
         split_size=plan.split_size,
-        scale=inputs.scale,
-        Hkv=Hkv,
         heads=B * Hkv,
         heads_at_once=plan.heads_at_once,
-        SHAPE=plan.shape,
         TILE=tile,
         INDEX=tl.int32 if plan.fits_32_bits else tl.int64,
         maxnreg=None if plan.rows_by_tma else 255,  # or ptxas may spill to fit more programs
+        **shared,
         **plan.dkv.options,
     )
 

@@ -40,8 +40,12 @@ class Queries(NamedTuple):
         row_lse: Log-sum-exp of the head's rows in base 2: pointer, or descriptor of all rows.
         row_delta: Dot products of output and gradient, likewise.
         first_tile: First tile of the head among those of all heads.
+        num_tiles: Tiles of the head.
         b: Batch row.
         h: KV head.
+        Sq: Queries of the sequence.
+        offset: Position of the first query.
+        qk_scale_log2: Factor on the dot products, times log2 e.
     """
 
     q: Any
@@ -51,15 +55,42 @@ class Queries(NamedTuple):
     row_lse: Any
     row_delta: Any
     first_tile: Any
+    num_tiles: Any
     b: Any
     h: Any
+    Sq: Any
+    offset: Any
+    qk_scale_log2: Any
+
+
+class BlockKeys(NamedTuple):
+    """Keys of one block, in a kernel.
+
+    Attributes:
+        k: The keys.
+        v: Their values.
+        position: Their positions.
+    """
+
+    k: Any
+    v: Any
+    position: Any
 
 
 class BlockTiles(NamedTuple):
-    """Pointers, in a kernel, to the tiles that listed one block and to their membership bits."""
+    """Tiles that listed one block, in a kernel.
+
+    Attributes:
+        tile: Pointer to the block's first tile.
+        membership: Pointer to its membership bits.
+        begin: First tile to take.
+        end: One past the last tile to take.
+    """
 
     tile: Any
     membership: Any
+    begin: Any
+    end: Any
 
 
 @triton.jit
@@ -94,17 +125,9 @@ def _store_split(partial_ptr, split, inner, dk, dv, SHAPE: tl.constexpr, TILE: t
 def _dkv_inner(
     dk,
     dv,
-    k,
-    v,
-    key,
+    keys,
     queries,
     tiles,
-    begin,
-    end,
-    Sq,
-    Skv,
-    num_tiles,
-    qk_scale_log2,
     SHAPE: tl.constexpr,
     TILE: tl.constexpr,
     INDEX: tl.constexpr,
@@ -114,12 +137,13 @@ def _dkv_inner(
     PARTS: tl.constexpr = TILE.PARTS
     HEADS: tl.constexpr = triton.next_power_of_2(SHAPE.G)
     BOX_TOKENS: tl.constexpr = TILE.ROWS // HEADS if TILE.USE_TMA else TILE.ROWS
-    q, do = queries.q, queries.do
+    q, do, k, v = queries.q, queries.do, keys.k, keys.v
     d = tl.arange(0, TILE.BLOCK_D)
     lane = tl.arange(0, TILE.ROWS)
-    for i in tl.range(begin * PARTS, end * PARTS):
+    for i in tl.range(tiles.begin * PARTS, tiles.end * PARTS):
         # Clamp, so that a corrupt list cannot read out of bounds.
-        tile = tl.minimum(tl.maximum(tl.load(tiles.tile + i // PARTS), 0), num_tiles - 1)
+        tile = tl.load(tiles.tile + i // PARTS)
+        tile = tl.minimum(tl.maximum(tile, 0), queries.num_tiles - 1)
         membership = tl.load(tiles.membership + i // PARTS)
         if TILE.USE_TMA:  # a box holds the rows head after head, then rows of zeros
             group = lane // BOX_TOKENS
@@ -139,7 +163,7 @@ def _dkv_inner(
             do_rows = queries.do_desc.load(at).reshape(TILE.ROWS, TILE.BLOCK_D)
         else:
             s = tile * SHAPE.TILE_TOKENS + token
-            exists = (token < SHAPE.TILE_TOKENS) & (s < Sq)
+            exists = (token < SHAPE.TILE_TOKENS) & (s < queries.Sq)
             row_mask = exists[:, None] & (d < SHAPE.D)[None, :]
             q_rows = tl.load(q_row[:, None] + d[None, :] * q.d, mask=row_mask, other=0.0)
             do_rows = tl.load(do_row[:, None] + d[None, :] * do.d, mask=row_mask, other=0.0)
@@ -153,20 +177,19 @@ def _dkv_inner(
             lse = tl.load(queries.row_lse + row)
             delta = tl.load(queries.row_delta + row)
         if TILE.FP32:
-            q_column, do_column, column_mask = q_row[None, :], do_row[None, :], exists[None, :]
-            logits = dot_fp32(k.ptr, k.mask, k.d, q_column, column_mask, q.d, SHAPE.D, TILE.BLOCK_D)
+            q_columns = RowTensor(None, q_row[None, :], exists[None, :], q.d)
+            logits = dot_fp32(k, q_columns, SHAPE.D, TILE.BLOCK_D)
         else:
             logits = tl.dot(k.loaded, tl.trans(q_rows))
-        logits = logits * qk_scale_log2
+        logits = logits * queries.qk_scale_log2
         weights = tl.exp2(logits - tl.where(member, lse, float("inf"))[None, :])
         if EDGE:
-            ahead = key - (Skv - Sq) - tile * SHAPE.TILE_TOKENS
+            ahead = keys.position - queries.offset - tile * SHAPE.TILE_TOKENS
             weights = tl.where(ahead[:, None] <= token[None, :], weights, 0.0)
         dv = tl.dot(weights.to(do_rows.dtype), do_rows, dv, input_precision="ieee")
         if TILE.FP32:
-            dweights = dot_fp32(
-                v.ptr, v.mask, v.d, do_column, column_mask, do.d, SHAPE.D, TILE.BLOCK_D
-            )
+            do_columns = RowTensor(None, do_row[None, :], exists[None, :], do.d)
+            dweights = dot_fp32(v, do_columns, SHAPE.D, TILE.BLOCK_D)
         else:
             dweights = tl.dot(v.loaded, tl.trans(do_rows))
         dlogits = weights * (dweights - delta[None, :])
@@ -179,10 +202,7 @@ _VARYING = ["Sq", "Skv", "num_tiles", "num_blocks", "max_splits", "split_size", 
 
 @triton.jit(do_not_specialize=_VARYING)
 def dkv_kernel(
-    grad_out,
-    q,
-    k,
-    v,
+    inputs,
     do_desc,
     q_desc,
     row_lse,
@@ -209,6 +229,7 @@ def dkv_kernel(
     Programs take ``heads_at_once`` heads at a time, so that the rows of their queries, which blocks
     walk at about the same time, stay in L2. Splits come first, as they take longest.
     """
+    grad_out, q, k, v, _, _ = inputs
     head, chunk, task = _schedule(max_splits + num_blocks, heads, heads_at_once, SHAPE, TILE)
     b, h = head // Hkv, head % Hkv
     is_split = task < max_splits
@@ -254,28 +275,27 @@ def dkv_kernel(
                 row_lse=row_lse,
                 row_delta=row_delta,
                 first_tile=head.to(tl.int32) * num_tiles,
+                num_tiles=num_tiles,
                 b=b.to(tl.int32),
                 h=h.to(tl.int32),
+                Sq=Sq,
+                offset=Skv - Sq,
+                qk_scale_log2=scale * LOG2E,
+            )
+            keys = BlockKeys(
+                k=RowTensor(k_loaded, k_row, valid[:, None], k.d),
+                v=RowTensor(v_loaded, v_row, valid[:, None], v.d),
+                position=key,
             )
             for LATER in tl.static_range(2):
+                block_tiles = BlockTiles(
+                    tile=tiles.tile + begin,
+                    membership=tiles.membership + begin,
+                    begin=num_edges if LATER else 0,
+                    end=count if LATER else num_edges,
+                )
                 dk, dv = _dkv_inner(
-                    dk,
-                    dv,
-                    RowTensor(k_loaded, k_row, valid[:, None], k.d),
-                    RowTensor(v_loaded, v_row, valid[:, None], v.d),
-                    key,
-                    queries,
-                    BlockTiles(tiles.tile + begin, tiles.membership + begin),
-                    num_edges if LATER else 0,
-                    count if LATER else num_edges,
-                    Sq,
-                    Skv,
-                    num_tiles,
-                    scale * LOG2E,
-                    SHAPE,
-                    TILE,
-                    INDEX,
-                    not LATER,
+                    dk, dv, keys, queries, block_tiles, SHAPE, TILE, INDEX, not LATER
                 )
             if is_split:
                 _store_split(grads.partial, split, inner, dk * scale, dv, SHAPE, TILE)

@@ -1,6 +1,6 @@
 """The gradient of the queries: a tile's rows walk its list again, as in the forward pass."""
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import triton
 import triton.language as tl
@@ -30,27 +30,37 @@ class RowLayout(NamedTuple):
     BOX_ROWS: int
 
 
+class _QueryRows(NamedTuple):
+    """The rows of a tile, in a kernel.
+
+    Attributes:
+        q: Queries.
+        do: Gradient of their output.
+        lse: Log-sum-exp in base 2.
+        delta: Dot product of the output and its gradient.
+        token: Token within the tile.
+        position: Position of the token among the keys.
+        qk_scale_log2: Factor on the dot products, times log2 e.
+    """
+
+    q: Any
+    do: Any
+    lse: Any
+    delta: Any
+    token: Any
+    position: Any
+    qk_scale_log2: Any
+
+
 @triton.jit
 def _dq_inner(
-    dq,
-    q,
-    do,
-    lse,
-    delta,
-    kv,
-    tile_list,
-    rows,
-    Skv,
-    qk_scale_log2,
-    SHAPE: tl.constexpr,
-    TILE: tl.constexpr,
-    EDGE: tl.constexpr,
+    dq, rows, kv, tile_list, Skv, SHAPE: tl.constexpr, TILE: tl.constexpr, EDGE: tl.constexpr
 ):
     """Add the keys of a list's past blocks, or of its last ones, to the gradient of the rows."""
     CHUNKS: tl.constexpr = (SHAPE.BLOCK_SIZE + TILE.BLOCK_N - 1) // TILE.BLOCK_N
     CHECK: tl.constexpr = EDGE or SHAPE.BLOCK_SIZE % TILE.BLOCK_N != 0
     D: tl.constexpr = SHAPE.D
-    k, v = kv.k, kv.v
+    q, do, k, v = rows.q, rows.do, kv.k, kv.v
     d = tl.arange(0, TILE.BLOCK_D)
     begin = tile_list.num_past if EDGE else 0
     end = tile_list.num if EDGE else tile_list.num_past
@@ -69,11 +79,10 @@ def _dq_inner(
         else:
             keys = tl.load(k_row)
         if TILE.FP32:
-            k_column = k.ptr + key[None, :] * k.s
-            v_column = v.ptr + key[None, :] * v.s
-            seen = valid[None, :]
-            logits = dot_fp32(q.ptr, q.mask, q.d, k_column, seen, k.d, D, TILE.BLOCK_D)
-            dweights = dot_fp32(do.ptr, do.mask, do.d, v_column, seen, v.d, D, TILE.BLOCK_D)
+            k_columns = RowTensor(None, k.ptr + key[None, :] * k.s, valid[None, :], k.d)
+            v_columns = RowTensor(None, v.ptr + key[None, :] * v.s, valid[None, :], v.d)
+            logits = dot_fp32(q, k_columns, D, TILE.BLOCK_D)
+            dweights = dot_fp32(do, v_columns, D, TILE.BLOCK_D)
         else:
             if TILE.USE_TMA:
                 box = kv.v_desc.load([kv.b, kv.h, step.first, 0])
@@ -84,31 +93,26 @@ def _dq_inner(
                 v_values = tl.load(v_row)
             logits = tl.dot(q.loaded, tl.trans(keys))
             dweights = tl.dot(do.loaded, tl.trans(v_values))
-        logits = logits * qk_scale_log2
-        weights = tl.exp2(logits - tl.where(step.member, lse, float("inf"))[:, None])
+        logits = logits * rows.qk_scale_log2
+        weights = tl.exp2(logits - tl.where(step.member, rows.lse, float("inf"))[:, None])
         if EDGE:
             causal = valid[None, :] & (step.index[None, :] <= rows.position[:, None])
             weights = tl.where(causal, weights, 0.0)
         elif CHECK:
             weights = tl.where(valid[None, :], weights, 0.0)
-        dlogits = weights * (dweights - delta[:, None])
+        dlogits = weights * (dweights - rows.delta[:, None])
         dq = tl.dot(dlogits.to(keys.dtype), keys, dq, input_precision="ieee")
     return dq
 
 
 @triton.jit(do_not_specialize=["Sq", "Skv", "num_tiles"])
 def dq_kernel(
-    grad_out,
-    q,
-    k,
-    v,
+    inputs,
     k_desc,
     v_desc,
-    out,
-    lse_ptr,
     lists,
-    row_lse_ptr,
-    row_delta_ptr,
+    row_lse,
+    row_delta,
     dq_ptr,
     Sq,
     Skv,
@@ -124,6 +128,7 @@ def dq_kernel(
     ``row_lse`` takes their log-sum-exp in base 2, ``row_delta`` the dot product of the output and
     its gradient, both where ``RowLayout`` says.
     """
+    grad_out, q, k, v, out, lse_ptr = inputs
     part = tl.program_id(0) % TILE.PARTS
     tile = tl.program_id(0) // TILE.PARTS % num_tiles
     head = (tl.program_id(0) // TILE.PARTS // num_tiles).to(tl.int64)
@@ -149,29 +154,24 @@ def dq_kernel(
         box = rows.token // BOX_TOKENS * ROW_LAYOUT.BOX_ROWS
         place = box + rows.row % SHAPE.G * BOX_TOKENS + rows.token % BOX_TOKENS
     place += (head * num_tiles + tile) * ROW_LAYOUT.TILE_ROWS
-    tl.store(row_lse_ptr + place, lse, mask=exists)
-    tl.store(row_delta_ptr + place, delta, mask=exists)
+    tl.store(row_lse + place, lse, mask=exists)
+    tl.store(row_delta + place, delta, mask=exists)
     loaded = do  # unused in float32
     if not TILE.FP32:
         loaded = tl.load(q_ptr + d[None, :] * q.d, mask=mask, other=0.0)
 
     dq = tl.full([TILE.ROWS, TILE.BLOCK_D], 0.0, tl.float32)
-    qk_scale_log2 = scale * LOG2E
+    query_rows = _QueryRows(
+        q=RowTensor(loaded, q_ptr, exists[:, None], q.d),
+        do=RowTensor(do, do_ptr, exists[:, None], grad_out.d),
+        lse=lse,
+        delta=delta,
+        token=rows.token,
+        position=rows.position,
+        qk_scale_log2=scale * LOG2E,
+    )
+    kv = KeyValues(k, v, k_desc, v_desc, b.to(tl.int32), h.to(tl.int32))
     tile_list = open_list(lists, head * num_tiles + tile, Skv, SHAPE)
     for EDGE in tl.static_range(2):
-        dq = _dq_inner(
-            dq,
-            RowTensor(loaded, q_ptr, exists[:, None], q.d),
-            RowTensor(do, do_ptr, exists[:, None], grad_out.d),
-            lse,
-            delta,
-            KeyValues(k, v, k_desc, v_desc, b.to(tl.int32), h.to(tl.int32)),
-            tile_list,
-            rows,
-            Skv,
-            qk_scale_log2,
-            SHAPE,
-            TILE,
-            EDGE,
-        )
+        dq = _dq_inner(dq, query_rows, kv, tile_list, Skv, SHAPE, TILE, EDGE)
     tl.store(dq_ptr + out_row + d[None, :] * out.d, dq * scale, mask=mask)

@@ -5,6 +5,7 @@ import triton.language as tl
 
 from infllm_flex_ops.selection.kernels.kernel_args import HeadKeys
 from infllm_flex_ops.selection.kernels.online_softmax import (
+    KeySpan,
     count_windows,
     logit_of_sum,
     softmax_over_keys,
@@ -75,32 +76,24 @@ def cached_lse_kernel(
         loaded = tl.load(row_ptr + d[None, :] * q.d, mask=q_mask & d_mask, other=0.0)
     queries = RowTensor(loaded, row_ptr, q_mask, q.d)
 
-    m_i, l_i = softmax_over_keys(
-        queries,
-        HeadKeys(_view_head(coarse, b, h), None, 0, 0, 0),
+    first = length - n + tile * TILE.TOKENS
+    coarse_keys = HeadKeys(_view_head(coarse, b, h), None, 0, 0, 0)
+    span = KeySpan(
         run * run_keys,
         tl.minimum(run * run_keys + run_keys, count),
-        count_windows(length - n + tile * TILE.TOKENS, SIZE, STRIDE, C2),
-        count_windows(position, SIZE, STRIDE, C2),
-        qk_scale_log2,
-        TILE,
-        False,
+        count_windows(first, SIZE, STRIDE, C2),
     )
-    first = length - n + tile * TILE.TOKENS
+    num_seen = count_windows(position, SIZE, STRIDE, C2)
+    m_i, l_i = softmax_over_keys(queries, coarse_keys, span, num_seen, qk_scale_log2, TILE)
     # Rows that see no coarse key are normalised by the compressed keys.
     if (run == 0) & (first < SIZE - 1):
         last = tl.minimum(last, SIZE - 2)
         end = count_windows(last, RULE.kernel_size, RULE.kernel_stride, C)
+        num_seen = count_windows(position, RULE.kernel_size, RULE.kernel_stride, C)
+        head_keys = HeadKeys(_view_head(keys, b, h), None, 0, 0, 0)
+        span = KeySpan(0, end, 0)
         own_m_i, own_l_i = softmax_over_keys(
-            queries,
-            HeadKeys(_view_head(keys, b, h), None, 0, 0, 0),
-            0,
-            end,
-            0,
-            count_windows(position, RULE.kernel_size, RULE.kernel_stride, C),
-            qk_scale_log2,
-            TILE,
-            False,
+            queries, head_keys, span, num_seen, qk_scale_log2, TILE
         )
         sees_none = position < SIZE - 1
         m_i = tl.where(sees_none, own_m_i, m_i)

@@ -6,6 +6,7 @@ import triton.language as tl
 from infllm_flex_ops.selection.kernels.decode.lse import merge_runs
 from infllm_flex_ops.selection.kernels.online_softmax import count_windows
 from infllm_flex_ops.triton_common.dot_fp32 import dot_fp32
+from infllm_flex_ops.triton_common.tensor_args import RowTensor
 
 
 @triton.jit(do_not_specialize=["n", "C", "C2", "columns", "runs", "run_keys", "split_blocks"])
@@ -73,9 +74,9 @@ def cached_score_kernel(
         valid = (window >= 0) & (window < C) & (slot < WINDOWS.PER_BLOCK + WINDOWS.BEFORE)
         key_ptr = keys_ptr + window.to(tl.int64)[:, None] * keys.s
         if TILE.FP32:
-            logits = dot_fp32(
-                key_ptr, valid[:, None], keys.d, q_ptr, q_mask, q.d, TILE.D, TILE.BLOCK_D
-            )
+            key_rows = RowTensor(None, key_ptr, valid[:, None], keys.d)
+            q_columns = RowTensor(None, q_ptr, q_mask, q.d)
+            logits = dot_fp32(key_rows, q_columns, TILE.D, TILE.BLOCK_D)
         else:
             mask = valid[:, None] & (d < TILE.D)[None, :]
             x = tl.load(key_ptr + d[None, :] * keys.d, mask=mask, other=0.0)

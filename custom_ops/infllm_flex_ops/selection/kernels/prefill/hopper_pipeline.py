@@ -17,13 +17,27 @@ _count_windows = gluon.jit(online_softmax.count_windows.fn)
 STEP = gl.constexpr(HOPPER_STEP)  # blocks, a row each of a matrix instruction
 
 
+class Steps(NamedTuple):
+    """The steps that score a run of blocks.
+
+    Attributes:
+        begin: First step.
+        edge: First step that tests whether windows are visible.
+        end: One past the last step.
+        run: First step of the run's own blocks; the steps before belong to the block before.
+    """
+
+    begin: Any
+    edge: Any
+    end: Any
+    run: Any
+
+
 class Pipeline(NamedTuple):
     """Steps of a program, and the stages of shared memory that their windows are loaded into.
 
     Attributes:
-        begin: First step.
-        end: One past the last step.
-        run: First step of the program's own blocks; the steps before belong to the block before.
+        steps: The steps.
         desc: Tensor descriptor of the keys.
         b: Batch row.
         h: KV head.
@@ -32,9 +46,7 @@ class Pipeline(NamedTuple):
         full: Barrier of each stage.
     """
 
-    begin: Any
-    end: Any
-    run: Any
+    steps: Any
     desc: Any
     b: Any
     h: Any
@@ -44,13 +56,10 @@ class Pipeline(NamedTuple):
 
 
 @gluon.jit
-def locate_steps(run, rows, C, RULE: gl.constexpr, WINDOWS: gl.constexpr):
-    """Find the steps that score a run of blocks, and from which step on windows may be invisible.
-
-    Returns:
-        The first step, the first step that tests whether windows are visible, one past the last
-        step, and the first step of the run's own blocks.
-    """
+def locate_steps(run, rows, C, SIZES: gl.constexpr):
+    """Find the steps that score a run of blocks of a sequence of ``C`` windows."""
+    RULE: gl.constexpr = SIZES.RULE
+    WINDOWS: gl.constexpr = SIZES.WINDOWS
     own = run.first_block // STEP * WINDOWS.PER_BLOCK  # runs start at multiples of STEP
     begin = gl.maximum(own - WINDOWS.TAIL, 0)  # the first block needs the tail of the one before
     end = gl.cdiv(run.end_block, STEP) * WINDOWS.PER_BLOCK
@@ -58,7 +67,7 @@ def locate_steps(run, rows, C, RULE: gl.constexpr, WINDOWS: gl.constexpr):
     whole = _count_windows(rows.q_offset + rows.start, RULE.kernel_size, RULE.kernel_stride, C)
     whole = whole // WINDOWS.PER_BLOCK
     edge = gl.maximum(begin, whole // STEP * WINDOWS.PER_BLOCK)
-    return begin, gl.where(whole >= run.end_block, end, edge), end, own
+    return Steps(begin, gl.where(whole >= run.end_block, end, edge), end, own)
 
 
 @gluon.jit
@@ -79,41 +88,31 @@ def find_step(i, run, WINDOWS: gl.constexpr):
 
 
 @gluon.jit
-def load_step(i, pipeline, WINDOWS: gl.constexpr, STAGES: gl.constexpr):
+def load_step(i, pipeline, WINDOWS: gl.constexpr):
     """Start to load the windows of step ``i``."""
-    block, slot, _, _ = find_step(i, pipeline.run, WINDOWS)
-    stage = (i - pipeline.begin) % STAGES
     smem = pipeline.smem
+    block, slot, _, _ = find_step(i, pipeline.steps.run, WINDOWS)
+    stage = (i - pipeline.steps.begin) % smem.shape[0]
     BYTES: gl.constexpr = smem.shape[3] * smem.shape[5] * smem.dtype.primitive_bitwidth // 8
     at = [pipeline.b, pipeline.h, pipeline.part_block + block, slot, 0]
     full = pipeline.full.index(stage)
-    exists = i < pipeline.end
+    exists = i < pipeline.steps.end
     mbarrier.expect(full, BYTES, pred=exists)
     tma.async_copy_global_to_shared(pipeline.desc, at, full, smem.index(stage), pred=exists)
 
 
 @gluon.jit
-def start_pipeline(
-    begin,
-    end,
-    run,
-    desc,
-    b,
-    h,
-    part_block,
-    WINDOWS: gl.constexpr,
-    TILE: gl.constexpr,
-    STAGES: gl.constexpr,
-):
-    """Allocate the stages and start to load the first steps."""
-    smem = gl.allocate_shared_memory(desc.dtype, [STAGES, 1, 1, STEP, 1, TILE.BLOCK_D], desc.layout)
+def start_pipeline(steps, desc, place, part_block, SIZES: gl.constexpr, STAGES: gl.constexpr):
+    """Allocate the stages and start to load the first steps of a tile at ``place``."""
+    BLOCK_D: gl.constexpr = SIZES.TILE.BLOCK_D
+    smem = gl.allocate_shared_memory(desc.dtype, [STAGES, 1, 1, STEP, 1, BLOCK_D], desc.layout)
     full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
-    pipeline = Pipeline(begin, end, run, desc, b, h, part_block, smem, full)
+    pipeline = Pipeline(steps, desc, place.b, place.h, part_block, smem, full)
     for step in gl.static_range(STAGES):
         mbarrier.init(full.index(step), count=1)
     fence_async_shared()
     for step in gl.static_range(STAGES):
-        load_step(begin + step, pipeline, WINDOWS, STAGES)
+        load_step(steps.begin + step, pipeline, SIZES.WINDOWS)
     return pipeline
 
 

@@ -8,7 +8,7 @@ import triton
 from torch import Tensor
 
 from infllm_flex_ops.device import knows_gluon
-from infllm_flex_ops.selection.kernels.kernel_args import Scores
+from infllm_flex_ops.selection.kernels.kernel_args import KernelSizes, Scores
 from infllm_flex_ops.selection.kernels.prefill.lse import lse_kernel
 from infllm_flex_ops.selection.kernels.prefill.plan import (
     SEGMENT_BLOCKS,
@@ -22,6 +22,7 @@ from infllm_flex_ops.selection.kernels.prefill.run_topk import (
     allocate,
     fill_full_rows,
     measure,
+    row_arguments,
     run_topk,
     workspace,
 )
@@ -118,22 +119,12 @@ def _run_lse(
         coarse=view(tensors.coarse),
         coarse_desc=coarse_desc,
         lse_ptr=lse,
-        documents_ptr=out.documents,
-        head_start=heads.start,
         num_heads=len(heads),
-        row_start=rows.start,
-        row_end=rows.stop,
-        q_offset=plan.sizes.q_offset,
         C=tensors.compressed.shape[2],
         C2=tensors.coarse.shape[2],
         qk_scale_log2=tensors.qk_scale_log2,
-        Hkv=plan.sizes.num_kv_heads,
-        num_parts=plan.sizes.num_parts,
-        part_start=plan.part_start,
-        RULE=plan.rule,
-        PART=plan.part,
-        TILE=scoring.tile,
-        USE_TMA=coarse_desc is not None,
+        SIZES=KernelSizes(plan.rule, plan.part, scoring.windows, scoring.tile, 0),
+        **row_arguments(plan, heads, rows, out),
         **scoring.options,
     )
 
@@ -152,32 +143,22 @@ def _run_scores(
     heads, rows = chunk.heads, chunk.rows
     programs = triton.cdiv(len(rows), plan.tokens) * len(heads)
     splits, split_blocks = split_columns(plan.columns, programs)
+    segment = SEGMENT_BLOCKS if plan.count_segments(rows) else 0
     kernel, arguments = _scoring_kernel(scoring, tensors.compressed)
     kernel[(programs * splits,)](
         q=view(tensors.q),
         desc=desc,
         lse_ptr=lse,
         out=scores,
-        documents_ptr=out.documents,
-        head_start=heads.start,
         num_heads=len(heads),
-        row_start=rows.start,
-        row_end=rows.stop,
-        q_offset=plan.sizes.q_offset,
         C=tensors.compressed.shape[2],
         split_blocks=split_blocks,
         splits=splits,
         lse_tile=(rows.start - chunk.lse_rows.start) // plan.tokens,
         lse_tiles=triton.cdiv(len(chunk.lse_rows), plan.tokens),
         qk_scale_log2=tensors.qk_scale_log2,
-        Hkv=plan.sizes.num_kv_heads,
-        num_parts=plan.sizes.num_parts,
-        part_start=plan.part_start,
-        RULE=plan.rule,
-        PART=plan.part,
-        WINDOWS=scoring.windows,
-        TILE=scoring.tile,
-        SEGMENT=SEGMENT_BLOCKS if plan.count_segments(rows) else 0,
+        SIZES=KernelSizes(plan.rule, plan.part, scoring.windows, scoring.tile, segment),
+        **row_arguments(plan, heads, rows, out),
         **arguments,
     )
 
@@ -189,5 +170,4 @@ def _scoring_kernel(scoring: Scoring, compressed: Tensor) -> tuple[Any, dict[str
 
         stages, options = choose_hopper_options(scoring.tile.HEADS)
         return score_hopper_kernel, {"STAGES": stages, **options}
-    use_tma = scoring.method == "tma"
-    return score_kernel, {"keys": view(compressed), "USE_TMA": use_tma, **scoring.options}
+    return score_kernel, {"keys": view(compressed), **scoring.options}

@@ -4,6 +4,7 @@ import triton
 from torch import Tensor
 
 from infllm_flex_ops.device import has_little_shared_memory, knows_float8
+from infllm_flex_ops.selection.kernels.kernel_args import KernelSizes
 from infllm_flex_ops.selection.kernels.prefill.plan import (
     SEGMENT_BLOCKS,
     make_plan,
@@ -14,6 +15,7 @@ from infllm_flex_ops.selection.kernels.prefill.run_topk import (
     allocate,
     fill_full_rows,
     measure,
+    row_arguments,
     run_topk,
     workspace,
 )
@@ -62,23 +64,12 @@ def launch(
             q=view(q),
             keys=view(compressed),
             out=scores,
-            documents_ptr=out.documents,
-            head_start=heads.start,
             num_heads=len(heads),
-            row_start=rows.start,
-            row_end=rows.stop,
-            q_offset=sizes.q_offset,
             C=compressed.shape[2],
             split_blocks=split_blocks,
             splits=splits,
-            Hkv=sizes.num_kv_heads,
-            num_parts=sizes.num_parts,
-            part_start=plan.part_start,
-            RULE=rule,
-            PART=plan.part,
-            WINDOWS=windows,
-            TILE=tile,
-            SEGMENT=SEGMENT_BLOCKS,
+            SIZES=KernelSizes(rule, plan.part, windows, tile, SEGMENT_BLOCKS),
+            **row_arguments(plan, heads, rows, out),
             **options,
         )
         run_topk(plan, scores, heads, rows, out)

@@ -3,8 +3,14 @@
 import triton
 import triton.language as tl
 
-from infllm_flex_ops.selection.kernels.prefill.documents import locate_rows
+from infllm_flex_ops.selection.kernels.prefill.documents import (
+    ChunkRows,
+    Documents,
+    cut_run,
+    locate_tile,
+)
 from infllm_flex_ops.triton_common.dot_fp32 import dot_fp32
+from infllm_flex_ops.triton_common.tensor_args import RowTensor
 
 _VARYING = ["head_start", "num_heads", "row_start", "row_end", "q_offset", "C"]
 _VARYING += ["split_blocks", "splits", "num_parts", "part_start"]
@@ -36,46 +42,30 @@ def pooled_score_kernel(
     Hkv,
     num_parts,
     part_start,
-    RULE: tl.constexpr,
-    PART: tl.constexpr,
-    WINDOWS: tl.constexpr,
-    TILE: tl.constexpr,
-    SEGMENT: tl.constexpr,
+    SIZES: tl.constexpr,
 ):
-    """Fill the scores of a tile for a run of blocks, and the best of every ``SEGMENT`` blocks.
+    """Fill the scores of a tile for a run of blocks, and the best of every segment.
 
     Only blocks before each token's local blocks are used later, and each token sees those whole:
     nothing is masked here.
     """
+    WINDOWS: tl.constexpr = SIZES.WINDOWS
+    TILE: tl.constexpr = SIZES.TILE
+    SEGMENT: tl.constexpr = SIZES.SEGMENT
     STEP: tl.constexpr = TILE.BLOCK_N // WINDOWS.SLOTS
-    tiles = tl.cdiv(row_end - row_start, TILE.TOKENS)
-    head = tl.program_id(0) % num_heads
-    split = tl.program_id(0) // num_heads % splits
-    tile = tiles - 1 - tl.program_id(0) // num_heads // splits
-    num_rows = row_end - row_start
-    out_row = head.to(tl.int64) * num_rows + tile * TILE.TOKENS + tl.arange(0, TILE.TOKENS)
-    b = ((head_start + head) // Hkv).to(tl.int64)
-    h = ((head_start + head) % Hkv).to(tl.int64)
-    rows = locate_rows(
-        documents_ptr + b * num_parts * 3,
-        row_start + tile * TILE.TOKENS,
-        row_end,
-        q_offset,
-        part_start,
-        RULE.num_selected,
-        PART,
-    )
+    chunk = ChunkRows(head_start, num_heads, row_start, row_end, q_offset)
+    documents = Documents(documents_ptr, num_parts, part_start)
+    place = locate_tile(chunk, documents, Hkv, splits, SIZES)
+    rows, b, h = place.rows, place.b.to(tl.int64), place.h.to(tl.int64)
+    out_row = place.out_row + tl.arange(0, TILE.TOKENS)
+    run = cut_run(place, split_blocks, SIZES.RULE)
+    if place.needs_no_scores | (run.first_block >= run.num_scored):
+        return
     keys_ptr = keys.ptr
-    if PART.SIZE > 0:
-        window_start = rows.seq_start // RULE.kernel_size
+    if SIZES.PART.SIZE > 0:
+        window_start = rows.seq_start // SIZES.RULE.kernel_size
         keys_ptr += window_start.to(tl.int64) * keys.s
         C -= window_start
-    last_position = rows.q_offset + tl.minimum(rows.start + TILE.TOKENS, rows.end) - 1
-    # Later blocks are forced.
-    num_scored = last_position // RULE.block_size - RULE.local_blocks
-    is_full = last_position < rows.budget * RULE.block_size
-    if is_full | (rows.start >= rows.end) | (split * split_blocks >= num_scored):
-        return
     token = rows.start + tl.arange(0, TILE.TOKENS)
     exists = token < rows.end
     d = tl.arange(0, TILE.BLOCK_D)
@@ -90,24 +80,15 @@ def pooled_score_kernel(
     slot = n % WINDOWS.SLOTS
     block_slot = tl.arange(0, STEP)
     at = out_row[:, None] * out.columns + block_slot[None, :]
-    first_block = split * split_blocks
-    end_block = tl.minimum(first_block + split_blocks, num_scored)
     best = tl.full([TILE.TOKENS], 0.0, tl.float32)
-    for block in tl.range(first_block, end_block, STEP):
+    for block in tl.range(run.first_block, run.end_block, STEP):
         window = (block + n // WINDOWS.SLOTS) * WINDOWS.PER_BLOCK + slot
         valid = (window < C) & (slot < WINDOWS.PER_BLOCK)
         key_ptr = keys_ptr + window.to(tl.int64)[None, :] * keys.s
         if TILE.FP32:
-            logits = dot_fp32(
-                q_ptr,
-                exists[:, None],
-                q.d,
-                key_ptr,
-                valid[None, :],
-                keys.d,
-                TILE.D,
-                TILE.BLOCK_D,
-            )
+            queries = RowTensor(None, q_ptr, exists[:, None], q.d)
+            columns = RowTensor(None, key_ptr, valid[None, :], keys.d)
+            logits = dot_fp32(queries, columns, TILE.D, TILE.BLOCK_D)
         else:
             mask = valid[None, :] & (d < TILE.D)[:, None]
             k = tl.load(key_ptr + d[:, None] * keys.d, mask=mask, other=0.0)
@@ -115,10 +96,10 @@ def pooled_score_kernel(
         if WINDOWS.SLOTS != WINDOWS.PER_BLOCK:
             logits = tl.where((slot < WINDOWS.PER_BLOCK)[None, :], logits, float("-inf"))
         score = rank(tl.max(tl.reshape(logits, [TILE.TOKENS, STEP, WINDOWS.SLOTS]), 2))
-        listed = exists[:, None] & (block + block_slot < end_block)[None, :]
+        listed = exists[:, None] & (block + block_slot < run.end_block)[None, :]
         tl.store(out.ptr + at + block, score, mask=listed)
         best = tl.where(block % SEGMENT == 0, 0.0, best)
         best = tl.maximum(best, tl.max(score, 1))
-        ends = ((block + STEP) % SEGMENT == 0) | (block + STEP >= end_block)
+        ends = ((block + STEP) % SEGMENT == 0) | (block + STEP >= run.end_block)
         segment_at = (out_row * out.columns + block) // SEGMENT
         tl.store(out.segment_ptr + segment_at, best, mask=exists & ends)

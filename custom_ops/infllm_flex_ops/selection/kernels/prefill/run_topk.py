@@ -1,6 +1,6 @@
 """What the launchers of both prefill selections share: the outputs, and the kernel that selects."""
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -73,6 +73,20 @@ def fill_full_rows(plan: Plan, out: Output) -> None:
         run_topk(plan, no_scores, range(plan.sizes.num_heads), plan.full_rows, out)
 
 
+def row_arguments(plan: Plan, heads: range, rows: range, out: Output) -> dict[str, Any]:
+    """Collect the arguments by which a prefill kernel finds the rows of its programs."""
+    return {
+        "documents_ptr": out.documents,
+        "head_start": heads.start,
+        "row_start": rows.start,
+        "row_end": rows.stop,
+        "q_offset": plan.sizes.q_offset,
+        "Hkv": plan.sizes.num_kv_heads,
+        "num_parts": plan.sizes.num_parts,
+        "part_start": plan.part_start,
+    }
+
+
 def run_topk(plan: Plan, scores: Scores, heads: range, rows: range, out: Output) -> None:
     """Select for some rows of some heads by their scores, or every block if there are none."""
     topk = plan.plan_topk(rows, has_scores=scores.columns > 0)
@@ -80,16 +94,8 @@ def run_topk(plan: Plan, scores: Scores, heads: range, rows: range, out: Output)
     topk_kernel[(len(heads) * len(rows),)](
         scores=scores,
         out_ptr=out.selected,
-        documents_ptr=out.documents,
-        head_start=heads.start,
-        row_start=rows.start,
-        row_end=rows.stop,
-        q_offset=plan.sizes.q_offset,
         Sq=plan.sizes.q_len,
         K=out.selected.shape[3],
-        Hkv=plan.sizes.num_kv_heads,
-        num_parts=plan.sizes.num_parts,
-        part_start=plan.part_start,
         BLOCK_SIZE=rule.block_size,
         INIT_BLOCKS=rule.init_blocks,
         LOCAL_BLOCKS=rule.local_blocks,
@@ -99,4 +105,5 @@ def run_topk(plan: Plan, scores: Scores, heads: range, rows: range, out: Output)
         N=topk.listed,
         num_warps=topk.num_warps,
         maxnreg=topk.maxnreg,
+        **row_arguments(plan, heads, rows, out),
     )

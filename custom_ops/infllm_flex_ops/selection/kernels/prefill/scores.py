@@ -4,68 +4,71 @@ A row's bits depend only on its position and on the keys it sees: the tile's sha
 dtype, head dim and group, and every reduction runs over fixed groups of keys in a fixed order.
 """
 
+from typing import Any, NamedTuple
+
 import triton
 import triton.language as tl
 
-from infllm_flex_ops.selection.kernels.kernel_args import HeadKeys, Run, view_head
+from infllm_flex_ops.selection.kernels.kernel_args import HeadKeys, view_head
 from infllm_flex_ops.selection.kernels.online_softmax import count_windows
-from infllm_flex_ops.selection.kernels.prefill.documents import locate_rows
+from infllm_flex_ops.selection.kernels.prefill.documents import (
+    ChunkRows,
+    Documents,
+    cut_run,
+    locate_tile,
+)
 from infllm_flex_ops.selection.kernels.prefill.queries import load_query_columns
 from infllm_flex_ops.triton_common.dot_fp32 import dot_fp32
+from infllm_flex_ops.triton_common.tensor_args import RowTensor
 
 VARYING = ["head_start", "num_heads", "row_start", "row_end", "q_offset", "C"]
 VARYING += ["split_blocks", "splits", "lse_tile", "lse_tiles", "num_parts", "part_start"]
 
 
+class _Scored(NamedTuple):
+    """What is scored for a tile, in a kernel.
+
+    Attributes:
+        queries: Columns of the tile.
+        keys: Compressed keys of one KV head.
+        rows: Rows of the tile.
+        C: Windows of the sequence.
+        shift: Minus the normaliser of each column.
+        qk_scale_log2: Factor on the logits.
+    """
+
+    queries: Any
+    keys: Any
+    rows: Any
+    C: Any
+    shift: Any
+    qk_scale_log2: Any
+
+
 @triton.jit
-def _weigh_windows(
-    queries,
-    keys,
-    block,
-    C,
-    shift,
-    position,
-    qk_scale_log2,
-    RULE: tl.constexpr,
-    WINDOWS: tl.constexpr,
-    TILE: tl.constexpr,
-    USE_TMA: tl.constexpr,
-    EDGE: tl.constexpr,
-):
+def _weigh_windows(scored, block, position, SIZES: tl.constexpr, EDGE: tl.constexpr):
     """Weigh the windows of some blocks, summed over the group: ``[BLOCK_N, TOKENS]``.
 
     Args:
-        queries: Columns of a tile.
-        keys: Compressed keys of one KV head.
+        scored: Queries and keys.
         block: The first block.
-        C: Windows of the sequence.
-        shift: Minus the normaliser of each column.
         position: Position of each token.
-        qk_scale_log2: Factor on the logits.
-        RULE: Windows and blocks.
-        WINDOWS: Windows that are scored for a block.
-        TILE: Sizes of the program.
-        USE_TMA: Load by the descriptor.
+        SIZES: Compile-time sizes.
         EDGE: Some windows may be invisible: they weigh -1.
     """
+    WINDOWS: tl.constexpr = SIZES.WINDOWS
+    TILE: tl.constexpr = SIZES.TILE
+    queries, keys = scored.queries, scored.keys
     n = tl.arange(0, TILE.BLOCK_N)
     slot = n % WINDOWS.SLOTS
     window = (block + n // WINDOWS.SLOTS) * WINDOWS.PER_BLOCK + slot - WINDOWS.BEFORE
     in_block = slot < WINDOWS.PER_BLOCK + WINDOWS.BEFORE
-    valid = (window >= 0) & (window < C) & in_block
+    valid = (window >= 0) & (window < scored.C) & in_block
     key_ptr = keys.view.ptr + window.to(tl.int64)[:, None] * keys.view.s
     if TILE.FP32:
-        logits = dot_fp32(
-            key_ptr,
-            valid[:, None],
-            keys.view.d,
-            queries.ptr,
-            queries.mask,
-            queries.d,
-            TILE.D,
-            TILE.BLOCK_D,
-        )
-    elif USE_TMA:
+        key_rows = RowTensor(None, key_ptr, valid[:, None], keys.view.d)
+        logits = dot_fp32(key_rows, queries, TILE.D, TILE.BLOCK_D)
+    elif keys.desc is not None:
         box = keys.desc.load([keys.b, keys.h, keys.start + block * WINDOWS.PER_BLOCK, 0])
         logits = tl.dot(box.reshape(TILE.BLOCK_N, TILE.BLOCK_D), queries.loaded)
     else:
@@ -74,14 +77,14 @@ def _weigh_windows(
         x = tl.load(key_ptr + d[None, :] * keys.view.d, mask=mask, other=0.0)
         logits = tl.dot(x, queries.loaded)
     # One rounding, in every kernel with the same scores: equal products stay equal.
-    weights = tl.exp2(tl.fma(logits, qk_scale_log2, shift))
+    weights = tl.exp2(tl.fma(logits, scored.qk_scale_log2, scored.shift))
     if TILE.HEADS > TILE.G:
         group = tl.arange(0, TILE.HEADS * TILE.TOKENS) // TILE.TOKENS
         weights = tl.where((group < TILE.G)[None, :], weights, 0.0)
     weight = tl.sum(tl.reshape(weights, [TILE.BLOCK_N, TILE.HEADS, TILE.TOKENS]), 1)
     weight = tl.minimum(tl.maximum(weight, 0.0), 3.4028234663852886e38)  # NaN becomes 0
     if EDGE:
-        window_end = window * RULE.kernel_stride + RULE.kernel_size - 1
+        window_end = window * SIZES.RULE.kernel_stride + SIZES.RULE.kernel_size - 1
         seen = valid[:, None] & (window_end[:, None] <= position[None, :])
         weight = tl.where(seen, weight, -1.0)
     return weight
@@ -109,40 +112,20 @@ def _store_scores(out, out_row, exists, score, block, run, SEGMENT: tl.constexpr
 
 
 @triton.jit
-def _score_run(
-    queries,
-    keys,
-    run,
-    rows,
-    C,
-    shift,
-    out,
-    out_row,
-    qk_scale_log2,
-    RULE: tl.constexpr,
-    WINDOWS: tl.constexpr,
-    TILE: tl.constexpr,
-    USE_TMA: tl.constexpr,
-    SEGMENT: tl.constexpr,
-):
+def _score_run(scored, run, out, out_row, SIZES: tl.constexpr):
     """Score a run of blocks for a tile and store the scores.
 
     Args:
-        queries: Columns of the tile.
-        keys: Compressed keys of one KV head.
+        scored: Queries and keys.
         run: The blocks.
-        rows: The tile's rows.
-        C: Windows of the sequence.
-        shift: Minus the normaliser of each column.
         out: Where scores go.
         out_row: Where each token's row begins there.
-        qk_scale_log2: Factor on the logits.
-        RULE: Windows and blocks.
-        WINDOWS: Windows that are scored for a block.
-        TILE: Sizes of the program.
-        USE_TMA: Load by the descriptor.
-        SEGMENT: Blocks of a segment, or 0.
+        SIZES: Compile-time sizes.
     """
+    RULE: tl.constexpr = SIZES.RULE
+    WINDOWS: tl.constexpr = SIZES.WINDOWS
+    TILE: tl.constexpr = SIZES.TILE
+    rows = scored.rows
     STEP: tl.constexpr = TILE.BLOCK_N // WINDOWS.SLOTS
     begin = run.first_block
     if WINDOWS.TAIL > 0:  # the first block needs the tail of the one before the run
@@ -151,7 +134,9 @@ def _score_run(
     # Float32 leaves no registers for a second loop, and windows of other blocks need the tests.
     ALL_EDGE: tl.constexpr = TILE.FP32 or WINDOWS.SLOTS != WINDOWS.PER_BLOCK
     if not ALL_EDGE:  # every row sees all windows of these blocks
-        whole = count_windows(rows.q_offset + rows.start, RULE.kernel_size, RULE.kernel_stride, C)
+        whole = count_windows(
+            rows.q_offset + rows.start, RULE.kernel_size, RULE.kernel_stride, scored.C
+        )
         num_whole = tl.minimum(run.end_block, whole // WINDOWS.PER_BLOCK) - begin
         inner_end += tl.maximum(num_whole, 0) // STEP * STEP
     token = rows.start + tl.arange(0, TILE.TOKENS)
@@ -164,20 +149,7 @@ def _score_run(
         for block in tl.range(
             inner_end if EDGE else begin, run.end_block if EDGE else inner_end, STEP
         ):
-            weight = _weigh_windows(
-                queries,
-                keys,
-                block,
-                C,
-                shift,
-                rows.q_offset + token,
-                qk_scale_log2,
-                RULE,
-                WINDOWS,
-                TILE,
-                USE_TMA,
-                EDGE,
-            )
+            weight = _weigh_windows(scored, block, rows.q_offset + token, SIZES, EDGE)
             score = tl.max(tl.reshape(weight, [STEP, WINDOWS.SLOTS, TILE.TOKENS]), 1)
             if WINDOWS.TAIL > 0:  # move the windows that reach into the next block there
                 in_tail = (slot >= WINDOWS.PER_BLOCK - WINDOWS.TAIL)[:, None]
@@ -186,7 +158,7 @@ def _score_run(
                 moved = tl.gather(tail, row_before, 0)
                 score = tl.maximum(score, tl.where(block_slot[:, None] == 0, previous, moved))
                 previous = moved
-            _store_scores(out, out_row, token < rows.end, score, block, run, SEGMENT)
+            _store_scores(out, out_row, token < rows.end, score, block, run, SIZES.SEGMENT)
 
 
 @triton.jit(do_not_specialize=VARYING)
@@ -211,67 +183,31 @@ def score_kernel(
     Hkv,
     num_parts,
     part_start,
-    RULE: tl.constexpr,
-    PART: tl.constexpr,
-    WINDOWS: tl.constexpr,
-    TILE: tl.constexpr,
-    USE_TMA: tl.constexpr,
-    SEGMENT: tl.constexpr,
+    SIZES: tl.constexpr,
 ):
     """Fill the scores of a tile for a run of blocks.
 
     A score is the best of the windows that begin in the block and of the last ``WINDOWS.TAIL`` of
-    those that begin in the block before. The best of every ``SEGMENT`` blocks is stored as well; 0
-    stores none.
+    those that begin in the block before.
     """
-    tiles = tl.cdiv(row_end - row_start, TILE.TOKENS)
-    head = tl.program_id(0) % num_heads
-    split = tl.program_id(0) // num_heads % splits
-    tile = tiles - 1 - tl.program_id(0) // num_heads // splits
-    num_rows = row_end - row_start
-    out_row = head.to(tl.int64) * num_rows + tile * TILE.TOKENS + tl.arange(0, TILE.TOKENS)
-    b = ((head_start + head) // Hkv).to(tl.int64)
-    h = ((head_start + head) % Hkv).to(tl.int64)
-    rows = locate_rows(
-        documents_ptr + b * num_parts * 3,
-        row_start + tile * TILE.TOKENS,
-        row_end,
-        q_offset,
-        part_start,
-        RULE.num_selected,
-        PART,
-    )
-    window_start = rows.seq_start // RULE.kernel_stride
-    if PART.SIZE > 0:
-        C -= window_start
-    last_position = rows.q_offset + tl.minimum(rows.start + TILE.TOKENS, rows.end) - 1
-    # Later blocks are forced.
-    num_scored = last_position // RULE.block_size - RULE.local_blocks
-    is_full = last_position < rows.budget * RULE.block_size
-    if is_full | (rows.start >= rows.end) | (split * split_blocks >= num_scored):
+    TILE: tl.constexpr = SIZES.TILE
+    chunk = ChunkRows(head_start, num_heads, row_start, row_end, q_offset)
+    documents = Documents(documents_ptr, num_parts, part_start)
+    place = locate_tile(chunk, documents, Hkv, splits, SIZES)
+    rows, head, b, h = place.rows, place.head, place.b.to(tl.int64), place.h.to(tl.int64)
+    out_row = place.out_row + tl.arange(0, TILE.TOKENS)
+    run = cut_run(place, split_blocks, SIZES.RULE)
+    if place.needs_no_scores | (run.first_block >= run.num_scored):
         return
+    window_start = rows.seq_start // SIZES.RULE.kernel_stride
+    if SIZES.PART.SIZE > 0:
+        C -= window_start
     column = tl.arange(0, TILE.HEADS * TILE.TOKENS)
     column_token = rows.start + column % TILE.TOKENS
     queries = load_query_columns(q, b, h, column_token, column_token < rows.end, TILE)
-    lse_ptr += (head.to(tl.int64) * lse_tiles + lse_tile + tile) * (TILE.HEADS * TILE.TOKENS)
+    lse_ptr += (head.to(tl.int64) * lse_tiles + lse_tile + place.tile) * (TILE.HEADS * TILE.TOKENS)
     shift = -qk_scale_log2 * tl.load(lse_ptr + column)[None, :]
-
-    first_block = split * split_blocks
-    run = Run(first_block, tl.minimum(first_block + split_blocks, num_scored), num_scored)
-    keys_view = view_head(keys, b, h, window_start, PART)
-    _score_run(
-        queries,
-        HeadKeys(keys_view, desc, b.to(tl.int32), h.to(tl.int32), window_start),
-        run,
-        rows,
-        C,
-        shift,
-        out,
-        out_row * out.columns,
-        qk_scale_log2,
-        RULE,
-        WINDOWS,
-        TILE,
-        USE_TMA,
-        SEGMENT,
-    )
+    keys_view = view_head(keys, b, h, window_start, SIZES.PART)
+    head_keys = HeadKeys(keys_view, desc, place.b, place.h, window_start)
+    scored = _Scored(queries, head_keys, rows, C, shift, qk_scale_log2)
+    _score_run(scored, run, out, out_row * out.columns, SIZES)

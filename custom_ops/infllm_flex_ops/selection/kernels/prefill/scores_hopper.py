@@ -17,7 +17,6 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
-from infllm_flex_ops.selection.kernels.kernel_args import Run
 from infllm_flex_ops.selection.kernels.prefill import documents, scores
 from infllm_flex_ops.selection.kernels.prefill.hopper_pipeline import (
     STEP,
@@ -28,7 +27,8 @@ from infllm_flex_ops.selection.kernels.prefill.hopper_pipeline import (
     start_pipeline,
 )
 
-_locate_rows = gluon.jit(documents.locate_rows.fn)
+_locate_tile = gluon.jit(documents.locate_tile.fn)
+_cut_run = gluon.jit(documents.cut_run.fn)
 
 
 class _Segments(NamedTuple):
@@ -45,29 +45,40 @@ class _Segments(NamedTuple):
     at: Any
 
 
+class _Scored(NamedTuple):
+    """What is scored for a tile, in a kernel.
+
+    Attributes:
+        queries: Columns of the tile, in shared memory.
+        rows: Rows of the tile.
+        C: Windows of the sequence.
+        shift: Minus the normaliser of each column, in shared memory.
+        qk_scale_log2: Factor on the logits.
+    """
+
+    queries: Any
+    rows: Any
+    C: Any
+    shift: Any
+    qk_scale_log2: Any
+
+
 @gluon.jit
-def _weigh_step(
-    i,
-    pipeline,
-    q,
-    shift,
-    qk_scale_log2,
-    LOGITS: gl.constexpr,
-    WINDOWS: gl.constexpr,
-    TILE: gl.constexpr,
-    STAGES: gl.constexpr,
-):
+def _weigh_step(i, pipeline, scored, LOGITS: gl.constexpr, SIZES: gl.constexpr):
     """Weigh the windows of step ``i``, summed over the group: ``[STEP, TOKENS]``."""
+    TILE: gl.constexpr = SIZES.TILE
     COLUMNS: gl.constexpr = TILE.HEADS * TILE.TOKENS
-    stage = (i - pipeline.begin) % STAGES
-    mbarrier.wait(pipeline.full.index(stage), (i - pipeline.begin) // STAGES & 1)
+    STAGES: gl.constexpr = pipeline.smem.shape[0]
+    done = i - pipeline.steps.begin
+    stage = done % STAGES
+    mbarrier.wait(pipeline.full.index(stage), done // STAGES & 1)
     keys = pipeline.smem.index(stage).reshape([STEP, TILE.BLOCK_D])
     no_logits = gl.full([STEP, COLUMNS], 0.0, gl.float32, LOGITS)
-    logits = warpgroup_mma(keys, q, no_logits, use_acc=False, is_async=True)
+    logits = warpgroup_mma(keys, scored.queries, no_logits, use_acc=False, is_async=True)
     logits = warpgroup_mma_wait(0, deps=[logits])
-    load_step(i + STAGES, pipeline, WINDOWS, STAGES)
-    shift = shift.load(gl.SliceLayout(0, LOGITS))[None, :]
-    weights = gl.exp2(gl.fma(logits, qk_scale_log2, shift))
+    load_step(i + STAGES, pipeline, SIZES.WINDOWS)
+    shift = scored.shift.load(gl.SliceLayout(0, LOGITS))[None, :]
+    weights = gl.exp2(gl.fma(logits, scored.qk_scale_log2, shift))
     if TILE.HEADS > TILE.G:
         column = gl.arange(0, COLUMNS, gl.SliceLayout(0, LOGITS))
         weights = gl.where((column // TILE.TOKENS < TILE.G)[None, :], weights, 0.0)
@@ -88,10 +99,10 @@ def _load_shift(lse_ptr, qk_scale_log2, LOGITS: gl.constexpr, TILE: gl.constexpr
 
 
 @gluon.jit
-def _mask_invisible(weight, block, slot, n, position, C, RULE: gl.constexpr, WINDOWS: gl.constexpr):
+def _mask_invisible(weight, block, slot, n, position, C, SIZES: gl.constexpr):
     """Give the weight -1 to windows that end after the token's position."""
-    window = (block + n) * WINDOWS.PER_BLOCK + slot
-    window_end = window * RULE.kernel_stride + RULE.kernel_size - 1
+    window = (block + n) * SIZES.WINDOWS.PER_BLOCK + slot
+    window_end = window * SIZES.RULE.kernel_stride + SIZES.RULE.kernel_size - 1
     seen = (window < C)[:, None] & (window_end[:, None] <= position)
     return gl.where(seen, weight, -1.0)
 
@@ -127,44 +138,22 @@ def _store_segments(out, base, segments, score, block, run, SEGMENT: gl.constexp
 
 
 @gluon.jit
-def _score_run(
-    pipeline,
-    queries,
-    shift,
-    rows,
-    run,
-    edge,
-    C,
-    out,
-    out_row,
-    qk_scale_log2,
-    LOGITS: gl.constexpr,
-    RULE: gl.constexpr,
-    WINDOWS: gl.constexpr,
-    TILE: gl.constexpr,
-    STAGES: gl.constexpr,
-    SEGMENT: gl.constexpr,
-):
+def _score_run(pipeline, scored, run, out, out_row, LOGITS: gl.constexpr, SIZES: gl.constexpr):
     """Score a run of blocks for a tile and store the scores.
 
     Args:
         pipeline: Steps of the run, the first of them already on the way.
-        queries: Columns of the tile, in shared memory.
-        shift: Minus the normaliser of each column, in shared memory.
-        rows: The tile's rows.
+        scored: Queries.
         run: The blocks.
-        edge: First step whose windows may be invisible.
-        C: Windows of the sequence.
         out: Where scores go.
         out_row: The tile's first row there.
-        qk_scale_log2: Factor on the logits.
         LOGITS: Layout of the logits.
-        RULE: Windows and blocks.
-        WINDOWS: Windows that are scored for a block.
-        TILE: Sizes of the program.
-        STAGES: Stages of the pipeline.
-        SEGMENT: Blocks of a segment, or 0.
+        SIZES: Compile-time sizes.
     """
+    WINDOWS: gl.constexpr = SIZES.WINDOWS
+    TILE: gl.constexpr = SIZES.TILE
+    SEGMENT: gl.constexpr = SIZES.SEGMENT
+    rows, steps = scored.rows, pipeline.steps
     TOKENS: gl.constexpr = TILE.TOKENS
     no_logits = gl.full([STEP, TILE.HEADS * TOKENS], 0.0, gl.float32, LOGITS)
     summed = gl.sum(no_logits.reshape([STEP, TILE.HEADS, TOKENS]), 1)
@@ -180,14 +169,12 @@ def _score_run(
     score = unscored
     previous = unscored  # row 0: of the block before the step's
     for EDGE in gl.static_range(2):
-        for i in range(edge if EDGE else pipeline.begin, pipeline.end if EDGE else edge):
-            block, slot, place, early = find_step(i, pipeline.run, WINDOWS)
-            weight = _weigh_step(
-                i, pipeline, queries, shift, qk_scale_log2, LOGITS, WINDOWS, TILE, STAGES
-            )
+        for i in range(steps.edge if EDGE else steps.begin, steps.end if EDGE else steps.edge):
+            block, slot, place, early = find_step(i, steps.run, WINDOWS)
+            weight = _weigh_step(i, pipeline, scored, LOGITS, SIZES)
             if EDGE:
                 position = rows.q_offset + token[None, :]
-                weight = _mask_invisible(weight, block, slot, n, position, C, RULE, WINDOWS)
+                weight = _mask_invisible(weight, block, slot, n, position, scored.C, SIZES)
             score = gl.maximum(score, weight)
             if place == WINDOWS.TAIL - 1:  # move windows that reach into the next block there
                 moved = gl.gather(score, row_before, 0)
@@ -225,66 +212,29 @@ def score_hopper_kernel(
     Hkv,
     num_parts,
     part_start,
-    RULE: gl.constexpr,
-    PART: gl.constexpr,
-    WINDOWS: gl.constexpr,
-    TILE: gl.constexpr,
+    SIZES: gl.constexpr,
     STAGES: gl.constexpr,
-    SEGMENT: gl.constexpr,
 ):
     """Fill the scores of a tile for a run of blocks, as ``score_kernel`` does."""
-    TOKENS: gl.constexpr = TILE.TOKENS
-    tiles = gl.cdiv(row_end - row_start, TOKENS)
-    head = gl.program_id(0) % num_heads
-    split = gl.program_id(0) // num_heads % splits
-    tile = tiles - 1 - gl.program_id(0) // num_heads // splits
-    out_row = head.to(gl.int64) * (row_end - row_start) + tile * TOKENS
-    b = (head_start + head) // Hkv
-    h = (head_start + head) % Hkv
-    rows = _locate_rows(
-        documents_ptr + b.to(gl.int64) * num_parts * 3,
-        row_start + tile * TOKENS,
-        row_end,
-        q_offset,
-        part_start,
-        RULE.num_selected,
-        PART,
-    )
-    if PART.SIZE > 0:
-        C -= rows.seq_start // RULE.kernel_stride
-    last_position = rows.q_offset + gl.minimum(rows.start + TOKENS, rows.end) - 1
-    # Later blocks are forced.
-    num_scored = last_position // RULE.block_size - RULE.local_blocks
-    is_full = last_position < rows.budget * RULE.block_size
-    if is_full | (rows.start >= rows.end) | (split * split_blocks >= num_scored):
+    TILE: gl.constexpr = SIZES.TILE
+    chunk = documents.ChunkRows(head_start, num_heads, row_start, row_end, q_offset)
+    table = documents.Documents(documents_ptr, num_parts, part_start)
+    place = _locate_tile(chunk, table, Hkv, splits, SIZES)
+    rows = place.rows
+    if SIZES.PART.SIZE > 0:
+        C -= rows.seq_start // SIZES.RULE.kernel_stride
+    run = _cut_run(place, split_blocks, SIZES.RULE)
+    if place.needs_no_scores | (run.first_block >= run.num_scored):
         return
 
-    first_block = split * split_blocks
-    run = Run(first_block, gl.minimum(first_block + split_blocks, num_scored), num_scored)
-    begin, edge, end, own = locate_steps(run, rows, C, RULE, WINDOWS)
-    COLUMNS: gl.constexpr = TILE.HEADS * TOKENS  # head after head: their sum stays in a thread
+    steps = locate_steps(run, rows, C, SIZES)
+    COLUMNS: gl.constexpr = TILE.HEADS * TILE.TOKENS  # head after head: their sum stays in a thread
     LOGITS: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, COLUMNS, 16])
-    part_block = rows.seq_start // RULE.block_size
-    pipeline = start_pipeline(begin, end, own, desc, b, h, part_block, WINDOWS, TILE, STAGES)
-    queries = load_queries(q, b, h, rows.start, rows.end, desc.dtype, TILE)
+    part_block = rows.seq_start // SIZES.RULE.block_size
+    pipeline = start_pipeline(steps, desc, place, part_block, SIZES, STAGES)
+    queries = load_queries(q, place.b, place.h, rows.start, rows.end, desc.dtype, TILE)
     fence_async_shared()
-    lse_ptr += (head.to(gl.int64) * lse_tiles + lse_tile + tile) * COLUMNS
+    lse_ptr += (place.head.to(gl.int64) * lse_tiles + lse_tile + place.tile) * COLUMNS
     shift = _load_shift(lse_ptr, qk_scale_log2, LOGITS, TILE)
-    _score_run(
-        pipeline,
-        queries,
-        shift,
-        rows,
-        run,
-        edge,
-        C,
-        out,
-        out_row,
-        qk_scale_log2,
-        LOGITS,
-        RULE,
-        WINDOWS,
-        TILE,
-        STAGES,
-        SEGMENT,
-    )
+    scored = _Scored(queries, rows, C, shift, qk_scale_log2)
+    _score_run(pipeline, scored, run, out, place.out_row, LOGITS, SIZES)
