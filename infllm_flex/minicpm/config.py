@@ -101,6 +101,10 @@ class MiniCPMConfig(PreTrainedConfig):
         """Base of the rotary embedding."""
         return self.rope_parameters["rope_theta"]
 
+    @rope_theta.setter
+    def rope_theta(self, theta: float) -> None:
+        self.rope_parameters["rope_theta"] = theta
+
     @property
     def rope_scaling(self) -> dict[str, Any] | None:
         """Scaling of the rotary embedding, as in ``config.json``; None without scaling."""

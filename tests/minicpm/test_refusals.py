@@ -115,3 +115,5 @@ def test_a_change_of_the_configuration_is_checked_as_well(tmp_path):
     with pytest.raises(ValueError, match="rope_type must be one of"):
         settings.rope_scaling = {"type": "unheard"}
     assert settings.rope_scaling == LONGROPE
+    settings.rope_theta = 500.0  # as servers do
+    assert settings.to_dict()["rope_theta"] == settings.rope_parameters["rope_theta"] == 500.0
