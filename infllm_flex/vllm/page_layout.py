@@ -1,0 +1,87 @@
+"""Where a page of vLLM's cache holds keys, values, compressed keys and coarse keys.
+
+vLLM lays out a page as ``[Hkv, page, 2 D]``: each token's key, then its value. The plugin makes
+pages longer and keeps the compressed and then the coarse keys of the page behind that.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import NamedTuple
+
+from torch import Tensor
+
+from infllm_flex.config import InfLLMConfig
+from infllm_flex.decoding import window_entries
+
+
+class PageViews(NamedTuple):
+    """The pages of a layer, ``[P, Hkv, entries, D]`` each; coarse is None where it is not used."""
+
+    key: Tensor
+    value: Tensor
+    compressed: Tensor
+    coarse: Tensor | None
+
+
+def smallest_page(config: InfLLMConfig) -> int:
+    """Count the tokens of which a page is best a multiple: whole blocks and whole strides."""
+    strides = [config.kernel_stride, config.block_size]
+    if config.lse == "coarse":
+        strides.append(config.coarse_stride)
+    return math.lcm(*strides)
+
+
+def extra_elements(config: InfLLMConfig, page_size: int, num_kv_heads: int, head_dim: int) -> int:
+    """Count the elements by which a page grows.
+
+    Args:
+        config: Sparsity settings.
+        page_size: Tokens of a page.
+        num_kv_heads: Key/value heads of this process.
+        head_dim: Elements of a head.
+
+    Raises:
+        ValueError: Pages of this size do not fit the settings.
+        NotImplementedError: Settings that are not served from pages.
+    """
+    entries = window_entries(config, page_size)
+    return num_kv_heads * (entries.compressed + entries.coarse) * head_dim
+
+
+def extra_share(config: InfLLMConfig, page_size: int) -> float:
+    """What compressed and coarse keys add to a page of keys and values, as a share of it."""
+    return extra_elements(config, page_size, 1, 1) / (2 * page_size)
+
+
+def view_pages(kv_cache: Tensor, config: InfLLMConfig) -> PageViews:
+    """View a layer's pages.
+
+    Args:
+        kv_cache: vLLM's view of the layer, ``[P, Hkv, page, 2 D]``, each page contiguous and with
+            room for ``extra_elements`` behind it.
+        config: Sparsity settings.
+
+    Raises:
+        ValueError: The pages are laid out otherwise, or too close to each other.
+    """
+    P, H, page, width = kv_cache.shape
+    D = width // 2
+    inner = (page * width, width, 1)
+    room = kv_cache.stride(0) - H * page * width
+    if kv_cache.stride()[1:] != inner or room < extra_elements(config, page, H, D):
+        raise ValueError(
+            f"pages must be contiguous [{H}, {page}, {width}] with room for "
+            f"{extra_elements(config, page, H, D)} elements behind each, got strides "
+            f"{kv_cache.stride()}: unset VLLM_KV_CACHE_LAYOUT"
+        )
+    entries = window_entries(config, page)
+    behind = kv_cache.storage_offset() + H * page * width
+
+    def windows(count: int, offset: int) -> Tensor:
+        strides = (kv_cache.stride(0), count * D, D, 1)
+        return kv_cache.as_strided((P, H, count, D), strides, behind + offset)
+
+    coarse = windows(entries.coarse, H * entries.compressed * D) if entries.coarse else None
+    key, value = kv_cache[..., :D], kv_cache[..., D:]
+    return PageViews(key, value, windows(entries.compressed, 0), coarse)

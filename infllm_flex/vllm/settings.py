@@ -1,0 +1,52 @@
+"""Which models are served sparsely: those that have settings, in their folder or from the user."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+from infllm_flex.config import InfLLMConfig
+
+KEY = "infllm"  # in vLLM's additional_config
+STAY_DENSE = f"to serve the model densely, pass --additional-config '{{\"{KEY}\": false}}'"
+
+
+class Served(NamedTuple):
+    """Settings of a served model, and where they come from."""
+
+    config: InfLLMConfig
+    origin: str
+
+
+def read_settings(additional_config: object, model_config: object) -> Served | None:
+    """Read what a model is to be served with.
+
+    Args:
+        additional_config: vLLM's setting of this name. Its value under ``infllm`` is a mapping of
+            settings that take precedence over the model's own, or false.
+        model_config: The model's config, for its ``sparse_config``.
+
+    Returns:
+        The settings; None for a model that asks for nothing, or where the user declined.
+
+    Raises:
+        ValueError: Unknown names or impossible values.
+    """
+    own = getattr(model_config, "sparse_config", None)
+    given: Any = None
+    if isinstance(additional_config, Mapping) and KEY in additional_config:
+        given = additional_config[KEY]
+        if given is None or given is False:
+            return None
+        if not isinstance(given, Mapping):
+            raise ValueError(
+                f"additional_config[{KEY!r}] must be a mapping of settings or false, got {given!r}"
+            )
+    if own is None and given is None:
+        return None
+    config = InfLLMConfig.from_model_config(model_config)
+    if given is None:
+        return Served(config, "the model's sparse_config")
+    config = InfLLMConfig.from_dict({**dataclasses.asdict(config), **given})
+    return Served(config, f"additional_config[{KEY!r}]")

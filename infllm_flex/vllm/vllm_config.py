@@ -1,0 +1,75 @@
+"""What the plugin reads in vLLM's own configuration."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from infllm_flex.config import InfLLMConfig
+from infllm_flex.vllm.refusals import ServerFacts
+from infllm_flex.vllm.settings import Served, read_settings
+
+FULL = "full_attention"  # vLLM's name for layers that attend to all earlier tokens
+
+# vLLM asks for page sizes where no configuration is current. A process loads one model at a time.
+_last_read: InfLLMConfig | None = None
+
+
+def read_served(vllm_config: Any) -> Served | None:
+    """Read what a model is to be served with; None for a model that asks for nothing."""
+    model_config = vllm_config.model_config
+    if model_config is None:
+        return None
+    return read_settings(vllm_config.additional_config, model_config.hf_text_config)
+
+
+def settings_of(vllm_config: Any) -> InfLLMConfig:
+    """Return the settings of the model that is being loaded.
+
+    Raises:
+        ValueError: The model has none.
+    """
+    global _last_read
+    served = read_served(vllm_config)
+    if served is None:
+        raise ValueError(
+            "the attention backend CUSTOM is InfLLM-V2, which needs settings: pass "
+            "--additional-config '{\"infllm\": {...}}', or a model with a sparse_config"
+        )
+    _last_read = served.config
+    return served.config
+
+
+def current_settings(vllm_config: Any) -> InfLLMConfig | None:
+    """Return the settings of the current configuration, else those read last in this process."""
+    served = None if vllm_config is None else read_served(vllm_config)
+    return _last_read if served is None else served.config
+
+
+def server_facts(vllm_config: Any) -> ServerFacts:
+    """Collect what decides if a model can be served."""
+    model, cache = vllm_config.model_config, vllm_config.cache_config
+    parallel, drafts = vllm_config.parallel_config, vllm_config.speculative_config
+    on_cpu = vllm_config.device_config.device_type == "cpu"  # where vLLM asks no backend
+    backends = vllm_config.attention_config
+    backend = backends.backend_per_kind.get(FULL, backends.backend)
+    return ServerFacts(
+        uses_mla=model.use_mla,
+        has_other_layers=model.is_hybrid,
+        full_layers=not model.is_attention_free and _has_full_layers(model.hf_text_config),
+        cache_dtype=str(cache.cache_dtype),
+        model_dtype=str(model.dtype).removeprefix("torch."),
+        page_size=cache.block_size if cache.user_specified_block_size or on_cpu else None,
+        attention_backend=None if backend is None or backend.name == "CUSTOM" else backend.name,
+        context_parallel=parallel.decode_context_parallel_size
+        * parallel.prefill_context_parallel_size,
+        moves_pages=vllm_config.kv_transfer_config is not None,
+        drafts=None if drafts is None else drafts.method,
+    )
+
+
+def _has_full_layers(text_config: Any) -> bool:
+    """Whether the configuration names a layer that sees all earlier tokens."""
+    kinds = getattr(text_config, "layer_types", None)
+    if kinds:
+        return FULL in kinds
+    return getattr(text_config, "sliding_window", None) is None
