@@ -1,0 +1,122 @@
+"""vLLM with the plugin gives the log-probabilities of the patched transformers model."""
+
+from __future__ import annotations
+
+import pytest
+
+from tests.vllm import served
+from tests.vllm.served import SETTINGS, Judge, ask, engine, make_prompts
+
+pytest.importorskip("vllm")
+
+# As the released checkpoints, but for lengths; the normaliser of the other settings is coarse.
+MINICPM_SETTINGS = {
+    "kernel_size": 32,
+    "kernel_stride": 16,
+    "init_blocks": 1,
+    "block_size": 64,
+    "window_size": 128,
+    "topk": 4,
+    "dense_len": 512,
+}
+WHOLE, CHUNKS = 8192, 200  # tokens of a step; chunks end within pages and blocks
+
+LLAMA = "llama", SETTINGS
+LLAMA_EXACT = "llama", {**SETTINGS, "lse": "exact", "dense_len": 128}
+MINICPM = "minicpm", MINICPM_SETTINGS
+ALWAYS_SPARSE = "minicpm", {**MINICPM_SETTINGS, "dense_len": -1}
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("models")
+    return {
+        "llama": served.write_llama(folder / "llama"),
+        "minicpm": served.write_minicpm(folder / "minicpm"),
+    }
+
+
+def prompts_around(dense_len: int) -> list[list[int]]:
+    """Shorter and longer prompts; one passes ``dense_len`` while it is answered."""
+    lengths = (3, dense_len - 5, dense_len, dense_len + 1, 333, 900)
+    return make_prompts(*(n for n in lengths if n > 0))
+
+
+@pytest.mark.parametrize("step", [WHOLE, CHUNKS], ids=["whole", "chunks"])
+@pytest.mark.parametrize("page", [16, 64, 128])
+@pytest.mark.parametrize("case", [LLAMA, MINICPM], ids=lambda case: case[0])
+def test_prompts_and_answers_have_the_patched_models_log_probabilities(folders, case, page, step):
+    name, settings = case
+    arguments = {"block_size": page, "max_num_batched_tokens": step}
+    with engine(folders[name], settings, **arguments) as llm:
+        answers = ask(llm, prompts_around(settings["dense_len"]), of_prompt=True)
+    Judge(folders[name], settings).check(answers)
+
+
+@pytest.mark.parametrize("case", [LLAMA_EXACT, ALWAYS_SPARSE], ids=["exact", "always_sparse"])
+def test_other_settings_are_served_alike(folders, case):
+    name, settings = case
+    with engine(folders[name], settings, block_size=64, max_num_batched_tokens=CHUNKS) as llm:
+        answers = ask(llm, prompts_around(settings["dense_len"]), of_prompt=True)
+    Judge(folders[name], settings).check(answers)
+
+
+@pytest.mark.parametrize("step", [WHOLE, CHUNKS], ids=["whole", "chunks"])
+@pytest.mark.parametrize("page", [16, 64, 128])
+def test_a_cached_prefix_changes_nothing(folders, page, step):
+    prompts = prompts_around(SETTINGS["dense_len"])
+    long, tails = prompts[-1], make_prompts(7, 150, seed=1)
+    # Ends within a window, a block and a page; what follows is other than the first time.
+    branches = [long[:777] + tail for tail in tails] + [long[:180] + tails[1]]
+    arguments = {"block_size": page, "max_num_batched_tokens": step, "enable_prefix_caching": True}
+    with engine(folders["llama"], SETTINGS, **arguments) as llm:
+        first = ask(llm, prompts)
+        again = ask(llm, [*prompts, *branches])
+    assert not any(answer.num_cached for answer in first)
+    hits = [answer.num_cached for answer in again]
+    assert hits[len(prompts) - 1] >= 768  # the long prompt, again
+    assert [hit // page for hit in hits[-3:]] == [777 // page, 777 // page, 180 // page]
+    Judge(folders["llama"], SETTINGS).check(first + again)
+
+
+@pytest.mark.parametrize("prefix_caching", [False, True], ids=["plain", "prefix_caching"])
+def test_preempted_requests_are_answered_alike(folders, prefix_caching):
+    prompts = make_prompts(300, 310, 320, 330)
+    arguments = {
+        "block_size": 16,
+        "num_gpu_blocks_override": 90,  # 1440 tokens, for 1260 and 4 times 60 new ones
+        "max_num_batched_tokens": CHUNKS,
+        "enable_prefix_caching": prefix_caching,
+        "disable_log_stats": False,
+    }
+    with engine(folders["llama"], SETTINGS, **arguments) as llm:
+        answers = ask(llm, prompts, num_new=60)
+        counts = {
+            metric.name: metric.value for metric in llm.get_metrics() if hasattr(metric, "value")
+        }
+    assert counts["vllm:num_preemptions"] > 0
+    Judge(folders["llama"], SETTINGS).check(answers)
+
+
+def test_a_full_batch_of_mixed_lengths_is_answered_as_its_rows_are(folders):
+    prompts = make_prompts(*range(150, 950, 50), seed=2)
+    with engine(folders["llama"], SETTINGS, block_size=64, max_num_batched_tokens=CHUNKS) as llm:
+        answers = ask(llm, prompts)  # twice as many as rows in a step
+    Judge(folders["llama"], SETTINGS).check(answers)
+
+
+def test_settings_in_the_folder_are_served(tmp_path):
+    folder = served.write_minicpm(tmp_path, sparse_config=MINICPM_SETTINGS)
+    with engine(folder) as llm:
+        answers = ask(llm, prompts_around(MINICPM_SETTINGS["dense_len"]))
+    Judge(folder, MINICPM_SETTINGS).check(answers)
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_worker_processes_answer_alike(folders, workers, monkeypatch):
+    monkeypatch.setenv("VLLM_ENABLE_V1_MULTIPROCESSING", "1")
+    arguments = {"tensor_parallel_size": workers, "max_num_batched_tokens": CHUNKS}
+    with engine(folders["llama"], SETTINGS, enable_prefix_caching=True, **arguments) as llm:
+        answers = [answer for _ in range(2) for answer in ask(llm, prompts_around(192))]
+    assert answers[-1].num_cached >= 768
+    Judge(folders["llama"], SETTINGS).check(answers)
