@@ -18,6 +18,8 @@ from torch import nn
 # From the class of a module to the members that its subclass overrides.
 Overrides = Callable[[Any], dict[str, Any]]
 
+_OWN = "_infllm_own_"
+
 
 def swap_class(module: nn.Module, adapter: str, overrides: Overrides) -> None:
     """Replace the module's class by a subclass with overrides, unless that is done already.
@@ -34,7 +36,11 @@ def swap_class(module: nn.Module, adapter: str, overrides: Overrides) -> None:
         return
     restore_class(module)
     cls: Any = type(module)
-    _set_class(module, _subclass(cls, adapter, overrides))
+    swapped = _subclass(cls, adapter, overrides)
+    for name, member in vars(swapped).items():
+        if isinstance(member, property) and name in vars(module):
+            vars(module)[_OWN + name] = vars(module)[name]
+    _set_class(module, swapped)
 
 
 def restore_class(module: nn.Module) -> bool:
@@ -54,8 +60,19 @@ def restore_class(module: nn.Module) -> bool:
             "(by fully_shard?); unpatch before sharding, or attend densely inside "
             "infllm_flex.dense(model)"
         )
+    for name in [name for name in vars(module) if name.startswith(_OWN)]:
+        del vars(module)[name]
     _set_class(module, original_class(module))
     return True
+
+
+def own_attribute(module: nn.Module, name: str) -> Any:
+    """The attribute of the instance that a property of the swapped class hides.
+
+    It has a second name. Dynamo of PyTorch 2.11 reads the property, without end, where the property
+    itself looks into the instance's ``__dict__``.
+    """
+    return getattr(module, _OWN + name)
 
 
 def swapped_adapter(module: nn.Module) -> str | None:

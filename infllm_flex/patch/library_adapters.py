@@ -14,7 +14,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from infllm_flex.patch import code_inspection
-from infllm_flex.patch.class_swap import Overrides, original_class
+from infllm_flex.patch.class_swap import Overrides, original_class, own_attribute
 from infllm_flex.patch.sdpa_adapter import require_layer, swap_skip_reason
 from infllm_flex.patch.sdpa_interception import run_intercepted
 from infllm_flex.patch.skip_reasons import NOT_CAUSAL, sliding_window, soft_capped
@@ -72,7 +72,7 @@ def _torchtune_skip_reason(module: nn.Module) -> str | None:
 def _torchtune_overrides(original: Any) -> dict[str, Any]:
     # A property takes precedence over the instance's attribute, which stays as it is.
     def attention_call(self: nn.Module) -> Callable[..., Any]:
-        inner = self.__dict__["_attention_call"]
+        inner = own_attribute(self, "_attention_call")
 
         def call(q: Tensor, k: Tensor, v: Tensor, *args: Any, **kwargs: Any) -> Any:
             return _serve(self, inner, k.shape[2], q, k, v, *args, **kwargs)

@@ -35,6 +35,7 @@ def test_one_graph_forward_and_backward(length):
         assert_close(ours, theirs)
 
 
+@pytest.mark.private_api
 def test_through_inductor():
     model = ifx.patch_model(build(one_layer()), SETTINGS)
     function = compiled(model, "inductor")

@@ -45,6 +45,7 @@ class Compiled:
         return getattr(self.model, name)
 
 
+@pytest.mark.private_api
 @pytest.mark.parametrize("by_block", [False, True], ids=["whole", "by block"])
 @pytest.mark.parametrize("style", WAYS.values(), ids=WAYS)
 def test_one_graph_forward_and_backward(style, by_block):

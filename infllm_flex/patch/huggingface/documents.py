@@ -129,7 +129,8 @@ def _read(
     single = None if recorded else info.positions_only
     if single is not None and read_flag(never_decreases(single), speculation):
         return None  # the common case, which needs no more than one flag
-    everything = torch.ones(B, S, dtype=torch.bool, device=device)
+    # Not a constant: for a constant in a conjunction, PyTorch 2.11 writes C++ that is wrong.
+    everything = (torch.arange(S, device=device) >= 0).expand(B, S)
     is_real = everything if padding is None else padding != 0
     follows = is_real & F.pad(is_real[:, :-1], (1, 0))  # a real token after another
     opens = is_real & (is_real.long().cumsum(-1) == 1)
