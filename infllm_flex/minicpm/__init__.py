@@ -11,6 +11,7 @@ code in its folder still needs ``trust_remote_code=True`` for ``AutoTokenizer``,
 
 from __future__ import annotations
 
+from infllm_flex.minicpm.first_config import before_config
 from infllm_flex.when_imported import when_imported
 
 
@@ -24,6 +25,15 @@ def register() -> None:
         AutoConfig.register(MiniCPMConfig.model_type, MiniCPMConfig)
 
 
+def register_model() -> None:
+    """Register MiniCPM with ``AutoModelForCausalLM``. Imports transformers' model code."""
+    import infllm_flex.minicpm.model  # noqa: F401
+
+
 def register_when_imported() -> None:
-    """Register now if transformers is imported, else at the end of its import."""
+    """Register now if transformers is imported, else at the end of its import.
+
+    The model is registered before the first configuration of a MiniCPM is made.
+    """
+    before_config(register_model)
     when_imported("transformers.models.auto.configuration_auto", register, "loading MiniCPM")

@@ -9,6 +9,7 @@ from typing import Any, ClassVar
 from transformers.configuration_utils import PreTrainedConfig
 
 from infllm_flex.minicpm.checks import check_longrope, check_settings, read_rope
+from infllm_flex.minicpm.first_config import announce_config
 
 # The defaults of MiniCPM's own configuration, for settings that config.json does not have.
 _DEFAULTS: dict[str, Any] = {
@@ -70,10 +71,7 @@ class MiniCPMConfig(PreTrainedConfig):
 
     def __new__(cls, *args: Any, **kwargs: Any) -> MiniCPMConfig:
         """Register the model, which cannot be built without a configuration."""
-        # Not where the configuration is registered, since this import takes seconds. Copies and
-        # unpickled configurations are made by this method, too.
-        import infllm_flex.minicpm.model  # noqa: F401
-
+        announce_config()  # copies and unpickled configurations are made by this method, too
         return super().__new__(cls)
 
     def __init__(self, **settings: Any) -> None:
