@@ -35,7 +35,7 @@ def attend_dense_in_layout(
     SDPA multiplies hidden values by zero. A nan in a document therefore reaches those packed with
     it here, but not where a sequence is sparse.
     """
-    Sq, G = query.shape[2], group_size(query, key)
+    Sq, G = query.shape[2], group_size(query.shape[1], key.shape[1])
     is_real = layout.is_real()[:, None, :, None]
     key, value = (torch.where(is_real, x, 0) for x in (key, value))
     query = torch.where(is_real[:, :, -Sq:], query, 0)

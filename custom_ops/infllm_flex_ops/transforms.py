@@ -101,13 +101,6 @@ def refuse_gradients(op: CustomOpDef, reason: str) -> None:
     register_gradients(op, save_nothing, refuse)
 
 
-def is_transformed(*tensors: Tensor) -> bool:
-    """Whether ``torch.func`` or forward-mode AD is running, which compiled code would ignore."""
-    if torch_private.are_transforms_active():
-        return True
-    return any(forward_ad.unpack_dual(x).tangent is not None for x in tensors)
-
-
 def register_vmap(op: CustomOpDef) -> None:
     """Serve ``torch.func.vmap`` by the batch dimension, the first of every tensor of ``op``."""
 

@@ -7,13 +7,14 @@ from typing import Any, Protocol
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from infllm_flex.config import InfLLMConfig
 from infllm_flex.engines.flex import FlexInLevels, FlexOnCpu, FlexUnderOneMask, can_train
 from infllm_flex.engines.flex_level_masks import can_split, choose_levels
 from infllm_flex.engines.fused import FusedEngine
+from infllm_flex_ops import torch_private
 from infllm_flex_ops.sizes import group_size
-from infllm_flex_ops.transforms import is_transformed
 
 
 class Engine(Protocol):
@@ -62,13 +63,13 @@ def choose_engine(
         scale: Factor on the dot products.
         alignment: Sequences of a layout start at multiples of it; None for one sequence per row.
     """
-    G = group_size(query, key)
+    G = group_size(query.shape[1], key.shape[1])
     fused = FusedEngine(config.block_size, scale, G, alignment)
     compiling = torch.compiler.is_compiling()
     if config.engine == "fused" or query.dtype == torch.float64:
         return fused
     if query.device.type == "cuda":
-        if config.engine != "flex" or (not compiling and is_transformed(query, key, value)):
+        if config.engine != "flex" or (not compiling and _is_transformed(query, key, value)):
             return fused
         training = _needs_gradients(query, key, value)
         if training and not can_train(query, key, config.block_size):
@@ -78,13 +79,20 @@ def choose_engine(
         if training or can_split(G):
             return FlexInLevels(config, fused, choose_levels(G, backward=training), training)
         return FlexUnderOneMask(config, fused)
-    if _needs_gradients(query, key, value) or compiling or is_transformed(query, key, value):
+    if _needs_gradients(query, key, value) or compiling or _is_transformed(query, key, value):
         return fused
     return FlexOnCpu(config, fused) if _all_finite(query, key, value) else fused
 
 
 def _needs_gradients(*inputs: Tensor) -> bool:
     return torch.is_grad_enabled() and any(x.requires_grad for x in inputs)
+
+
+def _is_transformed(*inputs: Tensor) -> bool:
+    """Whether ``torch.func`` or forward-mode AD is running, which compiled code would ignore."""
+    if torch_private.are_transforms_active():
+        return True
+    return any(forward_ad.unpack_dual(x).tangent is not None for x in inputs)
 
 
 def _all_finite(*inputs: Tensor) -> bool:

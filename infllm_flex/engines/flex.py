@@ -170,7 +170,9 @@ def can_train(query: Tensor, key: Tensor, block_size: int) -> bool:
     return (
         query.device.type == "cuda"
         and block_size % 16 == 0
-        and can_split_backward(B, Hkv, query.shape[2], num_blocks, group_size(query, key))
+        and can_split_backward(
+            B, Hkv, query.shape[2], num_blocks, group_size(query.shape[1], key.shape[1])
+        )
     )
 
 

@@ -109,7 +109,7 @@ def flex_in_levels(
         NotCompiledError: No compiler traces this call.
     """
     _require_compiler()
-    G = group_size(query, k)
+    G = group_size(query.shape[1], k.shape[1])
     folds: dict[int, Tensor] = {}
     outs, lses = [], []
     for mask, option, n in zip(masks, options, rows, strict=True):

@@ -88,7 +88,7 @@ def _check_selection(op: str, qkv: QKV, selected: Tensor, config: InfLLMConfig) 
     num_queries = min(_QUERIES, selected.shape[2])
     query, key = qkv.query[:1, :, -num_queries:].cpu(), qkv.key[:1].cpu()
     ours, S = selected[0, :, -num_queries:].cpu(), key.shape[2]
-    G, scale = group_size(query, key), resolve_scale(query, None)
+    G, scale = group_size(query.shape[1], key.shape[1]), resolve_scale(query, None)
     expected = reference.select_blocks(query, key, config, scale=scale)[0]
     for h in range(key.shape[1]):
         group = query[0, h * G : (h + 1) * G]
@@ -178,7 +178,7 @@ def _run(
 
 def _plain(q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
     """Masked attention by plain operations in the run's precision; its error sets the limit."""
-    G = group_size(q, k)
+    G = group_size(q.shape[1], k.shape[1])
     k, v, mask = (x.repeat_interleave(G, dim=1) for x in (k, v, mask))
     with torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH):
         return F.scaled_dot_product_attention(q, k, v, attn_mask=mask)

@@ -75,7 +75,7 @@ def _sdpa(qkv: QKV) -> Tensor:
 def _with_backend(backend: SDPBackend, qkv: QKV) -> Baseline:
     query, key, value = qkv
     if backend == SDPBackend.EFFICIENT_ATTENTION:  # has no grouped queries: repeat the KV heads
-        G = group_size(query, key)
+        G = group_size(query.shape[1], key.shape[1])
         qkv = QKV(query, *(_repeated(x, G) for x in (key, value)))
 
     def attend() -> Tensor:

@@ -147,7 +147,7 @@ def _block_mass(
     Weights are averaged over the group. One KV head at a time, since the weights of all keys need
     much memory.
     """
-    S, groups = key.shape[2], group_size(query, key)
+    S, groups = key.shape[2], group_size(query.shape[1], key.shape[1])
     hidden = torch.arange(S, device=key.device) > position[:, None]
     block = torch.arange(S, device=key.device) // config.block_size
     own = (position // config.block_size)[:, None]

@@ -95,7 +95,7 @@ def attend_blocks(
     out = torch.empty_like(q)
     lse = q.new_empty(q.shape[:3], dtype=accumulate)
     if num is None or idx is None or words is None or tile_tokens is None:
-        G = group_size(q, k)
+        G = group_size(q.shape[1], k.shape[1])
         tile_tokens, num, idx, words = build_lists(G, k, selected, block_size, tile_tokens, unit)
     lists = TileLists(num, idx, words, block_size, tile_tokens)
     for head in heads(q, k):

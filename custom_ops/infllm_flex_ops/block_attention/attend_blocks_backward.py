@@ -48,7 +48,7 @@ def attend_blocks_backward(
     accumulate = torch.promote_types(q.dtype, torch.float32)
     dq = torch.empty_like(q)
     dk, dv = (torch.empty_like(x, memory_format=torch.contiguous_format) for x in (k, v))
-    tile_tokens = tile_tokens or union_lists.choose_tile_tokens(group_size(q, k))
+    tile_tokens = tile_tokens or union_lists.choose_tile_tokens(group_size(q.shape[1], k.shape[1]))
     tile_tokens = union_lists.fit_unit(tile_tokens, unit)
     num, idx, words = union_lists.list_blocks(selected, k.shape[2], block_size, tile_tokens)
     lists = TileLists(num, idx, words, block_size, tile_tokens)

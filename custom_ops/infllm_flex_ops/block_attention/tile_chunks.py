@@ -27,7 +27,7 @@ class Head(NamedTuple):
 
 def heads(q: Tensor, k: Tensor) -> Iterator[Head]:
     """Iterate over the key/value heads of a batch."""
-    G = group_size(q, k)
+    G = group_size(q.shape[1], k.shape[1])
     for batch in range(k.shape[0]):
         for kv in range(k.shape[1]):
             yield Head(batch, kv, slice(kv * G, (kv + 1) * G))

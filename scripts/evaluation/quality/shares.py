@@ -131,7 +131,7 @@ def needle_shares(
         the head's attention.
     """
     query, key, scale = layer
-    S, G = key.shape[2], group_size(query, key)
+    S, G = key.shape[2], group_size(query.shape[1], key.shape[1])
     at = torch.tensor([q.answer.start - 1 for q in questions], device=key.device)
     first = int(at.min())
     selected = select_blocks(query[:, :, first:], key, config, scale=scale)[0, :, at - first]

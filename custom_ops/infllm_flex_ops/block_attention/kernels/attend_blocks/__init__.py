@@ -45,7 +45,9 @@ def attend(
 ) -> tuple[Tensor, Tensor]:
     """List the blocks of every tile, unless the lists are given, and attend to them."""
     if num is None or idx is None or words is None or tile_tokens is None:
-        tile_tokens = tile_tokens or choose_tile_tokens(group_size(q, k), k, block_size)
+        tile_tokens = tile_tokens or choose_tile_tokens(
+            group_size(q.shape[1], k.shape[1]), k, block_size
+        )
         tile_tokens = union_lists.fit_unit(tile_tokens, unit)
         num, idx, words = union_lists.list_blocks(selected, k.shape[2], block_size, tile_tokens)
     return launch(q, k, v, num, idx, words, block_size, tile_tokens, scale)
