@@ -25,7 +25,7 @@ import torch
 from benchmarking.correctness import IncorrectError, check_operators, run_tests
 from benchmarking.memory import limit_mib, peak_mib
 from benchmarking.models import model_subjects
-from benchmarking.report import model_ratio, speed_table, verdict
+from benchmarking.report import Reasons, model_ratio, speed_table, verdict
 from benchmarking.results import Results, check_columns, describe_environment
 from benchmarking.settings import (
     BenchmarkSettings,
@@ -91,19 +91,21 @@ def benchmark(settings: BenchmarkSettings) -> None:
     with Results(run.out, environment, has_variants=bool(settings.variants)) as results:
         progress = Progress(count_steps(settings))
         verdicts: list[str] = []
+        reasons: dict[tuple[str, ...], dict[str, str]] = {}
         try:
             for case, heads, S in shapes_of(settings):
                 batch = settings.with_batch_of(case).shapes.batch
                 shape = f"batch {batch}, {heads} heads, {S} tokens"
                 progress.begin(f"{case.mode}, {case.inputs} queries, {shape}")
-                time_shape(settings, case, heads, S, results)
+                key, absent = time_shape(settings, case, heads, S, results)
+                reasons[key] = absent
             verdicts += measure_memory(settings, results, progress)
             for name, model in settings.models.items():
                 progress.begin(f"model {name}, {model.length} tokens")
                 verdicts += time_model(settings, name, model, results)
         finally:
             progress.close()
-            report(results, verdicts)
+            report(results, verdicts, reasons)
 
 
 def check(settings: BenchmarkSettings) -> None:
@@ -137,22 +139,26 @@ def count_steps(settings: BenchmarkSettings) -> int:
 
 def time_shape(
     settings: BenchmarkSettings, case: CaseSettings, heads: Heads, S: int, results: Results
-) -> None:
-    """Time all stages and all baselines at one shape, in rotation."""
+) -> tuple[tuple[str, ...], dict[str, str]]:
+    """Time all stages and all baselines at one shape, in rotation.
+
+    Returns:
+        The shape, as in `report.SHAPE`, and the reason for each baseline without a time.
+    """
     run, settings = settings.run, settings.with_batch_of(case)
+    shape = shape_cells(settings, heads, S) | {"inputs": case.inputs}
+    key = results.shape_key(mode=case.mode, **shape)
     try:
         subjects, unavailable = make_subjects(settings, heads, S, case)
         for name, reason in unavailable.items():
-            warnings.warn(
-                f"{name} is not available for {heads} heads, {S} tokens: {reason}", stacklevel=2
-            )
+            if not reason.startswith("not installed"):  # else its cell says it
+                warnings.warn(f"{name}, {heads} heads, {S} tokens: {reason}", stacklevel=2)
         limits = Limits(run.warmup, run.rounds, run.max_rounds, run.seconds)
         timings = time_in_rotation(subjects, torch.device(run.device), limits)
     except torch.OutOfMemoryError as error:
         torch.cuda.empty_cache()
         warnings.warn(f"{heads} heads, {S} tokens are skipped: {error}", stacklevel=2)
-        return
-    shape = shape_cells(settings, heads, S) | {"inputs": case.inputs}
+        return key, {}
     for subject, parts in zip(subjects, timings, strict=True):
         for part, timing in parts.items():
             if part == "forward" != case.mode and subject.backward is not None:
@@ -167,6 +173,7 @@ def time_shape(
                     cells["ms_floor"] = work.floor_ms(settings.floor)
             cells |= {"op": subject.op, "variant": subject.variant, "settings": subject.settings}
             results.add(mode=mode, **cells, **shape)
+    return key, unavailable
 
 
 def measure_memory(settings: BenchmarkSettings, results: Results, progress: Progress) -> list[str]:
@@ -223,9 +230,9 @@ def shape_cells(settings: BenchmarkSettings, heads: Heads, S: int) -> dict[str, 
     }
 
 
-def report(results: Results, verdicts: list[str]) -> None:
+def report(results: Results, verdicts: list[str], reasons: Reasons) -> None:
     """Print the results, also those of an interrupted run."""
-    header, lines = speed_table(results.rows)
+    header, lines = speed_table(results.rows, reasons)
     if lines:
         print("\nmedians in ms; x: speed-up over the attention left of it, selection included")
         if "x default" in header:

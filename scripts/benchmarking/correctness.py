@@ -136,7 +136,9 @@ def _check_decode_step(qkv: QKV, config: InfLLMConfig) -> None:
     mask = reference.attention_mask(selected, config.block_size, S).to(query.device)
     actual = decode_attention(step, key, value, keys)
     exact = reference.masked_attention(step, key, value, mask, scale=scale)
-    _check_error("decoding", actual, exact, _plain(step, key, value, mask))
+    check_error(
+        "infllm_attention (decoding)", actual, exact, plain_attention(step, key, value, mask)
+    )
 
 
 def _check_attention(qkv: QKV, selected: Tensor, config: InfLLMConfig) -> None:
@@ -156,14 +158,16 @@ def _check_attention(qkv: QKV, selected: Tensor, config: InfLLMConfig) -> None:
     )
     plain = _run(
         qkv,
-        lambda q, k, v: _plain(q[:, :, -_QUERIES:], k, v, mask),
+        lambda q, k, v: plain_attention(q[:, :, -_QUERIES:], k, v, mask),
         grad_out[:, :, -_QUERIES:],
     )
     for name, actual, true, same in zip(
         ("output", "dq", "dk", "dv"), ours, exact, plain, strict=True
     ):
-        _check_error(f"{config.engine}, {name}", actual[:, :, -len(true[0, 0]) :], true, same)
-    _check_error(f"{config.engine}, output without gradients", inference, exact[0], plain[0])
+        what = f"infllm_attention ({config.engine}, {name})"
+        check_error(what, actual[:, :, -len(true[0, 0]) :], true, same)
+    what = f"infllm_attention ({config.engine}, output without gradients)"
+    check_error(what, inference, exact[0], plain[0])
 
 
 def _run(
@@ -176,7 +180,7 @@ def _run(
     return [out.detach()[:, :, -_QUERIES:], *gradients]
 
 
-def _plain(q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
+def plain_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
     """Masked attention by plain operations in the run's precision; its error sets the limit."""
     G = group_size(q.shape[1], k.shape[1])
     k, v, mask = (x.repeat_interleave(G, dim=1) for x in (k, v, mask))
@@ -184,9 +188,14 @@ def _plain(q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
         return F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
 
 
-def _check_error(what: str, actual: Tensor, exact: Tensor, plain: Tensor) -> None:
+def check_error(what: str, actual: Tensor, exact: Tensor, plain: Tensor) -> None:
+    """Check that an error is at most three times that of plain operations, plus rounding.
+
+    Raises:
+        IncorrectError: It is larger.
+    """
     error, allowed = ((x.double() - exact).abs().max().item() for x in (actual, plain))
     rounding = torch.finfo(actual.dtype).eps * exact.abs().max().item()
     limit = 3 * (allowed + rounding)
     if not error <= limit:
-        raise IncorrectError(f"infllm_attention ({what}): error {error:.3g}, allowed {limit:.3g}")
+        raise IncorrectError(f"{what}: error {error:.3g}, allowed {limit:.3g}")

@@ -66,7 +66,7 @@ def decode_subjects(
                 dense = prepare(functools.partial(_dense, qkv, backend))
             subjects.append(Subject("dense", name, dense))
         except RuntimeError as error:
-            unavailable[name] = str(error).splitlines()[0]
+            unavailable[name] = f"not supported: {str(error).splitlines()[0]}"
     return subjects, unavailable
 
 

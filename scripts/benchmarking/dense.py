@@ -63,7 +63,7 @@ def dense_attentions(
                 dense.attend()
             available[name] = dense
         except (RuntimeError, NotImplementedError) as error:
-            unavailable[name] = str(error).splitlines()[0]
+            unavailable[name] = f"not supported: {str(error).splitlines()[0]}"
     return available, unavailable
 
 

@@ -39,17 +39,17 @@ def nsa_attentions(
         names: The attentions to prepare; empty: both.
 
     Returns:
-        The available attentions by name, and the reason for each of the others; both empty where
-        fla is not installed. Outputs and leaves have fla's layout ``[B, S, H, D]``.
+        The available attentions by name, and the reason for each of the others. Outputs and leaves
+        have fla's layout ``[B, S, H, D]``.
     """
     if importlib.util.find_spec("fla") is None:
-        return {}, {}
+        return {}, {"fla_nsa": "not installed: fla"}
     try:
         with warnings.catch_warnings():  # fla warns about optional packages
             warnings.simplefilter("ignore")
             nsa = importlib.import_module("fla.ops.nsa.parallel")
     except ImportError as error:
-        return {}, {"fla_nsa": str(error)}
+        return {}, {"fla_nsa": f"wrong version: {error}"}
     leaves = QKV(*(_by_token(x) for x in qkv))
     window = 0 if nsa.flash_attn_func is None else _WINDOW
     wanted = {
@@ -68,7 +68,7 @@ def nsa_attentions(
                 torch.autograd.grad(out, leaves, torch.zeros_like(out))
             available[name] = Baseline(attend, leaves)
         except Exception as error:  # fla raises assertions, Triton errors and others
-            unavailable[name] = (str(error) or repr(error)).splitlines()[0]
+            unavailable[name] = f"not supported: {(str(error) or repr(error)).splitlines()[0]}"
     return available, unavailable
 
 

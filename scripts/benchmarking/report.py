@@ -8,7 +8,7 @@ from typing import NamedTuple
 Row = Mapping[str, str]
 
 SHAPE = ("device", "dtype", "B", "Hq", "Hkv", "D", "mode", "inputs", "S")
-_BASELINES = ("dense", "nsa")  # values of the column op; speed-ups are over the first only
+_BASELINES = ("dense", "nsa", "rival")  # values of the column op; speed-ups are over the first
 
 
 class Method(NamedTuple):
@@ -25,6 +25,8 @@ class Method(NamedTuple):
 
 
 Times = Mapping[Method, float]
+# Why attentions have no time at a shape: a word, a colon and the rest.
+Reasons = Mapping[tuple[str, ...], Mapping[str, str]]
 
 
 def by_shape(rows: Iterable[Row]) -> dict[tuple[str, ...], dict[Method, float]]:
@@ -39,7 +41,7 @@ def by_shape(rows: Iterable[Row]) -> dict[tuple[str, ...], dict[Method, float]]:
     shapes: dict[tuple[str, ...], dict[Method, float]] = {}
     for row in rows:
         if row["ms_p50"] and row["op"] != "model":
-            times = shapes.setdefault(tuple(row[name] for name in SHAPE), {})
+            times = shapes.setdefault(shape_of(row), {})
             times[Method(row["op"], row["variant"], row["settings"])] = float(row["ms_p50"])
     return {shape: times for shape, times in shapes.items() if any(_engines(times))}
 
@@ -88,18 +90,32 @@ def fastest_dense(times: Times) -> tuple[str, float] | None:
     return variant, ms
 
 
-def speed_table(rows: Iterable[Row]) -> tuple[list[str], list[list[str]]]:
+def shape_of(row: Row) -> tuple[str, ...]:
+    """Return the cells that identify a shape."""
+    return tuple(row[name] for name in SHAPE)
+
+
+def speed_table(
+    rows: Iterable[Row], reasons: Reasons | None = None
+) -> tuple[list[str], list[list[str]]]:
     """Tabulate milliseconds of stages, whole attention and baselines, and the ratios of the last.
 
     Where a run has ``variants``, the column ``x default`` is the speed-up over ``attention`` by the
     same engine.
 
+    Args:
+        rows: Rows of the CSV.
+        reasons: Why baselines have no time; its first words stand in their cells.
+
     Returns:
         Header and cells of a table: a line per shape, engine and attention settings.
     """
-    shapes = by_shape(rows)
+    shapes, reasons = by_shape(rows), reasons or {}
     measured = dict.fromkeys(method for times in shapes.values() for method in times)
     baselines = [method for op in _BASELINES for method in measured if method.op == op]
+    absent = dict.fromkeys(name for shape in shapes for name in reasons.get(shape, ()))
+    named = {method.variant for method in baselines}
+    baselines += [Method("", name) for name in absent if name not in named]
     compares = any(method.settings for method in measured)
     header = ["mode", "queries", "batch", "heads", "tokens", "engine"]
     header += ["settings"] * compares + ["select", "lists", "attend", "all ms"]
@@ -116,7 +132,8 @@ def speed_table(rows: Iterable[Row]) -> tuple[list[str], list[list[str]]]:
             line += [_ratio(times.get(ours._replace(settings="")), times[ours])] * compares
             for baseline in baselines:
                 ms = times.get(baseline)
-                line += [_ms(ms), _ratio(ms, times[ours])]
+                word = reasons.get(shape, {}).get(baseline.variant, "").partition(":")[0]
+                line += [_ms(ms) or word, _ratio(ms, times[ours])]
             lines.append(line)
     return header, lines
 

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from benchmarking.checkout import ROOT
+from benchmarking.report import shape_of
 
 if TYPE_CHECKING:
     from typing_extensions import Self  # comes with torch
@@ -88,6 +89,11 @@ class Results(CsvFile):
     def __init__(self, path: Path, common: dict[str, str], *, has_variants: bool = False) -> None:
         known = COLUMNS if _is_missing(path) else check_columns(path, has_variants=has_variants)
         super().__init__(path, known, dict.fromkeys(COLUMNS, "") | common)
+
+    def shape_key(self, **cells: Any) -> tuple[str, ...]:
+        """Return the shape of a row with these cells, as in `report.SHAPE`."""
+        row = self._common | {name: _format(value) for name, value in cells.items()}
+        return shape_of(row)
 
 
 def check_header(path: Path, known: Collection[tuple[str, ...]]) -> tuple[str, ...]:

@@ -13,6 +13,7 @@ from benchmarking.decode import decode_subjects
 from benchmarking.dense import Baseline, dense_attentions
 from benchmarking.inputs import QKV, make_qkv, with_gradients
 from benchmarking.nsa import nsa_attentions
+from benchmarking.rivals import rival_attentions
 from benchmarking.settings import BenchmarkSettings, CaseSettings, Heads
 from benchmarking.stages import engine_steps
 from benchmarking.timing import Subject
@@ -62,7 +63,9 @@ def make_subjects(
     if qkv.query.is_cuda:
         attentions, without_nsa = nsa_attentions(qkv, settings.attention, case.baselines)
         subjects += _nsa(attentions, grad_out)
-        unavailable |= without_nsa
+        rivals, without_rivals = rival_attentions(qkv, settings.attention, case.baselines)
+        subjects += _rivals(rivals, grad_out is not None)
+        unavailable |= without_nsa | without_rivals
     return subjects, unavailable
 
 
@@ -98,6 +101,16 @@ def _nsa(attentions: dict[str, Baseline], grad_out: Tensor | None) -> list[Subje
         Subject("nsa", name, _with_gradients(nsa.attend, by_token), _backward(nsa.qkv, by_token))
         for name, nsa in attentions.items()
     ]
+
+
+def _rivals(attentions: dict[str, Baseline], has_backward: bool) -> list[Subject]:
+    """Return the subjects of other packages, each with gradients of its own layout."""
+    subjects = []
+    for name, rival in attentions.items():
+        grad_out = torch.randn_like(rival.attend()) if has_backward else None
+        forward = _with_gradients(rival.attend, grad_out)
+        subjects.append(Subject("rival", name, forward, _backward(rival.qkv, grad_out)))
+    return subjects
 
 
 def _tilings(

@@ -59,9 +59,10 @@ def calls(monkeypatch):
     return calls
 
 
-def test_without_fla_there_is_no_column_and_no_complaint(monkeypatch):
+def test_without_fla_it_says_that_it_is_not_installed(monkeypatch):
     monkeypatch.setitem(sys.modules, "fla", None)
-    assert nsa_attentions(QKV(*make_qkv(64, Hq=32)), CONFIG) == ({}, {})
+    reasons = {"fla_nsa": "not installed: fla"}
+    assert nsa_attentions(QKV(*make_qkv(64, Hq=32)), CONFIG) == ({}, reasons)
 
 
 def test_given_our_choice_it_computes_what_we_compute(calls):
@@ -101,7 +102,8 @@ def test_why_it_does_not_serve_is_said(calls):
     serving, failing = nsa_attentions(QKV(*make_qkv(64, Hq=8)), CONFIG)
     assert serving == {}
     assert set(failing) == {"fla_nsa_16_blocks_no_window", "fla_nsa_given_5_blocks"}
-    assert set(failing.values()) == {"Group size (HQ/H) must be a power of 2 and >= 16 in NSA"}
+    reason = "not supported: Group size (HQ/H) must be a power of 2 and >= 16 in NSA"
+    assert set(failing.values()) == {reason}
 
 
 def test_it_has_a_column_but_is_not_the_dense_attention_to_beat():
