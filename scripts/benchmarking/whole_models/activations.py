@@ -19,7 +19,7 @@ from torch import Tensor, nn
 # Fitted to SmolLM2-135M on text, by the blocks that tiles of 2 to 32 tokens load;
 # tests/benchmarking/test_activations.py holds the fit.
 _KNOT_TOKENS = 128  # distance of the random vectors between which embeddings are interpolated
-_NOISE = 0.25  # scale of the independent part of an embedding
+_NOISE = 0.225  # scale of the independent part of an embedding
 _COMMON = 0.5  # fraction of the variance of queries that the heads of a group have in common
 _ADDED = 0.02  # what a layer adds to the residual stream, relative to usual weights
 
