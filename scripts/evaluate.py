@@ -18,6 +18,7 @@ from typing import Any
 
 import torch
 
+from evaluation.overrides import parse_overrides
 from evaluation.selection import SelectionReport, judge_selection, recorded_inputs
 from evaluation.table import format_table
 from infllm_flex.config import InfLLMConfig
@@ -57,21 +58,6 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("overrides", nargs="*", metavar="attention.key=value")
     return parser.parse_args()
-
-
-def parse_overrides(arguments: list[str]) -> dict[str, Any]:
-    """Read ``attention.key=value`` as settings of the model's own attention."""
-    import yaml
-
-    values: dict[str, Any] = {}
-    for argument in arguments:
-        name, equals, value = argument.partition("=")
-        section, _, key = name.partition(".")
-        if section != "attention" or not key or not equals:
-            raise ValueError(f"settings must be written attention.key=value, got {argument}")
-        values[key] = yaml.safe_load(value)
-    InfLLMConfig.from_dict(values)
-    return values
 
 
 def read_tokens(text: Path, model: Path, length: int) -> torch.Tensor:
