@@ -8,6 +8,8 @@ import re
 
 import pytest
 import torch
+import transformers
+from packaging import version
 from transformers import AutoConfig, DynamicCache, EncoderDecoderCache, LlamaConfig, StaticCache
 from transformers.cache_utils import Cache, DynamicLayer
 from transformers.masking_utils import AttentionMaskInterface
@@ -26,6 +28,7 @@ FUNCTIONS = [
 ]
 ATTENTION = inspect.unwrap(modeling_llama.LlamaAttention.forward)
 S = 12
+NEW_PAGES = version.parse(transformers.__version__) >= version.parse("5.20")
 
 
 @pytest.mark.parametrize("function", FUNCTIONS, ids=lambda function: function.__name__)
@@ -262,3 +265,72 @@ def test_growing_layer_class():
 def test_hybrid_layer_class():
     kind = private.hybrid_layer_class()
     assert kind is None or issubclass(kind, DynamicLayer)
+
+
+def batched(model, seen):
+    """Run continuous batching over prompts of 5 and 9 tokens, and call ``seen`` by each layer."""
+    from transformers import ContinuousBatchingConfig, GenerationConfig
+
+    for layer in model.model.layers:
+        layer.self_attn.register_forward_pre_hook(
+            lambda module, args, kwargs: seen(kwargs), with_kwargs=True
+        )
+    settings = {"num_blocks": 8, "max_batch_tokens": 32}
+    settings["page_size" if NEW_PAGES else "block_size"] = 16
+    found = model.generate_batch(
+        [list(range(3, 8)), list(range(3, 12))],
+        generation_config=GenerationConfig(
+            do_sample=False, max_new_tokens=2, eos_token_id=-1, pad_token_id=0
+        ),
+        continuous_batching_config=ContinuousBatchingConfig(**settings),
+        progress_bar=False,
+    )
+    assert all(request.error is None for request in found.values())
+
+
+def test_is_paged():
+    found = []
+    batched(build(), lambda kwargs: found.append(private.find_cache(kwargs)))
+    assert len(found) == 2 * 2
+    assert all(private.is_paged(cache) for cache in found)
+    assert not private.is_paged(DynamicCache())
+    assert not private.is_paged(None)
+
+
+needs_new_pages = pytest.mark.skipif(
+    not NEW_PAGES, reason="continuous batching sets names with paged| before 5.20"
+)
+
+
+@needs_new_pages
+def test_update_pages():
+    """By `test_paged_step`, which counts what it returns."""
+    key = torch.randn(1, 2, 3, 4)
+    kwargs = {"other": 1}
+    assert private.update_pages(None, key, key + 1, kwargs)[0] is key
+    assert kwargs == {"other": 1}
+
+
+@needs_new_pages
+def test_paged_step():
+    model, steps = build(), []
+
+    def recorded(module, query, key, value, mask, scaling=None, **kwargs):
+        key, value = private.update_pages(module, key, value, kwargs)
+        step = private.paged_step(kwargs)
+        bounds = step.query_bounds.tolist(), step.key_bounds.tolist()  # of buffers that change
+        steps.append((query.shape[2], key.shape[2], mask.shape, step.longest, *bounds))
+        return sdpa(module, query, key, value, mask, scaling=scaling, **kwargs)
+
+    sdpa = modeling_llama.ALL_ATTENTION_FUNCTIONS["sdpa"]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(modeling_llama.ALL_ATTENTION_FUNCTIONS, "sdpa", recorded)
+        batched(model, lambda kwargs: None)
+    prompts, *_, last = steps
+    assert prompts[:4] == (14, 14, (1, 1, 14, 14), 9)
+    assert last[:4] == (2, 16, (1, 1, 2, 16), 10)
+    assert prompts[4] == prompts[5]
+    assert last[4] == [0, 1, 2]
+    # The order of the requests is that of the server.
+    assert prompts[5] in ([0, 5, 14], [0, 9, 14])
+    assert last[5] in ([0, 6, 16], [0, 10, 16])

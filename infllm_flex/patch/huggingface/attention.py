@@ -13,14 +13,17 @@ from infllm_flex.autocast import attend_outside_autocast
 from infllm_flex.patch.huggingface.attention_call import AttentionCall, Kind, Output
 from infllm_flex.patch.huggingface.attention_layers import get_or_make_layer
 from infllm_flex.patch.huggingface.cached_attention import attend_cached
-from infllm_flex.patch.huggingface.dense_attention import attend_dense
+from infllm_flex.patch.huggingface.dense_attention import attend_by_previous, attend_dense
 from infllm_flex.patch.huggingface.documents import find_sequences
 from infllm_flex.patch.huggingface.instance_forward import record_call
 from infllm_flex.patch.huggingface.masks import LazyMask, materialize
+from infllm_flex.patch.huggingface.paged_attention import attend_requests, read_requests
 from infllm_flex.patch.huggingface.sequence_info import reject_recompute_without_info
+from infllm_flex.patch.huggingface.transformers_private import paged_step, update_pages
 from infllm_flex.patch.huggingface.unsupported_calls import (
     assert_supported_mask,
     reject_unsupported_decode,
+    reject_unsupported_paged,
     reject_unsupported_prefill,
 )
 from infllm_flex.patch.layer_state import Attend, get_layer
@@ -86,6 +89,8 @@ def attention_forward(
         return attend_decode(call)
     if kind is Kind.PREFILL:
         return attend_prefill(call)
+    if kind is Kind.PAGED:
+        return attend_paged(call)
     return attend_overridden(call)
 
 
@@ -124,6 +129,20 @@ def attend_prefill(call: AttentionCall) -> Output:
         return attend_in_layout(q, k, v, config, sequences.layout(config), scale=scale)
 
     return _attend(attend, query, call.key, call.value, call.scale)
+
+
+def attend_paged(call: AttentionCall) -> Output:
+    """Attend within each request of a step of continuous batching."""
+    call.key, call.value = update_pages(call.module, call.key, call.value, call.kwargs)
+    if call.layer.attends_densely(paged_step(call.kwargs).longest):
+        return attend_by_previous(call, None)  # the mask isolates the requests
+    reject_unsupported_paged(call)
+    requests, config = read_requests(call.kwargs), call.layer.config
+
+    def attend(q: Tensor, k: Tensor, v: Tensor, scale: float | None) -> Tensor:
+        return attend_requests(q, k, v, requests, config, scale)
+
+    return _attend(attend, call.query, call.key, call.value, call.scale)
 
 
 def _attend(

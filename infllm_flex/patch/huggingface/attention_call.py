@@ -12,7 +12,7 @@ from infllm_flex.patch.huggingface.cache_hook import KEYWORD, cache_layer
 from infllm_flex.patch.huggingface.cached_attention import trim_mask, update_static_state
 from infllm_flex.patch.huggingface.masks import LazyMask, materialize
 from infllm_flex.patch.huggingface.sequence_info import NO_INFO, SequenceInfo, read_sequence_info
-from infllm_flex.patch.huggingface.transformers_private import is_static
+from infllm_flex.patch.huggingface.transformers_private import is_paged, is_static
 from infllm_flex.patch.layer_state import PatchedLayer
 
 # The output ``[B, Sq, Hq, D]``, and the attention weights where they are returned.
@@ -27,12 +27,14 @@ class Kind(enum.Enum):
         DENSE: By the layer's previous attention function.
         DECODE: Sparsely, new tokens over a cache.
         PREFILL: Sparsely, all keys are those of this call.
+        PAGED: Tokens of many requests over the pages of continuous batching.
     """
 
     OVERRIDDEN = enum.auto()
     DENSE = enum.auto()
     DECODE = enum.auto()
     PREFILL = enum.auto()
+    PAGED = enum.auto()
 
 
 @dataclass
@@ -78,7 +80,10 @@ class AttentionCall:
         layer = self.layer
         if layer.attend is not None:
             return Kind.OVERRIDDEN
-        cached = self.cached = cache_layer(self.kwargs.pop(KEYWORD, None), self.module, self.key)
+        cache = self.kwargs.pop(KEYWORD, None)
+        if is_paged(cache):
+            return Kind.PAGED
+        cached = self.cached = cache_layer(cache, self.module, self.key)
         length = self.key.shape[2]
         if cached is not None and is_static(cached) and layer.ever_attends_sparsely(length):
             # A static cache's state follows every call, however it is served.

@@ -13,13 +13,17 @@ import torch
 from torch import Tensor, nn
 
 from infllm_flex.patch.huggingface.cache_updates import track_layer
+from infllm_flex.patch.huggingface.config_view import PREVIOUS_NAMES
 from infllm_flex.patch.huggingface.instance_forward import watch_call
 from infllm_flex.patch.huggingface.transformers_private import (
     cache_layers,
     find_cache,
+    get_implementation,
     is_offloading,
+    is_paged,
     is_static,
 )
+from infllm_flex.patch.layer_state import get_layer
 from infllm_flex_ops import torch_private
 
 KEYWORD = "infllm_cache"
@@ -42,7 +46,22 @@ def _add_cache(
     if not torch.compiler.is_compiling() and "forward" in vars(module):
         watch_call(module)
     cache = find_cache(kwargs)
-    return None if cache is None else (args, {**kwargs, KEYWORD: cache})
+    if cache is None:
+        return None
+    if is_paged(cache):
+        _require_our_name(module)
+    return args, {**kwargs, KEYWORD: cache}
+
+
+def _require_our_name(module: nn.Module) -> None:
+    """Raise a NotImplementedError where continuous batching would attend densely unasked."""
+    layer, name = get_layer(module), get_implementation(module.config)
+    if layer is not None and layer.skip_reason is None and name not in PREVIOUS_NAMES:
+        raise NotImplementedError(
+            f"continuous batching would attend densely, by attn_implementation={name!r}, in a "
+            "model that was patched to be sparse: call patch_model again and pass "
+            "ContinuousBatchingConfig(auto_switch_to_flash=False), or call unpatch_model"
+        )
 
 
 # Stands for the layer of a cache whose keys are not those that attention was given.

@@ -21,7 +21,7 @@ from infllm_flex.patch.huggingface.transformers_private import is_static, plain_
 from infllm_flex.patch.layer_state import PatchedLayer
 from infllm_flex.validation import assert_in_graph
 
-_FEW = 16  # queries; more of them gain from sharing the blocks that neighbours select
+FEW = 16  # queries; more of them gain from sharing the blocks that neighbours select
 _MASK = (
     "sparse attention over a cache serves rows that are padded on the left, the same at every "
     "step, and no other attention_mask"
@@ -105,7 +105,7 @@ def _is_step(query: Tensor, key: Tensor, value: Tensor, cached: Any) -> bool:
                 "run it under torch.no_grad(), or uncompiled"
             )
         return False
-    return compiled or query.shape[2] <= _FEW
+    return compiled or query.shape[2] <= FEW
 
 
 def trim_mask(mask: Tensor | None, query: Tensor, length: int) -> LazyMask | Tensor | None:

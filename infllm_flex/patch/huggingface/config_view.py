@@ -11,7 +11,7 @@ from __future__ import annotations
 import copy
 import functools
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, NoReturn
 
 from infllm_flex.patch.huggingface.transformers_private import (
     implementation_attribute,
@@ -49,11 +49,24 @@ class ConfigView:
 
     def __setattr__(self, key: str, value: Any) -> None:
         if key == implementation_attribute():
+            if self._infllm_name is not None and str(value).startswith("paged|"):
+                self._refuse_paged(str(value))
             ours = value in PREVIOUS_NAMES
             object.__setattr__(self, "_infllm_name", value if ours else None)
             if ours:
                 return
         super().__setattr__(key, value)
+
+    def _refuse_paged(self, name: str) -> NoReturn:
+        assert self._infllm_name is not None
+        previous = PREVIOUS_NAMES[self._infllm_name]
+        # transformers has written the name to the original, which shares its attributes.
+        super().__setattr__(implementation_attribute(), previous)
+        raise NotImplementedError(
+            f"continuous batching cannot attend sparsely by attn_implementation={name!r}: it needs "
+            f"transformers 5.20 or newer and a model loaded with attn_implementation='sdpa', got "
+            f"{previous!r}; or call unpatch_model"
+        )
 
     def __eq__(self, other: object) -> bool:
         return bool(self._infllm_original == original_config(other))

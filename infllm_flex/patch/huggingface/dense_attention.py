@@ -28,25 +28,26 @@ def attend_dense(call: AttentionCall) -> Output:
     info = call.read_sequence_info()
     if info.is_empty:
         reject_recompute_without_info(call.layer, info, has_documents=False)
-        return _attend_by_previous(call, None)
+        return attend_by_previous(call, None)
     recorded = is_recorded(call.query)
     positions = info.positions_only if _is_plain(call.mask) else None
     if recorded and positions is not None:
         if call.layer.reads_positions:  # all layers get the same positions: one checks them
             call.query = assert_single_document(call.query, positions)
-        return _attend_by_previous(call, None)
+        return attend_by_previous(call, None)
     speculation = None
     # Autograd would record a call that is discarded, and dropout would draw twice.
     if not (recorded or torch.is_grad_enabled() or call.dropout > 0.0):
-        speculation = Speculation(call.layer, lambda: _attend_by_previous(call, None))
+        speculation = Speculation(call.layer, lambda: attend_by_previous(call, None))
     sequences = find_sequences(call.query, info, speculation)
     reject_recompute_without_info(call.layer, info, sequences is not None)
     if sequences is None and speculation is not None and speculation.output is not None:
         return speculation.output
-    return _attend_by_previous(call, sequences)
+    return attend_by_previous(call, sequences)
 
 
-def _attend_by_previous(call: AttentionCall, sequences: Sequences | None) -> Output:
+def attend_by_previous(call: AttentionCall, sequences: Sequences | None) -> Output:
+    """Attend by the layer's previous function, within ``sequences`` if there are several."""
     mask = _dense_mask(call.mask, sequences, call.layer)
     if call.previous == "eager":
         mask = _additive_mask(call.module, call.query, call.key, mask)

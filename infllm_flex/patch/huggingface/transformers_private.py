@@ -11,7 +11,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Iterable, Mapping
 from types import FunctionType
-from typing import Any
+from typing import Any, NamedTuple
 
 from torch import Tensor
 
@@ -342,3 +342,69 @@ def hybrid_layer_class() -> type | None:
     from transformers import cache_utils
 
     return getattr(cache_utils, "LinearAttentionAndFullAttentionLayer", None)
+
+
+class PagedStep(NamedTuple):
+    """The requests of a step of continuous batching.
+
+    Attributes:
+        query_bounds: int32 ``[N + 1]``, where the queries of each request start and the last end.
+        key_bounds: The same for the keys.
+        longest: Keys of the longest request, or more.
+    """
+
+    query_bounds: Tensor
+    key_bounds: Tensor
+    longest: int
+
+
+def is_paged(cache: Any) -> bool:
+    """Whether a cache is that of continuous batching, which holds the keys of many requests.
+
+    API: the class ``generation.continuous_batching.PagedAttentionCache``, which attention layers
+    get under one of the names of `find_cache`, seen in 5.4 to 5.24.
+    If it goes: NotImplementedError at sparse steps of continuous batching.
+    Instead: nothing public.
+    """
+    return type(cache).__name__ == "PagedAttentionCache"
+
+
+def update_pages(
+    module: Any, key: Tensor, value: Tensor, kwargs: dict[str, Any]
+) -> tuple[Tensor, Tensor]:
+    """Write new keys and values to their pages, and read those of all requests.
+
+    API: ``PagedAttentionCache.update``. The function ``sdpa`` calls it with a keyword ``cache``,
+    seen in 5.20 to 5.23; attention layers call it before any attention function, seen in 5.24.
+    If it goes: TypeError in the first step of continuous batching.
+    Instead: nothing public.
+
+    Args:
+        module: The attention layer.
+        key: ``[1, Hkv, n, D]``, of the new tokens, or what the layer has read already.
+        value: ``[1, Hkv, n, D]``, likewise.
+        kwargs: The other keywords of the attention function, which are changed.
+
+    Returns:
+        Keys and values ``[1, Hkv, S, D]``.
+    """
+    cache: Any = kwargs.pop("cache", None)
+    if not is_paged(cache):
+        return key, value
+    keys, values = cache.update(
+        key_states=key, value_states=value, layer_idx=module.layer_idx, kwargs=kwargs
+    )
+    return keys, values
+
+
+def paged_step(kwargs: Mapping[str, Any]) -> PagedStep:
+    """Read the requests of a step from the keywords of an attention function, after the update.
+
+    API: continuous batching leaves the name ``sdpa``, gives attention functions the keys of all
+    requests one behind the other, and says by ``cu_seq_lens_q``, ``cu_seq_lens_k`` and
+    ``max_length_k`` where they are, seen in 5.20 to 5.24. Before, it set names with ``paged|``,
+    which a patched model refuses.
+    If it goes: KeyError in the first step of continuous batching.
+    Instead: nothing public.
+    """
+    return PagedStep(kwargs["cu_seq_lens_q"], kwargs["cu_seq_lens_k"], kwargs["max_length_k"])

@@ -40,6 +40,16 @@ def reject_unsupported_decode(call: AttentionCall) -> None:
     _reject(call, reason)
 
 
+def reject_unsupported_paged(call: AttentionCall) -> None:
+    """Raise a NotImplementedError for a step of continuous batching that cannot be sparse."""
+    # The keyword says that a mask keeps the requests apart, within which attention is causal.
+    call.kwargs.pop("is_causal", None)
+    reason = _unsupported_arguments(call)
+    if reason is None and is_recorded(call.query):
+        reason = "continuous batching in a CUDA graph (pass use_cuda_graph=False)"
+    _reject(call, reason)
+
+
 def reject_unsupported_prefill(
     call: AttentionCall, sequences: Sequences | None, positions: Tensor | None
 ) -> None:
