@@ -82,11 +82,19 @@ def test_it_is_sparse_and_equals_generate():
         assert alone[0, length:].tolist() == ours.generated_tokens
 
 
-def test_it_goes_by_position_whatever_the_model_does_elsewhere():
-    model = ifx.patch_model(build(), SETTINGS)
-    by_sequence = generate(model)
-    ifx.patch_model(model, BY_POSITION)
+def test_it_goes_by_position_whatever_the_model_does_elsewhere_and_says_so_once(caplog):
+    model = ifx.patch_model(build(), SETTINGS, init_blocks=0)  # settings of no other test
+    with caplog.at_level("WARNING", "infllm_flex"):
+        by_sequence = generate(model)
+        generate(model, PROMPTS[:1])
+    (said,) = [record.message for record in caplog.records if record.name.startswith("infllm_flex")]
+    assert "dense up to position 94 of each request" in said
+    assert "a whole prompt of 96 tokens or more sparse from position 80 on" in said
+    ifx.patch_model(model, BY_POSITION, init_blocks=0)
+    caplog.clear()
     assert_as_alone(model, by_sequence)
+    assert_as_alone(model, generate(model))
+    assert not [record for record in caplog.records if record.name.startswith("infllm_flex")]
 
 
 def test_a_shared_prefix_is_read_from_its_pages():

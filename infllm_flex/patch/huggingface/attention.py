@@ -17,7 +17,11 @@ from infllm_flex.patch.huggingface.dense_attention import attend_by_previous, at
 from infllm_flex.patch.huggingface.documents import find_sequences
 from infllm_flex.patch.huggingface.instance_forward import record_call
 from infllm_flex.patch.huggingface.masks import LazyMask, materialize
-from infllm_flex.patch.huggingface.paged_attention import attend_requests, read_requests
+from infllm_flex.patch.huggingface.paged_attention import (
+    attend_requests,
+    read_requests,
+    warn_of_other_rule,
+)
 from infllm_flex.patch.huggingface.sequence_info import reject_recompute_without_info
 from infllm_flex.patch.huggingface.transformers_private import paged_step, update_pages
 from infllm_flex.patch.huggingface.unsupported_calls import (
@@ -138,6 +142,7 @@ def attend_paged(call: AttentionCall) -> Output:
         return attend_by_previous(call, None)  # the mask isolates the requests
     reject_unsupported_paged(call)
     requests, config = read_requests(call.kwargs), call.layer.config
+    warn_of_other_rule(config)
 
     def attend(q: Tensor, k: Tensor, v: Tensor, scale: float | None) -> Tensor:
         return attend_requests(q, k, v, requests, config, scale)

@@ -7,6 +7,8 @@ each query is dense or sparse by its own position.
 
 from __future__ import annotations
 
+import functools
+import logging
 from collections.abc import Mapping
 from itertools import pairwise
 from typing import Any, NamedTuple
@@ -20,6 +22,8 @@ from infllm_flex.decoding import CompressedKeys, decode_attention
 from infllm_flex.patch.forward_context import recall
 from infllm_flex.patch.huggingface.cached_attention import FEW
 from infllm_flex.patch.huggingface.transformers_private import paged_step
+
+_log = logging.getLogger(__name__)
 
 
 class Request(NamedTuple):
@@ -45,6 +49,20 @@ def read_requests(kwargs: Mapping[str, Any]) -> list[Request]:
         return [Request(*each) for each in both if each[0].start < each[0].stop]
 
     return recall("requests", bounds, read)
+
+
+@functools.cache
+def warn_of_other_rule(config: InfLLMConfig) -> None:
+    """Log once where requests are not attended as a whole prompt of the model would be."""
+    if config.dense_by == "sequence" and config.longest_dense > config.budget_tokens:
+        _log.warning(
+            "continuous batching is dense up to position %d of each request, while dense_by = "
+            "'sequence' makes a whole prompt of %d tokens or more sparse from position %d on: set "
+            "dense_by = 'position' to have the same everywhere",
+            config.longest_dense - 1,
+            config.dense_len,
+            config.budget_tokens,
+        )
 
 
 def attend_requests(
