@@ -146,7 +146,7 @@ def assert_in_graph(x: Tensor, condition: Tensor, message: str) -> Tensor:
     Args:
         x: Any tensor that the rest of the computation needs.
         condition: bool, one element.
-        message: What was expected and what to do.
+        message: The expectation, and the remedy.
 
     Returns:
         ``x`` with its values and dtype. They depend on the check, so that no compiler pass removes
@@ -161,8 +161,8 @@ def require_rows(is_valid: Tensor, message: str, x: Tensor) -> Tensor:
 
     Args:
         is_valid: bool ``[B]``.
-        message: What was expected.
-        x: What depends on the check.
+        message: The expectation.
+        x: The tensor that depends on the check.
 
     Returns:
         ``x``, by way of `assert_in_graph` where values cannot be read.

@@ -23,7 +23,7 @@ def when_imported(module: str, action: Callable[[], None], what: str) -> None:
         module: Full name.
         action: Takes no argument. Its ImportError becomes a warning, so that the import of the
             other package succeeds.
-        what: What is not available after an ImportError, in a few words.
+        what: Name of the feature that is missing after an ImportError.
     """
     if module in sys.modules:
         action()

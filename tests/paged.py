@@ -73,11 +73,11 @@ def draw_rows(
         page_size: Tokens of a page.
         Hkv: KV heads.
         D: Head dim.
-        dtype: Of the keys.
+        dtype: Dtype of the keys.
         shared: Whole pages that all rows of at least that length have in common.
         spare: Pages of the block table beyond the longest row.
         whole_numbers: Draw small whole numbers, whose dot products are exact.
-        seed: Of the numbers, and of the order of the pages.
+        seed: Seed of the numbers and of the order of the pages.
     """
     random = torch.Generator().manual_seed(seed)
     max_pages = -(-max(lengths) // page_size) + spare

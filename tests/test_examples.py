@@ -20,7 +20,7 @@ TEXT = "One step follows another. " * 12  # 312 bytes
 
 
 def run(script: str, *arguments: object, cwd: Path = ROOT) -> str:
-    """What an example prints, on either stream, in a process of its own without a network."""
+    """Run an example in a process of its own without a network; return its output."""
     paths = [str(ROOT), str(ROOT / "custom_ops"), os.environ.get("PYTHONPATH", "")]
     done = subprocess.run(
         [sys.executable, str(EXAMPLES / script), *map(str, arguments)],

@@ -12,7 +12,7 @@ from tests.checkout import ROOT, environment
 
 
 def run(code: str) -> str:
-    """What a fresh interpreter prints, on either stream."""
+    """Run code in a fresh interpreter; return its output, of both streams."""
     done = subprocess.run(
         [sys.executable, "-c", textwrap.dedent(code)],
         cwd=ROOT,

@@ -1,4 +1,4 @@
-"""What the documentation points to is there: files, headings, commands, and a table of contents."""
+"""The documentation points to files, headings and commands that exist; tables of contents fit."""
 
 import re
 from pathlib import Path

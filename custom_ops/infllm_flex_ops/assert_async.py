@@ -15,7 +15,7 @@ def assert_async(condition: Tensor, message: str) -> Tensor:
 
     Args:
         condition: bool, one element.
-        message: What was expected and what to do.
+        message: The expectation, and the remedy.
 
     Returns:
         Zero, float32 ``[]``. Add it to what depends on the condition, so that no compiler pass

@@ -6,7 +6,7 @@ An operator is registered in these steps, in the file of its name:
    runs on the CPU, and the kernels are judged against it.
 2. ``register_fake`` on a function that makes empty outputs, for compilers.
 3. `cuda_launcher`, which names the module of the Triton kernels.
-4. What transforms do to it, from `infllm_flex_ops.transforms`: ``register_gradients`` or
+4. Its place in transforms, from `infllm_flex_ops.transforms`: ``register_gradients`` or
    ``refuse_gradients``, and ``register_vmap`` if every tensor has a batch dimension.
 """
 

@@ -1,4 +1,4 @@
-"""What PyTorch's transforms (``backward``, ``torch.func``, forward-mode AD) do to an operator."""
+"""Registration of operators with PyTorch's transforms: backward, ``torch.func``, forward mode."""
 
 from __future__ import annotations
 

@@ -52,7 +52,7 @@ def run_compiled(function: Callable[..., Tensor], dynamic: bool | None, *args: A
     Args:
         function: `flex` or `flex_in_levels`.
         dynamic: As ``torch.compile`` takes it.
-        args: Of the function; a tensor first.
+        args: Arguments of the function; a tensor first.
 
     Raises:
         NotCompiledError: The recompile limit is hit, or compilation is switched off.

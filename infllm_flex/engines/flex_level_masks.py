@@ -37,7 +37,7 @@ class Level(NamedTuple):
 
     Attributes:
         tokens: Per tile.
-        rows: Of the folded query per token: G, and padding.
+        rows: Rows of the folded query per token: G, and padding.
     """
 
     tokens: int

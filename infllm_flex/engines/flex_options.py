@@ -49,8 +49,8 @@ def inference_options(
 
     Args:
         mask: A mask whose tiles may have fewer rows than matrix instructions.
-        head_dim: Of queries, keys and values, at most 256.
-        dtype: Of queries, keys and values.
+        head_dim: Head dim of queries, keys and values, at most 256.
+        dtype: Dtype of queries, keys and values.
         capability: Compute capability of the GPU, 90 for Hopper.
     """
     rows, keys = mask.BLOCK_SIZE
@@ -72,8 +72,8 @@ def training_options(
 
     Args:
         mask: A mask with its lists of tiles by block.
-        head_dim: Of queries, keys and values, at most 256.
-        dtype: Of queries, keys and values.
+        head_dim: Head dim of queries, keys and values, at most 256.
+        dtype: Dtype of queries, keys and values.
         capability: Compute capability of the GPU, 90 for Hopper.
 
     Returns:

@@ -1,9 +1,9 @@
-"""What waits for the first configuration of a MiniCPM: the registration of its model.
+"""Actions that wait for the first configuration of a MiniCPM: the registration of its model.
 
 transformers must know the model before one is built, and importing the model takes seconds, which
 many processes that import infllm_flex, or read a configuration of another model, need not spend.
-The configuration therefore announces itself here, and the package says what to do then. Neither
-imports the other's side: the model stands on the configuration.
+The configuration therefore announces itself here, and the package says what to do then: the model
+imports the configuration, which cannot import the model.
 """
 
 from __future__ import annotations
@@ -23,6 +23,6 @@ def before_config(action: Callable[[], None]) -> None:
 
 
 def announce_config() -> None:
-    """Do what waits for a configuration, which is about to be made."""
+    """Call the actions that wait for a configuration, which is about to be made."""
     for action in _actions:
         action()

@@ -1,4 +1,4 @@
-"""What the code of a module's class says about attention, without running it.
+"""Read from the code of a module's class how it attends, without running it.
 
 `calls_sdpa` and `other_attention` read the names in compiled code. `never_causal` reads source
 text, because a model with an encoder and a decoder must be patched without a list of its layers;
@@ -141,7 +141,7 @@ def _may_be_causal(call: ast.Call, module: nn.Module) -> bool:
 
 
 def _value(expression: ast.expr, module: nn.Module) -> Any:
-    """The value of a constant or of a module's flag; True for what only running it would tell."""
+    """Evaluate a constant or a flag of the module; True where only a run would tell the value."""
     if isinstance(expression, ast.Constant):
         return expression.value
     if isinstance(expression, ast.Attribute) and getattr(expression.value, "id", None) == "self":

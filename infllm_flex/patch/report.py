@@ -1,4 +1,4 @@
-"""What happened to each attention layer, as rows and as a table."""
+"""The outcome of patching for each attention layer, as rows and as a table."""
 
 from __future__ import annotations
 

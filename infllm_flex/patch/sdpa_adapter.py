@@ -48,7 +48,7 @@ def _alibi_is_on(module: nn.Module) -> bool:
 
 
 def overrides(original: Any) -> dict[str, Any]:
-    """What the swapped class overrides: the whole forward."""
+    """Members of the swapped class: the whole forward is overridden."""
 
     def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
         layer = require_layer(self)

@@ -52,6 +52,6 @@ _ADVICE = {
 
 
 def advice_for(reasons: Iterable[str]) -> list[str]:
-    """What to do about the reasons, each piece of advice once."""
+    """Advice on some reasons, each piece once."""
     found = (advice for r in reasons for start, advice in _ADVICE.items() if r.startswith(start))
     return list(dict.fromkeys(found))

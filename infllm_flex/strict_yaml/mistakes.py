@@ -13,7 +13,7 @@ class Mistake:
     Attributes:
         where: ``file:line``, or the command-line override.
         key: Dotted path of the setting; empty for the file as a whole.
-        problem: What was expected and what came.
+        problem: The expectation, and the value that came.
     """
 
     where: str

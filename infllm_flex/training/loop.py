@@ -74,7 +74,7 @@ def train(
         resume: Continue from the newest checkpoint of the folder, if it holds one. The result is
             bit for bit that of an uninterrupted run.
         corpus: The text, if the caller has already read it.
-        text: Samples made by the caller. Of the ``data`` section, only ``workers`` is then used.
+        text: Samples made by the caller. Only ``workers`` is then used of the ``data`` section.
         attend: Replaces the attention of sparse stages; see `stage_attention`.
         title: Label of the progress bar.
         show: Whether to draw the progress bar and to announce stop signals.

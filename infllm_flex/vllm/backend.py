@@ -45,7 +45,7 @@ class InfLLMBackend(AttentionBackend):
 
     @staticmethod
     def get_builder_cls() -> type[StepBuilder]:
-        """What makes the metadata of a step."""
+        """Class that makes the metadata of a step."""
         return StepBuilder
 
     @classmethod

@@ -50,7 +50,7 @@ def extra_elements(config: InfLLMConfig, page_size: int, num_kv_heads: int, head
 
 
 def extra_share(config: InfLLMConfig, page_size: int) -> float:
-    """What compressed and coarse keys add to a page of keys and values, as a share of it."""
+    """Share by which compressed and coarse keys enlarge a page of keys and values."""
     return extra_elements(config, page_size, 1, 1) / (2 * page_size)
 
 

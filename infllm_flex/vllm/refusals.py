@@ -1,4 +1,4 @@
-"""What the plugin does not serve, refused by name when a model is loaded, one line each."""
+"""Refusals: each case that the plugin does not serve is named when a model is loaded."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ _MODEL_FREE_DRAFTS = (None, "ngram", "ngram_gpu", "suffix")
 
 
 class ServerFacts(NamedTuple):
-    """What vLLM was asked to do, as far as it matters here.
+    """The settings of vLLM that matter here.
 
     Attributes:
         uses_mla: Whether the model has latent attention.
         has_other_layers: Whether the model has layers that keep a state instead of keys.
         full_layers: Whether any layer attends to all earlier tokens.
-        cache_dtype: Of keys and values: ``auto`` is the model's own.
+        cache_dtype: Dtype of keys and values; ``auto`` is the model's own.
         model_dtype: The model's own, such as ``bfloat16``.
         page_size: Tokens of a page; None where vLLM asks the backend for it later.
         attention_backend: The user's choice for layers that see all earlier tokens, or None.
@@ -40,7 +40,7 @@ class ServerFacts(NamedTuple):
 
 
 class LayerFacts(NamedTuple):
-    """What a layer asks of its attention beyond a causal softmax.
+    """Features that a layer asks of its attention beyond a causal softmax.
 
     Attributes:
         alibi: Whether scores have a bias by distance.

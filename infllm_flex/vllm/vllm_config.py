@@ -1,4 +1,4 @@
-"""What the plugin reads in vLLM's own configuration."""
+"""The parts of vLLM's own configuration that the plugin reads."""
 
 from __future__ import annotations
 

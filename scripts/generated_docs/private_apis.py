@@ -1,4 +1,4 @@
-"""docs/private-apis.md: what the rooms of private APIs say of each of them."""
+"""docs/private-apis.md: the private APIs, from the docstrings of the modules that hold them."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ from pathlib import Path
 from generated_docs.docstrings import paragraphs
 
 _ROOT = Path(__file__).parents[2]
-# Each room is a module or a folder of modules; every public function in it stands for one API.
-_ROOMS = {
+# A file or a folder of files; every public function in it stands for one API.
+_MODULES = {
     "PyTorch": "custom_ops/infllm_flex_ops/torch_private",
     "transformers": "infllm_flex/patch/huggingface/transformers_private.py",
 }
@@ -20,7 +20,7 @@ _ABOUT = """
 This project uses some parts of PyTorch, Triton and transformers that their authors do not promise
 to keep. An upgrade of one of them should start here.
 
-Those of PyTorch and of transformers have one room each. Every function there stands for one API,
+Those of PyTorch and of transformers have one module each. Every function there stands for one API,
 and its docstring says what this page shows. `tests/test_private_apis.py` and
 `tests/patch/test_transformers_private.py` have a test for each, and `scripts/test_private_apis`
 runs them with another version:
@@ -31,7 +31,7 @@ scripts/test_private_apis transformers   # the newest
 scripts/test_private_apis torch==2.11.0
 ```
 """
-# What is used of Triton, for what, what happens if it goes, and the public way.
+# The API of Triton, its use, the consequence if it goes, and the public way.
 _TRITON = [
     (
         "`triton.experimental.gluon`",
@@ -41,7 +41,7 @@ _TRITON = [
     ),
     (
         "`JITFunction.fn`",
-        "Share two helpers with Gluon kernels.",
+        "Share three helpers with Gluon kernels.",
         "an error on Hopper",
         "write the helpers twice",
     ),
@@ -70,10 +70,10 @@ the package.
 def private_apis_page() -> str:
     """Describe the private APIs that the package uses."""
     parts = ["# Private APIs", *paragraphs(_ABOUT), _COMMANDS.strip()]
-    for library, room in _ROOMS.items():
-        rows = [(f"`{f.name}`", *_read(ast.get_docstring(f) or "")) for f in _functions(room)]
+    for library, module in _MODULES.items():
+        rows = [(f"`{f.name}`", *_read(ast.get_docstring(f) or "")) for f in _functions(module)]
         head: Sequence[str] = ("function", "for", "API", "if it goes", "instead")
-        parts += [f"## {library}", f"The room is `{room}`.", _table(head, rows)]
+        parts += [f"## {library}", f"Module: `{module}`.", _table(head, rows)]
     head = ("API", "for", "if it goes", "instead")
     parts += ["## Triton", "Used in kernel files.", _table(head, _TRITON)]
     parts += ["## Others", *paragraphs(_OTHERS)]
@@ -85,8 +85,8 @@ def _table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
-def _functions(room: str) -> list[ast.FunctionDef]:
-    path = _ROOT / room
+def _functions(module: str) -> list[ast.FunctionDef]:
+    path = _ROOT / module
     files = sorted(path.glob("*.py")) if path.is_dir() else [path]
     nodes = [node for file in files for node in ast.parse(file.read_text()).body]
     functions = [node for node in nodes if isinstance(node, ast.FunctionDef)]

@@ -82,7 +82,7 @@ def record_launches(
 
 
 class _Driver(NamedTuple):
-    """What Triton asks of a GPU driver before it compiles a kernel."""
+    """The questions that Triton asks of a GPU driver before it compiles a kernel."""
 
     capability: int
 

@@ -1,4 +1,4 @@
-"""What the kernel tests share: the device, guarded memory, and the definitions as judges."""
+"""Shared by the kernel tests: the device, guarded memory, and the definitions as judges."""
 
 import ctypes
 import mmap

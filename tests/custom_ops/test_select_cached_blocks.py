@@ -61,7 +61,7 @@ def num_threads(request):
 @pytest.mark.parametrize("groups", [1, 2, 3, 7, 16, 33])
 @pytest.mark.parametrize("D", [16, 40, 64, 128, 256])
 def test_few_rows_have_the_products_of_a_whole_tile(D, groups, num_threads):
-    """What equal bits rest on, of the matrix products of this machine."""
+    """Equal bits rest on this property of the machine's matrix products."""
     random = torch.Generator().manual_seed(0)
     width = groups * COLUMNS
     keys = torch.randn(2, width, D, generator=random)

@@ -103,7 +103,7 @@ def test_equals_the_definition(args: Any, rule: dict[str, int]) -> None:
 
 @pytest.mark.parametrize("group", [1, 16])
 def test_equals_the_definition_in_half_precision(group: int) -> None:
-    """Of one head, a tile has more tokens than a part has positions."""
+    """With one head, a tile has more tokens than a part has positions."""
     _judge(_case(PACKED, group, dtype=torch.float16))
 
 

@@ -95,7 +95,7 @@ def write(folder, settings, dtype=torch.float32, files=1):
     Args:
         folder: Is made.
         settings: Content of ``config.json``.
-        dtype: Of the weights.
+        dtype: Dtype of the weights.
         files: How many they are in.
 
     Returns:

@@ -14,13 +14,13 @@ import torch
 
 
 def logits(settings, weights, tokens, dtype=torch.float64):
-    """What the model predicts.
+    """Compute the logits of the model.
 
     Args:
         settings: Content of ``config.json``.
         weights: By name.
         tokens: int64 ``[B, S]``.
-        dtype: Of the whole computation.
+        dtype: Dtype of the whole computation.
 
     Returns:
         ``[B, S, vocab_size]``.

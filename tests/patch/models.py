@@ -33,7 +33,7 @@ SETTINGS = {
     "dense_len": 96,
     "engine": "fused",  # needs no compiler; a test of its own covers the other engine
 }
-# One token below dense_len, and beyond. Of LONG's 8 blocks a query selects 5, two of them by score:
+# One token below dense_len, and beyond. A query selects 5 of LONG's 8 blocks, two of them by score:
 # the first, its own and the one before are always selected.
 SHORT, LONG = 95, 128
 EVERYTHING = {**SETTINGS, "topk": LONG // SETTINGS["block_size"]}

@@ -86,7 +86,7 @@ def stopped_run(folder: Path) -> TrainingSettings:
 
 def attention_equals_that_of_one_process(world: World) -> None:
     for S, starts in ((128, None), (192, [0, 7, 70, 71, 180])):
-        # Of the packed documents, that of 109 tokens is sparse and the others are dense.
+        # The packed document of 109 tokens is sparse, and the others are dense.
         for dense_by in ("sequence", "position"):
             config = replace(ATTENTION, dense_len=100, dense_by=dense_by)
             _compare(world, config, S, starts)

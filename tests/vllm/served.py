@@ -83,7 +83,7 @@ def make_prompts(*lengths: int, seed: int = 0) -> list[list[int]]:
 
 
 class Answer(NamedTuple):
-    """What vLLM says of a prompt.
+    """The answer of vLLM to a prompt.
 
     Attributes:
         ids: The prompt's tokens and the generated ones.

@@ -1,4 +1,4 @@
-"""What is not served is refused by name, in one line that says what to do. Needs no vLLM."""
+"""Unserved cases are refused by name, in one line that says what to do. Needs no vLLM."""
 
 import pytest
 

@@ -1,4 +1,4 @@
-"""What is decided when a model is loaded: who is served sparsely, and what is refused."""
+"""Decisions when a model is loaded: which are served sparsely, and which are refused."""
 
 from __future__ import annotations
 

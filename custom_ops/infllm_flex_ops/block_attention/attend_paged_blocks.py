@@ -29,8 +29,8 @@ def attend_paged_blocks(
 
     Args:
         q: Queries ``[T, Hq, D]``, those of a row side by side.
-        k: Pages of keys ``[P, Hkv, page, D]``, including those of the queries' own tokens. What
-            lies beyond a row's length, or in no row's pages, may hold anything.
+        k: Pages of keys ``[P, Hkv, page, D]``, including those of the queries' own tokens. Slots
+            beyond a row's length, or in no row's pages, may hold anything.
         v: Pages of values ``[P, Hkv, page, D]``.
         selected: Blocks, int32 ``[Hkv, T, W]``, ascending, -1 for unused slots. Block 0 begins at
             the row's first token.

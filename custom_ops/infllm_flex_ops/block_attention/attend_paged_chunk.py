@@ -28,8 +28,8 @@ def attend_paged_chunk(
 
     Args:
         q: Queries ``[Sq, Hq, D]``, the last ``Sq`` of ``kv_len`` tokens.
-        k: Pages of keys ``[P, Hkv, page, D]``, including those of the queries' own tokens. What
-            lies beyond the row's length, or in other rows' pages, may hold anything.
+        k: Pages of keys ``[P, Hkv, page, D]``, including those of the queries' own tokens. Slots
+            beyond the row's length, or in other rows' pages, may hold anything.
         v: Pages of values ``[P, Hkv, page, D]``.
         selected: Blocks of each query, int32 ``[Hkv, Sq, K]``, ascending, -1 for unused slots.
         table: The row's pages in order, int32 ``[max_pages]``.

@@ -17,7 +17,7 @@ def check_documents(documents: Tensor | None, kv_len: int, q_len: int) -> None:
     """Check that the parts of the table are equal and that the queries start with a part.
 
     Raises:
-        ValueError: They are not, or do not.
+        ValueError: The parts differ, or the queries start within a part.
     """
     if documents is None or kv_len == 0:
         return

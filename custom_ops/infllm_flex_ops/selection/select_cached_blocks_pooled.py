@@ -33,8 +33,8 @@ def select_cached_blocks_pooled(
     Args:
         q: Queries ``[B, Hq, n, D]``, the last ``n`` tokens of their rows, not yet pooled.
         compressed: For windows of one key the cache of keys ``[B, Hkv, S, D]``; for longer ones the
-            compressed keys ``[B, Hkv, C, D]``, whose windows begin at a row's first token. What
-            lies beyond a row's length may hold anything.
+            compressed keys ``[B, Hkv, C, D]``, whose windows begin at a row's first token. Slots
+            beyond a row's length may hold anything.
         start: Cache slot of each row's first token, int64 ``[B]``.
         end: One past the slot of each row's last token, int64 ``[B]``.
         window: Pooling window of the compressed keys, in tokens.

@@ -39,7 +39,7 @@ def select_paged_blocks(
     Args:
         q: Queries ``[T, Hq, D]``, those of a row side by side.
         compressed: Pages of compressed keys ``[P, Hkv, page / kernel_stride, D]``, as
-            ``append_paged_windows`` writes them. What no row uses may hold anything.
+            ``append_paged_windows`` writes them. Pages that no row uses may hold anything.
         coarse: Pages of coarse keys ``[P, Hkv, ceil(page / coarse_stride), D]``. Given the
             compressed keys again, the normaliser is exact.
         block_table: Pages of each row in order, int32 ``[B, max_pages]``.

@@ -26,7 +26,7 @@ class PagedBatch(NamedTuple):
     """The rows of one step, the same for all layers. Rows with few and with many queries mix.
 
     Attributes:
-        block_table: Pages of each row in order, int32 ``[B, max_pages]``. What lies behind a row's
+        block_table: Pages of each row in order, int32 ``[B, max_pages]``. Entries behind a row's
             last page may hold anything.
         seq_lens: Tokens of each row, the newest included, int32 ``[B]``; 0 for a row of padding.
         query_start: The queries of row b are its last tokens, those from ``query_start[b]`` to

@@ -111,7 +111,7 @@ class AttentionCall:
             self.mask = trim_mask(materialize(self.mask), self.query, length)
 
     def read_sequence_info(self) -> SequenceInfo:
-        """What this call, or the forward of the model around it, tells about its sequences."""
+        """Read about the call's sequences, from it or from the forward of the model around it."""
         if self.query.shape[2] == 1 or not getattr(self.module, "is_causal", True):
             return NO_INFO
         return read_sequence_info(self.query, self.key, self.mask, self.kwargs, self.layer)

@@ -19,7 +19,7 @@ class CacheState:
     """The compressed keys of a cache layer, and the keys that they belong to.
 
     Attributes:
-        compressed_keys: Of the slots taken in so far.
+        compressed_keys: Compressed keys of the slots taken in so far.
         keys: The tensor of keys that they belong to. A layer that holds another was changed in a
             way that was not tracked.
         no_padding: Zero, the first slot where no row is padded; made once, not at every step.

@@ -91,7 +91,7 @@ def _update_static(
         state = begin_state(layer, key, config)
         setattr(layer, _ATTRIBUTE, state)
         num_new = key.shape[2]  # all there are
-    # A call writes its new keys in one operation. What a user changes between two steps of a graph
+    # A call writes its new keys in one operation. A user's changes between two steps of a graph
     # cannot be seen.
     elif not compiling and not state.is_bound_to(layer.keys, changes=1):
         num_new = key.shape[2]

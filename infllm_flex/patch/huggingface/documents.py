@@ -95,7 +95,7 @@ def find_sequences(
 
     Args:
         query: ``[B, Hq, S, D]``.
-        info: What the call tells.
+        info: Information from the call.
         speculation: A call that may keep the device busy while the host waits for it.
     """
     if info.is_empty:

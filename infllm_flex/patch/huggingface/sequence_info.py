@@ -131,7 +131,7 @@ def reject_recompute_without_info(
 
     Args:
         layer: The record of the layer.
-        info: What the call tells.
+        info: Information from the call.
         has_documents: Whether a row of the call holds several sequences, or padding.
 
     Raises:

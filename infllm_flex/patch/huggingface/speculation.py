@@ -19,7 +19,7 @@ class Speculation:
     """A call for one sequence per row that may be launched before it is known to be right.
 
     Attributes:
-        output: What the call returned; None if it was not launched.
+        output: Result of the call; None if it was not launched.
     """
 
     __slots__ = ("_call", "_layer", "output")

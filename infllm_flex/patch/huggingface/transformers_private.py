@@ -19,7 +19,7 @@ from infllm_flex.patch.code_inspection import names
 
 REGISTRY = "ALL_ATTENTION_FUNCTIONS"  # name of the registry in the code of attention layers
 _MAKES_MASKS = re.compile(r"create_\w*mask")
-# What attention layers call their cache, by version and family.
+# Names of the cache among the arguments of attention layers, by version and family.
 _CACHE_NAMES = ("cache", "past_key_values", "layer_past", "past_key_value")
 
 

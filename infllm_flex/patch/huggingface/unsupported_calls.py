@@ -57,7 +57,7 @@ def reject_unsupported_prefill(
 
     Args:
         call: The call. `assert_supported_mask` judges its mask where values cannot be read.
-        sequences: Of the batch; None for one per row.
+        sequences: Sequences of the batch; None for one per row.
         positions: ``[1 or B, Sq]``, where the call has any.
     """
     reason = _unsupported_arguments(call)
@@ -104,7 +104,7 @@ def _reject(call: AttentionCall, reason: str | None) -> None:
 
 
 def _unsupported_arguments(call: AttentionCall) -> str | None:
-    """What apart from the mask cannot be served; None if all of it can."""
+    """Name an argument other than the mask that cannot be served; None if there is none."""
     reason = unsupported_head_dims(call.key.shape[3], call.value.shape[3])
     if reason is not None:
         return reason

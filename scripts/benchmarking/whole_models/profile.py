@@ -24,7 +24,7 @@ def profile(run: Callable[[], object], device: torch.device) -> dict[str, float]
     """Profile one run.
 
     Args:
-        run: What to run.
+        run: The settings of the run.
         device: A GPU, whose kernels are counted, or a CPU, whose operators are.
 
     Returns:

@@ -1,4 +1,4 @@
-"""What is timed of a model: the prompt, a step of decoding, a step of training."""
+"""The timed parts of a model: the prompt, a step of decoding, a step of training."""
 
 from __future__ import annotations
 

@@ -44,7 +44,7 @@ class Step(NamedTuple):
 
     @property
     def pair(self) -> tuple[str, int, Activations]:
-        """What the models of the step depend on."""
+        """The settings that the models of the step depend on."""
         return self.model, self.layers, self.activations
 
     def cells(self, run: RunSettings) -> dict[str, Any]:

@@ -1,7 +1,7 @@
 """Properties of a model that patching must keep, each compared with the unpatched model.
 
-A check observes a model before and after it is patched. What a model does not do unpatched (a
-class without a cache, say) is not asked of it patched.
+A check observes a model before and after it is patched. A patched model is not asked for anything
+that it does not do unpatched: a class without a cache, say, is asked for none.
 """
 
 from __future__ import annotations
@@ -33,9 +33,10 @@ class Check(NamedTuple):
     """One property.
 
     Attributes:
-        settings: Of the patched model.
-        observe: What is compared.
-        expect: What it is compared with, each an alternative; none for ``observe`` unpatched.
+        settings: Settings of the patched model.
+        observe: Makes the compared value.
+        expect: Make the values that it may equal, each an alternative; none for ``observe``
+            unpatched.
         exact: Whether every bit must be the same.
         itself: Whether ``expect`` is of the patched model, too. Asked of models that hold it with
             every block selected.

@@ -27,12 +27,12 @@ class Verdict(NamedTuple):
 
     Attributes:
         result: One of the four words.
-        why: Of a refusal, or why it was not built.
+        why: Reason of a refusal, or why it was not built.
         sparse: How many attention layers are sparse.
-        layers: Of how many.
+        layers: Number of all attention layers.
         left: What `describe` says of the others.
-        faults: What was found, by check.
-        not_asked: What the unpatched model does not do, by check.
+        faults: Faults that were found, by check.
+        not_asked: Failures of the unpatched model, by check.
     """
 
     result: str

@@ -140,7 +140,7 @@ def _read(config: PreTrainedConfig, name: str) -> Any:
 
 
 def _small(name: str, value: object) -> Any:
-    """What a field of a configuration becomes; None to leave it."""
+    """The tiny value of a field of a configuration; None to leave it."""
     if name in _EXACT:
         return None if value is None else _EXACT[name]
     if isinstance(value, bool) or not isinstance(value, int | float):

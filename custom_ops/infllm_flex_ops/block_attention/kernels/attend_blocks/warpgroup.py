@@ -26,7 +26,7 @@ class HeadView(NamedTuple):
 
 
 class Group(NamedTuple):
-    """What both warpgroups of a program read, in a kernel.
+    """Inputs that both warpgroups of a program read, in a kernel.
 
     Attributes:
         q: The queries.

@@ -37,7 +37,7 @@ __all__ = ["choose_tile_tokens", "differentiate", "launch"]
 
 
 class Inputs(NamedTuple):
-    """What the gradients are computed from: tensors, or views of them in a kernel."""
+    """Inputs of the gradients: tensors, or views of them in a kernel."""
 
     grad_out: Any
     q: Any
@@ -48,7 +48,7 @@ class Inputs(NamedTuple):
 
 
 class RowSums(NamedTuple):
-    """What the dq kernel keeps of each row for the dkv kernel, where ``RowLayout`` says.
+    """Numbers of each row that the dq kernel keeps for the dkv kernel, where ``RowLayout`` says.
 
     Attributes:
         row_lse: Log-sum-exp in base 2.

@@ -77,7 +77,7 @@ class Topk(NamedTuple):
 
 
 class Plan(NamedTuple):
-    """What the launches of a selection do.
+    """The launches of a selection.
 
     Attributes:
         sizes: Sizes of the inputs.

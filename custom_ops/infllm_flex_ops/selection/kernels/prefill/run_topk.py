@@ -1,4 +1,4 @@
-"""What the launchers of both prefill selections share: the outputs, and the kernel that selects."""
+"""Shared by the launchers of both prefill selections: the outputs and the kernel that selects."""
 
 from typing import Any, NamedTuple
 

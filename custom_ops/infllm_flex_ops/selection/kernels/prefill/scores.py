@@ -26,7 +26,7 @@ VARYING += ["split_blocks", "splits", "lse_tile", "lse_tiles", "num_parts", "par
 
 
 class _Scored(NamedTuple):
-    """What is scored for a tile, in a kernel.
+    """Queries and keys of a tile, as they are scored, in a kernel.
 
     Attributes:
         queries: Columns of the tile.

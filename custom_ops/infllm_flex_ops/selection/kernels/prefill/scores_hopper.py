@@ -46,7 +46,7 @@ class _Segments(NamedTuple):
 
 
 class _Scored(NamedTuple):
-    """What is scored for a tile, in a kernel.
+    """Queries of a tile, as they are scored, in a kernel.
 
     Attributes:
         queries: Columns of the tile, in shared memory.

@@ -16,7 +16,7 @@ MAX_WINDOWS = 256  # windows of a block, which one step of the pooled kernel sco
 
 
 class Inputs(NamedTuple):
-    """What the tiles depend on.
+    """The sizes that tiles depend on.
 
     Attributes:
         group: Query heads per KV head.
@@ -79,7 +79,7 @@ def choose_scoring(inputs: Inputs, rule: SelectionRule, hopper: bool) -> Scoring
     """Choose how windows are scored.
 
     Args:
-        inputs: What the tiles depend on.
+        inputs: The sizes that tiles depend on.
         rule: Settings.
         hopper: Use the kernel for Hopper, which ``fits_hopper`` allows.
     """
