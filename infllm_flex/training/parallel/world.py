@@ -166,7 +166,7 @@ def pick_device(name: str) -> torch.device:
     """The device of ``run.device``.
 
     Raises:
-        ValueError: It is not available.
+        ValueError: The device is not available.
     """
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"

@@ -43,7 +43,7 @@ def check_pair(run: RunSettings, pair: Pair) -> None:
     dense one where every block is selected: a prompt, and a step over each kind of cache.
 
     Raises:
-        IncorrectError: Something is wrong; nothing should be timed.
+        IncorrectError: A result is wrong; nothing should be timed.
         UnsupportedModelError: A layer stays dense.
     """
     original = attention_of(pair.sparse)

@@ -212,7 +212,7 @@ def check_num_blocks(name: str, num_blocks: int, blocks: str = "blocks") -> None
     """Check that the blocks that an operator scores fit the registers.
 
     Raises:
-        NotImplementedError: They do not.
+        NotImplementedError: There are too many blocks.
     """
     if num_blocks > MAX_BLOCKS:
         raise NotImplementedError(
