@@ -13,7 +13,7 @@ def check_range(name: str, value: float, low: float, high: float) -> None:
         high: Largest allowed value.
 
     Raises:
-        ValueError: The value breaks the condition; the message begins with the name.
+        ValueError: It lies outside; the message begins with the name.
     """
     if not low <= value <= high:
         raise ValueError(f"{name} must be between {low} and {high}, got {value}")

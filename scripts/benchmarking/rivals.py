@@ -1,8 +1,8 @@
 """Other packages' sparse attention over the blocks that we select, each checked before its clock.
 
-None of them selects blocks here: `select_blocks` does, and its time counts as in our own rows. What
-a package prepares on the host before it runs, and copies into its layout, is not timed, which
-favours it.
+None of them selects blocks here: `select_blocks` does, and its time counts as in our own rows. A
+package's preparation on the host and its copies into its own layout are not timed, which favours
+it.
 """
 
 from __future__ import annotations

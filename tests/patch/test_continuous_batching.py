@@ -29,7 +29,7 @@ def generate(model, prompts=PROMPTS, **settings):
 
 
 def log_probabilities(model, request):
-    """Of the generated tokens, by one call over all tokens; and the likeliest tokens."""
+    """Score the generated tokens by one call over all tokens; return the likeliest ones, too."""
     ids = torch.tensor([request.prompt_ids + request.generated_tokens])
     with torch.no_grad():
         found = model(ids).logits[0, -NEW - 1 : -1].log_softmax(-1)
