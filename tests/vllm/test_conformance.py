@@ -120,3 +120,33 @@ def test_worker_processes_answer_alike(folders, workers, monkeypatch):
         answers = [answer for _ in range(2) for answer in ask(llm, prompts_around(192))]
     assert answers[-1].num_cached >= 768
     Judge(folders["llama"], SETTINGS).check(answers)
+
+
+def test_models_in_transformers_code_are_served_alike(folders, monkeypatch):
+    # vLLM changes classes of transformers, which is why it gets a process of its own.
+    monkeypatch.setenv("VLLM_ENABLE_V1_MULTIPROCESSING", "1")
+    with engine(folders["llama"], SETTINGS, model_impl="transformers", block_size=64) as llm:
+        answers = ask(llm, prompts_around(SETTINGS["dense_len"]), of_prompt=True)
+    Judge(folders["llama"], SETTINGS).check(answers)
+
+
+def test_rejected_drafts_leave_nothing_behind(folders, monkeypatch):
+    # The next engine in a process that has drafted fails, on an object of numba's.
+    monkeypatch.setenv("VLLM_ENABLE_V1_MULTIPROCESSING", "1")
+    # Prompts that repeat themselves make drafts; a model of random weights mostly rejects them.
+    prompts = [make_prompts(150)[0] * 5, make_prompts(60, seed=5)[0] * 3]
+    method = {"method": "ngram", "num_speculative_tokens": 4, "prompt_lookup_max": 3}
+    drafts = {"speculative_config": method | {"prompt_lookup_min": 1}, "disable_log_stats": False}
+    with engine(folders["llama"], SETTINGS, block_size=64, **drafts) as llm:
+        answers = ask(llm, prompts, num_new=60)
+        counts = {m.name: m.value for m in llm.get_metrics() if hasattr(m, "value")}
+    proposed = counts["vllm:spec_decode_num_draft_tokens"]
+    assert proposed - counts["vllm:spec_decode_num_accepted_tokens"] > 60
+    Judge(folders["llama"], SETTINGS).check(answers)
+
+
+def test_bfloat16_is_served_near_the_patched_model_in_float32(folders):
+    with engine(folders["llama"], SETTINGS, dtype="bfloat16", block_size=64) as llm:
+        (answer,) = ask(llm, make_prompts(900), of_prompt=True)
+    sparse, dense = Judge(folders["llama"], SETTINGS).mean_distances(answer)
+    assert sparse < dense / 5
