@@ -18,6 +18,10 @@ NOT_PATCHED = "not patched"  # skip reason of a layer that nobody asked to be sp
 Attend = Callable[[Tensor, Tensor, Tensor, float | None], Tensor]
 # The number of a layer, from 0, to its attention function.
 LayerAttend = Callable[[int], Attend]
+# Output, query, key and scale to the output that the layer goes on with.
+Observe = Callable[[Tensor, Tensor, Tensor, float | None], Tensor]
+# The number of a layer, from 0, to what observes its attention.
+LayerObserve = Callable[[int], Observe]
 
 
 @dataclass
@@ -46,6 +50,7 @@ class PatchedLayer(DenseSwitch):
         head_order: How the model expands them, once a call has shown it (`patch.head_groups`).
         origin: Where the settings come from, in words.
         attend: The function that replaces the layer's attention inside ``attend_through``.
+        observe: The function that gets the layer's output inside ``observe_attention``.
     """
 
     config: InfLLMConfig
@@ -62,6 +67,7 @@ class PatchedLayer(DenseSwitch):
     head_order: str | None = None
     origin: str = ""
     attend: Attend | None = None
+    observe: Observe | None = None
 
     def __deepcopy__(self, memo: dict[int, Any]) -> PatchedLayer:
         return dataclasses.replace(self, **_outside_contexts())
@@ -85,7 +91,7 @@ class PatchedLayer(DenseSwitch):
 
 def _outside_contexts() -> dict[str, Any]:
     """Fields of a copy: no open context would ever end for it."""
-    return {"open_contexts": OpenContexts(), "num_contexts": 0, "attend": None}
+    return {"open_contexts": OpenContexts(), "num_contexts": 0, "attend": None, "observe": None}
 
 
 def get_layer(module: nn.Module) -> PatchedLayer | None:

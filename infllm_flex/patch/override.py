@@ -1,4 +1,4 @@
-"""Replace the attention of every patched layer (context parallelism uses this)."""
+"""Replace the attention of every patched layer, or look at its inputs and its output."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from torch import nn
 
 from infllm_flex.patch import huggingface
-from infllm_flex.patch.layer_state import LayerAttend
+from infllm_flex.patch.layer_state import LayerAttend, LayerObserve, PatchedLayer
 from infllm_flex.patch.unsupported import require_module
 
 
@@ -28,13 +28,7 @@ def attend_through(model: nn.Module, attend: LayerAttend) -> Iterator[None]:
     Raises:
         ValueError: ``model`` is not patched, or one of its layers cannot be sparse.
     """
-    require_module(model)
-    layers = huggingface.patched_layers(model)
-    if not layers:
-        raise ValueError(
-            f"{type(model).__name__} is not patched through transformers' registry: there is no "
-            "layer whose attention could be replaced"
-        )
+    layers = _registered_layers(model)
     for name, module in huggingface.attention_layers(model).items():
         if (reason := huggingface.find_skip_reason(module)) is not None:
             raise ValueError(f"the attention of {name} cannot be replaced: {reason}")
@@ -45,3 +39,37 @@ def attend_through(model: nn.Module, attend: LayerAttend) -> Iterator[None]:
     finally:
         for layer in layers.values():
             layer.attend = None
+
+
+@contextmanager
+def observe_attention(model: nn.Module, observe: LayerObserve) -> Iterator[None]:
+    """Show the attention of every layer that can be sparse to a function inside the block.
+
+    Args:
+        model: A patched transformers model.
+        observe: Maps a layer's number, from 0, to its function. The function takes the output
+            ``[B, Sq, Hq, D]``, queries and keys after the rotary embedding, and the factor on the
+            dot products (None for the default one). The model goes on with what it returns.
+
+    Raises:
+        ValueError: ``model`` is not patched.
+    """
+    layers = [x for x in _registered_layers(model).values() if x.skip_reason is None]
+    for number, layer in enumerate(layers):
+        layer.observe = observe(number)
+    try:
+        yield
+    finally:
+        for layer in layers:
+            layer.observe = None
+
+
+def _registered_layers(model: nn.Module) -> dict[str, PatchedLayer]:
+    require_module(model)
+    layers = huggingface.patched_layers(model)
+    if not layers:
+        raise ValueError(
+            f"{type(model).__name__} is not patched through transformers' registry: there is no "
+            "layer whose attention could be replaced or observed"
+        )
+    return layers

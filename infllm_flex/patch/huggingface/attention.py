@@ -87,6 +87,9 @@ def attention_forward(
         is_first,
     )
     kind = call.classify()
+    if layer.observe is not None:
+        out, weights = _ATTEND[kind](call)
+        return layer.observe(out, query, key, scaling), weights
     if kind is Kind.DENSE:
         return attend_dense(call)
     if kind is Kind.DECODE:
@@ -155,3 +158,11 @@ def _attend(
 ) -> Output:
     out = attend_outside_autocast(attend, query, key, value, scale)
     return out.transpose(1, 2).contiguous(), None
+
+
+_ATTEND = {
+    Kind.OVERRIDDEN: attend_overridden,
+    Kind.DENSE: attend_dense,
+    Kind.DECODE: attend_decode,
+    Kind.PREFILL: attend_prefill,
+}
