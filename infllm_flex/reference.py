@@ -32,7 +32,8 @@ def score_blocks(query: Tensor, key: Tensor, config: InfLLMConfig, *, scale: flo
         scale: Factor on the dot products.
 
     Returns:
-        float64 ``[Sq, Nkv]``; -inf where no window of the block is visible.
+        float64 ``[Sq, Nkv]``; -inf where no window of the block is visible. Differentiable, unless
+        in float8.
     """
     if config.pool_queries:
         return _score_pooled(query, key, config)
@@ -55,11 +56,11 @@ def score_blocks(query: Tensor, key: Tensor, config: InfLLMConfig, *, scale: flo
             use_coarse = config.lse == "coarse" and coarse_visible
             lse = (coarse[coarse_visible] @ q if use_coarse else logits).logsumexp(0)
             weight += (logits - lse).exp()
-        for j, w in zip(visible, weight.tolist(), strict=True):
-            first = stride * j // config.block_size
-            last = (stride * j + size - 1) // config.block_size
-            for block in range(first, min(last + 1, scores.shape[1])):
-                scores[s, block] = max(scores[s, block].item(), w)
+        for block in range(scores.shape[1]):
+            start, end = block * config.block_size, (block + 1) * config.block_size
+            inside = [n for n, j in enumerate(visible) if start - size < stride * j < end]
+            if inside:
+                scores[s, block] = weight[inside].max()
     return scores
 
 

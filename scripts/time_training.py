@@ -63,7 +63,7 @@ def measure(settings: TrainingSettings, folder: Path, repeats: int) -> dict[str,
         with stage_attention(state.model, stage, settings.attention, world) as attention:
 
             def step() -> None:
-                take_step(state, world, batch, position, attention.context_attention)
+                take_step(state, world, batch, position, attention)
 
             step()
             seconds["step"] = _seconds(step, repeats)

@@ -160,7 +160,7 @@ class _Trainer:
         meter = Meter(state.model, stage, settings, world)
         with (
             stage_attention(
-                state.model, stage, settings.attention, world, self._attend
+                state.model, stage, settings.attention, world, self._attend, settings.run.seed
             ) as attention,
             run_layers(state.layers, settings, world.device),
         ):
@@ -168,15 +168,13 @@ class _Trainer:
                 position = position_of(settings.stages, state.done)
                 assert position is not None  # the loader yields one batch per remaining step
                 try:
-                    loss, norm = take_step(
-                        state, world, batch, position, attention.context_attention
-                    )
+                    loss, norm = take_step(state, world, batch, position, attention)
                 except NotFiniteError as error:
                     raise self._diverged(error, position) from error
                 state.done += 1
                 meter.count(batch)
                 progress.advance(loss, stage.tokens_per_step)
-                if metrics and self._logs_this_step():
+                if self._logs_this_step():
                     values = {
                         "step": state.done,
                         "stage": start.name,
@@ -187,7 +185,10 @@ class _Trainer:
                         "tokens_per_second": round(progress.tokens_per_second),
                         "sparse_layers": attention.sparse_layers,
                     }
-                    metrics.write(values | meter.values())
+                    if attention.selection_loss:
+                        values |= attention.selection_loss.values(world)
+                    if metrics:
+                        metrics.write(values | meter.values())
                 if state.done % settings.checkpoint.every == 0:
                     state.save()
                 if self._any_signal(stop_signal):

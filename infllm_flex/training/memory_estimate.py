@@ -14,6 +14,7 @@ from torch import nn
 
 from infllm_flex.process_memory import peak_resident_bytes
 from infllm_flex.training.model import decoder_layers
+from infllm_flex.training.selection_loss.divergence import CHUNK_PRODUCTS
 from infllm_flex.training.settings import StageSettings, TrainingSettings
 
 _GIB = 2**30
@@ -130,7 +131,8 @@ def _activation_bytes(
     # A gradient is complete before it is accumulated. FSDP's gradient is counted as gathered.
     sharded = settings.parallel.kind == "fsdp" and processes > 1
     gradient = 0 if sharded else max(weight.nbytes for weight in model.parameters())
-    return kept + 4 * hidden_states + logits + gradient
+    selection = _selection_loss_bytes(model, stage, settings, processes)
+    return kept + 4 * hidden_states + max(logits, selection) + gradient
 
 
 def _layer_bytes(
@@ -153,9 +155,25 @@ def _layer_bytes(
         if settings.attention.dense_by == "position":
             # The outputs of dense and of sparse queries, beside the two joined.
             layer += tokens * heads * head_dim * size
+    if stage.selection_loss:
+        sampled = rows * stage.selection_loss.queries
+        layer += (tokens * kv_heads + sampled * heads) * head_dim * size
     if context > 1:
         layer += 3 * 2 * rows * stage.max_length * kv_heads * head_dim * size
     return layer
+
+
+def _selection_loss_bytes(
+    model: Any, stage: StageSettings, settings: TrainingSettings, processes: int
+) -> int:
+    """Bytes of the dot products of some sampled queries, and of all keys in float32."""
+    if stage.selection_loss is None:
+        return 0
+    _, tokens = _micro_batch_size(stage, settings, processes)
+    heads, kv_heads, head_dim = _heads(model.config)
+    products = min(CHUNK_PRODUCTS, stage.selection_loss.queries * tokens * heads)
+    # Logits, weights and their gradients; keys, their means and the gradients of both.
+    return 4 * (5 * max(products, tokens * heads) + 4 * tokens * kv_heads * head_dim)
 
 
 def _fragmentation_bytes(

@@ -12,9 +12,17 @@ from typing import Any
 from torch import nn
 
 from infllm_flex.config import InfLLMConfig
-from infllm_flex.patch import LayerAttend, attend_through, describe, patch_model, unpatch_model
+from infllm_flex.patch import (
+    LayerAttend,
+    attend_through,
+    describe,
+    observe_attention,
+    patch_model,
+    unpatch_model,
+)
 from infllm_flex.training.parallel import World
 from infllm_flex.training.parallel.context import ALWAYS_DENSE, ContextAttention
+from infllm_flex.training.selection_loss import SelectionLoss
 from infllm_flex.training.settings import StageSettings
 
 
@@ -59,10 +67,12 @@ class StageAttention:
         sparse_layers: Fraction of the attention layers that are sparse at ``max_length``.
         context_attention: Attention over sequences split among processes; None without context
             parallelism.
+        selection_loss: The training signal for the selection; None where the stage has none.
     """
 
     sparse_layers: float
     context_attention: ContextAttention | None = None
+    selection_loss: SelectionLoss | None = None
 
 
 @contextlib.contextmanager
@@ -72,6 +82,7 @@ def stage_attention(
     attention: InfLLMConfig,
     world: World | None = None,
     attend: LayerAttend | None = None,
+    seed: int = 0,
 ) -> Iterator[StageAttention]:
     """Patch the model with the attention of a stage for the block.
 
@@ -82,6 +93,7 @@ def stage_attention(
         world: The processes. None: this process alone.
         attend: Replaces the attention of a sparse stage, for example with another selection. It
             maps the number of a layer to a function for `infllm_flex.patch.attend_through`.
+        seed: Seed of the queries that a selection loss looks at.
 
     Yields:
         The attention of the stage.
@@ -89,15 +101,23 @@ def stage_attention(
     Raises:
         UnsupportedModelError: No layer of the model can be sparse.
         ValueError: ``attend`` is given together with context parallelism, or a layer supports
-            neither.
+            neither, or the stage has a selection loss besides.
     """
     context_world = world if world is not None and world.context > 1 else None
     if attend is not None and context_world is not None:
         raise ValueError(
             f"attend needs whole sequences: set parallel.context to 1, got {context_world.context}"
         )
+    loss = None
+    if stage.selection_loss is not None:
+        if attend is not None or context_world is not None:
+            raise ValueError(
+                "selection_loss needs whole sequences and the selection of the settings: leave out "
+                "attend, and set parallel.context to 1"
+            )
+        loss = SelectionLoss(stage, attention, world, seed)
     if stage.attention == "dense":
-        if context_world is None:
+        if context_world is None and loss is None:
             yield StageAttention(0.0)
             return
         attention = dataclasses.replace(attention, dense_len=ALWAYS_DENSE)
@@ -110,6 +130,10 @@ def stage_attention(
         if attend is not None:
             with attend_through(model, attend):
                 yield StageAttention(fraction)
+            return
+        if loss is not None:
+            with observe_attention(model, loss.observe):
+                yield StageAttention(fraction, selection_loss=loss)
             return
         if context_world is None:
             yield StageAttention(fraction)

@@ -10,9 +10,10 @@ import torch
 
 from infllm_flex.training.data import Batch
 from infllm_flex.training.parallel import World
-from infllm_flex.training.parallel.context import ContextAttention, local_chunks
+from infllm_flex.training.parallel.context import local_chunks
 from infllm_flex.training.parallel.wrap import defer_gradient_sync
 from infllm_flex.training.schedule import Position
+from infllm_flex.training.stage_attention import StageAttention
 from infllm_flex.training.state import TrainingState
 
 
@@ -25,7 +26,7 @@ def take_step(
     world: World,
     batch: Batch,
     position: Position,
-    context_attention: ContextAttention | None = None,
+    attention: StageAttention,
 ) -> tuple[float, float]:
     """Compute the loss and its gradient, and update the weights.
 
@@ -35,7 +36,7 @@ def take_step(
         batch: The sequences of this process, on the CPU. With context parallelism, the whole
             sequences of which it processes a part.
         position: The step.
-        context_attention: The attention of `stage_attention`; None without context parallelism.
+        attention: What `stage_attention` yields, inside its block.
 
     Returns:
         The mean loss over the labels of all processes in nats per token, label weights ignored,
@@ -47,13 +48,17 @@ def take_step(
     # The first process of a context group counts the labels of its sequences.
     own_count = batch.num_labels if world.context_rank == 0 else 0
     count = world.sum(torch.tensor(own_count, device=world.device))
+    if attention.selection_loss is not None:
+        attention.selection_loss.begin_step(position)
     total = torch.zeros((), device=world.device)
     micro_batches = list(_micro_batches(batch, position.stage.sequences_at_once))
     for number, micro_batch in enumerate(micro_batches):
-        if context_attention is not None:
-            context_attention.set_documents(
+        if attention.context_attention is not None:
+            attention.context_attention.set_documents(
                 micro_batch.input_ids.shape[1], micro_batch.position_ids
             )
+        if attention.selection_loss is not None:
+            attention.selection_loss.set_batch(micro_batch, world.device)
         labels = local_chunks(micro_batch.labels, world).to(world.device)
         weights = micro_batch.weights
         if weights is not None:

@@ -39,6 +39,7 @@ from infllm_flex.training.settings import (
     ModelSettings,
     OptimSettings,
     ParallelSettings,
+    SelectionLossSettings,
     TrainingSettings,
 )
 from tests.inputs import make_qkv
@@ -47,10 +48,16 @@ from tests.training.runs import ATTENTION, LONG, TINY, settings, stage
 
 SPARSE = replace(LONG, attention="sparse", max_length=128, batch_size=4)
 STAGES = {"short": stage(warmup_steps=1, batch_size=4), "long": SPARSE}
+WITH_SELECTION_LOSS = replace(
+    SPARSE, steps=6, selection_loss=SelectionLossSettings(weight=1000.0, queries=32)
+)
 IN_MICRO_BATCHES = {name: replace(some, sequences_at_once=1) for name, some in STAGES.items()}
 # The runs by number of processes.
 NAMES = {
-    2: ("fsdp", "ddp", "muon", "checkpointing", "offload", "context", "packed", "bfloat16"),
+    2: (
+        *("fsdp", "ddp", "muon", "checkpointing", "offload", "context", "packed", "bfloat16"),
+        *("selection_loss", "selection_loss_ddp"),
+    ),
     4: ("fsdp", "context"),
 }
 
@@ -75,6 +82,12 @@ def runs(folder: Path) -> dict[str, TrainingSettings]:
             data=DataSettings(source=str(texts), packing="documents", held_out_percent=20),
         ),
         "bfloat16": run("bfloat16", model=ModelSettings(tiny=TINY, arithmetic="bfloat16")),
+        "selection_loss": run("selection_loss", stages={"long": WITH_SELECTION_LOSS}),
+        "selection_loss_ddp": run(
+            "selection_loss_ddp",
+            stages={"long": replace(WITH_SELECTION_LOSS, sequences_at_once=1)},
+            parallel=ParallelSettings(kind="ddp"),
+        ),
     }
 
 

@@ -18,7 +18,9 @@ from infllm_flex.training.settings.run import (
     LogSettings,
     RunSettings,
 )
+from infllm_flex.training.settings.selection_loss import SelectionLossSettings
 from infllm_flex.training.settings.stage import OptimSettings, StageSettings
+from infllm_flex_ops.sizes import ceil_div
 
 __all__ = [
     "STDLIB",
@@ -31,6 +33,7 @@ __all__ = [
     "OptimSettings",
     "ParallelSettings",
     "RunSettings",
+    "SelectionLossSettings",
     "StageSettings",
     "TinyModelSettings",
     "TrainingSettings",
@@ -78,10 +81,29 @@ class TrainingSettings:
                         f"data must have packing: documents, because stages.{name} has "
                         "length_buckets"
                     )
+        for name, stage in self.stages.items():
+            if stage.selection_loss:
+                self._check_selection_loss(name, stage)
         if self.memory.cpu_offload and self.parallel.kind == "ddp":
             raise ValueError(
                 "memory must have cpu_offload: false with parallel.kind ddp: set parallel.kind to "
                 "fsdp to offload"
+            )
+
+    def _check_selection_loss(self, name: str, stage: StageSettings) -> None:
+        if self.parallel.context > 1:
+            raise ValueError(
+                f"parallel must have context: 1, because stages.{name} has selection_loss, which "
+                f"needs whole sequences; got {self.parallel.context}"
+            )
+        attention = self.attention
+        forced = attention.init_blocks + attention.local_blocks + 1
+        blocks = ceil_div(stage.max_length, attention.block_size)
+        if blocks < forced + 2:
+            raise ValueError(
+                f"stages must have a max_length of more than {forced + 1} blocks of "
+                f"{attention.block_size} tokens where they have selection_loss, so that there are "
+                f"two blocks to choose between; stages.{name} has {stage.max_length}"
             )
 
     @property

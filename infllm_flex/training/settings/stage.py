@@ -7,6 +7,7 @@ from itertools import pairwise
 from typing import Literal
 
 from infllm_flex.strict_yaml import check_range
+from infllm_flex.training.settings.selection_loss import SelectionLossSettings
 
 LARGEST_COUNT = 2**31 - 1
 _LARGEST_LENGTH = 2**24
@@ -33,6 +34,8 @@ class StageSettings:
         length_buckets: Largest length in tokens of each length class but the last, which ends at
             ``max_length``. Every class contributes the same number of tokens. Empty: one class,
             so that documents are drawn uniformly.
+        selection_loss: A loss that trains the selection of blocks, in dense stages, too. None:
+            none.
     """
 
     max_length: int
@@ -45,6 +48,7 @@ class StageSettings:
     decay_steps: int = 0
     rope_theta: float | None = None
     length_buckets: tuple[int, ...] = ()
+    selection_loss: SelectionLossSettings | None = None
 
     def __post_init__(self) -> None:
         check_range("max_length", self.max_length, 2, _LARGEST_LENGTH)
@@ -64,6 +68,11 @@ class StageSettings:
             raise ValueError(
                 f"length_buckets must ascend and stay below max_length = {self.max_length}, "
                 f"got {list(self.length_buckets)}"
+            )
+        if self.selection_loss and self.selection_loss.queries > self.max_length:
+            raise ValueError(
+                f"selection_loss must have queries of at most max_length = {self.max_length}, "
+                f"got {self.selection_loss.queries}"
             )
         if self.warmup_steps + self.decay_steps > self.steps:
             raise ValueError(
