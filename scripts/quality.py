@@ -28,6 +28,7 @@ from evaluation.quality.plot import plot_quality
 from evaluation.quality.report import report
 from evaluation.quality.results import gather, write_table
 from evaluation.quality.settings import QualitySettings
+from evaluation.quality.tuning import check_recipes
 from evaluation.quality.work import StoppedError, Worker, longest
 from infllm_flex.strict_yaml import ConfigError, build_dataclass, load_yaml
 from infllm_flex.training.loop import TrainingDivergedError
@@ -40,6 +41,7 @@ def main() -> int:
     options = parse_arguments()
     try:
         settings = build_dataclass(QualitySettings, load_yaml(options.config, options.overrides))
+        check_recipes(settings)
         parts = plan(settings)
         wanted = chosen(parts, options.parts.split(",")) if options.parts else parts
         folder = Folder(settings.run.folder)

@@ -12,6 +12,7 @@ from evaluation.quality.random_blocks import RandomBlocks
 from evaluation.quality.settings import QualitySettings
 from infllm_flex.config import InfLLMConfig
 from infllm_flex.patch import LayerAttend, attend_through, patch_model, unpatch_model
+from infllm_flex.training.settings import SelectionLossSettings
 
 DENSE, WINDOW, RANDOM = "dense", "window", "random"
 
@@ -23,10 +24,12 @@ class AttentionMode:
     Attributes:
         name: Name of the variant, or ``dense``, ``window``, ``random``.
         attention: Its settings; None: dense.
+        selection_loss: The training signal for its selection; None: none.
     """
 
     name: str
     attention: InfLLMConfig | None
+    selection_loss: SelectionLossSettings | None = None
 
     @property
     def attend(self) -> LayerAttend | None:
@@ -86,7 +89,10 @@ def attention_modes(settings: QualitySettings) -> dict[str, AttentionMode]:
         AttentionMode(WINDOW, window),
         AttentionMode(RANDOM, control),
     ]
-    found += [AttentionMode(name, variant.attention) for name, variant in settings.variants.items()]
+    found += [
+        AttentionMode(name, variant.attention, variant.selection_loss)
+        for name, variant in settings.variants.items()
+    ]
     return {mode.name: mode for mode in found}
 
 

@@ -77,15 +77,17 @@ def _judged(settings: QualitySettings, arm: Arm, seed: int, model: Part) -> list
 
 
 def _attention(settings: QualitySettings, name: str) -> Any:
-    attention = attention_modes(settings)[name].attention
+    mode = attention_modes(settings)[name]
+    attention, loss = mode.attention, mode.selection_loss
     if attention is None:
         return None
     # Only values that differ from the defaults, so that a new setting changes no existing part.
-    return {
+    values = {
         field.name: getattr(attention, field.name)
         for field in dataclasses.fields(attention)
         if getattr(attention, field.name) != field.default and field.name != "engine"
     }
+    return values if loss is None else values | {"selection_loss": dataclasses.asdict(loss)}
 
 
 def _section(section: Any, *without: str) -> dict[str, Any]:

@@ -9,6 +9,7 @@ from typing import Literal
 
 from evaluation.quality.names import TASKS
 from infllm_flex.config import InfLLMConfig
+from infllm_flex.training.settings import SelectionLossSettings
 
 PYTHON = "python_packages"
 RESERVED = ("dense", "window", "random")
@@ -196,14 +197,19 @@ class VariantSettings:
         trained: Whether to train a model with it and judge that model.
         training_free: Whether to judge it on the model that was trained densely.
         back_to_dense: Whether to judge the model that was trained with it densely, too.
+        selection_loss: The training signal for its selection, as in a stage of fine-tuning; None:
+            none.
     """
 
     attention: InfLLMConfig
     trained: bool = True
     training_free: bool = True
     back_to_dense: bool = False
+    selection_loss: SelectionLossSettings | None = None
 
     def __post_init__(self) -> None:
+        if self.selection_loss and not self.trained:
+            raise ValueError("selection_loss must be left out where trained is false")
         if not self.trained and not self.training_free:
             raise ValueError("trained or training_free must be true, else nothing is judged")
 

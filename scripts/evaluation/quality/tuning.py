@@ -7,9 +7,9 @@ from typing import Literal
 
 import torch
 
-from evaluation.quality.arms import AttentionMode
+from evaluation.quality.arms import AttentionMode, attention_modes, trained
 from evaluation.quality.mixture import Mixture
-from evaluation.quality.settings import QualitySettings
+from evaluation.quality.settings import QualitySettings, TuningSettings
 from infllm_flex.config import InfLLMConfig
 from infllm_flex.training.loop import Outcome, train
 from infllm_flex.training.settings import (
@@ -21,6 +21,7 @@ from infllm_flex.training.settings import (
     OptimSettings,
     RunSettings,
     StageSettings,
+    TinyModelSettings,
     TrainingSettings,
 )
 
@@ -50,20 +51,10 @@ def training_settings(
     if arithmetic == "auto":
         arithmetic = "bfloat16" if device.type == "cuda" else "weights"
     place: Literal["cpu", "cuda"] = "cuda" if device.type == "cuda" else "cpu"
-    stage = StageSettings(
-        max_length=tuning.length,
-        batch_size=tuning.batch_size,
-        sequences_at_once=tuning.sequences_at_once,
-        steps=tuning.steps,
-        learning_rate=tuning.learning_rate,
-        attention="dense" if mode.attention is None else "sparse",
-        warmup_steps=tuning.warmup_steps,
-        decay_steps=tuning.steps - tuning.warmup_steps,
-    )
     return TrainingSettings(
         run=RunSettings(folder=folder, seed=seed, device=place, compile=tuning.compile),
         model=ModelSettings(path=base, arithmetic=arithmetic),
-        stages={"long": stage},
+        stages={"long": _stage(tuning, mode)},
         attention=mode.attention or InfLLMConfig(),
         data=DataSettings(workers=tuning.workers),
         optim=OptimSettings(
@@ -75,6 +66,39 @@ def training_settings(
         checkpoint=CheckpointSettings(every=max(1, tuning.steps)),
         log=LogSettings(every=10, tensorboard=False),
     )
+
+
+def _stage(tuning: TuningSettings, mode: AttentionMode) -> StageSettings:
+    return StageSettings(
+        max_length=tuning.length,
+        batch_size=tuning.batch_size,
+        sequences_at_once=tuning.sequences_at_once,
+        steps=tuning.steps,
+        learning_rate=tuning.learning_rate,
+        attention="dense" if mode.attention is None else "sparse",
+        warmup_steps=tuning.warmup_steps,
+        decay_steps=tuning.steps - tuning.warmup_steps,
+        selection_loss=mode.selection_loss,
+    )
+
+
+def check_recipes(settings: QualitySettings) -> None:
+    """Check what every variant's stage asks for, before there is a base to train.
+
+    Raises:
+        ValueError: Names the variant and the setting.
+    """
+    for name in trained(settings):
+        mode = attention_modes(settings)[name]
+        try:
+            TrainingSettings(
+                run=RunSettings(folder=Path()),
+                model=ModelSettings(tiny=TinyModelSettings()),
+                stages={"long": _stage(settings.tuning, mode)},
+                attention=mode.attention or InfLLMConfig(),
+            )
+        except ValueError as error:
+            raise ValueError(f"variants.{name}: {error}") from error
 
 
 def tune(recipe: TrainingSettings, mode: AttentionMode, mixture: Mixture, title: str) -> Outcome:

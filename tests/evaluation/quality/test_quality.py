@@ -13,11 +13,13 @@ import time
 import warnings
 
 import pytest
+import torch
 
 from evaluation.quality.arms import attention_modes
 from evaluation.quality.parts import Folder
 from evaluation.quality.plan import plan
 from evaluation.quality.settings import QualitySettings
+from evaluation.quality.tuning import training_settings
 from infllm_flex.strict_yaml import build_dataclass, load_yaml
 from tests.checkout import ROOT, environment
 from tests.evaluation.quality.tiny import make_base, make_texts, settings_of, write_settings
@@ -186,6 +188,13 @@ def test_what_cannot_be_used_is_said_in_one_line_before_any_work(tmp_path, refus
     assert "has 1024 tokens, the model has positions for 512" in refused("tuning.length=1024")
     assert "has 700 tokens, the model has positions for 512" in refused("judge.length=700")
     assert "no file *.txt" in refused(f"text.source={empty}")
+    variant = "variants.fine.selection_loss"
+    assert "above 0 and at most 1000, got 0.0" in refused(f"{variant}.weight=0")
+    said = refused(f"{variant}.queries=600")
+    assert "variants.fine: selection_loss must have queries of at most max_length = 512" in said
+    assert "left out where trained is false" in refused(
+        f"{variant}.weight=1", "variants.fine.trained=false", "variants.fine.back_to_dense=false"
+    )
     assert "no part matches nothing" in refused("--parts", "nothing")
     assert not (tmp_path / "run").exists()
     other = tmp_path / "other"
@@ -226,8 +235,17 @@ def test_new_variants_leave_what_is_done_alone(config):
     described = yaml.safe_load(config.read_text())
     other = dict(described["variants"]["fine"]["attention"]) | {"topk": 12}
     described["variants"]["wide"] = {"attention": other}
+    described["variants"]["taught"] = {"attention": other, "selection_loss": {"weight": 0.5}}
     write_settings(config, described)
     more = build_dataclass(QualitySettings, load_yaml(config))
     after = {part.name: part.settings for part in plan(more)}
     for part in plan(settings):
         assert after[part.name] == part.settings
+    without, taught = (after[f"train:{name}:0"][name] for name in ("wide", "taught"))
+    assert taught.pop("selection_loss") == {"weight": 0.5, "every": 1, "queries": 256}
+    assert taught == without
+    place = more.base.folder
+    recipe = training_settings(
+        more, attention_modes(more)["taught"], 0, place, place, torch.device("cpu")
+    )
+    assert recipe.stages["long"].selection_loss.weight == 0.5
