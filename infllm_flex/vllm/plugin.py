@@ -13,9 +13,9 @@ import vllm
 from vllm.engine.arg_utils import EngineArgs
 from vllm.logger import init_logger
 
-from infllm_flex.vllm.page_layout import extra_share
+from infllm_flex.vllm.announcement import describe_served
 from infllm_flex.vllm.refusals import check_server
-from infllm_flex.vllm.settings import STAY_DENSE, Served
+from infllm_flex.vllm.settings import STAY_DENSE
 from infllm_flex.vllm.version import SERVED_VERSION, is_served_version
 from infllm_flex.vllm.vllm_config import FULL, read_served, server_facts
 
@@ -58,25 +58,6 @@ def prepare(vllm_config: Any) -> None:
     vllm_config.attention_config.backend_per_kind[FULL] = AttentionBackendEnum.CUSTOM
     for line in describe_served(served, facts.page_size):
         _log.info(line)
-
-
-def describe_served(served: Served, page_size: int | None) -> list[str]:
-    """Say in a line or two what will be served."""
-    config, origin = served
-    budget = config.num_selected * config.block_size
-    lines = [
-        f"InfLLM-V2 by {origin}: positions from {max(config.dense_len - 1, 0)} on attend to "
-        f"{config.num_selected} blocks of {config.block_size} keys, earlier ones to all."
-    ]
-    if page_size is not None:
-        share = extra_share(config, page_size)
-        lines[0] += f" Compressed keys add {share:.1%} to pages of {page_size} tokens."
-    if config.dense_by == "sequence" and config.dense_len > budget:
-        lines.append(
-            f"InfLLM-V2: positions {budget} to {config.dense_len - 2} of longer prompts attend to "
-            "all keys, while a model with dense_by = 'sequence' was trained with blocks there."
-        )
-    return lines
 
 
 def _register_backend() -> None:

@@ -5,6 +5,7 @@ from types import SimpleNamespace
 import pytest
 
 from infllm_flex import InfLLMConfig
+from infllm_flex.vllm.announcement import describe_served
 from infllm_flex.vllm.settings import read_settings
 
 OWN = {"block_size": 32, "window_size": 32, "topk": 3, "dense_len": 100}
@@ -52,3 +53,16 @@ def test_bad_settings_are_an_error_of_one_line(given, message):
     with pytest.raises(ValueError, match=message) as error:
         read_settings({"infllm": given}, PLAIN)
     assert "\n" not in str(error.value)
+
+
+def test_the_log_says_what_is_served_and_what_it_costs():
+    first, second = describe_served(read_settings({"infllm": {}}, PLAIN), page_size=128)
+    for part in ("additional_config", "from 8191 on", "96 blocks of 64", "3.9% to pages of 128"):
+        assert part in first
+    assert "6144 to 8190" in second  # dense here, sparse in training
+
+
+@pytest.mark.parametrize("changes", [{"dense_by": "position"}, {"dense_len": 6145}], ids=str)
+def test_the_log_has_one_line_where_training_went_by_the_same_rule(changes):
+    (line,) = describe_served(read_settings({"infllm": changes}, PLAIN), page_size=None)
+    assert "pages" not in line
