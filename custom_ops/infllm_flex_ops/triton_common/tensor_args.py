@@ -11,7 +11,8 @@ read the members by name. The limits:
 * The members of a NamedTuple passed as ``tl.constexpr`` are plain numbers in the kernel. Functions
   of Triton's builtin language take them; a list of them is refused by ``tl.zeros``, which is itself
   a kernel function: write ``tl.full([TILE.ROWS], 0.0, tl.float32)``. A member may be a NamedTuple
-  of its own.
+  of its own; bind it to a name, ``RULE: tl.constexpr = SIZES.RULE``, before its numbers are passed
+  on, since Triton 3.6 takes no plain number for an argument.
 """
 
 from typing import Any, NamedTuple

@@ -111,7 +111,10 @@ def locate_tile(chunk, documents, Hkv, splits, SIZES: tl.constexpr):
 
     Programs beside each other take the same tile of all heads.
     """
-    TOKENS: tl.constexpr = SIZES.TILE.TOKENS
+    RULE: tl.constexpr = SIZES.RULE
+    PART: tl.constexpr = SIZES.PART
+    TILE: tl.constexpr = SIZES.TILE
+    TOKENS: tl.constexpr = TILE.TOKENS
     num_rows = chunk.row_end - chunk.row_start
     head = tl.program_id(0) % chunk.num_heads
     split = tl.program_id(0) // chunk.num_heads % splits
@@ -125,11 +128,11 @@ def locate_tile(chunk, documents, Hkv, splits, SIZES: tl.constexpr):
         chunk.row_end,
         chunk.q_offset,
         documents.part_start,
-        SIZES.RULE.num_selected,
-        SIZES.PART,
+        RULE.num_selected,
+        PART,
     )
     last_position = rows.q_offset + tl.minimum(rows.start + TOKENS, rows.end) - 1
-    is_full = last_position < rows.budget * SIZES.RULE.block_size
+    is_full = last_position < rows.budget * RULE.block_size
     needs_no_scores = is_full | (rows.start >= rows.end)
     return TilePlace(head, tile, out_row, split, b, h, rows, last_position, needs_no_scores)
 

@@ -104,15 +104,16 @@ def load_step(i, pipeline, WINDOWS: gl.constexpr):
 @gluon.jit
 def start_pipeline(steps, desc, place, part_block, SIZES: gl.constexpr, STAGES: gl.constexpr):
     """Allocate the stages and start to load the first steps of a tile at ``place``."""
-    BLOCK_D: gl.constexpr = SIZES.TILE.BLOCK_D
-    smem = gl.allocate_shared_memory(desc.dtype, [STAGES, 1, 1, STEP, 1, BLOCK_D], desc.layout)
+    TILE: gl.constexpr = SIZES.TILE
+    WINDOWS: gl.constexpr = SIZES.WINDOWS
+    smem = gl.allocate_shared_memory(desc.dtype, [STAGES, 1, 1, STEP, 1, TILE.BLOCK_D], desc.layout)
     full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     pipeline = Pipeline(steps, desc, place.b, place.h, part_block, smem, full)
     for step in gl.static_range(STAGES):
         mbarrier.init(full.index(step), count=1)
     fence_async_shared()
     for step in gl.static_range(STAGES):
-        load_step(steps.begin + step, pipeline, SIZES.WINDOWS)
+        load_step(steps.begin + step, pipeline, WINDOWS)
     return pipeline
 
 

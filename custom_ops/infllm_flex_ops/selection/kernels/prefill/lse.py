@@ -40,6 +40,7 @@ def lse_kernel(
 ):
     """Fill ``lse [num_heads, tiles, HEADS * TOKENS]`` for the rows of some heads, a tile each."""
     RULE: tl.constexpr = SIZES.RULE
+    PART: tl.constexpr = SIZES.PART
     TILE: tl.constexpr = SIZES.TILE
     chunk = ChunkRows(head_start, num_heads, row_start, row_end, q_offset)
     place = locate_tile(chunk, Documents(documents_ptr, num_parts, part_start), Hkv, 1, SIZES)
@@ -56,7 +57,7 @@ def lse_kernel(
     num_seen = count_windows(position, SIZE, STRIDE, C2)
     end = count_windows(place.last_position, SIZE, STRIDE, C2)
     coarse_start = rows.seq_start // STRIDE
-    coarse_view = view_head(coarse, b, h, coarse_start, SIZES.PART)
+    coarse_view = view_head(coarse, b, h, coarse_start, PART)
     coarse_keys = HeadKeys(coarse_view, coarse_desc, b.to(tl.int32), h.to(tl.int32), coarse_start)
     first_position = rows.q_offset + rows.start
     span = KeySpan(0, end, count_windows(first_position, SIZE, STRIDE, C2))
@@ -67,7 +68,7 @@ def lse_kernel(
         last = tl.minimum(place.last_position, SIZE - 2)
         end = count_windows(last, RULE.kernel_size, RULE.kernel_stride, C)
         num_seen = count_windows(position, RULE.kernel_size, RULE.kernel_stride, C)
-        keys_view = view_head(keys, b, h, rows.seq_start // RULE.kernel_stride, SIZES.PART)
+        keys_view = view_head(keys, b, h, rows.seq_start // RULE.kernel_stride, PART)
         head_keys = HeadKeys(keys_view, None, 0, 0, 0)
         span = KeySpan(0, end, 0)
         m_i, l_i = softmax_over_keys(queries, head_keys, span, num_seen, qk_scale_log2, TILE)

@@ -49,6 +49,7 @@ def pooled_score_kernel(
     Only blocks before each token's local blocks are used later, and each token sees those whole:
     nothing is masked here.
     """
+    RULE: tl.constexpr = SIZES.RULE
     WINDOWS: tl.constexpr = SIZES.WINDOWS
     TILE: tl.constexpr = SIZES.TILE
     SEGMENT: tl.constexpr = SIZES.SEGMENT
@@ -58,12 +59,12 @@ def pooled_score_kernel(
     place = locate_tile(chunk, documents, Hkv, splits, SIZES)
     rows, b, h = place.rows, place.b.to(tl.int64), place.h.to(tl.int64)
     out_row = place.out_row + tl.arange(0, TILE.TOKENS)
-    run = cut_run(place, split_blocks, SIZES.RULE)
+    run = cut_run(place, split_blocks, RULE)
     if place.needs_no_scores | (run.first_block >= run.num_scored):
         return
     keys_ptr = keys.ptr
     if SIZES.PART.SIZE > 0:
-        window_start = rows.seq_start // SIZES.RULE.kernel_size
+        window_start = rows.seq_start // RULE.kernel_size
         keys_ptr += window_start.to(tl.int64) * keys.s
         C -= window_start
     token = rows.start + tl.arange(0, TILE.TOKENS)

@@ -56,6 +56,7 @@ def _weigh_windows(scored, block, position, SIZES: tl.constexpr, EDGE: tl.conste
         SIZES: Compile-time sizes.
         EDGE: Some windows may be invisible: they weigh -1.
     """
+    RULE: tl.constexpr = SIZES.RULE
     WINDOWS: tl.constexpr = SIZES.WINDOWS
     TILE: tl.constexpr = SIZES.TILE
     queries, keys = scored.queries, scored.keys
@@ -84,7 +85,7 @@ def _weigh_windows(scored, block, position, SIZES: tl.constexpr, EDGE: tl.conste
     weight = tl.sum(tl.reshape(weights, [TILE.BLOCK_N, TILE.HEADS, TILE.TOKENS]), 1)
     weight = tl.minimum(tl.maximum(weight, 0.0), 3.4028234663852886e38)  # NaN becomes 0
     if EDGE:
-        window_end = window * SIZES.RULE.kernel_stride + SIZES.RULE.kernel_size - 1
+        window_end = window * RULE.kernel_stride + RULE.kernel_size - 1
         seen = valid[:, None] & (window_end[:, None] <= position[None, :])
         weight = tl.where(seen, weight, -1.0)
     return weight
@@ -190,24 +191,26 @@ def score_kernel(
     A score is the best of the windows that begin in the block and of the last ``WINDOWS.TAIL`` of
     those that begin in the block before.
     """
+    RULE: tl.constexpr = SIZES.RULE
+    PART: tl.constexpr = SIZES.PART
     TILE: tl.constexpr = SIZES.TILE
     chunk = ChunkRows(head_start, num_heads, row_start, row_end, q_offset)
     documents = Documents(documents_ptr, num_parts, part_start)
     place = locate_tile(chunk, documents, Hkv, splits, SIZES)
     rows, head, b, h = place.rows, place.head, place.b.to(tl.int64), place.h.to(tl.int64)
     out_row = place.out_row + tl.arange(0, TILE.TOKENS)
-    run = cut_run(place, split_blocks, SIZES.RULE)
+    run = cut_run(place, split_blocks, RULE)
     if place.needs_no_scores | (run.first_block >= run.num_scored):
         return
-    window_start = rows.seq_start // SIZES.RULE.kernel_stride
-    if SIZES.PART.SIZE > 0:
+    window_start = rows.seq_start // RULE.kernel_stride
+    if PART.SIZE > 0:
         C -= window_start
     column = tl.arange(0, TILE.HEADS * TILE.TOKENS)
     column_token = rows.start + column % TILE.TOKENS
     queries = load_query_columns(q, b, h, column_token, column_token < rows.end, TILE)
     lse_ptr += (head.to(tl.int64) * lse_tiles + lse_tile + place.tile) * (TILE.HEADS * TILE.TOKENS)
     shift = -qk_scale_log2 * tl.load(lse_ptr + column)[None, :]
-    keys_view = view_head(keys, b, h, window_start, SIZES.PART)
+    keys_view = view_head(keys, b, h, window_start, PART)
     head_keys = HeadKeys(keys_view, desc, place.b, place.h, window_start)
     scored = _Scored(queries, head_keys, rows, C, shift, qk_scale_log2)
     _score_run(scored, run, out, out_row * out.columns, SIZES)

@@ -66,6 +66,7 @@ class _Scored(NamedTuple):
 @gluon.jit
 def _weigh_step(i, pipeline, scored, LOGITS: gl.constexpr, SIZES: gl.constexpr):
     """Weigh the windows of step ``i``, summed over the group: ``[STEP, TOKENS]``."""
+    WINDOWS: gl.constexpr = SIZES.WINDOWS
     TILE: gl.constexpr = SIZES.TILE
     COLUMNS: gl.constexpr = TILE.HEADS * TILE.TOKENS
     STAGES: gl.constexpr = pipeline.smem.shape[0]
@@ -76,7 +77,7 @@ def _weigh_step(i, pipeline, scored, LOGITS: gl.constexpr, SIZES: gl.constexpr):
     no_logits = gl.full([STEP, COLUMNS], 0.0, gl.float32, LOGITS)
     logits = warpgroup_mma(keys, scored.queries, no_logits, use_acc=False, is_async=True)
     logits = warpgroup_mma_wait(0, deps=[logits])
-    load_step(i + STAGES, pipeline, SIZES.WINDOWS)
+    load_step(i + STAGES, pipeline, WINDOWS)
     shift = scored.shift.load(gl.SliceLayout(0, LOGITS))[None, :]
     weights = gl.exp2(gl.fma(logits, scored.qk_scale_log2, shift))
     if TILE.HEADS > TILE.G:
@@ -101,8 +102,10 @@ def _load_shift(lse_ptr, qk_scale_log2, LOGITS: gl.constexpr, TILE: gl.constexpr
 @gluon.jit
 def _mask_invisible(weight, block, slot, n, position, C, SIZES: gl.constexpr):
     """Give the weight -1 to windows that end after the token's position."""
-    window = (block + n) * SIZES.WINDOWS.PER_BLOCK + slot
-    window_end = window * SIZES.RULE.kernel_stride + SIZES.RULE.kernel_size - 1
+    RULE: gl.constexpr = SIZES.RULE
+    WINDOWS: gl.constexpr = SIZES.WINDOWS
+    window = (block + n) * WINDOWS.PER_BLOCK + slot
+    window_end = window * RULE.kernel_stride + RULE.kernel_size - 1
     seen = (window < C)[:, None] & (window_end[:, None] <= position)
     return gl.where(seen, weight, -1.0)
 
@@ -216,21 +219,23 @@ def score_hopper_kernel(
     STAGES: gl.constexpr,
 ):
     """Fill the scores of a tile for a run of blocks, as ``score_kernel`` does."""
+    RULE: gl.constexpr = SIZES.RULE
+    PART: gl.constexpr = SIZES.PART
     TILE: gl.constexpr = SIZES.TILE
     chunk = documents.ChunkRows(head_start, num_heads, row_start, row_end, q_offset)
     table = documents.Documents(documents_ptr, num_parts, part_start)
     place = _locate_tile(chunk, table, Hkv, splits, SIZES)
     rows = place.rows
-    if SIZES.PART.SIZE > 0:
-        C -= rows.seq_start // SIZES.RULE.kernel_stride
-    run = _cut_run(place, split_blocks, SIZES.RULE)
+    if PART.SIZE > 0:
+        C -= rows.seq_start // RULE.kernel_stride
+    run = _cut_run(place, split_blocks, RULE)
     if place.needs_no_scores | (run.first_block >= run.num_scored):
         return
 
     steps = locate_steps(run, rows, C, SIZES)
     COLUMNS: gl.constexpr = TILE.HEADS * TILE.TOKENS  # head after head: their sum stays in a thread
     LOGITS: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, COLUMNS, 16])
-    part_block = rows.seq_start // SIZES.RULE.block_size
+    part_block = rows.seq_start // RULE.block_size
     pipeline = start_pipeline(steps, desc, place, part_block, SIZES, STAGES)
     queries = load_queries(q, place.b, place.h, rows.start, rows.end, desc.dtype, TILE)
     fence_async_shared()
