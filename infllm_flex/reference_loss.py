@@ -52,11 +52,11 @@ def query_loss(
     """Compare dense attention with the scores of one query.
 
     The dense attention to each block, averaged over the group, is a distribution once it is divided
-    by its sum over ``blocks``. So are the scores, raised to an exponent: the choice depends on
-    their order alone. A mean of ``kernel_size`` keys holds at least that fraction of the logit of
-    one key, so that the exponent is between 1 and ``kernel_size``, where the two are nearest. The
-    loss is the divergence (Kullback and Leibler) of the second from the first, times the sum: how
-    much attention the choice decides about.
+    by its sum over ``blocks``. The scores are raised to an exponent and divided likewise: the
+    choice depends on their order alone. A mean of ``kernel_size`` keys holds at least that fraction
+    of the logit of one key, so that the exponent is between 1 and ``kernel_size``, where the two
+    are nearest. The loss is the divergence (Kullback and Leibler) of the second from the first,
+    times the sum: how much attention the choice decides about.
 
     Args:
         query: ``[G, D]``, scaled.

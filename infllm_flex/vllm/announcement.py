@@ -1,4 +1,4 @@
-"""What vLLM's log says of a model that is served sparsely."""
+"""The lines in vLLM's log about a model that is served sparsely."""
 
 from __future__ import annotations
 
