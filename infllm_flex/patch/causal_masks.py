@@ -78,19 +78,17 @@ def is_plain_causal(mask: Tensor) -> Tensor:
     return torch.stack(parts).all()
 
 
-def first_visible_slots(mask: Tensor, key: Tensor) -> Tensor:
+def first_visible_slots(mask: Tensor) -> Tensor:
     """Find where each row's tokens begin, by what its last query sees.
 
     Args:
-        mask: ``[B, H, n, S]``.
-        key: ``[B, H, S, D]``.
+        mask: ``[B, H, n, S]``, or ``[1, H, n, S]`` for all rows.
 
     Returns:
-        int64 ``[B]``.
+        int64 ``[B]``, or ``[1]``; ``S`` for a row that sees nothing.
     """
-    B, _, S, _ = key.shape
     visible = visible_keys(mask)[:, 0, -1]
-    return torch.where(visible.any(-1), visible.int().argmax(-1), S).expand(B)
+    return torch.where(visible.any(-1), visible.int().argmax(-1), mask.shape[-1])
 
 
 def is_causal_after_padding(mask: Tensor, start: Tensor, end: Tensor | int) -> Tensor:
@@ -100,7 +98,7 @@ def is_causal_after_padding(mask: Tensor, start: Tensor, end: Tensor | int) -> T
 
     Args:
         mask: ``[B, H, n, S]``.
-        start: Slot of each row's first token, int64 ``[B]``.
+        start: Slot of each row's first token, int64 ``[B]`` or ``[1]``.
         end: Slot after the last query.
 
     Returns:

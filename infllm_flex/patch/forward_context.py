@@ -45,6 +45,7 @@ class ForwardContext:
             the model makes its own.
         bounds: ``cu_seq_lens_q`` as the caller gave them.
         counts_up: Whether the model is known to make positions that only count up.
+        is_traced: Whether it began inside a graph, which then holds all answers of its own.
         layers: Ids of the layers that have asked, in a model without hooks.
     """
 
@@ -65,8 +66,10 @@ class ForwardContext:
         self.positions: Tensor | None = positions
         self.bounds: Tensor | None = bounds
         self.counts_up = counts_up and positions is None
+        self.is_traced = torch.compiler.is_compiling()
         self.layers: set[int] = set()
         self._answers: dict[tuple[Any, ...], tuple[list[Any], Any]] = {}
+        self._answers_in_graph: list[tuple[object, Tensor, Any]] = []
 
     def recall(
         self, question: object, tensors: tuple[Tensor | None, ...], answer: Callable[[], _Answer]
@@ -86,6 +89,20 @@ class ForwardContext:
         # Weak references, because the tensors hold this object.
         self._answers[key] = ([_nothing if x is None else weakref.ref(x) for x in tensors], new)
         self.mark(*tensors)
+        return new
+
+    def recall_in_graph(
+        self, question: object, tensor: Tensor, answer: Callable[[], _Answer]
+    ) -> _Answer:
+        """The same while a graph is traced that holds the whole forward.
+
+        No tensor is marked: a mark on an input of the graph would outlive the forward.
+        """
+        for known_question, known, result in self._answers_in_graph:
+            if known is tensor and known_question == question:
+                return cast(_Answer, result)
+        new = answer()
+        self._answers_in_graph.append((question, tensor, new))
         return new
 
     def mark(self, *tensors: object) -> None:
@@ -174,6 +191,20 @@ def recall(
     """As `ForwardContext.recall`; outside any forward, the answer is computed anew each time."""
     forward = forward_of(tensors)
     return answer() if forward is None else forward.recall(question, tensors, answer)
+
+
+def recall_on_device(question: object, tensor: Tensor, answer: Callable[[], Tensor]) -> Tensor:
+    """Recall an answer that stays on the device, in eager code and in graphs.
+
+    A graph of one layer computes its own answer: what another graph returned may lie in memory that
+    is used again.
+    """
+    forward = current_forward()
+    if forward is None:
+        return answer()
+    if not torch.compiler.is_compiling():
+        return forward.recall(question, (tensor,), answer)
+    return forward.recall_in_graph(question, tensor, answer) if forward.is_traced else answer()
 
 
 def install_forward_hooks(model: nn.Module) -> None:

@@ -15,6 +15,7 @@ from infllm_flex.patch.causal_masks import (
     is_causal_after_padding,
     visible_keys,
 )
+from infllm_flex.patch.forward_context import recall_on_device
 from infllm_flex.patch.huggingface.cache_updates import compressed_keys_of
 from infllm_flex.patch.huggingface.masks import LazyMask
 from infllm_flex.patch.huggingface.transformers_private import is_static, plain_mask_arguments
@@ -56,7 +57,7 @@ def attend_cached(
     by_step = _is_step(query, key, value, cached)
     preallocated = by_step and is_static(cached)
     if attention_mask is not None:
-        start = first_visible_slots(attention_mask, key)
+        start = _row_starts(attention_mask)
         if layer.reads_positions:
             end = cached.cumulative_length if preallocated else key.shape[2]
             is_causal = is_causal_after_padding(attention_mask, start, end)
@@ -89,10 +90,15 @@ def update_static_state(
     Raises:
         NotImplementedError: A compiled step that needs gradients.
     """
-    start = None if attention_mask is None else first_visible_slots(attention_mask, key)
+    start = None if attention_mask is None else _row_starts(attention_mask)
     compressed_keys_of(cached, key, query.shape[2], start, config)
     is_step = _is_step(query, key, value, cached)
     return key.shape[2] if is_step else int(cached.cumulative_length)
+
+
+def _row_starts(mask: Tensor) -> Tensor:
+    """Where rows begin; the layers of a forward that share a mask scan it once."""
+    return recall_on_device("row starts", mask, lambda: first_visible_slots(mask))
 
 
 def _is_step(query: Tensor, key: Tensor, value: Tensor, cached: Any) -> bool:
@@ -121,7 +127,7 @@ def trim_mask(mask: Tensor | None, query: Tensor, length: int) -> LazyMask | Ten
         return None
     n = query.shape[2]
     mask = mask[..., :length]
-    start = first_visible_slots(mask, query)
+    start = first_visible_slots(mask).expand(query.shape[0])
     if length > n or not is_causal_after_padding(mask, start, n):
         return mask
     padding = torch.arange(n, device=mask.device) >= start[:, None]
