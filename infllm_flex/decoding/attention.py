@@ -2,21 +2,19 @@
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
 import infllm_flex_ops
 from infllm_flex.autocast import as_autocast, attention_dtype
 from infllm_flex.config import InfLLMConfig
 from infllm_flex.decoding.compressed_keys import CompressedKeys
-from infllm_flex.selection import selection_rule
 from infllm_flex.validation import check_query_and_key, resolve_scale
 from infllm_flex_ops.decode_step import decode_step
-from infllm_flex_ops.dispatch import is_plain_on_cpu
+from infllm_flex_ops.dispatch import is_plain_on_cpu, skip_dispatcher, without_grad
 from infllm_flex_ops.sizes import ceil_div
 
 
-@torch.no_grad()
+@without_grad
 def decode_attention(
     query: Tensor,
     key: Tensor,
@@ -63,12 +61,12 @@ def decode_attention(
             coarse,
             keys.start,
             keys.end,
-            selection_rule(keys.config),
+            keys.rule,
             keys.config.dense_len,
             scale,
         )
     selected = select_cached(query, keys, capacity=key.shape[2], scale=scale, key=key)
-    return infllm_flex_ops.attend_cached_blocks(
+    return skip_dispatcher(infllm_flex_ops.attend_cached_blocks, query)(
         query,
         key,
         value,
@@ -80,7 +78,7 @@ def decode_attention(
     )
 
 
-@torch.no_grad()
+@without_grad
 def select_cached(
     query: Tensor,
     compressed_keys: CompressedKeys,
@@ -112,23 +110,23 @@ def select_cached(
             raise ValueError("key must be the cache where kernel_size is 1, got None")
         if keys.scores_keys and key is not None:
             compressed = key.detach().to(query.dtype)
-        return infllm_flex_ops.select_cached_blocks_pooled(
+        return skip_dispatcher(infllm_flex_ops.select_cached_blocks_pooled, query)(
             query.detach(),
             compressed,
             keys.start,
             keys.end,
-            *selection_rule(config).pooled,
+            *keys.rule.pooled,
             config.dense_len,
             width,
             config.score_dtype == "float8",
         )
-    return infllm_flex_ops.select_cached_blocks(
+    return skip_dispatcher(infllm_flex_ops.select_cached_blocks, query)(
         query.detach(),
         compressed,
         coarse,
         keys.start,
         keys.end,
-        *selection_rule(config),
+        *keys.rule,
         config.dense_len,
         width,
         resolve_scale(query, scale),

@@ -11,7 +11,8 @@ from torch import Tensor
 import infllm_flex_ops
 from infllm_flex.autocast import attention_dtype
 from infllm_flex.config import InfLLMConfig
-from infllm_flex_ops.dispatch import skip_dispatcher
+from infllm_flex.selection import selection_rule
+from infllm_flex_ops.dispatch import skip_dispatcher, without_grad
 from infllm_flex_ops.selection.compress_keys import num_windows
 from infllm_flex_ops.selection.rule import COLUMNS
 from infllm_flex_ops.sizes import ceil_div
@@ -37,6 +38,7 @@ class CompressedKeys:
 
     Attributes:
         config: Sparsity settings.
+        rule: Those of the selection, as the operators take them.
         capacity: Slots of the longest cache for which memory is allocated.
         compressed: ``[B, Hkv, C, D]``, of which the first windows are valid, as many as the length
             of a row makes whole. C is 0 if the keys of the cache themselves are scored.
@@ -47,6 +49,9 @@ class CompressedKeys:
 
     def __init__(self, config: InfLLMConfig, key: Tensor) -> None:
         self.config = config
+        self.rule = selection_rule(config)
+        fine = config.kernel_size, config.kernel_stride
+        self._sizes = (*fine, config.coarse_size, config.coarse_stride)
         self.capacity = key.shape[2]
         self._key_dtype = key.dtype
         if self.scores_keys:
@@ -65,7 +70,7 @@ class CompressedKeys:
         """Whether the keys of the cache themselves are scored; nothing is then compressed here."""
         return self.config.pool_queries and self.config.kernel_size == 1
 
-    @torch.no_grad()
+    @without_grad
     def append(
         self,
         key: Tensor,
@@ -102,10 +107,7 @@ class CompressedKeys:
             start,
             end,
             num_new,
-            self.config.kernel_size,
-            self.config.kernel_stride,
-            self.config.coarse_size,
-            self.config.coarse_stride,
+            *self._sizes,
         )
 
     def _count(self, num_new: int, start: Tensor | None, end: Tensor | None) -> None:

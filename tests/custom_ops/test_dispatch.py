@@ -7,7 +7,13 @@ import pytest
 import torch
 
 import infllm_flex_ops
-from infllm_flex_ops.dispatch import define_operator, skip_dispatcher, without_autocast
+from infllm_flex_ops.dispatch import (
+    define_operator,
+    direct_kernel,
+    skip_dispatcher,
+    without_autocast,
+    without_grad,
+)
 from infllm_flex_ops.selection.rule import SelectionRule
 
 OPERATORS = [getattr(infllm_flex_ops, name) for name in infllm_flex_ops.__all__]
@@ -47,6 +53,26 @@ def test_a_definition_is_called_directly_only_where_the_dispatcher_adds_nothing(
         found = []
         torch.func.vmap(lambda y: found.append(skip_dispatcher(op, y)) or y)(x)
     assert found == [op]
+
+
+def test_a_kernel_is_called_directly_on_the_current_gpu(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 1)
+    op, without_kernel = infllm_flex_ops.compress_keys, infllm_flex_ops.assert_async
+    assert direct_kernel(op, torch.device("cuda", 1)) is op.on_cuda
+    assert direct_kernel(op, torch.device("cuda", 0)) is op  # the dispatcher may switch devices
+    assert direct_kernel(op, torch.device("meta")) is op
+    assert direct_kernel(without_kernel, torch.device("cuda", 1)) is without_kernel
+
+
+@pytest.mark.parametrize("enabled", [True, False])
+def test_gradients_are_off_inside(enabled):
+    @without_grad
+    def ask(factor, *, offset):
+        return torch.is_grad_enabled(), factor + offset
+
+    with torch.set_grad_enabled(enabled):
+        assert ask(1, offset=2) == (False, 3)
+        assert torch.is_grad_enabled() == enabled
 
 
 def test_a_definition_is_computed_in_its_own_precision_inside_autocast():

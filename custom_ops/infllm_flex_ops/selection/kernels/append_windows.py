@@ -12,6 +12,7 @@ from torch import Tensor
 
 from infllm_flex_ops.selection.kernels.compress_keys import average_windows
 from infllm_flex_ops.selection.rule import Windows
+from infllm_flex_ops.sizes import ceil_div, next_power_of_2
 from infllm_flex_ops.triton_common.tensor_args import View, view
 
 _WINDOWS = 8
@@ -151,7 +152,7 @@ def launch(
         return
     programs = 1
     if num_new > kernel_stride:  # more than a step
-        programs = triton.cdiv((num_new // kernel_stride + 1) * Hkv, _WINDOWS)
+        programs = ceil_div((num_new // kernel_stride + 1) * Hkv, _WINDOWS)
         new_end = end + num_new if new_end is None else new_end
     new_start = start if new_start is None else new_start.expand(B)
     has_end = new_end is not None
@@ -178,6 +179,6 @@ def launch(
         HAS_COARSE=has_coarse,
         HAS_START=new_start is not start,
         HAS_END=has_end,
-        TILE=_Tile(D, triton.next_power_of_2(D), _WINDOWS),
+        TILE=_Tile(D, next_power_of_2(D), _WINDOWS),
         num_warps=8,
     )

@@ -3,7 +3,6 @@
 import math
 
 import torch
-import triton
 from torch import Tensor
 
 from infllm_flex_ops.block_attention.kernels.attend_cached_blocks.join import join_kernel
@@ -13,6 +12,7 @@ from infllm_flex_ops.block_attention.kernels.attend_cached_blocks.split import (
     split_kernel,
 )
 from infllm_flex_ops.device import has_little_shared_memory
+from infllm_flex_ops.sizes import ceil_div, next_power_of_2
 from infllm_flex_ops.triton_common.tensor_args import view
 
 _PROGRAMS = 512  # several per multiprocessor
@@ -62,7 +62,7 @@ def launch(
         **options,
     )
     part = min(_PART, tile.BLOCK_D)
-    join_kernel[(shape.G * triton.cdiv(D, part), n, B * Hkv)](
+    join_kernel[(shape.G * ceil_div(D, part), n, B * Hkv)](
         parts,
         out,
         n,
@@ -72,7 +72,7 @@ def launch(
         ROWS=tile.ROWS,
         BLOCK_D=tile.BLOCK_D,
         PART=part,
-        SPLITS=triton.next_power_of_2(splits),
+        SPLITS=next_power_of_2(splits),
         num_warps=4,
     )
     return out
@@ -81,17 +81,17 @@ def launch(
 def _split(width: int, num_lists: int) -> tuple[int, int]:
     """Choose the slots per program and the programs per list."""
     wanted = max(1, min(_MAX_SPLITS, _PROGRAMS // num_lists))
-    slots = max(1, triton.cdiv(width, wanted))
-    return slots, max(1, triton.cdiv(width, slots))
+    slots = max(1, ceil_div(width, wanted))
+    return slots, max(1, ceil_div(width, slots))
 
 
 def _choose_tile(q: Tensor, k: Tensor, v: Tensor, shape: Shape) -> tuple[Tile, dict[str, int]]:
     """Choose the sizes of a program, and Triton's options."""
     is_half = q.element_size() == 2
     is_wide = max(x.element_size() for x in (q, k, v)) > 2  # a cache may be wider than queries
-    rows = max(16, triton.next_power_of_2(shape.G))
-    block_d = max(16, triton.next_power_of_2(shape.D))
-    block_n = max(16, min(32 if is_wide else 64, triton.next_power_of_2(shape.BLOCK_SIZE)))
+    rows = max(16, next_power_of_2(shape.G))
+    block_d = max(16, next_power_of_2(shape.D))
+    block_n = max(16, min(32 if is_wide else 64, next_power_of_2(shape.BLOCK_SIZE)))
     # Wide heads of a cache that is cast as it is read take more registers.
     many_warps = rows > 32 or (is_wide and is_half and block_d > 128)
     options = {

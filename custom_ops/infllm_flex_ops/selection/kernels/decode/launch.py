@@ -8,7 +8,6 @@ import math
 from typing import NamedTuple
 
 import torch
-import triton
 from torch import Tensor
 
 from infllm_flex_ops.selection.kernels.decode.lse import cached_lse_kernel
@@ -17,6 +16,7 @@ from infllm_flex_ops.selection.kernels.decode.topk import select_cached
 from infllm_flex_ops.selection.kernels.kernel_args import Tile, WindowSlots
 from infllm_flex_ops.selection.kernels.prefill.plan import check_num_blocks
 from infllm_flex_ops.selection.rule import SelectionRule
+from infllm_flex_ops.sizes import ceil_div, next_power_of_2
 from infllm_flex_ops.triton_common.tensor_args import view
 
 _MAX_RUNS = 64  # of coarse keys, a program each; the next kernel reads the results of all
@@ -55,7 +55,7 @@ def launch(
     B, _, n, _ = q.shape
     Hkv, C = compressed.shape[1:3]
     num_keys = (C - 1) * rule.kernel_stride + rule.kernel_size if C else 0
-    num_blocks = triton.cdiv(num_keys, rule.block_size)
+    num_blocks = ceil_div(num_keys, rule.block_size)
     columns = max(0, num_blocks - rule.local_blocks)  # that may lie before a query's local blocks
     check_num_blocks("select_cached_blocks", columns, "blocks beside the local ones")
     out = torch.empty(B, Hkv, n, width, dtype=torch.int32, device=q.device)
@@ -110,7 +110,7 @@ def _score(
         **shared,
     )
     columns = scores.shape[-1]
-    cached_score_kernel[(triton.cdiv(columns, split.split_blocks), heads, split.tiles)](
+    cached_score_kernel[(ceil_div(columns, split.split_blocks), heads, split.tiles)](
         q=view(q),
         keys=view(compressed),
         scores_ptr=scores,
@@ -118,7 +118,7 @@ def _score(
         runs=split.runs,
         split_blocks=split.split_blocks,
         WINDOWS=windows,
-        RUNS=triton.next_power_of_2(split.runs),
+        RUNS=next_power_of_2(split.runs),
         **shared,
     )
 
@@ -127,30 +127,30 @@ def _split(
     n: int, heads: int, num_coarse: int, columns: int, tile: Tile, windows: WindowSlots
 ) -> _Split:
     """Divide a step: about ``_PROGRAMS`` programs, each with whole steps of keys and of blocks."""
-    tiles = triton.cdiv(n, tile.TOKENS)
+    tiles = ceil_div(n, tile.TOKENS)
     rows = heads * tiles
-    keys = max(triton.cdiv(num_coarse, _MAX_RUNS), triton.cdiv(num_coarse * rows, _PROGRAMS), 1)
-    run_keys = tile.BLOCK_N * triton.cdiv(keys, tile.BLOCK_N)
+    keys = max(ceil_div(num_coarse, _MAX_RUNS), ceil_div(num_coarse * rows, _PROGRAMS), 1)
+    run_keys = tile.BLOCK_N * ceil_div(keys, tile.BLOCK_N)
     step = tile.BLOCK_N // windows.SLOTS
-    split_blocks = step * triton.cdiv(columns * rows, step * _PROGRAMS)
-    return _Split(tiles, max(1, triton.cdiv(num_coarse, run_keys)), run_keys, split_blocks)
+    split_blocks = step * ceil_div(columns * rows, step * _PROGRAMS)
+    return _Split(tiles, max(1, ceil_div(num_coarse, run_keys)), run_keys, split_blocks)
 
 
 def _choose_windows(rule: SelectionRule) -> WindowSlots:
     """All windows that overlap a block are scored for it."""
     per_block = rule.block_size // rule.kernel_stride
     before = rule.kernel_size // rule.kernel_stride - 1
-    return WindowSlots(per_block, before, 0, triton.next_power_of_2(per_block + before))
+    return WindowSlots(per_block, before, 0, next_power_of_2(per_block + before))
 
 
 def _choose_tile(q: Tensor, num_kv_heads: int, slots: int) -> tuple[Tile, dict[str, int]]:
     """Choose as many rows as a matrix instruction takes, and more tokens where there are more."""
     group, n, D = q.shape[1] // num_kv_heads, q.shape[2], q.shape[3]
-    heads = triton.next_power_of_2(group)
+    heads = next_power_of_2(group)
     max_tokens = max(_MAX_ROWS // heads, 1)
-    tokens = max(min(triton.next_power_of_2(n), max_tokens), 16 // heads, 1)
+    tokens = max(min(next_power_of_2(n), max_tokens), 16 // heads, 1)
     fp32 = q.element_size() > 2  # without tensor cores
     block_n = max(32 if fp32 else 64, slots)
-    block_d = max(16, triton.next_power_of_2(D))
+    block_d = max(16, next_power_of_2(D))
     tile = Tile(group, heads, tokens, D, block_d, block_n, fp32)
     return tile, {"num_warps": 4, "num_stages": 1 if fp32 else 3}

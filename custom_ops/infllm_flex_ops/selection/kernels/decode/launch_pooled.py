@@ -1,7 +1,6 @@
 """Launch the kernels of ``select_cached_blocks_pooled``."""
 
 import torch
-import triton
 from torch import Tensor
 
 from infllm_flex_ops.device import has_little_shared_memory, knows_float8
@@ -11,6 +10,7 @@ from infllm_flex_ops.selection.kernels.kernel_args import Tile, WindowSlots
 from infllm_flex_ops.selection.kernels.prefill.plan import MAX_BLOCKS
 from infllm_flex_ops.selection.kernels.prefill.tiles import MAX_WINDOWS, choose_windows
 from infllm_flex_ops.selection.rule import SelectionRule
+from infllm_flex_ops.sizes import ceil_div, next_power_of_2
 from infllm_flex_ops.triton_common.tensor_args import view
 
 _PROGRAMS = 512  # as many as a GPU holds at a time: a second wave would wait for the first
@@ -29,7 +29,7 @@ def launch(
     """Score and select: two launches. Only the device reads lengths."""
     B, _, n, _ = q.shape
     Hkv, C = compressed.shape[1:3]
-    num_blocks = triton.cdiv(C * rule.kernel_size, rule.block_size)
+    num_blocks = ceil_div(C * rule.kernel_size, rule.block_size)
     columns = max(0, num_blocks - rule.local_blocks)  # that may lie before a query's local blocks
     windows = choose_windows(rule)
     if columns > MAX_BLOCKS or windows.SLOTS > MAX_WINDOWS:
@@ -61,10 +61,10 @@ def _score(
     heads, n, columns = scores.shape
     windows = choose_windows(rule)
     tile, options = _choose_tile(q, compressed, windows)
-    tiles = triton.cdiv(n, tile.TOKENS)
+    tiles = ceil_div(n, tile.TOKENS)
     step = tile.BLOCK_N // windows.SLOTS
-    split_blocks = step * triton.cdiv(columns * heads * tiles, step * _PROGRAMS)
-    cached_pooled_score_kernel[(triton.cdiv(columns, split_blocks), heads, tiles)](
+    split_blocks = step * ceil_div(columns * heads * tiles, step * _PROGRAMS)
+    cached_pooled_score_kernel[(ceil_div(columns, split_blocks), heads, tiles)](
         q=view(q),
         keys=view(compressed),
         start_ptr=start,
@@ -91,9 +91,9 @@ def _choose_tile(
     """Choose as many rows as a matrix instruction takes, and more tokens where there are more."""
     n, D = q.shape[2:]
     wide = compressed.element_size() > 2
-    block_d = max(16, triton.next_power_of_2(D))
+    block_d = max(16, next_power_of_2(D))
     max_tokens = 16 if wide or block_d > 128 else 64
-    tokens = max(16, min(triton.next_power_of_2(n), max_tokens))
+    tokens = max(16, min(next_power_of_2(n), max_tokens))
     stages = 1 if wide else 2 if block_d > 128 or has_little_shared_memory(q) else 3
     group = q.shape[1] // compressed.shape[1]
     block_n = max(32 if wide else 64, windows.SLOTS)

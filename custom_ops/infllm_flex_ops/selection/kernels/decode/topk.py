@@ -6,6 +6,7 @@ from torch import Tensor
 
 from infllm_flex_ops.selection.kernels.prefill.topk import topk_blocks, write_blocks
 from infllm_flex_ops.selection.rule import SelectionRule
+from infllm_flex_ops.sizes import next_power_of_2
 
 
 @triton.jit(do_not_specialize=["n", "columns", "width", "K", "dense_len"])
@@ -64,7 +65,7 @@ def select_cached(
 ) -> Tensor:
     """Fill ``out [B, Hkv, n, width]`` by ``scores [B * Hkv, n, columns]``; returns it."""
     B, Hkv, n, width = out.shape
-    N = max(16, triton.next_power_of_2(columns))
+    N = max(16, next_power_of_2(columns))
     cached_topk_kernel[(n, B * Hkv)](
         scores_ptr=scores,
         start_ptr=start,
@@ -79,7 +80,7 @@ def select_cached(
         BLOCK_SIZE=rule.block_size,
         INIT_BLOCKS=rule.init_blocks,
         LOCAL_BLOCKS=rule.local_blocks,
-        BLOCK_W=triton.next_power_of_2(width),
+        BLOCK_W=next_power_of_2(width),
         N=N,
         num_warps=max(1, min(16, N // 512)),
     )
