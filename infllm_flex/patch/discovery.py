@@ -18,7 +18,7 @@ from torch import nn
 from infllm_flex.config import InfLLMConfig
 from infllm_flex.patch import huggingface, sdpa_adapter
 from infllm_flex.patch.class_swap import Overrides, restore_class, swap_class, swapped_adapter
-from infllm_flex.patch.forward_context import install_forward_hooks, remove_forward_hooks
+from infllm_flex.patch.forward_hooks import install_forward_hooks, remove_forward_hooks
 from infllm_flex.patch.head_dims import head_dim_skip_reason
 from infllm_flex.patch.head_groups import count_heads
 from infllm_flex.patch.layer_state import (

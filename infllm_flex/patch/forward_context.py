@@ -3,13 +3,11 @@
 All layers of a forward ask the same questions about the same batch, and some never receive the
 positions that the model was given. Hooks on the models inside (a causal LM, its base) record both.
 Nothing is kept from one forward to the next, because no counter shows every change of a tensor:
-collectives, numpy and ``.data`` bypass it.
+collectives, numpy and ``.data`` bypass it. `infllm_flex.patch.forward_hooks` has the hooks.
 """
 
 from __future__ import annotations
 
-import functools
-import inspect
 import threading
 import weakref
 from collections.abc import Callable
@@ -18,10 +16,10 @@ from typing import Any, TypeVar, cast
 import torch
 from torch import Tensor, nn
 
+from infllm_flex.patch.host_read import HostRead
 from infllm_flex_ops import torch_private
 
 _Answer = TypeVar("_Answer")
-_GIVEN = ("attention_mask", "position_ids", "cu_seq_lens_q", "cu_seq_lens_k")
 _ATTRIBUTE = "infllm_forward"
 
 
@@ -44,7 +42,13 @@ class ForwardContext:
         positions: The text's ``position_ids`` as the caller gave them, ``[1 or B, S]``; None where
             the model makes its own.
         bounds: ``cu_seq_lens_q`` as the caller gave them.
+        num_documents: The most documents that a row of ``positions`` holds, where their count was
+            begun with the forward (`begin_count`).
         counts_up: Whether the model is known to make positions that only count up.
+        cache: The cache that the caller gave to ``owner``; None for one that ``owner`` makes, which
+            is empty.
+        sparse_from: Least number of tokens at which a layer of ``owner`` is sparse.
+        is_recomputable: Whether a backward pass may run its layers again.
         is_traced: Whether it began inside a graph, which then holds all answers of its own.
         layers: Ids of the layers that have asked, in a model without hooks.
     """
@@ -56,6 +60,8 @@ class ForwardContext:
         positions: Tensor | None = None,
         bounds: Tensor | None = None,
         counts_up: bool = False,
+        cache: object = None,
+        sparse_from: int = 0,
     ) -> None:
         if positions is None and enclosing is not None:
             positions = enclosing.positions
@@ -65,11 +71,31 @@ class ForwardContext:
         self.enclosing = enclosing
         self.positions: Tensor | None = positions
         self.bounds: Tensor | None = bounds
+        self.num_documents: HostRead | None = None
         self.counts_up = counts_up and positions is None
+        self.cache = cache
+        self.sparse_from = sparse_from
+        self.is_recomputable = torch.is_grad_enabled()
         self.is_traced = torch.compiler.is_compiling()
         self.layers: set[int] = set()
         self._answers: dict[tuple[Any, ...], tuple[list[Any], Any]] = {}
         self._answers_in_graph: list[tuple[object, Tensor, Any]] = []
+
+    def begin_count(self) -> None:
+        """Begin to count the documents of ``positions``, once for a model and those inside it.
+
+        The first layer asks for the number. Until then the host launches all that comes before it,
+        and the device does not idle while the host waits.
+        """
+        outer, positions = self.enclosing, self.positions
+        if positions is None:
+            return
+        if outer is not None and outer.num_documents is not None:
+            assert outer.positions is not None
+            if _are_same_memory(outer.positions, positions):
+                self.num_documents = outer.num_documents
+        if self.num_documents is None:
+            self.num_documents = HostRead(count_documents(positions))
 
     def recall(
         self, question: object, tensors: tuple[Tensor | None, ...], answer: Callable[[], _Answer]
@@ -107,6 +133,8 @@ class ForwardContext:
 
     def mark(self, *tensors: object) -> None:
         """Attach this forward to tensors and masks, so that recomputed layers find it."""
+        if not self.is_recomputable:
+            return
         for x in tensors:
             if x is not None:
                 setattr(x, _ATTRIBUTE, self)
@@ -116,8 +144,32 @@ class ForwardContext:
         return _nothing, ()
 
 
+def count_documents(positions: Tensor) -> Tensor:
+    """Count the documents of the row that has most of them: int64 ``[]``.
+
+    A document begins where positions go back. In a row where they do, 0 after 0 begins one, too.
+
+    Args:
+        positions: ``[B, S]``, of rows without padding.
+    """
+    step = positions.diff(dim=-1)
+    back = step < 0
+    zero_again = (positions[:, 1:] == 0) & (step == 0)
+    return ((back | zero_again).sum(-1) * back.any(-1)).max() + 1
+
+
+def _are_same_memory(x: Tensor, y: Tensor) -> bool:
+    same_place = x.data_ptr() == y.data_ptr() and x.device == y.device
+    return same_place and x.shape == y.shape and x.stride() == y.stride()
+
+
 def _nothing() -> None:
     return None
+
+
+def set_current_forward(forward: ForwardContext | None) -> None:
+    """Begin a forward in this thread, or go back to the enclosing one."""
+    _running.forward = forward
 
 
 def current_forward() -> ForwardContext | None:
@@ -205,82 +257,3 @@ def recall_on_device(question: object, tensor: Tensor, answer: Callable[[], Tens
     if not torch.compiler.is_compiling():
         return forward.recall(question, (tensor,), answer)
     return forward.recall_in_graph(question, tensor, answer) if forward.is_traced else answer()
-
-
-def install_forward_hooks(model: nn.Module) -> None:
-    """Record every forward of ``model``, and of the transformers models inside it."""
-    remove_forward_hooks(model)
-    for module in model.modules():
-        names = _arguments(module)
-        if "position_ids" in names:
-            opening = functools.partial(_open, names, _is_of_transformers(module))
-            module.register_forward_pre_hook(opening, with_kwargs=True)
-            module.register_forward_hook(_close, always_call=True)
-
-
-def remove_forward_hooks(model: nn.Module) -> None:
-    """Undo `install_forward_hooks`."""
-    for module in model.modules():
-        torch_private.remove_forward_pre_hooks(module, _opens)
-        torch_private.remove_forward_hooks(module, lambda hook: hook is _close)
-
-
-def _opens(hook: Any) -> bool:
-    return isinstance(hook, functools.partial) and hook.func is _open
-
-
-def _arguments(module: nn.Module) -> tuple[str, ...]:
-    """Arguments of a transformers model's forward, in order; nothing for other modules.
-
-    Layers have no forward context of their own: they may be recomputed where no model runs.
-    """
-    # By name, because transformers may not be installed.
-    if not any(cls.__name__ == "PreTrainedModel" for cls in type(module).__mro__):
-        return ()
-    return tuple(inspect.signature(type(module).forward).parameters)[1:]
-
-
-def _is_of_transformers(module: nn.Module) -> bool:
-    return type(module).__module__.startswith("transformers.")
-
-
-def _open(
-    names: tuple[str, ...],
-    is_known: bool,
-    module: nn.Module,
-    args: tuple[Any, ...],
-    kwargs: dict[str, Any],
-) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
-    given = {**dict(zip(names, args, strict=False)), **kwargs}
-    positions = given.get("position_ids")
-    # The models of transformers make positions that count up, unless another hook adds some.
-    is_alone = is_known and positions is None and len(torch_private.forward_pre_hooks(module)) == 1
-    _running.forward = ForwardContext(
-        module, current_forward(), _of_text(positions), given.get("cu_seq_lens_q"), is_alone
-    )
-    if torch.compiler.is_compiling():
-        return None
-    # Tensors of this forward's own, by which layers that are recomputed later find it.
-    named = zip(names, args, strict=False)
-    args = (*(_own(name, x) for name, x in named), *args[len(names) :])
-    return args, {name: _own(name, x) for name, x in kwargs.items()}
-
-
-def _of_text(positions: Any) -> Tensor | None:
-    """Positions as ``[1 or B, S]``: the first of several axes."""
-    if not isinstance(positions, Tensor) or not 0 < positions.dim() < 4:
-        return None
-    if positions.dim() == 1:
-        return positions[None]
-    # With images, the first axis is the text's, or time, which goes back only where the text does.
-    return positions[0] if positions.dim() == 3 else positions
-
-
-def _own(name: str, value: Any) -> Any:
-    return value.view_as(value) if name in _GIVEN and isinstance(value, Tensor) else value
-
-
-def _close(module: nn.Module, args: Any, output: Any) -> None:
-    forward = current_forward()
-    if forward is not None and forward.owner is module:
-        _running.forward = forward.enclosing

@@ -99,8 +99,9 @@ def test_set_own_implementation():
 def test_override_implementation():
     class Renamed(LlamaConfig):
         _infllm_class = LlamaConfig
+        own = "our"
 
-    private.override_implementation(Renamed, lambda config, stored: f"our {stored}")
+    private.override_implementation(Renamed, "own", lambda own, stored: f"{own} {stored}")
     config = Renamed()
     config._attn_implementation = "eager"
     assert private.get_implementation(config) == "our eager"
@@ -202,6 +203,11 @@ def test_sees():
 
 
 # Caches.
+
+
+def test_takes_cache():
+    assert private.takes_cache(inspect.signature(modeling_llama.LlamaModel.forward).parameters)
+    assert not private.takes_cache(("hidden_states", "attention_mask", "kwargs"))
 
 
 def test_find_cache():

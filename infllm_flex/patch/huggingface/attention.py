@@ -10,8 +10,14 @@ from torch import Tensor, nn
 
 from infllm_flex.attention import attend_in_layout, infllm_attention
 from infllm_flex.autocast import attend_outside_autocast
-from infllm_flex.patch.huggingface.attention_call import AttentionCall, Kind, Output
+from infllm_flex.patch.huggingface.attention_call import (
+    AttentionCall,
+    Kind,
+    Output,
+    is_dense_step,
+)
 from infllm_flex.patch.huggingface.attention_layers import get_or_make_layer
+from infllm_flex.patch.huggingface.cache_hook import KEYWORD, take_cache
 from infllm_flex.patch.huggingface.cached_attention import attend_cached
 from infllm_flex.patch.huggingface.dense_attention import attend_by_previous, attend_dense
 from infllm_flex.patch.huggingface.documents import find_sequences
@@ -69,10 +75,25 @@ def attention_forward(
         NotImplementedError: The sequence is long enough to be sparse, but sparse attention cannot
             serve this call. One line says what came and what to do.
     """
-    is_first = get_layer(module) is None
-    layer = get_or_make_layer(module)
+    layer = get_layer(module)
+    is_first = layer is None
+    if layer is None:
+        layer = get_or_make_layer(module)
     if not torch.compiler.is_compiling() and "forward" in vars(module):
         record_call(module)
+    if infllm_previous == "sdpa" and is_dense_step(layer, query, key, kwargs):
+        # Most calls of a generation. The rest of this function would be overhead for them.
+        kwargs.pop(KEYWORD, None)
+        return layer.dense_attention[infllm_previous](
+            module,
+            query,
+            key,
+            value,
+            None if attention_mask is None else materialize(attention_mask),
+            dropout=dropout,
+            scaling=scaling,
+            **kwargs,
+        )
     call = AttentionCall(
         module,
         query,
@@ -85,6 +106,7 @@ def attention_forward(
         kwargs,
         layer,
         is_first,
+        take_cache(module, kwargs),
     )
     kind = call.classify()
     if layer.observe is not None:

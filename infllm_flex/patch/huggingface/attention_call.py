@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from infllm_flex.patch.huggingface.cache_hook import KEYWORD, cache_layer
+from infllm_flex.patch.huggingface.cache_hook import cache_layer
 from infllm_flex.patch.huggingface.cached_attention import trim_mask, update_static_state
 from infllm_flex.patch.huggingface.masks import LazyMask, materialize
 from infllm_flex.patch.huggingface.sequence_info import NO_INFO, SequenceInfo, read_sequence_info
@@ -37,6 +37,17 @@ class Kind(enum.Enum):
     PAGED = enum.auto()
 
 
+def is_dense_step(
+    layer: PatchedLayer, query: Tensor, key: Tensor, kwargs: dict[str, Any]
+) -> bool:
+    """Whether a call is for one token of a short sequence, as `AttentionCall.classify` would say.
+
+    A single token has no documents to isolate. Steps of continuous batching have bounds.
+    """
+    is_step = query.shape[2] == 1 and layer.attend is None and "cu_seq_lens_q" not in kwargs
+    return is_step and not layer.ever_attends_sparsely(key.shape[2])
+
+
 @dataclass
 class AttentionCall:
     """The arguments of one call, as transformers passes them, and what belongs to them.
@@ -53,6 +64,7 @@ class AttentionCall:
         kwargs: The other keywords of the call.
         layer: The record of the layer.
         is_first: Whether the record was made for this call.
+        cache: The cache that the layer was given; None without one.
         cached: The layer of the cache that holds the keys; None without a cache.
         length: Number of keys in use; a preallocated cache has more.
     """
@@ -68,6 +80,7 @@ class AttentionCall:
     kwargs: dict[str, Any]
     layer: PatchedLayer
     is_first: bool
+    cache: Any = None
     cached: Any = None
     length: int = 0
 
@@ -80,12 +93,13 @@ class AttentionCall:
         layer = self.layer
         if layer.attend is not None:
             return Kind.OVERRIDDEN
-        cache = self.kwargs.pop(KEYWORD, None)
-        if is_paged(cache):
+        if is_paged(self.cache):
             return Kind.PAGED
-        cached = self.cached = cache_layer(cache, self.module, self.key)
-        length = self.key.shape[2]
-        if cached is not None and is_static(cached) and layer.ever_attends_sparsely(length):
+        length = self.length = self.key.shape[2]
+        if not layer.ever_attends_sparsely(length):
+            return Kind.DENSE
+        cached = self.cached = cache_layer(self.cache, self.module, self.key)
+        if cached is not None and is_static(cached):
             # A static cache's state follows every call, however it is served.
             mask = self.mask = materialize(self.mask)
             config = layer.config

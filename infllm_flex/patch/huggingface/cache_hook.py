@@ -1,8 +1,9 @@
 """Pass each attention layer's cache on to the attention function.
 
-transformers gives attention functions the keys of a cache, not the cache. A hook on each attention
-layer adds it. The compressed keys live on the cache's own layers (`cache_state`): they go where the
-cache goes, two generations never share any, and no module remembers one.
+transformers gives attention functions the keys of a cache, not the cache. They take it from the
+forward of the model around them. Layers outside such a model have a hook that adds it. The
+compressed keys live on the cache's own layers (`cache_state`): they go where the cache goes, two
+generations never share any, and no module remembers one.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from infllm_flex.patch.forward_context import current_forward
 from infllm_flex.patch.huggingface.cache_updates import track_layer
 from infllm_flex.patch.huggingface.config_view import PREVIOUS_NAMES
 from infllm_flex.patch.huggingface.instance_forward import watch_call
@@ -35,25 +37,25 @@ def install_cache_hook(module: nn.Module) -> None:
         module.register_forward_pre_hook(_add_cache, with_kwargs=True)
 
 
-def remove_cache_hook(module: nn.Module) -> None:
-    """Undo `install_cache_hook`."""
-    torch_private.remove_forward_pre_hooks(module, lambda hook: hook is _add_cache)
+def remove_cache_hook(module: nn.Module) -> bool:
+    """Undo `install_cache_hook`; False where there is nothing to undo."""
+    installed = _add_cache in torch_private.forward_pre_hooks(module)
+    if installed:
+        torch_private.remove_forward_pre_hooks(module, lambda hook: hook is _add_cache)
+    return installed
 
 
-def _add_cache(
-    module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
-) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
+def _add_cache(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
     if not torch.compiler.is_compiling() and "forward" in vars(module):
         watch_call(module)
     cache = find_cache(kwargs)
-    if cache is None:
-        return None
-    if is_paged(cache):
-        _require_our_name(module)
-    return args, {**kwargs, KEYWORD: cache}
+    if cache is not None:
+        if is_paged(cache):
+            require_our_name(module)
+        kwargs[KEYWORD] = cache  # the dict is of this call alone, and a copy takes time
 
 
-def _require_our_name(module: nn.Module) -> None:
+def require_our_name(module: nn.Module) -> None:
     """Raise a NotImplementedError where continuous batching would attend densely unasked."""
     layer, name = get_layer(module), get_implementation(module.config)
     if layer is not None and layer.skip_reason is None and name not in PREVIOUS_NAMES:
@@ -62,6 +64,27 @@ def _require_our_name(module: nn.Module) -> None:
             "model that was patched to be sparse: call patch_model again and pass "
             "ContinuousBatchingConfig(auto_switch_to_flash=False), or call unpatch_model"
         )
+
+
+def take_cache(module: nn.Module, kwargs: dict[str, Any]) -> Any:
+    """Take the cache of a call out of its keywords, or from the forward of the model around it.
+
+    Args:
+        module: The attention layer.
+        kwargs: The keywords that its attention function was given.
+
+    Returns:
+        The cache; None without one, and where the model makes it in this call, empty.
+    """
+    cache = kwargs.pop(KEYWORD, None)
+    if cache is not None:
+        return cache
+    forward = current_forward()
+    if forward is not None:
+        return forward.cache
+    if not torch.compiler.is_compiling():
+        install_cache_hook(module)  # called without its model: works from the next call on
+    return None
 
 
 # Stands for the layer of a cache whose keys are not those that attention was given.

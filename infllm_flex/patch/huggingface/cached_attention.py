@@ -54,8 +54,9 @@ def attend_cached(
         ``[B, Hq, n, D]``.
     """
     n, start = query.shape[2], None
-    by_step = _is_step(query, key, value, cached)
-    preallocated = by_step and is_static(cached)
+    static = is_static(cached)
+    by_step = _is_step(query, key, value, static)
+    preallocated = by_step and static
     if attention_mask is not None:
         start = _row_starts(attention_mask)
         if layer.reads_positions:
@@ -92,7 +93,7 @@ def update_static_state(
     """
     start = None if attention_mask is None else _row_starts(attention_mask)
     compressed_keys_of(cached, key, query.shape[2], start, config)
-    is_step = _is_step(query, key, value, cached)
+    is_step = _is_step(query, key, value, True)
     return key.shape[2] if is_step else int(cached.cumulative_length)
 
 
@@ -101,9 +102,9 @@ def _row_starts(mask: Tensor) -> Tensor:
     return recall_on_device("row starts", mask, lambda: first_visible_slots(mask))
 
 
-def _is_step(query: Tensor, key: Tensor, value: Tensor, cached: Any) -> bool:
+def _is_step(query: Tensor, key: Tensor, value: Tensor, static: bool) -> bool:
     """Whether to attend token by token, through the compressed keys that the cache carries."""
-    compiled = is_static(cached) and torch.compiler.is_compiling()
+    compiled = static and torch.compiler.is_compiling()
     if torch.is_grad_enabled() and any(x.requires_grad for x in (query, key, value)):
         if compiled:
             raise NotImplementedError(

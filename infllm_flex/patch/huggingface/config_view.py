@@ -85,12 +85,11 @@ class ConfigView:
         return view_of, (self._infllm_original, *state)
 
 
-def _rename(view: Any, stored: str | None) -> str | None:
-    name = view._infllm_name
+def _rename(name: str | None, stored: str | None) -> str | None:
     return stored if name is None else PATCHED_NAMES.get(stored, name)  # type: ignore[arg-type]
 
 
-override_implementation(ConfigView, _rename)
+override_implementation(ConfigView, "_infllm_name", _rename)
 
 
 def view_of(

@@ -90,8 +90,8 @@ def find_sequences(
 ) -> Sequences | None:
     """Find the sequences of a call; None for one whole sequence per row.
 
-    Eager code waits for the device once per forward, as transformers itself does. A graph never
-    waits.
+    Eager code waits for the device once per forward, as transformers itself does; in training for
+    a number that was asked for when the forward began. A graph never waits.
 
     Args:
         query: ``[B, Hq, S, D]``.
@@ -127,7 +127,12 @@ def _read(
         if padding is None and bounds is None:
             return None
     single = None if recorded else info.positions_only
-    if single is not None and read_flag(never_decreases(single), speculation):
+    num_documents = None
+    if single is not None and info.num_documents is not None:
+        num_documents = info.num_documents.wait()
+        if num_documents == 1:
+            return None
+    elif single is not None and read_flag(never_decreases(single), speculation):
         return None  # the common case, which needs no more than one flag
     # Not a constant: for a constant in a conjunction, PyTorch 2.11 writes C++ that is wrong.
     everything = (torch.arange(S, device=device) >= 0).expand(B, S)
@@ -145,10 +150,19 @@ def _read(
         limit = bounds.shape[0] - 1 + (padding is not None)
     elif positions is not None:
         opens = opens | restarts
-        limit = None if recorded else max(1, int(opens.sum(-1).max()))
+        limit = num_documents
+        if num_documents is None and not recorded:
+            limit = max(1, int(opens.sum(-1).max()))
     if padding is None and limit == 1:
         return None
     return Sequences(opens, is_real, None if padding is None else after_padding & ~opens, limit)
+
+
+def open_documents(positions: Tensor) -> Tensor:
+    """Mark the tokens of ``positions [B, S]``, without padding, that begin a document."""
+    is_real = torch.ones_like(positions, dtype=torch.bool)
+    opens = is_real.long().cumsum(-1) == 1
+    return opens | _restarts(positions, is_real, torch.zeros_like(is_real))
 
 
 def _restarts(positions: Tensor, is_real: Tensor, after_padding: Tensor) -> Tensor:

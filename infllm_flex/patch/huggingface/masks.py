@@ -11,6 +11,7 @@ from torch import Tensor
 
 from infllm_flex.patch.causal_masks import isolates_documents
 from infllm_flex.patch.forward_context import begin_unhooked_forward, current_forward
+from infllm_flex.patch.host_read import HostRead
 from infllm_flex.patch.huggingface.tensor_proxy import TensorProxy
 from infllm_flex.patch.huggingface.transformers_private import (
     is_mask_of_new_keys,
@@ -42,6 +43,7 @@ class LazyMask(TensorProxy):
         self._device = torch.device(arguments.get("device", "cpu"))
         self._tensor: Tensor | None = None
         self._verdict: bool | None = None
+        self._early_verdict: tuple[Tensor, HostRead] | None = None
         self._is_exposed = False
         self.dtype = torch.bool
 
@@ -99,8 +101,20 @@ class LazyMask(TensorProxy):
             self._tensor = None if tensor is None else tensor.to(self._device)
         return self._tensor
 
-    def judge_once(self, verdict: Callable[[], Tensor]) -> bool:
-        """Read a verdict about this mask once for all layers of a forward."""
+    def begin_verdict(self, positions: Tensor, verdict: Tensor) -> None:
+        """Begin to read a verdict, bool ``[]``, that follows from ``positions``."""
+        self._early_verdict = positions, HostRead(verdict)
+
+    def judge_once(self, positions: Tensor | None, verdict: Callable[[], Tensor]) -> bool:
+        """Read a verdict about this mask once for all layers of a forward.
+
+        Args:
+            positions: What it follows from, apart from the mask.
+            verdict: Computes it, where it was not begun early.
+        """
+        early = self._early_verdict
+        if self._verdict is None and early is not None and early[0] is positions:
+            self._verdict = bool(early[1].wait())
         if self._verdict is None:
             self._verdict = bool(verdict())
         return self._verdict
@@ -141,7 +155,7 @@ def causal_mask(**arguments: Any) -> LazyMask | Tensor | None:
         if mask is None or not torch.compiler.is_compiling():
             return mask
     elif is_plain and _is_all_ones(padding):
-        return make_sdpa_mask(arguments)
+        return make_sdpa_mask({**arguments, "attention_mask": None})  # reading it once is enough
     lazy = LazyMask({"attention_mask": None, **arguments}, is_plain)
     if not torch.compiler.is_compiling() and (forward := current_forward()) is not None:
         forward.mark(lazy)

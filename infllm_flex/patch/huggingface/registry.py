@@ -7,7 +7,7 @@ from infllm_flex.patch.huggingface.attention import (
     attention_forward_of_eager,
 )
 from infllm_flex.patch.huggingface.config_view import PATCHED_NAMES
-from infllm_flex.patch.huggingface.masks import causal_mask
+from infllm_flex.patch.huggingface.mask_verdicts import causal_mask_for_training
 from infllm_flex.when_imported import when_imported
 
 
@@ -23,7 +23,7 @@ def register() -> None:
     AttentionInterface.register(PATCHED_NAMES["sdpa"], attention_forward)
     AttentionInterface.register(PATCHED_NAMES["eager"], attention_forward_of_eager)
     for name in PATCHED_NAMES.values():
-        AttentionMaskInterface.register(name, causal_mask)
+        AttentionMaskInterface.register(name, causal_mask_for_training)
 
 
 def register_when_imported() -> None:

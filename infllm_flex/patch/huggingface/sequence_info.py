@@ -14,6 +14,7 @@ from infllm_flex.patch.forward_context import (
     forward_of,
     is_backward,
 )
+from infllm_flex.patch.host_read import HostRead
 from infllm_flex.patch.huggingface.masks import LazyMask
 from infllm_flex.patch.layer_state import PatchedLayer
 from infllm_flex.validation import assert_in_graph
@@ -37,6 +38,7 @@ class SequenceInfo(NamedTuple):
         positions: ``[1 or B, S]``, of the text where there are several axes.
         bounds: ``[N + 1]``, where documents start and the last one ends.
         same_bounds: The same for the keys.
+        num_documents: The most documents of a row of ``positions``, where they are being counted.
         by_layer: Whether the layer's own call holds it, and not only the model around it.
         forward: The forward of the model around the layer.
     """
@@ -45,6 +47,7 @@ class SequenceInfo(NamedTuple):
     positions: Tensor | None = None
     bounds: Tensor | None = None
     same_bounds: Tensor | None = None
+    num_documents: HostRead | None = None
     by_layer: bool = True
     forward: ForwardContext | None = None
 
@@ -87,15 +90,19 @@ def read_sequence_info(
     positions = given if _is_of_text(given, S) else None
     by_layer = positions is not None or bounds is not None
     forward = forward_of((given, bounds, padding, mask), layer)
+    num_documents = None
     if forward is not None:
         if positions is None and _is_of_text(forward.positions, S):
             positions = _on_device_of(query, forward.positions)
+            num_documents = forward.num_documents
+        elif positions is not None and positions is forward.positions:
+            num_documents = forward.num_documents
         elif positions is not None and forward.counts_up:
             if not torch.compiler.is_compiling():
                 forward.mark(positions)
             positions = None
         bounds = _on_device_of(query, forward.bounds) if bounds is None else bounds
-    return SequenceInfo(padding, positions, bounds, same_bounds, by_layer, forward)
+    return SequenceInfo(padding, positions, bounds, same_bounds, num_documents, by_layer, forward)
 
 
 def _on_device_of(query: Tensor, x: Tensor | None) -> Tensor | None:

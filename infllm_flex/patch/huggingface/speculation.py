@@ -9,9 +9,9 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-import torch
 from torch import Tensor
 
+from infllm_flex.patch.host_read import HostRead
 from infllm_flex.patch.layer_state import PatchedLayer
 
 
@@ -43,9 +43,6 @@ def read_flag(flag: Tensor, speculation: Speculation | None) -> bool:
     """Read a flag from its device; a speculative call keeps that device busy meanwhile."""
     if speculation is None or not flag.is_cuda:
         return bool(flag)
-    read = torch.empty_like(flag, device="cpu", pin_memory=True).copy_(flag, non_blocking=True)
-    is_read = torch.cuda.Event()
-    is_read.record()
+    read = HostRead(flag)
     speculation.launch()
-    is_read.synchronize()
-    return bool(read)
+    return bool(read.wait())

@@ -5,7 +5,6 @@ A call that is overlooked here gets a silently wrong answer.
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
 from infllm_flex.patch.causal_masks import is_plain_causal
@@ -13,6 +12,7 @@ from infllm_flex.patch.forward_context import recall
 from infllm_flex.patch.head_dims import unsupported_head_dims
 from infllm_flex.patch.huggingface.attention_call import AttentionCall
 from infllm_flex.patch.huggingface.documents import Sequences
+from infllm_flex.patch.huggingface.mask_verdicts import isolates_documents
 from infllm_flex.patch.huggingface.masks import LazyMask
 from infllm_flex.validation import assert_in_graph, has_values, is_recorded
 
@@ -67,7 +67,7 @@ def reject_unsupported_prefill(
     if reason is None and mask is not None and _can_read(call.query):
         if isinstance(mask, LazyMask):
             served = mask.is_plain or mask.judge_once(
-                lambda: _isolates_documents(call.query, mask, sequences, positions)
+                positions, lambda: isolates_documents(mask, call.query, sequences, positions)
             )
             served = served and not mask.is_edited()
         else:
@@ -88,7 +88,7 @@ def assert_supported_mask(
     if _can_read(query) or mask is None or (isinstance(mask, LazyMask) and mask.is_plain):
         return query
     if isinstance(mask, LazyMask):
-        served = _isolates_documents(query, mask, sequences, positions)
+        served = isolates_documents(mask, query, sequences, positions)
     else:
         served = is_plain_causal(mask)
     text = f"sparse attention cannot serve {_MASK} yet: {_INSTEAD}"
@@ -125,27 +125,3 @@ def _unsupported_arguments(call: AttentionCall) -> str | None:
 
 def _can_read(x: Tensor) -> bool:
     return not is_recorded(x) and has_values(x)
-
-
-def _isolates_documents(
-    query: Tensor, mask: LazyMask, sequences: Sequences | None, positions: Tensor | None
-) -> Tensor:
-    """Whether a mask is causal within the sequences, or within those transformers assumes.
-
-    transformers begins a document wherever positions do anything else than go on by one. A mask
-    made that way comes from positions alone, whose meaning we decide.
-    """
-    opens, is_real = _opens_and_real(query, sequences)
-    served = mask.isolates_documents(opens, is_real)
-    if positions is None or mask.padding is not None:
-        return served
-    jumps = torch.nn.functional.pad(positions.diff(dim=-1) != 1, (1, 0), value=True)
-    return served | mask.isolates_documents(jumps.expand_as(opens), is_real)
-
-
-def _opens_and_real(query: Tensor, sequences: Sequences | None) -> tuple[Tensor, Tensor]:
-    """Where sequences start, and which tokens are real: bool ``[B, S]`` each."""
-    if sequences is not None:
-        return sequences.opens, sequences.is_real
-    is_real = torch.ones(query.shape[0], query.shape[2], dtype=torch.bool, device=query.device)
-    return is_real.long().cumsum(-1) == 1, is_real
