@@ -1,31 +1,38 @@
 #!/usr/bin/env python3
-"""Measure the overhead of a patched model below dense_len, and the time of patching.
+"""Measure what a patched model adds on the host, and the time of patching.
 
     scripts/patch_cost.py [--rounds N]
 
-Three tables: microseconds that patching adds to an eager attention call; the time of a compiled
-training step, patched over unpatched; seconds to patch models of 7B parameters. Models are random;
-the patched and the unpatched one run in rotation.
+Four tables: microseconds that patching adds to an eager attention call; to an eager decode step,
+below dense_len and past it, there without the operators of the step, which are launches on a GPU;
+the time of a compiled training step, patched over unpatched; seconds to patch models of 7B
+parameters. Models are random; the patched and the unpatched one run in rotation.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import copy
+import inspect
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
+from unittest import mock
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 import infllm_flex as ifx
+import infllm_flex.decoding.attention as decoding_attention
+import infllm_flex_ops
 from benchmarking.timing import Limits, Subject, time_in_rotation
 from evaluation.table import format_table
 
 WIDTH, HEADS = 128, 4
 FEW_TOKENS, TOKENS = 8, 64  # few, so that eager time is overhead rather than arithmetic
+PROMPT = 64  # tokens before a decode step
 EAGER_LAYERS = 8  # several, so that the work of a forward outside its layers weighs little
 
 
@@ -86,6 +93,8 @@ def llama(layers: int, width: int, heads: int) -> nn.Module:
     )
 
 
+# Settings under which a short sequence is sparse.
+SMALL = {"kernel_size": 8, "kernel_stride": 4, "block_size": 16, "window_size": 16, "topk": 4}
 MODELS: dict[str, Callable[[int, int, int], nn.Module]] = {
     "F.scaled_dot_product_attention": lambda *size: blocks(Attention, *size),
     "litgpt's method": lambda *size: blocks(MethodAttention, *size),
@@ -94,7 +103,7 @@ MODELS: dict[str, Callable[[int, int, int], nn.Module]] = {
 
 
 def main() -> None:
-    """Print the three tables."""
+    """Print the four tables."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -102,6 +111,7 @@ def main() -> None:
     rounds = parser.parse_args().rounds
     torch.set_num_threads(1)
     print_eager(rounds)
+    print_decode(rounds)
     print_compiled(rounds)
     print_patching()
 
@@ -150,6 +160,69 @@ def print_eager(rounds: int) -> None:
         rows.append([name, *(f"{t:.1f}" for t in microseconds)])
     head = ["eager pass, µs per layer", "unpatched", "patched", "longer by"]
     print(format_table(head, rows), end="\n\n")
+
+
+def print_decode(rounds: int) -> None:
+    """Print the overhead of an eager decode step over a cache of transformers."""
+    model: Any = llama(EAGER_LAYERS, WIDTH, HEADS).eval()
+    below = ifx.patch_model(copy.deepcopy(model))
+    past = ifx.patch_model(copy.deepcopy(model), {**SMALL, "dense_len": PROMPT})
+    rows = []
+    for name in ("dynamic", "static"):
+        subjects = [decode_subject(each, name, rounds) for each in (model, below, past)]
+        with without_decode_operators():
+            limits = Limits(10, rounds, rounds, 0)
+            timings = time_in_rotation(subjects, torch.device("cpu"), limits, thread_clock)
+        times = [1e3 * timing["forward"].p20 / EAGER_LAYERS for timing in timings]
+        more = (f"{t:.1f} ({100 * (t / times[0] - 1):+.1f} %)" for t in times[1:])
+        rows.append([f"{name} cache", f"{times[0]:.1f}", *more])
+    head = ["decode step, µs per layer", "unpatched", "below dense_len", "past dense_len"]
+    print(format_table(head, rows), end="\n\n")
+
+
+def decode_subject(model: Any, name: str, rounds: int) -> Subject:
+    """Return the next step of a model, over a cache that holds a prompt."""
+    from transformers import DynamicCache, StaticCache
+
+    capacity = PROMPT + rounds + 100
+    dynamic = name == "dynamic"
+    cache: Any = DynamicCache() if dynamic else StaticCache(model.config, max_cache_len=capacity)
+
+    keyword = (
+        "cache" if "cache" in inspect.signature(model.forward).parameters else "past_key_values"
+    )
+
+    @torch.no_grad()
+    def run(tokens: int = 1) -> None:
+        model(inputs_embeds=torch.zeros(1, tokens, WIDTH), **{keyword: cache})
+
+    run(PROMPT)
+    return Subject("step", name, run)
+
+
+@contextlib.contextmanager
+def without_decode_operators() -> Iterator[None]:
+    """Let the operators of a decode step on the CPU do nothing."""
+    with (
+        mock.patch.object(infllm_flex_ops.append_windows, "plain", _take_nothing),
+        mock.patch.object(decoding_attention, "decode_step", _return_query),
+    ):
+        yield
+
+
+def _take_nothing(*_: Any) -> None:
+    return None
+
+
+def _return_query(query: Tensor, *_: Any) -> Tensor:
+    return query
+
+
+def thread_clock(subject: Subject) -> dict[str, float]:
+    """Time this thread alone, so that other work of the machine counts less."""
+    started = time.thread_time_ns()
+    subject.forward()
+    return {"forward": (time.thread_time_ns() - started) / 1e6}
 
 
 def print_compiled(rounds: int) -> None:
