@@ -23,14 +23,25 @@ _Answer = TypeVar("_Answer")
 _ATTRIBUTE = "infllm_forward"
 
 
-class _Running(threading.local):
+class _Running:
+    """The forwards of one thread.
+
+    An object of its own, because Dynamo loses what is stored in a ``threading.local`` itself when a
+    graph breaks.
+    """
+
     def __init__(self) -> None:
-        # Set in every thread from the start: a graph of one thread serves all others.
         self.forward: ForwardContext | None = None
         self.unhooked: ForwardContext | None = None
 
 
-_running = _Running()
+class _Threads(threading.local):
+    def __init__(self) -> None:
+        # Set in every thread from the start: a graph of one thread serves all others.
+        self.running = _Running()
+
+
+_threads = _Threads()
 
 
 class ForwardContext:
@@ -169,12 +180,12 @@ def _nothing() -> None:
 
 def set_current_forward(forward: ForwardContext | None) -> None:
     """Begin a forward in this thread, or go back to the enclosing one."""
-    _running.forward = forward
+    _threads.running.forward = forward
 
 
 def current_forward() -> ForwardContext | None:
     """The innermost forward that runs in this thread."""
-    return _running.forward
+    return _threads.running.forward
 
 
 class RecomputedForward:
@@ -190,10 +201,10 @@ class RecomputedForward:
 
     def __enter__(self) -> None:
         self._before.append(current_forward())
-        _running.forward = self._forward
+        _threads.running.forward = self._forward
 
     def __exit__(self, *error: object) -> None:
-        _running.forward = self._before.pop()
+        _threads.running.forward = self._before.pop()
 
 
 def is_backward() -> bool:
@@ -210,7 +221,7 @@ def begin_unhooked_forward() -> None:
     its layers run.
     """
     if current_forward() is None and not torch.compiler.is_compiling():
-        _running.unhooked = ForwardContext()
+        _threads.running.unhooked = ForwardContext()
 
 
 def forward_of(tensors: tuple[object, ...], layer: object = None) -> ForwardContext | None:
@@ -229,9 +240,9 @@ def forward_of(tensors: tuple[object, ...], layer: object = None) -> ForwardCont
     running = current_forward()
     if running is not None or layer is None or torch.compiler.is_compiling():
         return running
-    unhooked = _running.unhooked
+    unhooked = _threads.running.unhooked
     if unhooked is None or id(layer) in unhooked.layers:
-        _running.unhooked = None
+        _threads.running.unhooked = None
         return None
     unhooked.layers.add(id(layer))
     return unhooked

@@ -4,6 +4,11 @@ import pytest
 import torch
 
 import infllm_flex as ifx
+from infllm_flex.patch.forward_context import (
+    ForwardContext,
+    current_forward,
+    set_current_forward,
+)
 from tests.patch.models import (
     CONFIGS,
     LONG,
@@ -99,6 +104,26 @@ def test_a_model_built_with_the_implementation():
     in_pieces = logits(torch.compile(model, backend="aot_eager"), LONG)
     assert_close(in_pieces, logits(model, LONG))
     assert_close(logits(compiled(model), LONG), in_pieces)
+
+
+def test_a_forward_is_known_after_a_graph_break():
+    class Breaks(torch.nn.Module):
+        def forward(self, x):
+            torch._dynamo.graph_break()
+            forward = current_forward()
+            return x + (forward is not None and forward.positions is not None)
+
+    module, positions = Breaks(), torch.arange(4)[None]
+
+    @torch.compile(backend="eager")
+    def run(x):
+        set_current_forward(ForwardContext(module, current_forward(), positions))
+        out = module(x * 1)
+        set_current_forward(None)
+        return out
+
+    assert run(torch.zeros(1)) == 1
+    assert current_forward() is None
 
 
 def one_layer():
