@@ -37,9 +37,7 @@ class Kind(enum.Enum):
     PAGED = enum.auto()
 
 
-def is_dense_step(
-    layer: PatchedLayer, query: Tensor, key: Tensor, kwargs: dict[str, Any]
-) -> bool:
+def is_dense_step(layer: PatchedLayer, query: Tensor, key: Tensor, kwargs: dict[str, Any]) -> bool:
     """Whether a call is for one token of a short sequence, as `AttentionCall.classify` would say.
 
     A single token has no documents to isolate. Steps of continuous batching have bounds.
