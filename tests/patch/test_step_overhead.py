@@ -7,6 +7,7 @@ import torch
 from transformers import DynamicCache, StaticCache
 
 import infllm_flex as ifx
+from infllm_flex.patch.override import observe_attention
 from tests.patch.generation import GROWING
 from tests.patch.models import CACHE, CONFIGS, build, tokens
 
@@ -61,6 +62,21 @@ def test_a_short_step_adds_few_calls(make_cache):
 def test_layers_of_a_model_have_no_hook():
     model = ifx.patch_model(build(), GROWING)
     assert not any(layer.self_attn._forward_pre_hooks for layer in model.model.layers)
+
+
+def test_short_steps_are_observed():
+    model, seen = ifx.patch_model(build(), GROWING), []
+
+    def observe(out, query, key, scale):
+        seen.append(query.shape[2])
+        return out
+
+    with torch.no_grad():
+        cache = DynamicCache()
+        model(tokens(9), **{CACHE: cache})
+        with observe_attention(model, lambda _: observe):
+            model(tokens(1), **{CACHE: cache})
+    assert seen == [1, 1]
 
 
 def test_layers_called_without_their_model_find_the_cache():

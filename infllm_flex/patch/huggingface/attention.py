@@ -187,4 +187,5 @@ _ATTEND = {
     Kind.DENSE: attend_dense,
     Kind.DECODE: attend_decode,
     Kind.PREFILL: attend_prefill,
+    Kind.PAGED: attend_paged,
 }

@@ -42,8 +42,9 @@ def is_dense_step(layer: PatchedLayer, query: Tensor, key: Tensor, kwargs: dict[
 
     A single token has no documents to isolate. Steps of continuous batching have bounds.
     """
-    is_step = query.shape[2] == 1 and layer.attend is None and "cu_seq_lens_q" not in kwargs
-    return is_step and not layer.ever_attends_sparsely(key.shape[2])
+    is_own = layer.attend is None and layer.observe is None
+    is_step = query.shape[2] == 1 and "cu_seq_lens_q" not in kwargs
+    return is_own and is_step and not layer.ever_attends_sparsely(key.shape[2])
 
 
 @dataclass
