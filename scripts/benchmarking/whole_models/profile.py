@@ -40,7 +40,7 @@ def profile(run: Callable[[], object], device: torch.device) -> dict[str, float]
         return by_group(
             Span(event.name, event.time_range.start, event.time_range.end)
             for event in events
-            if event.device_type.name == "CUDA" and not event.is_user_annotation
+            if event.device_type.name == "CUDA" and not getattr(event, "is_user_annotation", False)
         )
     times = dict.fromkeys(GROUPS, 0.0)
     for event in events:
