@@ -61,9 +61,9 @@ Training uses parts of `torch.distributed` that are documented as experimental: 
 storage of DCP (`torch.distributed.checkpoint.hf_storage`), `PrefixStore`, `rendezvous` and
 `TORCHELASTIC_RESTART_COUNT`.
 
-`tests/flex_kernels/pretended_gpu.py` and `tests/custom_ops/ahead_of_time.py` reach into Inductor,
-Dynamo and Triton's compiler to work without a GPU. A new release may break them without a fault of
-the package.
+`tests/flex_kernels/pretended_gpu.py` and `scripts/benchmarking/ahead_of_time.py` reach into
+Inductor, Dynamo and Triton's compiler to work without a GPU. A new release may break them without a
+fault of the package.
 """
 
 

@@ -10,15 +10,15 @@ from typing import Any
 import pytest
 import torch
 
-from infllm_flex_ops.block_lists.membership import word_dtype
-from infllm_flex_ops.selection.rule import SelectionRule
-from tests.custom_ops.ahead_of_time import (
+from benchmarking.ahead_of_time import (
     SHARED_LIMIT,
     Launch,
     Resources,
     compile_for,
     record_launches,
 )
+from infllm_flex_ops.block_lists.membership import word_dtype
+from infllm_flex_ops.selection.rule import SelectionRule
 from tests.custom_ops.harness import INTERPRETED
 
 pytest.importorskip("triton")

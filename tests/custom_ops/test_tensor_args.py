@@ -14,8 +14,8 @@ triton = pytest.importorskip("triton")
 
 import triton.language as tl  # noqa: E402
 
+from benchmarking.ahead_of_time import Launch, compile_kernel  # noqa: E402
 from infllm_flex_ops.triton_common.tensor_args import View, view  # noqa: E402
-from tests.custom_ops.ahead_of_time import Launch, compile_kernel  # noqa: E402
 
 
 class Sizes(NamedTuple):

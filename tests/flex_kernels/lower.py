@@ -17,9 +17,9 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn.attention.flex_attention import AuxRequest, BlockMask, flex_attention
 
+from benchmarking.ahead_of_time import resource_usage
 from infllm_flex.engines.flex_level_masks import build_level_masks, choose_levels
 from infllm_flex.engines.flex_options import training_options
-from tests.custom_ops.ahead_of_time import resource_usage
 from tests.flex_kernels.pretended_gpu import lower, pretend
 from tests.inputs import small_config
 

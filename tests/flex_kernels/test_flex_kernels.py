@@ -10,9 +10,9 @@ import sys
 import pytest
 import torch
 
+from benchmarking.ahead_of_time import SHARED_LIMIT
 from infllm_flex import reference
 from tests.checkout import ROOT, environment
-from tests.custom_ops.ahead_of_time import SHARED_LIMIT
 from tests.inputs import make_qkv, make_selected
 from tests.tolerance import assert_within_rounding
 
