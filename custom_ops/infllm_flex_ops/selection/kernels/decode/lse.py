@@ -76,21 +76,21 @@ def cached_lse_kernel(
         loaded = tl.load(row_ptr + d[None, :] * q.d, mask=q_mask & d_mask, other=0.0)
     queries = RowTensor(loaded, row_ptr, q_mask, q.d)
 
-    first = length - n + tile * TILE.TOKENS
     coarse_keys = HeadKeys(_view_head(coarse, b, h), None, 0, 0, 0)
     span = KeySpan(
         run * run_keys,
         tl.minimum(run * run_keys + run_keys, count),
-        count_windows(first, SIZE, STRIDE, C2),
+        count_windows(length - n + tile * TILE.TOKENS, SIZE, STRIDE, C2),
     )
     num_seen = count_windows(position, SIZE, STRIDE, C2)
     m_i, l_i = softmax_over_keys(queries, coarse_keys, span, num_seen, qk_scale_log2, TILE)
+    first = length - n + tile * TILE.TOKENS
     # Rows that see no coarse key are normalised by the compressed keys.
     if (run == 0) & (first < SIZE - 1):
         last = tl.minimum(last, SIZE - 2)
         end = count_windows(last, RULE.kernel_size, RULE.kernel_stride, C)
-        num_seen = count_windows(position, RULE.kernel_size, RULE.kernel_stride, C)
         head_keys = HeadKeys(_view_head(keys, b, h), None, 0, 0, 0)
+        num_seen = count_windows(position, RULE.kernel_size, RULE.kernel_stride, C)
         span = KeySpan(0, end, 0)
         own_m_i, own_l_i = softmax_over_keys(
             queries, head_keys, span, num_seen, qk_scale_log2, TILE

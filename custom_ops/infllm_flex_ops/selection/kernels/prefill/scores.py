@@ -199,12 +199,12 @@ def score_kernel(
     place = locate_tile(chunk, documents, Hkv, splits, SIZES)
     rows, head, b, h = place.rows, place.head, place.b.to(tl.int64), place.h.to(tl.int64)
     out_row = place.out_row + tl.arange(0, TILE.TOKENS)
-    run = cut_run(place, split_blocks, RULE)
-    if place.needs_no_scores | (run.first_block >= run.num_scored):
-        return
     window_start = rows.seq_start // RULE.kernel_stride
     if PART.SIZE > 0:
         C -= window_start
+    run = cut_run(place, split_blocks, RULE)
+    if place.needs_no_scores | (run.first_block >= run.num_scored):
+        return
     column = tl.arange(0, TILE.HEADS * TILE.TOKENS)
     column_token = rows.start + column % TILE.TOKENS
     queries = load_query_columns(q, b, h, column_token, column_token < rows.end, TILE)
