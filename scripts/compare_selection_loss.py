@@ -61,9 +61,8 @@ class Arm:
 
 
 ARMS = [
-    *(Arm("dense", 0.0), Arm("dense", 1.0)),
+    *(Arm("dense", 0.0), Arm("dense", 1.0), Arm("dense", 10.0)),
     *(Arm("sparse", 0.0), Arm("sparse", 10.0)),
-    Arm("dense", 10.0),
 ]
 
 
