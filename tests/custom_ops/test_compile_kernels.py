@@ -173,6 +173,32 @@ def _cached(
     attend_cached_blocks.launch(q, k, v, selected, *ends, block_size, D**-0.5)
 
 
+def _paged(dtype: torch.dtype, D: int, G: int, page_size: int = 64, n: int = 1) -> None:
+    from infllm_flex_ops.block_attention.kernels import attend_cached_blocks
+    from infllm_flex_ops.selection.kernels import append_windows
+    from infllm_flex_ops.selection.kernels.decode import launch as select
+
+    rule = SelectionRule(32, 16, 128, 64, 64, 1, 32, 96)
+    q = _meta(4, 2 * G, D, dtype=dtype)
+    k, v = _meta(2, 4096, 2, page_size, D, dtype=dtype)
+    windows = (_meta(4096, 2, entries, D, dtype=dtype) for entries in (page_size // 16, 1))
+    compressed, coarse = windows
+    where = (_meta(4, 32768 // page_size, dtype=torch.int32), *_meta(2, 4, dtype=torch.int32))
+    sizes = (*rule.windows, *rule.coarse_windows)
+    append_windows.launch_paged(k, compressed, coarse, *where, n, *sizes)
+    select.launch_paged(q, compressed, coarse, *where, rule, 8192, 128, n, D**-0.5)
+    selected = _meta(2, 4, 128, dtype=torch.int32)
+    attend_cached_blocks.launch_paged(q, k, v, selected, *where, 64, n, D**-0.5)
+
+
+def _paged_chunk(dtype: torch.dtype, D: int, G: int, page_size: int = 64) -> None:
+    from infllm_flex_ops.block_attention.kernels import attend_blocks
+
+    q, (k, v) = _meta(2048, 2 * G, D, dtype=dtype), _meta(2, 1024, 2, page_size, D, dtype=dtype)
+    selected, table = (_meta(*x, dtype=torch.int32) for x in ((2, 2048, 128), (1024,)))
+    attend_blocks.launch_paged(q, k, v, selected, table, 8192, 64, D**-0.5)
+
+
 def _compile(launch: Launch, capability: int) -> Resources:
     """Compile a launch, and print the resources that it takes."""
     used = compile_for(launch, capability)
@@ -232,6 +258,15 @@ def _compile(launch: Launch, capability: int) -> Resources:
         (_cached, (HALF, 256, 4, 1, 64, 32768, FLOAT)),
         (_cached, (FLOAT, 64, 4)),
         (_cached, (FLOAT, 256, 3, 5)),
+        (_paged, (BRAIN, 128, 16)),
+        (_paged, (BRAIN, 64, 4, 128, 4)),
+        (_paged, (HALF, 128, 1, 16)),  # a block of four pages
+        pytest.param(_paged, (HALF, 80, 7, 16, 16), marks=pytest.mark.slow),
+        pytest.param(_paged, (FLOAT, 128, 4), marks=pytest.mark.slow),
+        (_paged_chunk, (BRAIN, 128, 16)),
+        (_paged_chunk, (HALF, 64, 4, 128)),
+        pytest.param(_paged_chunk, (BRAIN, 128, 1, 16), marks=pytest.mark.slow),
+        pytest.param(_paged_chunk, (FLOAT, 128, 4, 16), marks=pytest.mark.slow),
         (_redo, (BRAIN, 128, 16)),
         (_attend, (BRAIN, 128, 16, 8)),
         (_attend, (BRAIN, 128, 16, 4)),

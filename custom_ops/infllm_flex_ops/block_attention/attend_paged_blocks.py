@@ -5,7 +5,7 @@ from typing import Any
 from torch import Tensor
 
 from infllm_flex_ops.block_attention.attend_cached_blocks import attend_to_lists, visible_lists
-from infllm_flex_ops.dispatch import define_operator
+from infllm_flex_ops.dispatch import cuda_launcher, define_operator
 from infllm_flex_ops.pages import gather_tokens, list_rows
 from infllm_flex_ops.transforms import refuse_gradients
 
@@ -63,6 +63,9 @@ def attend_paged_blocks(
 @attend_paged_blocks.register_fake
 def _(q: Tensor, *rest: Any) -> Tensor:
     return q.new_empty(q.shape)
+
+
+cuda_launcher(attend_paged_blocks, "block_attention.kernels.attend_cached_blocks", "launch_paged")
 
 
 refuse_gradients(

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from infllm_flex_ops.block_attention.attend_blocks import attend_blocks
-from infllm_flex_ops.dispatch import define_operator
+from infllm_flex_ops.dispatch import cuda_launcher, define_operator
 from infllm_flex_ops.pages import gather_tokens
 from infllm_flex_ops.transforms import refuse_gradients
 
@@ -49,6 +49,9 @@ def attend_paged_chunk(
 @attend_paged_chunk.register_fake
 def _(q: Tensor, *rest: Any) -> Tensor:
     return torch.empty_like(q)
+
+
+cuda_launcher(attend_paged_chunk, "block_attention.kernels.attend_blocks", "launch_paged")
 
 
 refuse_gradients(

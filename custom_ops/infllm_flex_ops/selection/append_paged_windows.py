@@ -4,7 +4,7 @@ from typing import Any
 
 from torch import Tensor
 
-from infllm_flex_ops.dispatch import define_operator
+from infllm_flex_ops.dispatch import cuda_launcher, define_operator
 from infllm_flex_ops.pages import gather_tokens, last_tokens, list_rows, locate
 from infllm_flex_ops.selection.compress_keys import average_windows, num_windows
 
@@ -69,3 +69,6 @@ def append_paged_windows(
 @append_paged_windows.register_fake
 def _(*_: Any) -> None:
     return None
+
+
+cuda_launcher(append_paged_windows, "selection.kernels.append_windows", "launch_paged")

@@ -5,7 +5,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from infllm_flex_ops.dispatch import define_operator
+from infllm_flex_ops.dispatch import cuda_launcher, define_operator
 from infllm_flex_ops.pages import gather_windows, list_rows
 from infllm_flex_ops.selection.rule import SelectionRule
 from infllm_flex_ops.selection.select_cached_blocks import list_full_queries, select_for_row
@@ -61,9 +61,9 @@ def select_paged_blocks(
         scale: Factor on the dot products.
 
     Returns:
-        Selected blocks, int32 ``[Hkv, T, width]``, counted from each row's first token, ascending,
-        unused slots last as -1. The lists of queries that no row has, and of rows that are left
-        out, may hold anything.
+        Selected blocks, int32 ``[Hkv, T, width]``, a token's heads side by side in memory, counted
+        from each row's first token, ascending, unused slots last as -1. The lists of queries that
+        no row has, and of rows that are left out, may hold anything.
 
     Raises:
         ValueError: A row does not fit its block table. This is checked on the CPU only.
@@ -79,8 +79,8 @@ def select_paged_blocks(
         num_selected,
     )
     page_size = compressed.shape[2] * kernel_stride
-    shape = (compressed.shape[1], q.shape[0], width)
-    selected = torch.full(shape, -1, dtype=torch.int32, device=q.device)
+    shape = (q.shape[0], compressed.shape[1], width)
+    selected = torch.full(shape, -1, dtype=torch.int32, device=q.device).transpose(0, 1)
     for row in list_rows(block_table, seq_lens, query_start, page_size):
         if len(row.positions) > max_queries:
             continue
@@ -101,4 +101,13 @@ def select_paged_blocks(
 @select_paged_blocks.register_fake
 def _(q: Tensor, compressed: Tensor, *rest: Any) -> Tensor:
     width = rest[-3]
-    return q.new_empty(compressed.shape[1], q.shape[0], width, dtype=torch.int32)
+    lists = q.new_empty(q.shape[0], compressed.shape[1], width, dtype=torch.int32)
+    return lists.transpose(0, 1)
+
+
+def _pack(*args: Any) -> tuple[Any, ...]:
+    rule, others = SelectionRule.split(args[6:])
+    return *args[:6], rule, *others
+
+
+cuda_launcher(select_paged_blocks, "selection.kernels.decode.launch", "launch_paged", pack=_pack)

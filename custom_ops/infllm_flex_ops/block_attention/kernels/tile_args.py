@@ -17,12 +17,14 @@ class Shape(NamedTuple):
         D: Head dim.
         BLOCK_SIZE: Keys per block.
         TILE_TOKENS: Tokens per tile.
+        PAGE: Keys of a page; 0 for keys in one piece.
     """
 
     G: int
     D: int
     BLOCK_SIZE: int
     TILE_TOKENS: int
+    PAGE: int = 0
 
 
 class Tile(NamedTuple):
@@ -75,6 +77,7 @@ class KeyValues(NamedTuple):
         v_desc: Tensor descriptor of all values, or None.
         b: Batch row, a coordinate of the descriptors.
         h: KV head, a coordinate of the descriptors.
+        table: Pointer to the pages of the row; None for keys in one piece.
     """
 
     k: Any
@@ -83,6 +86,7 @@ class KeyValues(NamedTuple):
     v_desc: Any
     b: Any
     h: Any
+    table: Any
 
 
 class TileList(NamedTuple):

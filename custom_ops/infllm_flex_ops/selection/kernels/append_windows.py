@@ -10,9 +10,17 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from infllm_flex_ops.selection.kernels.compress_keys import average_windows
-from infllm_flex_ops.selection.rule import Windows
+from infllm_flex_ops.selection.compress_keys import num_windows
+from infllm_flex_ops.selection.kernels.compress_keys import Level, average_windows
 from infllm_flex_ops.sizes import ceil_div, next_power_of_2
+from infllm_flex_ops.triton_common.pages import (
+    Pages,
+    Paging,
+    RowPages,
+    count_queries,
+    entry_offset,
+    row_length,
+)
 from infllm_flex_ops.triton_common.tensor_args import View, view
 
 _WINDOWS = 8
@@ -30,13 +38,14 @@ class _Row(NamedTuple):
     """A row of a cache, in a kernel.
 
     Attributes:
-        k: View of all keys, whose pointer is that of the row's first key.
+        k: View of the keys, whose pointer is that of the row's first key, or of all pages.
         b: The row.
         start: Slot of the row's first token.
         end: One past the slot of its last token.
         S: Slots of the cache.
         num_new: New slots before ``end``.
         Hkv: KV heads.
+        table: Pointer to the row's pages; None for a cache in one piece.
     """
 
     k: Any
@@ -46,6 +55,7 @@ class _Row(NamedTuple):
     S: Any
     num_new: Any
     Hkv: Any
+    table: Any
 
 
 @triton.jit
@@ -54,37 +64,44 @@ def _write_windows(cache, windows, C, LEVEL: tl.constexpr, TILE: tl.constexpr):
 
     Args:
         cache: The row.
-        windows: View of the windows.
+        windows: View of the windows, or of their pages.
         C: Windows that have room.
-        LEVEL: Size and step of the windows.
+        LEVEL: The windows.
         TILE: Sizes of the program.
     """
     k, start, end, Hkv = cache.k, cache.start, cache.end, cache.Hkv
-    SIZE: tl.constexpr = LEVEL.size
-    STRIDE: tl.constexpr = LEVEL.stride
+    SIZE: tl.constexpr = LEVEL.SIZE
+    STRIDE: tl.constexpr = LEVEL.STRIDE
     written = (tl.maximum(end - start - cache.num_new + (STRIDE - SIZE), 0) // STRIDE).to(tl.int32)
     complete = (tl.maximum(end - start + (STRIDE - SIZE), 0) // STRIDE).to(tl.int32)
     count = (tl.minimum(complete, C) - written) * Hkv
-    windows_ptr = windows.ptr + cache.b * windows.b
+    windows_ptr = windows.ptr
+    if cache.table is None:
+        windows_ptr += cache.b * windows.b
     d = tl.arange(0, TILE.BLOCK_D)[None, :].to(tl.int64)
     for begin in range(tl.program_id(0) * TILE.WINDOWS, count, tl.num_programs(0) * TILE.WINDOWS):
         i = begin + tl.arange(0, TILE.WINDOWS)
         window = (written + i // Hkv).to(tl.int64)
         head = (i % Hkv)[:, None].to(tl.int64)
         token = start + window * STRIDE
-        mask = ((i < count) & (token + SIZE <= cache.S))[:, None] & (d < TILE.D)
+        exists = ((i < count) & (token + SIZE <= cache.S))[:, None]
+        mask = exists & (d < TILE.D)
+        row = None
+        if cache.table is not None:
+            row = RowPages(cache.table, exists)
         mean = average_windows(
-            k.ptr + head * k.h + d * k.d,
+            View(k.ptr + head * k.h + d * k.d, k.b, k.h, k.s, k.d),
             token,
-            k.s,
             mask,
+            row,
             windows.ptr.dtype.element_ty,
-            SIZE,
-            STRIDE,
+            LEVEL,
             TILE.WINDOWS,
             TILE.BLOCK_D,
         )
-        out_ptr = windows_ptr + head * windows.h + window[:, None] * windows.s + d * windows.d
+        out_ptr = windows_ptr + head * windows.h
+        out_ptr = out_ptr + entry_offset(windows, window[:, None], row, LEVEL.PAGING)
+        out_ptr = out_ptr + d * windows.d
         tl.store(out_ptr, mean, mask=mask)
 
 
@@ -126,9 +143,34 @@ def _append_kernel(
         tl.store(start_ptr + b, start)
         tl.store(end_ptr + b, end)
     k = View(k.ptr + b * k.b, k.b, k.h, k.s, k.d)
-    cache = _Row(k, b, start, end, S, num_new, Hkv)
+    cache = _Row(k, b, start, end, S, num_new, Hkv, None)
     _write_windows(cache, compressed, C, LEVEL, TILE)
     if HAS_COARSE:
+        _write_windows(cache, coarse, C2, COARSE_LEVEL, TILE)
+
+
+@triton.jit(do_not_specialize=["S", "C", "C2"])
+def _append_paged_kernel(
+    k,
+    compressed,
+    coarse,
+    pages,
+    seq_lens_ptr,
+    S,
+    C,
+    C2,
+    Hkv,
+    LEVEL: tl.constexpr,
+    COARSE_LEVEL: tl.constexpr,
+    TILE: tl.constexpr,
+):
+    """Serve a row; ``S`` tokens, ``C`` and ``C2`` windows have room in its block table."""
+    b = tl.program_id(1).to(tl.int64)
+    length = row_length(None, seq_lens_ptr, b)
+    table = pages.table + b * pages.row
+    cache = _Row(k, b, 0, length, S, count_queries(pages, b, length), Hkv, table)
+    _write_windows(cache, compressed, C, LEVEL, TILE)
+    if coarse is not None:
         _write_windows(cache, coarse, C2, COARSE_LEVEL, TILE)
 
 
@@ -174,11 +216,52 @@ def launch(
         C2=coarse.shape[2],
         num_new=num_new,
         Hkv=Hkv,
-        LEVEL=Windows(kernel_size, kernel_stride),
-        COARSE_LEVEL=Windows(coarse_size, coarse_stride),
+        LEVEL=Level(kernel_size, kernel_stride, 0, None),
+        COARSE_LEVEL=Level(coarse_size, coarse_stride, 0, None),
         HAS_COARSE=has_coarse,
         HAS_START=new_start is not start,
         HAS_END=has_end,
+        TILE=_Tile(D, next_power_of_2(D), _WINDOWS),
+        num_warps=8,
+    )
+
+
+def launch_paged(
+    k: Tensor,
+    compressed: Tensor,
+    coarse: Tensor | None,
+    block_table: Tensor,
+    seq_lens: Tensor,
+    query_start: Tensor,
+    max_new: int,
+    kernel_size: int,
+    kernel_stride: int,
+    coarse_size: int,
+    coarse_stride: int,
+) -> None:
+    """Write the completed windows of both levels in one launch."""
+    _, Hkv, page_size, D = k.shape
+    B, max_pages = block_table.shape
+    if not B or not max_new:
+        return
+    room = max_pages * page_size
+    sizes = (kernel_size, kernel_stride), (coarse_size, coarse_stride)
+    level, coarse_level = (
+        Level(size, stride, page_size, Paging.of_windows(page_size, size, stride))
+        for size, stride in sizes
+    )
+    _append_paged_kernel[(ceil_div((max_new // kernel_stride + 1) * Hkv, _WINDOWS), B)](
+        k=view(k),
+        compressed=view(compressed),
+        coarse=None if coarse is None else view(coarse),
+        pages=Pages(block_table, block_table.stride(0), query_start),
+        seq_lens_ptr=seq_lens,
+        S=room,
+        C=num_windows(room, kernel_size, kernel_stride),
+        C2=num_windows(room, coarse_size, coarse_stride),
+        Hkv=Hkv,
+        LEVEL=level,
+        COARSE_LEVEL=coarse_level,
         TILE=_Tile(D, next_power_of_2(D), _WINDOWS),
         num_warps=8,
     )

@@ -117,6 +117,7 @@ class HeadKeys(NamedTuple):
         b: Batch row, a coordinate of the descriptor.
         h: KV head, a coordinate of the descriptor.
         start: First key, a coordinate of the descriptor.
+        table: Pointer to the pages of a row, or None.
     """
 
     view: Any
@@ -124,6 +125,7 @@ class HeadKeys(NamedTuple):
     b: Any
     h: Any
     start: Any
+    table: Any = None
 
 
 @triton.jit

@@ -6,6 +6,7 @@ import triton
 import triton.language as tl
 
 from infllm_flex_ops.triton_common.dot_fp32 import dot_fp32
+from infllm_flex_ops.triton_common.pages import RowPages, entry_offset
 from infllm_flex_ops.triton_common.tensor_args import RowTensor
 
 
@@ -30,7 +31,15 @@ def count_windows(position, SIZE: tl.constexpr, STRIDE: tl.constexpr, count):
 
 
 @triton.jit
-def softmax_over_keys(queries, keys, span, num_seen, qk_scale_log2, TILE: tl.constexpr):
+def softmax_over_keys(
+    queries,
+    keys,
+    span,
+    num_seen,
+    qk_scale_log2,
+    TILE: tl.constexpr,
+    PAGING: tl.constexpr = None,
+):
     """Maximum of each row's logits, and the sum of ``2 ** ((logit - maximum) * qk_scale_log2)``.
 
     Args:
@@ -40,6 +49,7 @@ def softmax_over_keys(queries, keys, span, num_seen, qk_scale_log2, TILE: tl.con
         num_seen: Keys that each row sees, ``[rows]``.
         qk_scale_log2: Factor on the logits.
         TILE: Sizes of the program.
+        PAGING: How the keys lie in pages, or None.
     """
     begin, end, num_seen_by_all = span
     m_i = tl.full([queries.ptr.shape[0]], float("-inf"), tl.float32)
@@ -52,7 +62,10 @@ def softmax_over_keys(queries, keys, span, num_seen, qk_scale_log2, TILE: tl.con
     for EDGE in tl.static_range(1 if TILE.FP32 else 0, 2):
         for start in range(inner_end if EDGE else begin, end if EDGE else inner_end, TILE.BLOCK_N):
             n = start + tl.arange(0, TILE.BLOCK_N)
-            key_ptr = keys.view.ptr + n[None, :].to(tl.int64) * keys.view.s
+            row = None
+            if PAGING is not None:
+                row = RowPages(keys.table, (n < end)[None, :])
+            key_ptr = keys.view.ptr + entry_offset(keys.view, n[None, :], row, PAGING)
             valid = (n < end)[None, :]
             if TILE.FP32:
                 columns = RowTensor(None, key_ptr, valid, keys.view.d)

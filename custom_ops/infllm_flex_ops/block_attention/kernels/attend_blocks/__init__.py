@@ -1,7 +1,7 @@
 """Triton kernels of ``attend_blocks``: softmax attention of tiles to the blocks in their lists."""
 
 import math
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -53,6 +53,39 @@ def attend(
     return launch(q, k, v, num, idx, words, block_size, tile_tokens, scale)
 
 
+class KeyPages(NamedTuple):
+    """Where the keys and values of one sequence lie in pages.
+
+    Attributes:
+        table: Its pages in order, int32 ``[max_pages]``, contiguous.
+        kv_len: Its keys.
+        size: Keys of a page.
+    """
+
+    table: Tensor
+    kv_len: int
+    size: int
+
+
+def launch_paged(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    selected: Tensor,
+    table: Tensor,
+    kv_len: int,
+    block_size: int,
+    scale: float,
+) -> Tensor:
+    """List the blocks of every tile of ``q [Sq, Hq, D]`` and attend to them in pages."""
+    queries, lists = q.transpose(0, 1)[None], selected[None]
+    tile_tokens = choose_tile_tokens(group_size(q.shape[1], k.shape[1]), k, block_size, kv_len)
+    num, idx, words = union_lists.list_blocks(lists, kv_len, block_size, tile_tokens)
+    pages = KeyPages(table.contiguous(), kv_len, k.shape[2])
+    out, _ = launch(queries, k, v, num, idx, words, block_size, tile_tokens, scale, pages)
+    return out[0].transpose(0, 1)
+
+
 def launch(
     q: Tensor,
     k: Tensor,
@@ -63,6 +96,7 @@ def launch(
     block_size: int,
     tile_tokens: int,
     scale: float,
+    pages: KeyPages | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Allocate the output and its log-sum-exp, and attend with a program per tile and KV head."""
     B, Hq, Sq, D = q.shape
@@ -71,20 +105,24 @@ def launch(
     lse = torch.empty(B, Hq, Sq, dtype=torch.float32, device=q.device)
     if out.numel() == 0:
         return out, lse
-    shape = Shape(Hq // Hkv, D, block_size, tile_tokens)
+    shape = Shape(Hq // Hkv, D, block_size, tile_tokens, pages.size if pages else 0)
     lists = Lists(num.contiguous(), idx.contiguous(), membership.contiguous(), idx.shape[3])
-    arguments = _arguments(q, k, lists, out, lse, shape, scale)
+    arguments = _arguments(q, k, lists, out, lse, shape, scale, pages)
     tile_rows, programs = shape.G * tile_tokens, B * Hkv * num.shape[2]
-    use_tma = can_use_tma(k, v)
-    if use_tma and can_specialize(q, tile_rows, block_size):
+    # The copy engine loads boxes of one page.
+    use_tma = can_use_tma(k, v) and (pages is None or pages.size % block_size == 0)
+    specialized = use_tma and can_specialize(q, tile_rows, block_size)
+    if specialized:
         _launch_specialized(k, v, arguments, shape, programs)
     else:
-        tile, options = choose_tile(q, tile_rows, block_size, use_tma)
+        tile, options = choose_tile(q, tile_rows, block_size, use_tma, pages is not None)
         k_desc, v_desc = (describe(x, tile.BLOCK_N) if use_tma else None for x in (k, v))
         attend_kernel[(programs * tile.PARTS,)](
             **arguments, k=view(k), v=view(v), k_desc=k_desc, v_desc=v_desc, TILE=tile, **options
         )
-    _attend_exact_reads(k, v, q, arguments)
+    # The specialised warps multiply what lies behind the last key in its page by zero.
+    searched = -(-arguments["Skv"] // block_size) * block_size if specialized and pages else None
+    _attend_exact_reads(k, v, q, arguments, searched)
     return out, lse
 
 
@@ -98,11 +136,18 @@ def repair_nonfinite_heads(
     lists = Lists(num, selected.contiguous(), None, selected.shape[3])
     lse = torch.empty(q.shape[:3], dtype=torch.float32, device=q.device)
     shape = Shape(q.shape[1] // k.shape[1], q.shape[3], block_size, 1)
-    _attend_exact_reads(k, v, q, _arguments(q, k, lists, out, lse, shape, scale))
+    _attend_exact_reads(k, v, q, _arguments(q, k, lists, out, lse, shape, scale, None), None)
 
 
 def _arguments(
-    q: Tensor, k: Tensor, lists: Lists, out: Tensor, lse: Tensor, shape: Shape, scale: float
+    q: Tensor,
+    k: Tensor,
+    lists: Lists,
+    out: Tensor,
+    lse: Tensor,
+    shape: Shape,
+    scale: float,
+    pages: KeyPages | None,
 ) -> dict[str, Any]:
     """Collect the arguments that all kernels of the forward pass take."""
     return {
@@ -111,7 +156,8 @@ def _arguments(
         "out": view(out),
         "lse_ptr": lse,
         "Sq": q.shape[2],
-        "Skv": k.shape[2],
+        "table": None if pages is None else pages.table,
+        "Skv": k.shape[2] if pages is None else pages.kv_len,
         "num_tiles": lists.num.shape[2],
         "qk_scale_log2": scale * math.log2(math.e),
         "Hkv": k.shape[1],
@@ -142,22 +188,30 @@ def _launch_specialized(
     )
 
 
-def _attend_exact_reads(k: Tensor, v: Tensor, q: Tensor, arguments: dict[str, Any]) -> None:
-    """Write the result of heads that hold NaN or inf again; the host does not wait to know."""
-    B, Hkv, Skv, D = k.shape
+def _attend_exact_reads(
+    k: Tensor, v: Tensor, q: Tensor, arguments: dict[str, Any], searched: int | None
+) -> None:
+    """Write the result of heads that hold NaN or inf again; the host does not wait to know.
+
+    They are searched for in all keys, or in the first ``searched`` tokens of pages.
+    """
+    B, Hkv, D = q.shape[0], k.shape[1], k.shape[3]
+    S = arguments["Skv"] if searched is None else searched
     block_d = max(16, triton.next_power_of_2(D))
     rows = max(16, triton.next_power_of_2(q.shape[1] // Hkv))
     fp32 = q.element_size() > 2
     has_nonfinite = torch.zeros(B * Hkv, dtype=torch.int32, device=q.device)
-    find_nonfinite_kernel[(B * Hkv * triton.cdiv(Skv, _SEARCHED_KEYS),)](
+    find_nonfinite_kernel[(B * Hkv * triton.cdiv(S, _SEARCHED_KEYS),)](
         k=view(k),
         v=view(v),
         has_nonfinite_ptr=has_nonfinite,
-        S=Skv,
+        table=arguments["table"],
+        S=S,
         Hkv=Hkv,
         D=D,
         BLOCK_S=_SEARCHED_KEYS,
         BLOCK_D=block_d,
+        PAGE=arguments["SHAPE"].PAGE,
         num_warps=8,
     )
     attend_exact_reads_kernel[(B * Hkv, min(q.shape[2], _REPAIR_PROGRAMS))](

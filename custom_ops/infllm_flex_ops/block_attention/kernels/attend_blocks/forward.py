@@ -19,6 +19,7 @@ from infllm_flex_ops.block_attention.kernels.tile_args import (
 )
 from infllm_flex_ops.triton_common.constants import LN2
 from infllm_flex_ops.triton_common.dot_fp32 import dot_fp32
+from infllm_flex_ops.triton_common.pages import locate_keys
 from infllm_flex_ops.triton_common.tensor_args import RowTensor, Softmax, View
 
 
@@ -53,13 +54,29 @@ def _attend_blocks_inner(
     for i in tl.range(begin * CHUNKS, end * CHUNKS):
         keys = read_step(tile_list, i, rows.token, Skv, SHAPE, TILE, EDGE)
         valid = keys.valid
-        k_row = k.ptr + keys.index.to(tl.int64)[None, :] * k.s
-        v_row = v.ptr + keys.index.to(tl.int64)[:, None] * v.s + d[None, :] * v.d
+        if SHAPE.PAGE == 0:
+            box_b, box_s = kv.b, keys.first
+            k_row = k.ptr + keys.index.to(tl.int64)[None, :] * k.s
+            v_row = v.ptr + keys.index.to(tl.int64)[:, None] * v.s + d[None, :] * v.d
+        else:
+            page, entry = locate_keys(
+                keys.first,
+                keys.index,
+                Skv - 1,
+                kv.table,
+                SHAPE.PAGE,
+                SHAPE.BLOCK_SIZE,
+                TILE.BLOCK_N,
+            )
+            if TILE.USE_TMA:  # blocks lie in one page
+                box_b, box_s = page.to(tl.int32), keys.first % SHAPE.PAGE
+            k_row = k.ptr + (page * k.b + entry * k.s)[None, :]
+            v_row = v.ptr + (page * v.b + entry * v.s)[:, None] + d[None, :] * v.d
         if TILE.FP32:
             columns = RowTensor(None, k_row, valid[None, :], k.d)
             logits = dot_fp32(q, columns, SHAPE.D, TILE.BLOCK_D)
         elif TILE.USE_TMA:
-            box = kv.k_desc.load([kv.b, kv.h, keys.first, 0]).reshape(TILE.BLOCK_N, TILE.BLOCK_D)
+            box = kv.k_desc.load([box_b, kv.h, box_s, 0]).reshape(TILE.BLOCK_N, TILE.BLOCK_D)
             logits = tl.dot(q.loaded, tl.trans(box))
         elif CHECK or SHAPE.D < TILE.BLOCK_D:
             k_mask = valid[None, :] & (d < SHAPE.D)[:, None]
@@ -79,8 +96,10 @@ def _attend_blocks_inner(
         l_i = l_i * alpha + tl.sum(weights, 1)
         m_i = m_new
         if TILE.USE_TMA:
-            box = kv.v_desc.load([kv.b, kv.h, keys.first, 0])
+            box = kv.v_desc.load([box_b, kv.h, box_s, 0])
             values = box.reshape(TILE.BLOCK_N, TILE.BLOCK_D)
+            if EDGE and SHAPE.PAGE > 0:  # behind the last key a page may hold NaN
+                values = tl.where(valid[:, None], values, 0.0)
         elif CHECK or SHAPE.D < TILE.BLOCK_D:
             v_mask = valid[:, None] & (d < SHAPE.D)[None, :]
             values = tl.load(v_row, mask=v_mask, other=0.0)
@@ -106,13 +125,15 @@ def attend_kernel(
     Hkv,
     k_desc,
     v_desc,
+    table,
     SHAPE: tl.constexpr,
     TILE: tl.constexpr,
 ):
     """Attend with some rows of one tile, of one KV head.
 
     ``q``, ``k``, ``v`` and ``out`` are views, ``k_desc`` and ``v_desc`` tensor descriptors or None,
-    ``lists`` the tiles' ``Lists``. ``lse_ptr [B, Hq, Sq]`` takes the natural log-sum-exp.
+    ``lists`` the tiles' ``Lists``. ``lse_ptr [B, Hq, Sq]`` takes the natural log-sum-exp. With a
+    ``table`` of pages, int32, there is one row, and keys and values are pages.
     """
     part = tl.program_id(0) % TILE.PARTS
     tile = tl.program_id(0) // TILE.PARTS % num_tiles
@@ -128,7 +149,7 @@ def attend_kernel(
         loaded = tl.load(q_ptr + d[None, :] * q.d, mask=q_mask & d_mask, other=0.0)
     k = View(k.ptr + b * k.b + h * k.h, k.b, k.h, k.s, k.d)
     v = View(v.ptr + b * v.b + h * v.h, v.b, v.h, v.s, v.d)
-    kv = KeyValues(k, v, k_desc, v_desc, b.to(tl.int32), h.to(tl.int32))
+    kv = KeyValues(k, v, k_desc, v_desc, b.to(tl.int32), h.to(tl.int32), table)
 
     softmax = Softmax(
         m_i=tl.full([TILE.ROWS], -1e30, tl.float32),  # finite: rows without a key make no NaN

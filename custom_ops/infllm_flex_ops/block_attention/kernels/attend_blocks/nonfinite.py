@@ -11,6 +11,7 @@ import triton.language as tl
 
 from infllm_flex_ops.block_attention.kernels.exact_reads import add_seen_keys
 from infllm_flex_ops.triton_common.constants import LN2
+from infllm_flex_ops.triton_common.pages import RowPages, locate_keys, token_offset
 from infllm_flex_ops.triton_common.tensor_args import RowTensor, Softmax
 
 
@@ -25,7 +26,16 @@ class ExactTile(NamedTuple):
 
 @triton.jit(do_not_specialize=["S"])
 def find_nonfinite_kernel(
-    k, v, has_nonfinite_ptr, S, Hkv, D: tl.constexpr, BLOCK_S: tl.constexpr, BLOCK_D: tl.constexpr
+    k,
+    v,
+    has_nonfinite_ptr,
+    table,
+    S,
+    Hkv,
+    D: tl.constexpr,
+    BLOCK_S: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    PAGE: tl.constexpr,
 ):
     """Set ``has_nonfinite`` of a head to 1 if some of its keys or values are not finite."""
     chunks = tl.cdiv(S, BLOCK_S)
@@ -34,8 +44,11 @@ def find_nonfinite_kernel(
     s = (tl.program_id(0) % chunks).to(tl.int64) * BLOCK_S + tl.arange(0, BLOCK_S)
     d = tl.arange(0, BLOCK_D)
     mask = (s < S)[:, None] & (d < D)[None, :]
-    k_row = k.ptr + b * k.b + h * k.h + s[:, None] * k.s
-    v_row = v.ptr + b * v.b + h * v.h + s[:, None] * v.s
+    row = None
+    if PAGE > 0:
+        row = RowPages(table, (s < S)[:, None])
+    k_row = k.ptr + b * k.b + h * k.h + token_offset(k, s[:, None], row, PAGE)
+    v_row = v.ptr + b * v.b + h * v.h + token_offset(v, s[:, None], row, PAGE)
     keys = tl.load(k_row + d[None, :] * k.d, mask=mask, other=0.0).to(tl.float32)
     v_values = tl.load(v_row + d[None, :] * v.d, mask=mask, other=0.0).to(tl.float32)
     finite = (tl.abs(keys) < float("inf")) & (tl.abs(v_values) < float("inf"))
@@ -52,6 +65,7 @@ def attend_exact_reads_kernel(
     lists,
     out,
     lse_ptr,
+    table,
     Sq,
     Skv,
     num_tiles,
@@ -102,8 +116,16 @@ def attend_exact_reads_kernel(
             if lists.membership is not None:
                 member = (tl.load(lists.membership + slot) >> (s % SHAPE.TILE_TOKENS)) & 1
             seen = (inner < BLOCK_SIZE) & (key <= tl.where(member != 0, position, -1))
-            k_row = k_ptr + key.to(tl.int64)[None, :] * k.s
-            v_row = v_ptr + key.to(tl.int64)[:, None] * v.s + d[None, :] * v.d
+            if SHAPE.PAGE == 0:
+                k_row = k_ptr + key.to(tl.int64)[None, :] * k.s
+                v_row = v_ptr + key.to(tl.int64)[:, None] * v.s + d[None, :] * v.d
+            else:
+                first = block * BLOCK_SIZE + j % CHUNKS * TILE.BLOCK_N
+                page, entry = locate_keys(
+                    first, key, position, table, SHAPE.PAGE, BLOCK_SIZE, TILE.BLOCK_N
+                )
+                k_row = k_ptr + (page * k.b + entry * k.s)[None, :]
+                v_row = v_ptr + (page * v.b + entry * v.s)[:, None] + d[None, :] * v.d
             softmax = add_seen_keys(
                 softmax,
                 RowTensor(loaded, q_row, exists, q.d),

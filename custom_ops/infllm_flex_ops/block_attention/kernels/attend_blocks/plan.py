@@ -12,14 +12,22 @@ _GROUP_ROWS = 64  # of a warpgroup, of which two divide a tile
 _GROUP_KEYS = 64  # keys per block that two warpgroups were measured with
 
 
-def choose_tile_tokens(G: int, k: Tensor, block_size: int) -> int:
-    """Choose the tokens per tile: as many as fit into the rows of a program."""
+def choose_tile_tokens(G: int, k: Tensor, block_size: int, kv_len: int | None = None) -> int:
+    """Choose the tokens per tile: as many as fit into the rows of a program.
+
+    Args:
+        G: Query heads per KV head.
+        k: Keys ``[B, Hkv, Skv, D]``, or their pages.
+        block_size: Keys per block.
+        kv_len: Keys of the sequence, if ``k`` are pages.
+    """
+    kv_len = k.shape[2] if kv_len is None else kv_len
     # 64 membership bits take registers: only where they were measured.
     most = union_lists.MAX_TILE_TOKENS if compute_capability(k) == 90 else 32
-    return union_lists.choose_tile_tokens(G, _most_rows(G, k, block_size), most)
+    return union_lists.choose_tile_tokens(G, _most_rows(G, k, block_size, kv_len), most)
 
 
-def _most_rows(G: int, k: Tensor, block_size: int) -> int:
+def _most_rows(G: int, k: Tensor, block_size: int, kv_len: int) -> int:
     """Rows of the largest tile worth its union.
 
     A larger tile loads more keys at once, and each row uses fewer of them.
@@ -29,7 +37,7 @@ def _most_rows(G: int, k: Tensor, block_size: int) -> int:
     if can_specialize(k, 2 * _GROUP_ROWS, block_size):
         return 2 * _GROUP_ROWS
     fits = compute_capability(k) == 90 and k.shape[3] in (64, 128)
-    wide = fits and (G >= 8 or (G >= 4 and k.shape[2] <= _WIDE_KEYS))
+    wide = fits and (G >= 8 or (G >= 4 and kv_len <= _WIDE_KEYS))
     return 128 if wide else 64
 
 
@@ -48,9 +56,16 @@ def can_specialize(x: Tensor, tile_rows: int, block_size: int) -> bool:
 
 
 def choose_tile(
-    q: Tensor, tile_rows: int, block_size: int, use_tma: bool
+    q: Tensor, tile_rows: int, block_size: int, use_tma: bool, in_pages: bool = False
 ) -> tuple[Tile, dict[str, int]]:
     """Choose how many of the tile's rows a program takes, and how many keys at a time.
+
+    Args:
+        q: Queries.
+        tile_rows: Rows of a tile.
+        block_size: Keys per block.
+        use_tma: Whether keys and values are loaded by TMA.
+        in_pages: Whether they lie in pages.
 
     Returns:
         Compile-time sizes, and compile options such as ``num_warps``.
@@ -64,6 +79,8 @@ def choose_tile(
     rows = max(16, min(most_rows, triton.next_power_of_2(tile_rows)))
     # Triton 3.7 gives four warps too few registers on sm_100 for these.
     wide = rows == 64 and (costly or block_d < 128)
+    # Without TMA the look-ups of pages take registers, too.
+    wide = wide or (rows == 64 and in_pages and not use_tma)
     tile = Tile(
         PARTS=triton.cdiv(tile_rows, rows),
         ROWS=rows,

@@ -20,6 +20,24 @@ class Pipeline(NamedTuple):
     empty: Any
 
 
+class KeyPlace(NamedTuple):
+    """Where the keys and values of one KV head lie, as the descriptors see them, in a kernel.
+
+    Attributes:
+        b: Batch row.
+        h: KV head.
+        last: Last block of the sequence.
+        table: Pointer to the pages of the sequence; None for keys in one piece.
+        PAGE: Keys of a page.
+    """
+
+    b: Any
+    h: Any
+    last: Any
+    table: Any
+    PAGE: Any
+
+
 @gluon.jit
 def advance(slot, phase, SLOTS: gl.constexpr):
     """Step to the next slot and the phase of its barriers."""
@@ -43,9 +61,7 @@ def fetch(
     v_desc,
     idx_ptr,
     num,
-    b,
-    h,
-    last,
+    place,
     BLOCK_SIZE: gl.constexpr,
     SLOTS: gl.constexpr,
 ):
@@ -56,11 +72,15 @@ def fetch(
     phase = 1  # empty at first
     block = gl.load(idx_ptr, mask=num > 0, other=0)
     for i in range(num):
-        first = first_key(block, last, BLOCK_SIZE)
+        first = first_key(block, place.last, BLOCK_SIZE)
         block = gl.load(idx_ptr + gl.minimum(i + 1, num - 1))
+        page = place.b
+        if place.table is not None:
+            page = gl.load(place.table + first // place.PAGE)
+            first = first % place.PAGE
         mbarrier.wait(empty.index(slot), phase)
         mbarrier.expect(full.index(slot), BYTES)
-        at = [b, h, first, 0]
+        at = [page, place.h, first, 0]
         tma.async_copy_global_to_shared(k_desc, at, full.index(slot), keys.index(slot))
         tma.async_copy_global_to_shared(v_desc, at, full.index(slot), values.index(slot))
         slot, phase = advance(slot, phase, SLOTS)

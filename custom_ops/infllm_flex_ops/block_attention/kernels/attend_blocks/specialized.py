@@ -13,7 +13,11 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, mbarrier
 
-from infllm_flex_ops.block_attention.kernels.attend_blocks.smem_pipeline import Pipeline, fetch
+from infllm_flex_ops.block_attention.kernels.attend_blocks.smem_pipeline import (
+    KeyPlace,
+    Pipeline,
+    fetch,
+)
 from infllm_flex_ops.block_attention.kernels.attend_blocks.warpgroup import (
     Group,
     HeadView,
@@ -50,6 +54,7 @@ def attend_specialized_kernel(
     num_tiles,
     qk_scale_log2,
     Hkv,
+    table,
     SHAPE: gl.constexpr,
     TILE: gl.constexpr,
 ):
@@ -99,11 +104,12 @@ def attend_specialized_kernel(
         Skv=Skv,
         qk_scale_log2=qk_scale_log2,
     )
+    place = KeyPlace(b, h, last, table, SHAPE.PAGE)
     gl.warp_specialize(
         [
             (attend_rows, (0, pipeline, group, SHAPE, TILE)),
             (attend_rows, (1, pipeline, group, SHAPE, TILE)),
-            (fetch, (pipeline, k_desc, v_desc, group.idx_ptr, num, b, h, last, BLOCK_SIZE, SLOTS)),
+            (fetch, (pipeline, k_desc, v_desc, group.idx_ptr, num, place, BLOCK_SIZE, SLOTS)),
         ],
         [4, 1],
         [TILE.GROUP_REGISTERS, TILE.FETCH_REGISTERS],

@@ -170,7 +170,7 @@ def dq_kernel(
         position=rows.position,
         qk_scale_log2=scale * LOG2E,
     )
-    kv = KeyValues(k, v, k_desc, v_desc, b.to(tl.int32), h.to(tl.int32))
+    kv = KeyValues(k, v, k_desc, v_desc, b.to(tl.int32), h.to(tl.int32), None)
     tile_list = open_list(lists, head * num_tiles + tile, Skv, SHAPE)
     for EDGE in tl.static_range(2):
         dq = _dq_inner(dq, query_rows, kv, tile_list, Skv, SHAPE, TILE, EDGE)

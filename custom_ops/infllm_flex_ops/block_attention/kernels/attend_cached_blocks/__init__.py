@@ -12,7 +12,8 @@ from infllm_flex_ops.block_attention.kernels.attend_cached_blocks.split import (
     split_kernel,
 )
 from infllm_flex_ops.device import has_little_shared_memory
-from infllm_flex_ops.sizes import ceil_div, next_power_of_2
+from infllm_flex_ops.sizes import ceil_div, group_size, next_power_of_2
+from infllm_flex_ops.triton_common.pages import CachedRows
 from infllm_flex_ops.triton_common.tensor_args import view
 
 _PROGRAMS = 512  # several per multiprocessor
@@ -32,41 +33,83 @@ def launch(
 ) -> Tensor:
     """Attend to a few slots of a list per program; join the parts by their log-sum-exp."""
     B, Hq, n, D = q.shape
-    Hkv, S = k.shape[1:3]
-    W = selected.shape[-1]
     out = torch.empty(B, Hq, n, D, dtype=q.dtype, device=q.device)
-    if out.numel() == 0:
-        return out
-    slots, splits = _split(W, B * Hkv * n)
-    shape = Shape(Hq // Hkv, D, block_size)
+    rows = CachedRows.in_one_piece(q, start, end)
+    _attend(q, k, v, selected, out, rows, k.shape[2], block_size, scale)
+    return out
+
+
+def launch_paged(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    selected: Tensor,
+    block_table: Tensor,
+    seq_lens: Tensor,
+    query_start: Tensor,
+    block_size: int,
+    max_queries: int,
+    scale: float,
+) -> Tensor:
+    """Do the same for ragged queries over pages."""
+    out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
+    rows = CachedRows.in_pages(
+        q, block_table, seq_lens, query_start, max_queries, page_size=k.shape[2]
+    )
+    capacity = block_table.shape[1] * k.shape[2]
+    _attend(q, k, v, selected[None], out, rows, capacity, block_size, scale)
+    return out
+
+
+def _attend(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    selected: Tensor,
+    out: Tensor,
+    rows: CachedRows,
+    capacity: int,
+    block_size: int,
+    scale: float,
+) -> None:
+    """Fill ``out`` in two launches; no row has room for more than ``capacity`` tokens."""
+    Hkv, D = k.shape[1], q.shape[-1]
+    if out.numel() == 0 or rows.n == 0:
+        return
+    n, lists = rows.n, rows.B * Hkv * rows.n
+    slots, splits = _split(selected.shape[-1], lists)
+    shape = Shape(group_size(q.shape[1], k.shape[1]), D, block_size, rows.page_size)
     tile, options = _choose_tile(q, k, v, shape)
     parts = torch.empty(
-        B * Hkv * n, splits, tile.ROWS, tile.BLOCK_D + 2, dtype=torch.float32, device=q.device
+        lists, splits, tile.ROWS, tile.BLOCK_D + 2, dtype=torch.float32, device=q.device
     )
-    split_kernel[(splits, n, B * Hkv)](
-        q=view(q),
+    split_kernel[(splits, n, rows.B * Hkv)](
+        q=rows.q,
         k=view(k),
         v=view(v),
         selected=view(selected),
-        start_ptr=start,
-        end_ptr=end,
+        pages=rows.pages,
+        start_ptr=rows.start,
+        end_ptr=rows.end,
         parts_ptr=parts,
         n=n,
-        S=S,
-        W=W,
+        S=capacity,
+        W=selected.shape[-1],
         slots=slots,
         qk_scale_log2=scale * math.log2(math.e),
         Hkv=Hkv,
         SHAPE=shape,
         TILE=tile,
-        **options,
+        **rows.pipeline(options),
     )
     part = min(_PART, tile.BLOCK_D)
-    join_kernel[(shape.G * ceil_div(D, part), n, B * Hkv)](
-        parts,
-        out,
-        n,
-        splits,
+    join_kernel[(shape.G * ceil_div(D, part), n, rows.B * Hkv)](
+        parts_ptr=parts,
+        out_ptr=out,
+        pages=rows.pages,
+        n=n,
+        splits=splits,
+        Hkv=None if rows.pages is None else Hkv,
         G=shape.G,
         D=D,
         ROWS=tile.ROWS,
@@ -75,7 +118,6 @@ def launch(
         SPLITS=next_power_of_2(splits),
         num_warps=4,
     )
-    return out
 
 
 def _split(width: int, num_lists: int) -> tuple[int, int]:

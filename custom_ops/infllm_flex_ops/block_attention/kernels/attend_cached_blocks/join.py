@@ -3,13 +3,17 @@
 import triton
 import triton.language as tl
 
+from infllm_flex_ops.triton_common.pages import count_queries, is_missing
+
 
 @triton.jit(do_not_specialize=["n", "splits"])
 def join_kernel(
     parts_ptr,
     out_ptr,
+    pages,
     n,
     splits,
+    Hkv,
     G: tl.constexpr,
     D: tl.constexpr,
     ROWS: tl.constexpr,
@@ -23,6 +27,11 @@ def join_kernel(
     token = tl.program_id(1)
     head = tl.program_id(2).to(tl.int64)  # b * Hkv + h
     d = tl.program_id(0) % parts_of_d * PART + tl.arange(0, PART)
+    b = 0
+    if pages is not None:
+        b = head // Hkv
+    if is_missing(pages, token, count_queries(pages, b, n)):
+        return
     split = tl.arange(0, SPLITS)
     used = split < splits
     parts_ptr += ((head * n + token) * splits * ROWS + group) * (BLOCK_D + 2)
@@ -33,5 +42,9 @@ def join_kernel(
     weight = tl.exp2(m_i - tl.max(m_i, 0))
     total = tl.sum(l_i * weight, 0)
     out = tl.sum(acc * weight[:, None], 0) / tl.where(total == 0.0, 1.0, total)
-    row = (head * G + group) * n + token
+    if pages is None:
+        row = (head * G + group) * n + token
+    else:
+        flat = tl.load(pages.query_start + b).to(tl.int64) + token
+        row = (flat * Hkv + head % Hkv) * G + group
     tl.store(out_ptr + row * D + d, out, mask=d < D)

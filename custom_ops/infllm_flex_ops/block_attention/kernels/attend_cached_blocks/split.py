@@ -6,6 +6,13 @@ import triton
 import triton.language as tl
 
 from infllm_flex_ops.block_attention.kernels.exact_reads import add_seen_keys
+from infllm_flex_ops.triton_common.pages import (
+    count_queries,
+    is_missing,
+    locate_keys,
+    view_keys,
+    view_queries,
+)
 from infllm_flex_ops.triton_common.tensor_args import RowTensor, Softmax
 
 
@@ -16,11 +23,13 @@ class Shape(NamedTuple):
         G: Query heads per KV head.
         D: Head dim.
         BLOCK_SIZE: Keys per block.
+        PAGE: Keys of a page; 0 for a cache in one piece.
     """
 
     G: int
     D: int
     BLOCK_SIZE: int
+    PAGE: int
 
 
 class Tile(NamedTuple):
@@ -45,6 +54,7 @@ def split_kernel(
     k,
     v,
     selected,
+    pages,
     start_ptr,
     end_ptr,
     parts_ptr,
@@ -67,8 +77,17 @@ def split_kernel(
     head = tl.program_id(2)
     b = (head // Hkv).to(tl.int64)
     h = (head % Hkv).to(tl.int64)
-    row_start = tl.load(start_ptr + b)
-    position = tl.load(end_ptr + b) - row_start - n + token
+    row_start = 0
+    if pages is None:
+        row_start = tl.load(start_ptr + b)
+    num = count_queries(pages, b, n)
+    if is_missing(pages, token, num):
+        return
+    if pages is not None:
+        table = pages.table + b * pages.row
+    position = tl.load(end_ptr + b) - row_start - num + token
+    q = view_queries(q, pages, b)
+    selected = view_queries(selected, pages, b)
     group = tl.arange(0, TILE.ROWS)
     d = tl.arange(0, TILE.BLOCK_D)
     q_ptr = q.ptr + (b * q.b + (h * SHAPE.G + group) * q.h + token.to(tl.int64) * q.s)[:, None]
@@ -77,8 +96,8 @@ def split_kernel(
     if not TILE.FP32:
         loaded = tl.load(q_ptr + d[None, :] * q.d, mask=q_mask & (d < SHAPE.D)[None, :], other=0.0)
     rows = RowTensor(loaded, q_ptr, q_mask, q.d)
-    k_ptr = k.ptr + (b * k.b + h * k.h)
-    v_ptr = v.ptr + (b * v.b + h * v.h)
+    k = view_keys(k, pages, b, h)
+    v = view_keys(v, pages, b, h)
     selected_ptr = selected.ptr + (
         b * selected.b + h * selected.h + token.to(tl.int64) * selected.s
     )
@@ -97,8 +116,16 @@ def split_kernel(
         key = block.to(tl.int64) * SHAPE.BLOCK_SIZE + inner
         seen = (inner < SHAPE.BLOCK_SIZE) & (key >= 0)  # an unused slot holds block -1
         seen = seen & (key <= position) & (row_start + key < S)
-        k_row = k_ptr + (row_start + key)[None, :] * k.s
-        v_row = v_ptr + (row_start + key)[:, None] * v.s + d[None, :] * v.d
+        if pages is None:
+            k_row = k.ptr + (row_start + key)[None, :] * k.s
+            v_row = v.ptr + (row_start + key)[:, None] * v.s + d[None, :] * v.d
+        else:
+            first = block.to(tl.int64) * SHAPE.BLOCK_SIZE + i % CHUNKS * TILE.BLOCK_N
+            page, entry = locate_keys(
+                first, key, position, table, SHAPE.PAGE, SHAPE.BLOCK_SIZE, TILE.BLOCK_N
+            )
+            k_row = k.ptr + (page * k.b + entry * k.s)[None, :]
+            v_row = v.ptr + (page * v.b + entry * v.s)[:, None] + d[None, :] * v.d
         softmax = add_seen_keys(
             softmax, rows, k_row, v_row, k.d, seen, qk_scale_log2, SHAPE.D, TILE.BLOCK_D, TILE.FP32
         )

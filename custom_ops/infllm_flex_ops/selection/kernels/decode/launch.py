@@ -10,6 +10,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from infllm_flex_ops.selection.compress_keys import num_windows
 from infllm_flex_ops.selection.kernels.decode.lse import cached_lse_kernel
 from infllm_flex_ops.selection.kernels.decode.scores import cached_score_kernel
 from infllm_flex_ops.selection.kernels.decode.topk import select_cached
@@ -17,11 +18,21 @@ from infllm_flex_ops.selection.kernels.kernel_args import Tile, WindowSlots
 from infllm_flex_ops.selection.kernels.prefill.plan import check_num_blocks
 from infllm_flex_ops.selection.rule import SelectionRule
 from infllm_flex_ops.sizes import ceil_div, next_power_of_2
+from infllm_flex_ops.triton_common.pages import CachedRows
 from infllm_flex_ops.triton_common.tensor_args import view
 
 _MAX_RUNS = 64  # of coarse keys, a program each; the next kernel reads the results of all
 _MAX_ROWS = 64  # heads x tokens of a tile
 _PROGRAMS = 512  # as many as a GPU holds at a time: a second wave would wait for the first
+
+
+class _Keys(NamedTuple):
+    """Compressed and coarse keys, in pieces or in pages, and how many a row has room for."""
+
+    compressed: Tensor
+    coarse: Tensor
+    C: int
+    C2: int
 
 
 class _Split(NamedTuple):
@@ -53,65 +64,109 @@ def launch(
 ) -> Tensor:
     """Normalise, score and select: three launches."""
     B, _, n, _ = q.shape
-    Hkv, C = compressed.shape[1:3]
-    num_keys = (C - 1) * rule.kernel_stride + rule.kernel_size if C else 0
+    out = torch.empty(B, compressed.shape[1], n, width, dtype=torch.int32, device=q.device)
+    keys = _Keys(compressed, coarse, compressed.shape[2], coarse.shape[2])
+    _select(q, keys, CachedRows.in_one_piece(q, start, end), out, rule, dense_len, scale)
+    return out
+
+
+def launch_paged(
+    q: Tensor,
+    compressed: Tensor,
+    coarse: Tensor,
+    block_table: Tensor,
+    seq_lens: Tensor,
+    query_start: Tensor,
+    rule: SelectionRule,
+    dense_len: int,
+    width: int,
+    max_queries: int,
+    scale: float,
+) -> Tensor:
+    """Do the same for ragged queries over pages."""
+    out = torch.empty(len(q), compressed.shape[1], width, dtype=torch.int32, device=q.device)
+    page_size = compressed.shape[2] * rule.kernel_stride
+    capacity = block_table.shape[1] * page_size
+    room = (num_windows(capacity, *kind) for kind in (rule.windows, rule.coarse_windows))
+    rows = CachedRows.in_pages(q, block_table, seq_lens, query_start, max_queries, page_size)
+    _select(q, _Keys(compressed, coarse, *room), rows, out, rule, dense_len, scale)
+    return out.transpose(0, 1)
+
+
+def _select(
+    q: Tensor,
+    keys: _Keys,
+    rows: CachedRows,
+    out: Tensor,
+    rule: SelectionRule,
+    dense_len: int,
+    scale: float,
+) -> None:
+    """Fill ``out`` in three launches."""
+    num_keys = (keys.C - 1) * rule.kernel_stride + rule.kernel_size if keys.C else 0
     num_blocks = ceil_div(num_keys, rule.block_size)
     columns = max(0, num_blocks - rule.local_blocks)  # that may lie before a query's local blocks
     check_num_blocks("select_cached_blocks", columns, "blocks beside the local ones")
-    out = torch.empty(B, Hkv, n, width, dtype=torch.int32, device=q.device)
-    if out.numel() == 0:
-        return out
-    scores = torch.empty(B * Hkv, n, max(columns, 1), dtype=torch.float32, device=q.device)
+    if out.numel() == 0 or rows.B == 0 or rows.n == 0:
+        return
+    heads = rows.B * keys.compressed.shape[1]
+    scores = torch.empty(heads, rows.n, max(columns, 1), dtype=torch.float32, device=q.device)
     if columns and num_blocks >= rule.num_selected:
-        _score(q, compressed, coarse, start, end, scores, rule, dense_len, scale)
-    return select_cached(scores, start, end, out, columns, rule, dense_len)
+        _score(q, keys, rows, scores, rule, dense_len, scale)
+    select_cached(scores, rows, out, columns, rule, dense_len)
 
 
 def _score(
     q: Tensor,
-    compressed: Tensor,
-    coarse: Tensor,
-    start: Tensor,
-    end: Tensor,
+    keys: _Keys,
+    rows: CachedRows,
     scores: Tensor,
     rule: SelectionRule,
     dense_len: int,
     scale: float,
 ) -> None:
     """Fill the scores ``[B * Hkv, n, columns]``."""
-    n, Hkv, heads = q.shape[2], compressed.shape[1], len(scores)
+    compressed, coarse = keys.compressed, keys.coarse
+    n, heads, Hkv = rows.n, len(scores), compressed.shape[1]
     windows = _choose_windows(rule)
-    tile, options = _choose_tile(q, Hkv, windows.SLOTS)
-    split = _split(n, heads, coarse.shape[2], scores.shape[-1], tile, windows)
-    rows = heads * split.tiles * split.runs
-    partial = torch.empty(rows, 2, tile.HEADS * tile.TOKENS, dtype=torch.float32, device=q.device)
+    tile, options = _choose_tile(q, Hkv, n, windows.SLOTS)
+    if tile.D == tile.BLOCK_D:  # masks of a padded head dim leave no registers for it
+        options = rows.pipeline(options)
+    split = _split(n, heads, keys.C2, scores.shape[-1], tile, windows)
+    num_parts = heads * split.tiles * split.runs
+    partial = torch.empty(
+        num_parts, 2, tile.HEADS * tile.TOKENS, dtype=torch.float32, device=q.device
+    )
     shared = {
-        "start_ptr": start,
-        "end_ptr": end,
+        "pages": rows.pages,
+        "start_ptr": rows.start,
+        "end_ptr": rows.end,
         "partial_ptr": partial,
         "n": n,
-        "C": compressed.shape[2],
-        "C2": coarse.shape[2],
+        "C": keys.C,
+        "C2": keys.C2,
         "run_keys": split.run_keys,
         "qk_scale_log2": scale * math.log2(math.e),
         "dense_len": dense_len,
         "Hkv": Hkv,
         "RULE": rule,
         "TILE": tile,
+        "PAGING": rows.windows(*rule.windows),
         **options,
     }
     cached_lse_kernel[(split.runs, heads, split.tiles)](
         q_ptr=q,
         keys_ptr=compressed,
         coarse_ptr=coarse,
-        q_strides=q.stride(),
+        q_strides=rows.q[1:],
         keys_strides=compressed.stride(),
         coarse_strides=coarse.stride(),
+        COARSE_PAGING=rows.windows(*rule.coarse_windows),
         **shared,
     )
     columns = scores.shape[-1]
     cached_score_kernel[(ceil_div(columns, split.split_blocks), heads, split.tiles)](
-        q=view(q),
+        q=rows.q,
         keys=view(compressed),
         scores_ptr=scores,
         columns=columns,
@@ -143,9 +198,9 @@ def _choose_windows(rule: SelectionRule) -> WindowSlots:
     return WindowSlots(per_block, before, 0, next_power_of_2(per_block + before))
 
 
-def _choose_tile(q: Tensor, num_kv_heads: int, slots: int) -> tuple[Tile, dict[str, int]]:
+def _choose_tile(q: Tensor, num_kv_heads: int, n: int, slots: int) -> tuple[Tile, dict[str, int]]:
     """Choose as many rows as a matrix instruction takes, and more tokens where there are more."""
-    group, n, D = q.shape[1] // num_kv_heads, q.shape[2], q.shape[3]
+    group, D = q.shape[1] // num_kv_heads, q.shape[-1]
     heads = next_power_of_2(group)
     max_tokens = max(_MAX_ROWS // heads, 1)
     tokens = max(min(next_power_of_2(n), max_tokens), 16 // heads, 1)

@@ -11,6 +11,7 @@ from infllm_flex_ops.selection.kernels.prefill.plan import MAX_BLOCKS
 from infllm_flex_ops.selection.kernels.prefill.tiles import MAX_WINDOWS, choose_windows
 from infllm_flex_ops.selection.rule import SelectionRule
 from infllm_flex_ops.sizes import ceil_div, next_power_of_2
+from infllm_flex_ops.triton_common.pages import CachedRows
 from infllm_flex_ops.triton_common.tensor_args import view
 
 _PROGRAMS = 512  # as many as a GPU holds at a time: a second wave would wait for the first
@@ -44,7 +45,9 @@ def launch(
     scores = torch.empty(B * Hkv, n, max(columns, 1), dtype=torch.float32, device=q.device)
     if columns and num_blocks >= rule.num_selected:
         _score(q, compressed, start, end, scores, rule, dense_len, float8)
-    return select_cached(scores, start, end, out, columns, rule, dense_len)
+    rows = CachedRows.in_one_piece(q, start, end)
+    select_cached(scores, rows, out, columns, rule, dense_len)
+    return out
 
 
 def _score(

@@ -10,14 +10,14 @@ from infllm_flex_ops.selection.kernels.online_softmax import (
     logit_of_sum,
     softmax_over_keys,
 )
+from infllm_flex_ops.triton_common.pages import (
+    count_queries,
+    is_missing,
+    row_length,
+    view_keys,
+    view_queries,
+)
 from infllm_flex_ops.triton_common.tensor_args import RowTensor, View
-
-
-@triton.jit
-def _view_head(keys, b, h):
-    """View of one KV head's keys."""
-    ptr = keys.ptr + b * keys.b + h * keys.h
-    return View(ptr, keys.b, keys.h, keys.s, keys.d)
 
 
 @triton.jit(do_not_specialize=["n", "C", "C2", "run_keys"])
@@ -25,6 +25,7 @@ def cached_lse_kernel(
     q_ptr,
     keys_ptr,
     coarse_ptr,
+    pages,
     start_ptr,
     end_ptr,
     partial_ptr,
@@ -40,6 +41,8 @@ def cached_lse_kernel(
     Hkv,
     RULE: tl.constexpr,
     TILE: tl.constexpr,
+    PAGING: tl.constexpr,
+    COARSE_PAGING: tl.constexpr,
 ):
     """Fill ``partial [B * Hkv, tiles, runs, 2, HEADS * TOKENS]``, one run of coarse keys each.
 
@@ -54,13 +57,18 @@ def cached_lse_kernel(
     tile = tl.program_id(2)
     b = (head // Hkv).to(tl.int64)
     h = (head % Hkv).to(tl.int64)
-    length = (tl.load(end_ptr + b) - tl.load(start_ptr + b)).to(tl.int32)
+    length = row_length(start_ptr, end_ptr, b)
+    table = None
+    if pages is not None:
+        table = pages.table + b * pages.row
+    q = view_queries(q, pages, b)
+    n = count_queries(pages, b, n)
     last = length - n + tl.minimum(tile * TILE.TOKENS + TILE.TOKENS, n) - 1
     SIZE: tl.constexpr = RULE.coarse_size
     STRIDE: tl.constexpr = RULE.coarse_stride
     count = count_windows(last, SIZE, STRIDE, C2)
     is_full = (last + 1 < dense_len) | (last < RULE.num_selected * RULE.block_size)
-    if is_full | ((run > 0) & (run * run_keys >= count)):
+    if is_missing(pages, tile * TILE.TOKENS, n) | is_full | ((run > 0) & (run * run_keys >= count)):
         return
     column = tl.arange(0, TILE.HEADS * TILE.TOKENS)
     group = column // TILE.TOKENS
@@ -76,24 +84,26 @@ def cached_lse_kernel(
         loaded = tl.load(row_ptr + d[None, :] * q.d, mask=q_mask & d_mask, other=0.0)
     queries = RowTensor(loaded, row_ptr, q_mask, q.d)
 
-    coarse_keys = HeadKeys(_view_head(coarse, b, h), None, 0, 0, 0)
+    coarse_keys = HeadKeys(view_keys(coarse, pages, b, h), None, 0, 0, 0, table)
     span = KeySpan(
         run * run_keys,
         tl.minimum(run * run_keys + run_keys, count),
         count_windows(length - n + tile * TILE.TOKENS, SIZE, STRIDE, C2),
     )
     num_seen = count_windows(position, SIZE, STRIDE, C2)
-    m_i, l_i = softmax_over_keys(queries, coarse_keys, span, num_seen, qk_scale_log2, TILE)
+    m_i, l_i = softmax_over_keys(
+        queries, coarse_keys, span, num_seen, qk_scale_log2, TILE, COARSE_PAGING
+    )
     first = length - n + tile * TILE.TOKENS
     # Rows that see no coarse key are normalised by the compressed keys.
     if (run == 0) & (first < SIZE - 1):
         last = tl.minimum(last, SIZE - 2)
         end = count_windows(last, RULE.kernel_size, RULE.kernel_stride, C)
-        head_keys = HeadKeys(_view_head(keys, b, h), None, 0, 0, 0)
+        head_keys = HeadKeys(view_keys(keys, pages, b, h), None, 0, 0, 0, table)
         num_seen = count_windows(position, RULE.kernel_size, RULE.kernel_stride, C)
         span = KeySpan(0, end, 0)
         own_m_i, own_l_i = softmax_over_keys(
-            queries, head_keys, span, num_seen, qk_scale_log2, TILE
+            queries, head_keys, span, num_seen, qk_scale_log2, TILE, PAGING
         )
         sees_none = position < SIZE - 1
         m_i = tl.where(sees_none, own_m_i, m_i)

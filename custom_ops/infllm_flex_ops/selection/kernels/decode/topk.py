@@ -7,11 +7,13 @@ from torch import Tensor
 from infllm_flex_ops.selection.kernels.prefill.topk import topk_blocks, write_blocks
 from infllm_flex_ops.selection.rule import SelectionRule
 from infllm_flex_ops.sizes import next_power_of_2
+from infllm_flex_ops.triton_common.pages import CachedRows, count_queries, is_missing, row_length
 
 
 @triton.jit(do_not_specialize=["n", "columns", "width", "K", "dense_len"])
 def cached_topk_kernel(
     scores_ptr,
+    pages,
     start_ptr,
     end_ptr,
     out_ptr,
@@ -29,15 +31,23 @@ def cached_topk_kernel(
 ):
     """Write one query's blocks, ascending: the best of those before the local ones, then these.
 
-    ``scores [B * Hkv, n, columns]`` holds all blocks that can lie before the local ones.
+    ``scores [B * Hkv, n, columns]`` holds all blocks that can lie before the local ones. Lists of
+    ragged rows come token by token, with the heads of a token side by side.
     """
     token = tl.program_id(0)
     head = tl.program_id(1)
     b = head // Hkv
-    length = (tl.load(end_ptr + b) - tl.load(start_ptr + b)).to(tl.int32)
-    position = length - n + token
+    length = row_length(start_ptr, end_ptr, b)
+    num = count_queries(pages, b, n)
+    if is_missing(pages, token, num):
+        return
+    position = length - num + token
     row = head.to(tl.int64) * n + token
-    out_ptr += row * width
+    list_row = row
+    if pages is not None:
+        flat = tl.load(pages.query_start + b).to(tl.int64) + token
+        list_row = flat * Hkv + head % Hkv
+    out_ptr += list_row * width
     slot = tl.arange(0, BLOCK_W)
     own = tl.where(position < 0, -1, position // BLOCK_SIZE)
     if (own < K) | (position + 1 < dense_len):  # every block
@@ -56,27 +66,27 @@ def cached_topk_kernel(
 
 def select_cached(
     scores: Tensor,
-    start: Tensor,
-    end: Tensor,
+    rows: CachedRows,
     out: Tensor,
     columns: int,
     rule: SelectionRule,
     dense_len: int,
-) -> Tensor:
-    """Fill ``out [B, Hkv, n, width]`` by ``scores [B * Hkv, n, columns]``; returns it."""
-    B, Hkv, n, width = out.shape
+) -> None:
+    """Fill ``out [B, Hkv, n, width]``, or ``[T, Hkv, width]``, by ``scores``."""
+    width = out.shape[-1]
     N = max(16, next_power_of_2(columns))
-    cached_topk_kernel[(n, B * Hkv)](
+    cached_topk_kernel[(rows.n, len(scores))](
         scores_ptr=scores,
-        start_ptr=start,
-        end_ptr=end,
+        pages=rows.pages,
+        start_ptr=rows.start,
+        end_ptr=rows.end,
         out_ptr=out,
-        n=n,
+        n=rows.n,
         columns=columns,
         width=width,
         K=rule.num_selected,
         dense_len=dense_len,
-        Hkv=Hkv,
+        Hkv=len(scores) // rows.B,
         BLOCK_SIZE=rule.block_size,
         INIT_BLOCKS=rule.init_blocks,
         LOCAL_BLOCKS=rule.local_blocks,
@@ -84,4 +94,3 @@ def select_cached(
         N=N,
         num_warps=max(1, min(16, N // 512)),
     )
-    return out
