@@ -14,6 +14,7 @@ from torch import Tensor
 
 from benchmarking.checkout import ROOT
 from benchmarking.inputs import QKV, make_qkv, with_gradients
+from benchmarking.paged import PagedAttention
 from benchmarking.settings import BenchmarkSettings, Heads
 from infllm_flex import reference
 from infllm_flex.attention import infllm_attention
@@ -76,6 +77,8 @@ def check_operators(settings: BenchmarkSettings, heads: Heads) -> None:
         _check_attention(qkv, selected, dataclasses.replace(config, engine=engine))
     if any(case.mode == "decode" for case in settings.cases.values()):
         _check_decode_step(qkv, config)
+    for page_size in {case.page_size for case in settings.cases.values() if case.page_size}:
+        _check_paged(qkv, selected, config, page_size)
 
 
 def _check_selection(op: str, qkv: QKV, selected: Tensor, config: InfLLMConfig) -> None:
@@ -139,6 +142,21 @@ def _check_decode_step(qkv: QKV, config: InfLLMConfig) -> None:
     check_error(
         "infllm_attention (decoding)", actual, exact, plain_attention(step, key, value, mask)
     )
+
+
+def _check_paged(qkv: QKV, selected: Tensor, config: InfLLMConfig, page_size: int) -> None:
+    """Check attention over pages for the last query, and for the last ones as a chunk."""
+    config = dataclasses.replace(config, dense_len=-1)
+    scale = resolve_scale(qkv.query, None)
+    for name, n in (("decoding", 1), ("a chunk", _QUERIES)):
+        query, key, value = qkv.query[:, :, -n:], qkv.key, qkv.value
+        out = PagedAttention(QKV(query, key, value), config, page_size).run()
+        actual = out.unflatten(0, (len(key), n)).transpose(1, 2)
+        mask = reference.attention_mask(selected[:, :, -n:], config.block_size, key.shape[2])
+        mask = mask.to(query.device)
+        exact = reference.masked_attention(query, key, value, mask, scale=scale)
+        plain = plain_attention(query, key, value, mask)
+        check_error(f"paged_attention ({name})", actual, exact, plain)
 
 
 def _check_attention(qkv: QKV, selected: Tensor, config: InfLLMConfig) -> None:

@@ -14,12 +14,14 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from benchmarking.inputs import QKV, make_qkv
+from benchmarking.paged import PagedAttention
 from benchmarking.settings import BenchmarkSettings, CaseSettings, Heads
 from benchmarking.timing import Subject
 from infllm_flex.config import InfLLMConfig
 from infllm_flex.decoding import CompressedKeys, decode_attention, select_cached
 
 VARIANT = "decode"
+PAGED = "decode_paged"
 _BACKENDS: dict[str, dict[str, SDPBackend | None]] = {
     "cpu": {"sdpa": None},
     "cuda": {
@@ -56,6 +58,9 @@ def decode_subjects(
             Subject("select_blocks", "", prepare(step.select), settings=name),
             Subject("infllm_attention", VARIANT, prepare(step.everything), settings=name),
         ]
+        if case.page_size:
+            paged = prepare(PagedAttention(qkv, config, case.page_size).run)
+            subjects.append(Subject("infllm_attention", PAGED, paged, settings=name))
     unavailable = {}
     for name, backend in _BACKENDS[qkv.key.device.type].items():
         if qkv.key.is_cuda and case.baselines and name not in case.baselines:

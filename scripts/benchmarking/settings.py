@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Literal, NamedTuple
 
 from infllm_flex.config import InfLLMConfig
+from infllm_flex.decoding import window_entries
 from infllm_flex.strict_yaml import check_range
 from infllm_flex.training.settings import check_llama_sizes
 
@@ -114,6 +115,8 @@ class CaseSettings:
         baselines: The baselines to compare with, such as ``sdpa_cudnn``; empty: all.
         tile_rows: Also time ``attend_blocks`` with tiles of these numbers of rows. A row is one
             head of one token. ``variant`` gives the blocks that a tile loads per selected block.
+        page_size: Also time attention over a cache in pages of this many tokens, each token dense
+            or sparse by its position; 0: do not.
     """
 
     lengths: tuple[int, ...]
@@ -122,6 +125,7 @@ class CaseSettings:
     batch: int | None = None
     baselines: tuple[str, ...] = ()
     tile_rows: tuple[int, ...] = ()
+    page_size: int = 0
 
     def __post_init__(self) -> None:
         for length in self.lengths:
@@ -130,6 +134,11 @@ class CaseSettings:
             check_range("batch", self.batch, 1, 65_536)
         for rows in self.tile_rows:
             check_range("tile_rows", rows, 1, 4096)
+        check_range("page_size", self.page_size, 0, 65_536)
+        if self.page_size and self.mode == "forward+backward":
+            raise ValueError(
+                "page_size must be 0 where mode is forward+backward: pages do not train"
+            )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -243,6 +252,19 @@ class BenchmarkSettings:
                     f"reserved for attention, got {name!r}"
                 )
         self._check_lengths()
+        self._check_pages()
+
+    def _check_pages(self) -> None:
+        sizes = {case.page_size for case in self.cases.values() if case.page_size}
+        for name, config in self.attentions.items():
+            for page_size in sizes:
+                try:
+                    window_entries(config, page_size)
+                except (ValueError, NotImplementedError) as error:
+                    section = f"variants.{name}" if name else "attention"
+                    raise ValueError(
+                        f"cases with page_size need other {section}: {error}"
+                    ) from error
 
     def _check_lengths(self) -> None:
         shortest = min((n for case in self.cases.values() for n in case.lengths), default=None)

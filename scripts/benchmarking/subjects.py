@@ -13,6 +13,7 @@ from benchmarking.decode import decode_subjects
 from benchmarking.dense import Baseline, dense_attentions
 from benchmarking.inputs import QKV, make_qkv, with_gradients
 from benchmarking.nsa import nsa_attentions
+from benchmarking.paged import PagedAttention
 from benchmarking.rivals import rival_attentions
 from benchmarking.settings import BenchmarkSettings, CaseSettings, Heads
 from benchmarking.stages import engine_steps
@@ -51,6 +52,9 @@ def make_subjects(
     for name, config in settings.attentions.items():
         stages = _stages(qkv, config, settings.engines, grad_out)
         subjects += [dataclasses.replace(stage, settings=name) for stage in stages]
+        if case.page_size:
+            paged = PagedAttention(qkv, config, case.page_size)
+            subjects.append(Subject("infllm_attention", "paged", paged.run, settings=name))
     if case.tile_rows:
         subjects += _tilings(qkv, settings.attention, case.tile_rows, grad_out)
     attentions, unavailable = dense_attentions(qkv, case.baselines)

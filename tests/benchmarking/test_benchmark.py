@@ -232,3 +232,27 @@ def test_a_decode_step_is_timed_beside_dense_over_the_same_cache(run_script, con
         (80 + 160) / 512, 1e-4
     )
     assert "decode" in out
+
+
+def test_pages_are_timed_beside_one_piece(run_script, config, tmp_path):
+    cases = (
+        "cases={step: {lengths: [256], mode: decode, batch: 2, page_size: 32}, "
+        "prompt: {lengths: [256], page_size: 32}}"
+    )
+    status, _, err = run_script("benchmark", "--config", config, cases)
+    assert status == 0, err
+    timed = {(row["op"], row["variant"], row["mode"]) for row in rows_of(tmp_path / "out.csv")}
+    assert {
+        ("infllm_attention", "decode", "decode"),
+        ("infllm_attention", "decode_paged", "decode"),
+        ("infllm_attention", "fused", "forward"),
+        ("infllm_attention", "paged", "forward"),
+    } <= timed
+
+
+def test_pages_that_do_not_serve_a_setting_are_named(run_script, config, tmp_path):
+    case = "cases={step: {lengths: [256], mode: decode, page_size: 32}}"
+    pooled = "attention.pool_queries=true", "attention.kernel_size=4"
+    status, _, err = run_script("benchmark", "--config", config, case, *pooled)
+    assert status == 2
+    assert "need other attention: pool_queries is not served from pages" in err
