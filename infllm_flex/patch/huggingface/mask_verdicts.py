@@ -16,8 +16,8 @@ from infllm_flex.patch.huggingface.masks import LazyMask, causal_mask
 def causal_mask_for_training(**arguments: Any) -> LazyMask | Tensor | None:
     """Make a mask by `causal_mask`, and in training begin at once to judge it.
 
-    The layers need the verdict at sparse length. What the host launches before the first of them
-    keeps the device busy until it is there.
+    The layers need the verdict at sparse length. The kernels that the host launches before the
+    first of them keep the device busy until it is there.
     """
     mask = causal_mask(**arguments)
     forward = current_forward()
@@ -39,7 +39,7 @@ def isolates_documents(
     Args:
         mask: The mask.
         query: ``[B, Hq, S, D]``.
-        sequences: Of the batch; None for one per row.
+        sequences: Sequences of the batch; None for one per row.
         positions: ``[1 or B, S]``, where the call has any.
 
     Returns:

@@ -109,7 +109,7 @@ class LazyMask(TensorProxy):
         """Read a verdict about this mask once for all layers of a forward.
 
         Args:
-            positions: What it follows from, apart from the mask.
+            positions: Further tensors that the verdict follows from.
             verdict: Computes it, where it was not begun early.
         """
         early = self._early_verdict

@@ -1,1 +1,1 @@
-"""What the kernels need on GPUs that are not here, and how long they may take there."""
+"""Resources and predicted times of the kernels on GPUs that are not here."""

@@ -36,7 +36,7 @@ _PRODUCTS: dict[str, dict[tuple[str, ...], int]] = {
 
 
 class Case(NamedTuple):
-    """What is predicted: an operation at a shape; ``measured`` milliseconds, or 0."""
+    """An operation at a shape, whose time is predicted; ``measured`` milliseconds, or 0."""
 
     what: str
     heads: Heads
@@ -58,12 +58,13 @@ class Bounds(NamedTuple):
 
 
 class Fit(NamedTuple):
-    """What is fitted on one card.
+    """Numbers fitted on one card.
 
     Attributes:
-        factors: Of attention and its backward, by heads of a group and tokens, the time over that
-            without overlap.
-        fraction: Of the peak of matrix products that selection reaches, by heads of a group.
+        factors: Time of attention and its backward over that without overlap, by heads of a
+            group and tokens.
+        fraction: Fraction of the peak of matrix products that selection reaches, by heads of a
+            group.
         constant: Milliseconds of a step of decoding beyond its bytes.
         slowness: Its milliseconds of bytes over those at the peak of memory.
     """

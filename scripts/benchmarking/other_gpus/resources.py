@@ -1,4 +1,4 @@
-"""What each kernel takes on each GPU: registers, spills, shared memory, instructions per step."""
+"""Resources of each kernel by GPU: registers, spills, shared memory, instructions per step."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from benchmarking.other_gpus import launches
 from benchmarking.sass import disassemble, inner_loop
 
 CAPABILITIES = tuple(SHARED_LIMIT)
-# What launches the kernels of each stage. Those for nonfinite inputs are left out.
+# Launchers of the kernels of each stage. Those for nonfinite inputs are left out.
 STAGES: dict[str, Callable[[int], None]] = {
     "selection": launches.select,
     "attention": launches.attend,
@@ -60,7 +60,7 @@ def measure(stage: str, G: int, capability: int) -> Iterator[KernelUse]:
     """Compile the kernels of a stage, one by one."""
     call = functools.partial(STAGES[stage], G)
     recorded = record_launches(pytest.MonkeyPatch(), call, capability)
-    # Of repetitions for rows of other lengths the last is for the longest.
+    # Launches repeat for rows of other lengths; the last is for the longest.
     by_name = {launch.kernel.__name__: launch for launch in recorded}
     for name, launch in by_name.items():
         if name not in _LEFT_OUT:
