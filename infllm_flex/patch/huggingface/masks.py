@@ -109,7 +109,7 @@ class LazyMask(TensorProxy):
         """Read a verdict about this mask once for all layers of a forward.
 
         Args:
-            positions: Further tensors that the verdict follows from.
+            positions: Positions that the verdict depends on, too; None without any.
             verdict: Computes it, where it was not begun early.
         """
         early = self._early_verdict
