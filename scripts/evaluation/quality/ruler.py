@@ -22,6 +22,9 @@ from infllm_flex.training.model import load_model
 
 _NEEDED = ("lm_eval", "nltk", "wonderwords", "scipy")
 
+# The sizes that lm-eval gives to the task on variables, in tokens and in repeats of its filler.
+_EXAMPLE_TOKENS, _EXAMPLE_REPEATS, _PROMPT_REPEATS, _ANSWER_TOKENS = 500, 5, 10, 30
+
 
 def judge_ruler(
     settings: QualitySettings, model: Path, mode: AttentionMode, device: torch.device, seed: int
@@ -39,11 +42,13 @@ def judge_ruler(
         By ``task@length``: ``hits``, for each prompt a list with the fraction of correct answers.
 
     Raises:
-        SkippedError: A package is missing.
+        SkippedError: A package is missing, or a task cannot make prompts as short.
     """
     missing = [name for name in _NEEDED if importlib.util.find_spec(name) is None]
     if missing:
         raise SkippedError(f"RULER needs {', '.join(missing)}: pip install '.[quality]'")
+    if "ruler_vt" in settings.judge.ruler_tasks:
+        _check_variable_tracking(load_tokenizer(model), min(settings.judge.ruler_lengths))
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
     network = load_model(model, dtype).to(device).eval()
     tasks: dict[str, Any] = {}
@@ -54,6 +59,29 @@ def judge_ruler(
                 scores = [[float(sample[str(length)])] for sample in some]
                 tasks[f"{task}@{length}"] = {"hits": scores}
     return {"tasks": tasks}
+
+
+def _check_variable_tracking(tokenizer: Any, length: int) -> None:
+    """Refuse a length for which lm-eval 0.4.13 looks for a prompt of ``ruler_vt`` without end."""
+    from lm_eval.tasks.ruler.vt_utils import generate_input_output
+
+    def count(repeats: int, is_example: bool) -> int:
+        prompt, answer = generate_input_output(repeats, 1, 4, is_icl=is_example)
+        return len(tokenizer(f"{prompt} {' '.join(answer)}").input_ids)
+
+    example = count(_EXAMPLE_REPEATS, True)
+    prompt = example + count(_PROMPT_REPEATS, False) + _ANSWER_TOKENS
+    tokenized = "with this tokenizer: leave ruler_vt out of judge.ruler_tasks"
+    if example + _ANSWER_TOKENS > _EXAMPLE_TOKENS:
+        raise SkippedError(
+            f"the example of ruler_vt has {example + _ANSWER_TOKENS} tokens, more than the "
+            f"{_EXAMPLE_TOKENS} that lm-eval allows, {tokenized}"
+        )
+    if prompt > length:
+        raise SkippedError(
+            f"the shortest prompt of ruler_vt has {prompt} tokens, more than {length}, {tokenized} "
+            "or raise judge.ruler_lengths"
+        )
 
 
 def _evaluate(

@@ -145,9 +145,10 @@ def test_what_cannot_be_done_here_is_skipped_with_a_word(config):
     added = ("judge.groups=[ruler]", "judge.ruler_lengths=[256]")
     status, out, err = run(config, *added, "--parts", "judge:dense:0:ruler")
     assert status == 0, err
-    if "skipped" in err:  # without lm-eval
-        assert "pip install '.[quality]'" in err
-        assert "skipped: judge:dense:0:ruler" in out
+    # With lm-eval, a tokenizer of bytes makes too many tokens of a prompt.
+    reason = "ruler_vt has" if importlib.util.find_spec("lm_eval") else "pip install '.[quality]'"
+    assert reason in err
+    assert "skipped: judge:dense:0:ruler" in out
 
 
 def test_processes_that_share_a_folder_do_each_part_once(config):
