@@ -266,7 +266,7 @@ def _compile(launch: Launch, capability: int) -> Resources:
         (_paged_chunk, (BRAIN, 128, 16)),
         (_paged_chunk, (HALF, 64, 4, 128)),
         pytest.param(_paged_chunk, (BRAIN, 128, 1, 16), marks=pytest.mark.slow),
-        pytest.param(_paged_chunk, (FLOAT, 128, 4, 16), marks=pytest.mark.slow),
+        pytest.param(_paged_chunk, (FLOAT, 128, 4), marks=pytest.mark.slow),
         (_redo, (BRAIN, 128, 16)),
         (_attend, (BRAIN, 128, 16, 8)),
         (_attend, (BRAIN, 128, 16, 4)),

@@ -205,25 +205,20 @@ def locate_keys(
     table,
     PAGE: tl.constexpr,
     BLOCK_SIZE: tl.constexpr,
-    BLOCK_N: tl.constexpr,
 ):
     """Page, int64, and entry of the keys of one step over a row's block.
 
-    Steps of ``BLOCK_N`` keys begin with the block. One that lies in one page takes one look-up, and
-    ``page`` is then a scalar.
+    A block that lies in one page takes one look-up, and ``page`` is then a scalar.
 
     Args:
         first: First key of the step.
-        key: All its keys ``[BLOCK_N]``; those behind the block are not used.
+        key: All its keys; those behind the block are not used.
         last: Last key of the row that exists.
         table: Pointer to the pages of the row.
         PAGE: Keys of a page.
         BLOCK_SIZE: Keys of a block.
-        BLOCK_N: Keys of a step.
     """
-    WHOLE_BLOCKS: tl.constexpr = PAGE % BLOCK_SIZE == 0
-    WHOLE_STEPS: tl.constexpr = BLOCK_SIZE % BLOCK_N == 0 and PAGE % BLOCK_N == 0
-    if WHOLE_BLOCKS or WHOLE_STEPS:
+    if PAGE % BLOCK_SIZE == 0:
         page = tl.load(table + first // PAGE, mask=(first >= 0) & (first <= last), other=0)
         entry = first % PAGE + (key - first)
     else:

@@ -200,6 +200,9 @@ def _attend_exact_reads(
     block_d = max(16, triton.next_power_of_2(D))
     rows = max(16, triton.next_power_of_2(q.shape[1] // Hkv))
     fp32 = q.element_size() > 2
+    in_pages = arguments["table"] is not None
+    # With look-ups of pages, eight warps of float32 would spill where four do not.
+    wide = rows * block_d > 4096 or (fp32 and not in_pages)
     has_nonfinite = torch.zeros(B * Hkv, dtype=torch.int32, device=q.device)
     find_nonfinite_kernel[(B * Hkv * triton.cdiv(S, _SEARCHED_KEYS),)](
         k=view(k),
@@ -220,6 +223,6 @@ def _attend_exact_reads(
         k=view(k),
         v=view(v),
         TILE=ExactTile(rows, 16, block_d, fp32),
-        num_warps=8 if fp32 or rows * block_d > 4096 else 4,
+        num_warps=8 if wide else 4,
         num_stages=1,
     )

@@ -66,7 +66,6 @@ def _attend_blocks_inner(
                 kv.table,
                 SHAPE.PAGE,
                 SHAPE.BLOCK_SIZE,
-                TILE.BLOCK_N,
             )
             if TILE.USE_TMA:  # blocks lie in one page
                 box_b, box_s = page.to(tl.int32), keys.first % SHAPE.PAGE

@@ -11,7 +11,7 @@ import triton.language as tl
 
 from infllm_flex_ops.block_attention.kernels.exact_reads import add_seen_keys
 from infllm_flex_ops.triton_common.constants import LN2
-from infllm_flex_ops.triton_common.pages import RowPages, locate_keys, token_offset
+from infllm_flex_ops.triton_common.pages import RowPages, token_offset
 from infllm_flex_ops.triton_common.tensor_args import RowTensor, Softmax
 
 
@@ -116,16 +116,11 @@ def attend_exact_reads_kernel(
             if lists.membership is not None:
                 member = (tl.load(lists.membership + slot) >> (s % SHAPE.TILE_TOKENS)) & 1
             seen = (inner < BLOCK_SIZE) & (key <= tl.where(member != 0, position, -1))
-            if SHAPE.PAGE == 0:
-                k_row = k_ptr + key.to(tl.int64)[None, :] * k.s
-                v_row = v_ptr + key.to(tl.int64)[:, None] * v.s + d[None, :] * v.d
-            else:
-                first = block * BLOCK_SIZE + j % CHUNKS * TILE.BLOCK_N
-                page, entry = locate_keys(
-                    first, key, position, table, SHAPE.PAGE, BLOCK_SIZE, TILE.BLOCK_N
-                )
-                k_row = k_ptr + (page * k.b + entry * k.s)[None, :]
-                v_row = v_ptr + (page * v.b + entry * v.s)[:, None] + d[None, :] * v.d
+            pages = None
+            if SHAPE.PAGE > 0:
+                pages = RowPages(table, seen)
+            k_row = k_ptr + token_offset(k, key, pages, SHAPE.PAGE)[None, :]
+            v_row = v_ptr + token_offset(v, key, pages, SHAPE.PAGE)[:, None] + d[None, :] * v.d
             softmax = add_seen_keys(
                 softmax,
                 RowTensor(loaded, q_row, exists, q.d),

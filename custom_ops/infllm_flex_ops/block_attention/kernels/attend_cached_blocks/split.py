@@ -121,9 +121,7 @@ def split_kernel(
             v_row = v.ptr + (row_start + key)[:, None] * v.s + d[None, :] * v.d
         else:
             first = block.to(tl.int64) * SHAPE.BLOCK_SIZE + i % CHUNKS * TILE.BLOCK_N
-            page, entry = locate_keys(
-                first, key, position, table, SHAPE.PAGE, SHAPE.BLOCK_SIZE, TILE.BLOCK_N
-            )
+            page, entry = locate_keys(first, key, position, table, SHAPE.PAGE, SHAPE.BLOCK_SIZE)
             k_row = k.ptr + (page * k.b + entry * k.s)[None, :]
             v_row = v.ptr + (page * v.b + entry * v.s)[:, None] + d[None, :] * v.d
         softmax = add_seen_keys(
