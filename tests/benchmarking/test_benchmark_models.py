@@ -45,6 +45,7 @@ def config(tmp_path):
     return path
 
 
+@pytest.mark.slow
 def test_every_phase_is_measured_dense_and_patched(run_script, config, tmp_path):
     status, out, err = run_script("benchmark_models", "--config", config)
     assert status == 0, err

@@ -96,10 +96,10 @@ def test_activations_are_estimated_within_a_half(tmp_path, texts, attention):
 @pytest.mark.parametrize(
     ("attention", "checkpointing", "heap"),
     [
-        ("dense", False, "fragmented"),
+        pytest.param("dense", False, "fragmented", marks=pytest.mark.slow),
         ("sparse", False, "fragmented"),
         ("dense", True, "fragmented"),
-        ("sparse", False, "returned"),
+        pytest.param("sparse", False, "returned", marks=pytest.mark.slow),
         ("dense", True, "returned"),
     ],
 )
