@@ -15,13 +15,14 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from benchmarking.inputs import QKV, make_qkv
 from benchmarking.paged import PagedAttention
+from benchmarking.paged_dense import paged_dense_subjects
+from benchmarking.report import DECODE_PAGED
 from benchmarking.settings import BenchmarkSettings, CaseSettings, Heads
 from benchmarking.timing import Subject
 from infllm_flex.config import InfLLMConfig
 from infllm_flex.decoding import CompressedKeys, decode_attention, select_cached
 
 VARIANT = "decode"
-PAGED = "decode_paged"
 _BACKENDS: dict[str, dict[str, SDPBackend | None]] = {
     "cpu": {"sdpa": None},
     "cuda": {
@@ -37,6 +38,8 @@ def decode_subjects(
 ) -> tuple[list[Subject], dict[str, str]]:
     """Prepare a step over ``S`` cached tokens: selection alone, the whole step, dense attention.
 
+    Where the case has pages, the whole step and dense attention over pages, too.
+
     On a GPU every subject is captured in a CUDA graph, as in serving.
 
     Args:
@@ -51,7 +54,8 @@ def decode_subjects(
     """
     qkv = make_qkv(settings, heads, S + 1, case.inputs, num_queries=1)
     prepare = _capture if qkv.key.is_cuda else _not_captured
-    subjects = []
+    subjects: list[Subject] = []
+    unavailable: dict[str, str] = {}
     for name, config in settings.attentions.items():
         step = _Step(qkv, config)
         subjects += [
@@ -59,9 +63,15 @@ def decode_subjects(
             Subject("infllm_attention", VARIANT, prepare(step.everything), settings=name),
         ]
         if case.page_size:
-            paged = prepare(PagedAttention(qkv, config, case.page_size).run)
-            subjects.append(Subject("infllm_attention", PAGED, paged, settings=name))
-    unavailable = {}
+            paged = PagedAttention(qkv, config, case.page_size)
+            run = prepare(paged.run)
+            subjects.append(Subject("infllm_attention", DECODE_PAGED, run, settings=name))
+            pages = paged.pages
+    if case.page_size:
+        dense_subjects, unavailable = paged_dense_subjects(
+            qkv, pages, case.baselines, prepare, has_packages=qkv.key.is_cuda
+        )
+        subjects += dense_subjects
     for name, backend in _BACKENDS[qkv.key.device.type].items():
         if qkv.key.is_cuda and case.baselines and name not in case.baselines:
             continue

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -12,6 +14,39 @@ from infllm_flex.decoding import PagedBatch, PagedCache, paged_attention, window
 from infllm_flex_ops.sizes import ceil_div
 
 
+class Pages(NamedTuple):
+    """The last tokens of every row, and keys and values in pages.
+
+    Attributes:
+        query: ``[B * n, Hq, D]``, the n queries of a row side by side.
+        both: Keys and values side by side, ``[P, Hkv, page_size, 2 * D]``, in random order.
+        table: The pages of each row in order, int32 ``[B, pages of a row]``.
+        lengths: Tokens of each row, int32 ``[B]``, all the same.
+        length: That number on the host.
+    """
+
+    query: Tensor
+    both: Tensor
+    table: Tensor
+    lengths: Tensor
+    length: int
+
+    @property
+    def key(self) -> Tensor:
+        """Keys, ``[P, Hkv, page_size, D]``."""
+        return self.both[..., : self.query.shape[-1]]
+
+    @property
+    def value(self) -> Tensor:
+        """Values, ``[P, Hkv, page_size, D]``."""
+        return self.both[..., self.query.shape[-1] :]
+
+    @property
+    def num_queries(self) -> int:
+        """n, the queries of a row."""
+        return len(self.query) // len(self.table)
+
+
 class PagedAttention:
     """The last tokens of every row attend to keys and values that lie in pages in random order.
 
@@ -19,18 +54,17 @@ class PagedAttention:
         qkv: Queries, of which a row has one or many, keys and values.
         config: Sparsity settings.
         page_size: Tokens of a page.
+
+    Attributes:
+        pages: The tensors, for other attentions over the same pages.
     """
 
     def __init__(self, qkv: QKV, config: InfLLMConfig, page_size: int) -> None:
         B, _, n, _ = qkv.query.shape
         S, device = qkv.key.shape[2], qkv.key.device
-        self._query = qkv.query.transpose(1, 2).flatten(0, 1).contiguous()
-        pages_per_row = ceil_div(S, page_size)
-        random = torch.Generator().manual_seed(0)
-        order = torch.randperm(B * pages_per_row, generator=random).to(device)
-        self._cache = _fill_pages(qkv, config, page_size, order)
-        table = order.int().view(B, pages_per_row)
-        lengths = torch.full((B,), S, dtype=torch.int32, device=device)
+        self.pages = _fill_pages(qkv, page_size)
+        self._cache = _make_cache(self.pages, config)
+        table, lengths = self.pages.table, self.pages.lengths
         start = torch.arange(B + 1, dtype=torch.int32, device=device) * n
         bounds = [row * n for row in range(B + 1)]
         whole = torch.arange(B + 1, dtype=torch.int32, device=device) * S
@@ -41,18 +75,32 @@ class PagedAttention:
     def run(self) -> Tensor:
         """Append the windows of the queries' tokens and attend: ``[B * n, Hq, D]``."""
         self._cache.append(self._batch)
-        return paged_attention(self._query, self._cache, self._batch)
+        return paged_attention(self.pages.query, self._cache, self._batch)
 
 
-def _fill_pages(qkv: QKV, config: InfLLMConfig, page_size: int, order: Tensor) -> PagedCache:
-    """Copy keys and values into pages, side by side as servers keep them, in the given order."""
-    _, Hkv, S, D = qkv.key.shape
+def _fill_pages(qkv: QKV, page_size: int) -> Pages:
+    """Copy keys and values into pages in random order, side by side as servers keep them."""
+    (B, Hkv, S, D), device = qkv.key.shape, qkv.key.device
+    pages_per_row = ceil_div(S, page_size)
+    random = torch.Generator().manual_seed(0)
+    order = torch.randperm(B * pages_per_row, generator=random).to(device).view(B, -1)
+    pages = qkv.key.new_empty(order.numel(), Hkv, page_size, 2 * D)
+    # Row by row: a copy of all rows may not fit in memory.
+    for own, key, value in zip(order, qkv.key, qkv.value, strict=True):
+        both = F.pad(torch.cat([key, value], 2), (0, 0, 0, -S % page_size))
+        pages[own] = both.unflatten(1, (-1, page_size)).transpose(0, 1)
+    query = qkv.query.transpose(1, 2).flatten(0, 1).contiguous()
+    lengths = torch.full((B,), S, dtype=torch.int32, device=device)
+    return Pages(query, pages, order.int(), lengths, S)
+
+
+def _make_cache(pages: Pages, config: InfLLMConfig) -> PagedCache:
+    """Put the pages beside empty windows."""
+    P, Hkv, page_size, _ = pages.both.shape
     entries = window_entries(config, page_size)
-    both = torch.cat([qkv.key, qkv.value], 3)
-    both = F.pad(both, (0, 0, 0, -S % page_size))
-    pages = torch.empty_like(both).view(len(order), Hkv, page_size, 2 * D)
-    pages[order] = both.unflatten(2, (-1, page_size)).transpose(1, 2).flatten(0, 1)
-    compressed, coarse = (pages.new_zeros(len(order), Hkv, count, D) for count in entries)
+    compressed, coarse = (
+        pages.both.new_zeros(P, Hkv, count, pages.query.shape[-1]) for count in entries
+    )
     return PagedCache(
-        config, pages[..., :D], pages[..., D:], compressed, coarse if entries.coarse else None
+        config, pages.key, pages.value, compressed, coarse if entries.coarse else None
     )

@@ -8,7 +8,9 @@ from typing import NamedTuple
 Row = Mapping[str, str]
 
 SHAPE = ("device", "dtype", "B", "Hq", "Hkv", "D", "mode", "inputs", "S")
-_BASELINES = ("dense", "nsa", "rival")  # values of the column op; speed-ups are over the first
+DENSE_PAGED = "dense_paged"  # a value of the column op: dense attention over pages
+PAGED, DECODE_PAGED = "paged", "decode_paged"  # variants of ours over pages
+_BASELINES = ("dense", DENSE_PAGED, "nsa", "rival")  # values of the column op
 
 
 class Method(NamedTuple):
@@ -22,6 +24,11 @@ class Method(NamedTuple):
     def label(self) -> str:
         """The engine, and its attention settings where they are not those of ``attention``."""
         return f"{self.variant}, {self.settings}" if self.settings else self.variant
+
+    @property
+    def is_paged(self) -> bool:
+        """Whether it is sparse attention over pages, to be compared with dense one over pages."""
+        return self.op == "infllm_attention" and self.variant in (PAGED, DECODE_PAGED)
 
 
 Times = Mapping[Method, float]
@@ -64,7 +71,9 @@ def by_run(rows: Iterable[Row]) -> dict[tuple[str, ...], list[dict[Method, float
 def speed_ups(rows: Iterable[Row]) -> dict[tuple[str, ...], dict[str, float]]:
     """Compute the speed-up of each engine over the fastest dense attention, by shape.
 
-    For each engine, the newest run that also measured that dense attention counts.
+    Attention over pages is compared with dense attention over pages, other attention with dense
+    attention over one piece. For each engine, the newest run that also measured that dense
+    attention counts.
 
     Returns:
         ``{values of SHAPE: {label of engine and attention settings: ratio}}``.
@@ -72,22 +81,19 @@ def speed_ups(rows: Iterable[Row]) -> dict[tuple[str, ...], dict[str, float]]:
     ratios: dict[tuple[str, ...], dict[str, float]] = {}
     for shape, runs in by_run(rows).items():
         newest = {key: ms for times in reversed(runs) for key, ms in times.items()}
-        dense = fastest_dense(newest)
         for times in runs:
-            if dense and Method("dense", dense[0]) in times:
-                for ours in _engines(times):
-                    ratio = times[Method("dense", dense[0])] / times[ours]
+            for ours in _engines(times):
+                dense = fastest_dense(newest, ours)
+                if dense in times:
+                    ratio = times[dense] / times[ours]
                     ratios.setdefault(shape, {}).setdefault(ours.label, ratio)
     return ratios
 
 
-def fastest_dense(times: Times) -> tuple[str, float] | None:
-    """Return name and milliseconds of the fastest dense attention at a shape."""
-    dense = [(ms, method.variant) for method, ms in times.items() if method.op == "dense"]
-    if not dense:
-        return None
-    ms, variant = min(dense)
-    return variant, ms
+def fastest_dense(times: Times, ours: Method) -> Method | None:
+    """Return the fastest dense attention at a shape that an attention is compared with."""
+    op = DENSE_PAGED if ours.is_paged else "dense"
+    return min((method for method in times if method.op == op), key=times.__getitem__, default=None)
 
 
 def shape_of(row: Row) -> tuple[str, ...]:
@@ -101,7 +107,8 @@ def speed_table(
     """Tabulate milliseconds of stages, whole attention and baselines, and the ratios of the last.
 
     Where a run has ``variants``, the column ``x default`` is the speed-up over ``attention`` by the
-    same engine.
+    same engine. Where it has dense attention over pages, attention over pages has the fastest of
+    them in the columns ``fastest over pages`` and ``x pages``.
 
     Args:
         rows: Rows of the CSV.
@@ -120,6 +127,8 @@ def speed_table(
     header = ["mode", "queries", "batch", "heads", "tokens", "engine"]
     header += ["settings"] * compares + ["select", "lists", "attend", "all ms"]
     header += ["x default"] * compares
+    has_pages = any(method.op == DENSE_PAGED for method in measured)
+    header += ["fastest over pages", "x pages"] * has_pages
     header += [title for method in baselines for title in (method.variant, "x")]
     lines = []
     for shape, times in shapes.items():
@@ -130,10 +139,14 @@ def speed_table(
             line += [_ms(times.get(stage)) for stage in stages_of(ours)]
             line.append(_ms(times[ours]))
             line += [_ratio(times.get(ours._replace(settings="")), times[ours])] * compares
+            dense = fastest_dense(times, ours) if ours.is_paged else None
+            best = ["", ""] if dense is None else [dense.variant, _ratio(times[dense], times[ours])]
+            line += best * has_pages
             for baseline in baselines:
                 ms = times.get(baseline)
                 word = reasons.get(shape, {}).get(baseline.variant, "").partition(":")[0]
-                line += [_ms(ms) or word, _ratio(ms, times[ours])]
+                is_fair = baseline.op != DENSE_PAGED or ours.is_paged
+                line += [_ms(ms) or word, _ratio(ms, times[ours]) if is_fair else ""]
             lines.append(line)
     return header, lines
 

@@ -7,8 +7,7 @@ it.
 
 from __future__ import annotations
 
-import importlib
-import importlib.util
+import functools
 from collections.abc import Callable, Collection
 from typing import Any, NamedTuple
 
@@ -18,6 +17,7 @@ from torch import Tensor
 from benchmarking.correctness import IncorrectError, check_error, plain_attention
 from benchmarking.dense import Baseline
 from benchmarking.inputs import QKV
+from benchmarking.packages import UnavailableError, attempt, import_installed
 from infllm_flex import reference
 from infllm_flex.attention import infllm_attention
 from infllm_flex.config import InfLLMConfig
@@ -73,42 +73,29 @@ def rival_attentions(
         names: The packages to prepare; empty: all.
 
     Returns:
-        The packages that can be timed, by name, and for each of the others a word and the reason:
-        ``not installed``, ``wrong version``, ``not supported``, ``out of memory`` or ``wrong``.
+        The packages that can be timed, by name, and for each of the others the reason, as
+        `packages.attempt` gives it.
     """
     available, unavailable = {}, {}
     for rival in RIVALS:
         name = rival.form.format(config.num_selected)
         if names and name not in names:
             continue
-        try:
-            prepared = _prepare(rival, qkv, config)
-            _check(prepared, qkv, config)
-            available[name] = Baseline(prepared.attend, prepared.leaves)
-        except _UnavailableError as error:
-            unavailable[name] = str(error)
-        except IncorrectError as error:
-            unavailable[name] = f"wrong: {error}"
-        except torch.OutOfMemoryError:
-            unavailable[name] = "out of memory"
-        except (ImportError, AttributeError, TypeError) as error:
-            unavailable[name] = f"wrong version: {_line(error)}"
-        except Exception as error:  # compiled packages raise whatever they like
-            unavailable[name] = f"not supported: {_line(error)}"
+        baseline, reason = attempt(functools.partial(_prepare, rival, qkv, config))
+        if baseline is None:
+            unavailable[name] = reason
+        else:
+            available[name] = baseline
     return available, unavailable
 
 
-class _UnavailableError(Exception):
-    """A package cannot be tried; the message begins with the word for its cell."""
-
-
-def _prepare(rival: Rival, qkv: QKV, config: InfLLMConfig) -> Prepared:
-    package = rival.module.partition(".")[0]
-    if importlib.util.find_spec(package) is None:
-        raise _UnavailableError(f"not installed: {package}")
+def _prepare(rival: Rival, qkv: QKV, config: InfLLMConfig) -> Baseline:
+    module = import_installed(rival.module)
     if qkv.query.requires_grad and not rival.has_backward:
-        raise _UnavailableError("not supported: forward only")
-    return rival.prepare(importlib.import_module(rival.module), qkv, config)
+        raise UnavailableError("not supported: forward only")
+    prepared = rival.prepare(module, qkv, config)
+    _check(prepared, qkv, config)
+    return Baseline(prepared.attend, prepared.leaves)
 
 
 def _check(prepared: Prepared, qkv: QKV, config: InfLLMConfig) -> None:
@@ -144,10 +131,6 @@ def _check_gradients(prepared: Prepared, out: Tensor, qkv: QKV, config: InfLLMCo
         error = (difference.norm() / expected.double().norm()).item()
         if not error <= limit:
             raise IncorrectError(f"{name} differs from ours by {error:.3g}, allowed {limit:.3g}")
-
-
-def _line(error: BaseException) -> str:
-    return (str(error) or repr(error)).splitlines()[0]
 
 
 def _one_row(qkv: QKV) -> None:

@@ -116,7 +116,7 @@ class CaseSettings:
         tile_rows: Also time ``attend_blocks`` with tiles of these numbers of rows. A row is one
             head of one token. ``variant`` gives the blocks that a tile loads per selected block.
         page_size: Also time attention over a cache in pages of this many tokens, each token dense
-            or sparse by its position; 0: do not.
+            or sparse by its position, and dense attention over these pages; 0: do not.
     """
 
     lengths: tuple[int, ...]

@@ -14,6 +14,8 @@ from benchmarking.dense import Baseline, dense_attentions
 from benchmarking.inputs import QKV, make_qkv, with_gradients
 from benchmarking.nsa import nsa_attentions
 from benchmarking.paged import PagedAttention
+from benchmarking.paged_dense import paged_dense_subjects
+from benchmarking.report import PAGED
 from benchmarking.rivals import rival_attentions
 from benchmarking.settings import BenchmarkSettings, CaseSettings, Heads
 from benchmarking.stages import engine_steps
@@ -54,7 +56,8 @@ def make_subjects(
         subjects += [dataclasses.replace(stage, settings=name) for stage in stages]
         if case.page_size:
             paged = PagedAttention(qkv, config, case.page_size)
-            subjects.append(Subject("infllm_attention", "paged", paged.run, settings=name))
+            subjects.append(Subject("infllm_attention", PAGED, paged.run, settings=name))
+            pages = paged.pages
     if case.tile_rows:
         subjects += _tilings(qkv, settings.attention, case.tile_rows, grad_out)
     attentions, unavailable = dense_attentions(qkv, case.baselines)
@@ -64,6 +67,12 @@ def make_subjects(
         )
         for name, dense in attentions.items()
     ]
+    if case.page_size:
+        over_pages, without_pages = paged_dense_subjects(
+            qkv, pages, case.baselines, has_packages=qkv.key.is_cuda
+        )
+        subjects += over_pages
+        unavailable |= without_pages
     if qkv.query.is_cuda:
         attentions, without_nsa = nsa_attentions(qkv, settings.attention, case.baselines)
         subjects += _nsa(attentions, grad_out)

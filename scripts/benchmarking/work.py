@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
+from benchmarking.report import DENSE_PAGED
 from benchmarking.settings import BenchmarkSettings, FloorSettings, Heads
 from infllm_flex.config import InfLLMConfig
 
@@ -63,7 +64,8 @@ def work_of(op: str, mode: str, settings: BenchmarkSettings, heads: Heads, S: in
             return attend
         return select + attend
     own = visible_pairs(config, S)
-    pairs = {"attend": own, "attend_blocks": own, "dense": S * (S + 1) / 2}.get(op)
+    every = S * (S + 1) / 2
+    pairs = {"attend": own, "attend_blocks": own, "dense": every, DENSE_PAGED: every}.get(op)
     if pairs is None:
         return None
     return Work(2.0 * _PRODUCTS[mode] * B * heads.query * D * pairs, float(rows * _PASSES[mode]))
@@ -85,6 +87,7 @@ def _work_of_step(op: str, settings: BenchmarkSettings, heads: Heads, S: int) ->
         "select_blocks": select,
         "infllm_attention": select + attend(min(S, config.budget_tokens)),
         "dense": attend(S),
+        DENSE_PAGED: attend(S),
     }.get(op)
 
 
