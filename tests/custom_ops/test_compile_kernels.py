@@ -318,6 +318,9 @@ def test_compiles_without_spills(
         (_cached, (BRAIN, 128, 16)),
         (_redo, (BRAIN, 128, 16)),
         (_attend, (BRAIN, 128, 16, 8)),
+        (_paged, (BRAIN, 128, 16)),
+        (_paged, (BRAIN, 128, 16, 16)),
+        (_paged_chunk, (BRAIN, 128, 16)),
     ],
 )
 def test_another_triton_compiles_every_operator_for_hopper(

@@ -72,6 +72,7 @@ def _write_windows(cache, windows, C, LEVEL: tl.constexpr, TILE: tl.constexpr):
     k, start, end, Hkv = cache.k, cache.start, cache.end, cache.Hkv
     SIZE: tl.constexpr = LEVEL.SIZE
     STRIDE: tl.constexpr = LEVEL.STRIDE
+    PAGING: tl.constexpr = LEVEL.PAGING  # Triton 3.6 passes no part of a tuple on as a constant
     written = (tl.maximum(end - start - cache.num_new + (STRIDE - SIZE), 0) // STRIDE).to(tl.int32)
     complete = (tl.maximum(end - start + (STRIDE - SIZE), 0) // STRIDE).to(tl.int32)
     count = (tl.minimum(complete, C) - written) * Hkv
@@ -100,7 +101,7 @@ def _write_windows(cache, windows, C, LEVEL: tl.constexpr, TILE: tl.constexpr):
             TILE.BLOCK_D,
         )
         out_ptr = windows_ptr + head * windows.h
-        out_ptr = out_ptr + entry_offset(windows, window[:, None], row, LEVEL.PAGING)
+        out_ptr = out_ptr + entry_offset(windows, window[:, None], row, PAGING)
         out_ptr = out_ptr + d * windows.d
         tl.store(out_ptr, mean, mask=mask)
 
