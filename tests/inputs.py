@@ -57,7 +57,7 @@ def make_selected(
     random = torch.Generator().manual_seed(seed)
     num_blocks = -(-S // block_size)
     own = torch.arange(S)[:, None] // block_size
-    score = torch.rand(B, Hkv, S, num_blocks, generator=random)
+    score = on_default_device(torch.rand(B, Hkv, S, num_blocks, generator=random, device="cpu"))
     block = torch.arange(num_blocks)
     score = score.masked_fill(block > own, -1.0).masked_fill(block == own, 2.0)
     best, index = score.topk(min(K, num_blocks))

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from infllm_flex import CompressedKeys, InfLLMConfig
 from infllm_flex.decoding import PagedBatch, PagedCache, window_entries
+from tests.inputs import on_default_device
 
 _NO_PAGE = 1 << 30  # reading it is an error, or ends the process
 
@@ -83,8 +84,9 @@ def draw_rows(
     max_pages = -(-max(lengths) // page_size) + spare
     shape = (len(lengths), Hkv, max_pages * page_size, D)
     draw = functools.partial(torch.randint, -3, 4) if whole_numbers else torch.randn
-    k, v = (draw(shape, generator=random).to(dtype) for _ in range(2))
-    own = list(torch.randperm(len(lengths) * max_pages + 3, generator=random))
+    drawn = (draw(shape, generator=random, device="cpu") for _ in range(2))
+    k, v = (on_default_device(x).to(dtype) for x in drawn)
+    own = torch.randperm(len(lengths) * max_pages + 3, generator=random, device="cpu").tolist()
     prefix = [own.pop() for _ in range(shared)]
     cache = allocate_pages(config, len(lengths) * max_pages + 3, page_size, Hkv, D, dtype)
     table = torch.full((len(lengths), max_pages), _NO_PAGE, dtype=torch.int32)

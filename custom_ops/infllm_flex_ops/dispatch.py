@@ -78,6 +78,11 @@ def cuda_launcher(
 
     @op.register_kernel("cuda")
     def launch(*args: Any) -> Any:
+        if args[0].dtype is torch.float64:
+            raise NotImplementedError(
+                "block selection and sparse attention have no float64 on a GPU: cast to float32, "
+                "bfloat16 or float16, or run on the CPU"
+            )
         return find()(*args) if pack is None else find()(*pack(*args))
 
     op.launcher, op.pack, op.on_cuda = find, pack, launch  # type: ignore[attr-defined]

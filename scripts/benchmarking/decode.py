@@ -6,6 +6,7 @@ import functools
 import warnings
 from collections.abc import Callable
 from contextlib import nullcontext
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -117,6 +118,18 @@ def _not_captured(run: Callable[[], Tensor]) -> Callable[[], Any]:
     return run
 
 
+@dataclass(frozen=True)
+class _Replay:
+    """A CUDA graph, and what was captured: the graph alone does not keep its tensors alive."""
+
+    graph: torch.cuda.CUDAGraph
+    run: Callable[[], Tensor]
+
+    def __call__(self) -> None:
+        """Run the graph."""
+        self.graph.replay()
+
+
 def _capture(run: Callable[[], Tensor]) -> Callable[[], Any]:
     """Capture in a CUDA graph, after warm-up runs that compile the kernels."""
     side = torch.cuda.Stream()
@@ -128,4 +141,4 @@ def _capture(run: Callable[[], Tensor]) -> Callable[[], Any]:
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         run()
-    return graph.replay
+    return _Replay(graph, run)

@@ -231,6 +231,7 @@ def _compile(launch: Launch, capability: int) -> Resources:
         (_select_pooled, (HALF, 256)),
         (_select_pooled, (EIGHT, 128)),
         (_select_pooled, (EIGHT, 64, 4)),
+        (_select_pooled, (EIGHT, 16)),  # a matrix instruction multiplies 32 elements of float8
         (_select_pooled, (EIGHT, 256)),
         (_select_pooled, (FLOAT, 128)),
         (_select_pooled, (EIGHT, 80, 1, 1 << 18)),  # picks from a few segments

@@ -43,6 +43,12 @@ def test_the_launcher_takes_the_arguments_of_the_operator(op):
             assert found[argument].default == parameters[argument].default
 
 
+@pytest.mark.parametrize("name", ["compress_keys", "select_blocks", "attend_blocks"])
+def test_float64_is_refused_on_a_gpu(name):
+    with pytest.raises(NotImplementedError, match="no float64 on a GPU: cast to float32"):
+        getattr(infllm_flex_ops, name).on_cuda(torch.ones(1, 1, 32, 4, dtype=torch.float64))
+
+
 def test_a_definition_is_called_directly_only_where_the_dispatcher_adds_nothing():
     op, x = infllm_flex_ops.compress_keys, torch.ones(1, 1, 32, 4)
     assert skip_dispatcher(op, x) is op

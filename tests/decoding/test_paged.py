@@ -169,7 +169,10 @@ def test_views_that_do_not_fit_are_refused():
         ({"value": cache.value[:2]}, r"value must be \[3, 2, 16, 16\], got \[2, 2, 16, 16\]"),
         ({"compressed": cache.coarse}, r"compressed must be \[3, 2, 4, 16\], got \[3, 2, 1, 16\]"),
         ({"coarse": None}, "coarse must hold 1 entries per page for lse = 'coarse', got none"),
-        ({"value": cache.value.half()}, "value must be torch.float32 on cpu as key is"),
+        (
+            {"value": cache.value.half()},
+            f"value must be torch.float32 on {cache.key.device} as key",
+        ),
         ({"value": cache.value.mT.contiguous().mT}, "must lie side by side, got stride 16"),
     ):
         with pytest.raises(ValueError, match=message):
@@ -177,7 +180,7 @@ def test_views_that_do_not_fit_are_refused():
     rows = draw_rows(config, [20], 16)
     for query, message in (
         (torch.zeros(1, 3, 16), r"\[T, Hq, D\] with Hq a multiple of 2 and D = 16, got"),
-        (torch.zeros(1, 4, 16).half(), "query must be torch.float32 on cpu as the pages are"),
+        (torch.zeros(1, 4, 16).half(), f"query must be torch.float32 on {cache.key.device} as the"),
     ):
         with pytest.raises(ValueError, match=message):
             paged_attention(query, rows.cache, rows.batch([1]))

@@ -137,7 +137,8 @@ def choose_pooled_tile(
     inputs: Inputs, slots: int, has_little_shared_memory: bool
 ) -> tuple[Tile, dict[str, int]]:
     """Choose the sizes of a program that scores pooled queries, and its warps and stages."""
-    block_d = max(16, triton.next_power_of_2(inputs.head_dim))
+    fewest = 32 if inputs.element_size == 1 else 16  # that a matrix instruction multiplies
+    block_d = max(fewest, triton.next_power_of_2(inputs.head_dim))
     fp32 = inputs.element_size > 2
     if fp32:  # without tensor cores the tile must fit in registers
         tokens, block_n, warps, stages = 32, 32, 8, 1
