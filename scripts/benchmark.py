@@ -76,7 +76,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--config", required=True, metavar="FILE", help="a YAML file of configs/")
     parser.add_argument("overrides", nargs="*", metavar="section.key=value")
     parser.add_argument("--print-config", action="store_true", help="show all settings and stop")
-    return parser.parse_args()
+    return parser.parse_intermixed_args()
 
 
 def benchmark(settings: BenchmarkSettings) -> None:

@@ -91,7 +91,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--queries", type=int, default=512, metavar="N", help="of a sequence")
     parser.add_argument("--table", type=Path, required=True, metavar="CSV")
     parser.add_argument("overrides", nargs="*", metavar="section.key=value")
-    return parser.parse_args()
+    return parser.parse_intermixed_args()
 
 
 def judge_seed(settings: TrainingSettings, seed: int, queries: int) -> Iterator[tuple[Arm, Result]]:

@@ -57,7 +57,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--length", required=True, type=int, help="tokens of the text to read")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("overrides", nargs="*", metavar="attention.key=value")
-    return parser.parse_args()
+    return parser.parse_intermixed_args()
 
 
 def read_tokens(text: Path, model: Path, length: int) -> torch.Tensor:

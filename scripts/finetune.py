@@ -91,7 +91,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument(
         "--processes", type=int, metavar="N", help="with --dry-run: assume N processes"
     )
-    return parser.parse_args()
+    return parser.parse_intermixed_args()
 
 
 def export(settings: TrainingSettings, target: Path) -> int:

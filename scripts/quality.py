@@ -85,7 +85,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument(
         "--max-seconds", type=float, metavar="N", help="stop after N seconds, as Ctrl-C does"
     )
-    return parser.parse_args()
+    return parser.parse_intermixed_args()
 
 
 def state(folder: Folder, part: Part) -> str:

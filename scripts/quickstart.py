@@ -87,7 +87,7 @@ def parse_arguments() -> argparse.Namespace:
     )
     parser.add_argument("--config", default="configs/quickstart.yaml", metavar="FILE")
     parser.add_argument("overrides", nargs="*", metavar="section.key=value")
-    return parser.parse_args()
+    return parser.parse_intermixed_args()
 
 
 def check_folders(settings: TrainingSettings) -> None:

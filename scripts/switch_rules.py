@@ -78,7 +78,7 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--length", required=True, type=int, help="tokens of each text to read")
     parser.add_argument("--csv", type=Path, metavar="FILE", help="file to add rows to")
     parser.add_argument("overrides", nargs="*", metavar="attention.key=value")
-    return parser.parse_args(arguments)
+    return parser.parse_intermixed_args(arguments)
 
 
 def load(folder: Path | None, package: str) -> tuple[Any, Any]:

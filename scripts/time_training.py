@@ -40,7 +40,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument(
         "--repeats", type=int, default=3, help="measurements, of which the smallest is shown"
     )
-    options = parser.parse_args(arguments)
+    options = parser.parse_intermixed_args(arguments)
     document = load_yaml(options.config, options.overrides)
     settings = find_model(build_dataclass(TrainingSettings, document))
     with tempfile.TemporaryDirectory() as folder:
