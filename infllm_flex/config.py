@@ -151,6 +151,16 @@ class InfLLMConfig:
         return self.num_selected * self.block_size
 
     @property
+    def uses_coarse_keys(self) -> bool:
+        """Whether coarse keys normalise the scores."""
+        return self.lse == "coarse" and not self.pool_queries
+
+    @property
+    def scores_keys(self) -> bool:
+        """Whether the keys themselves are scored, so that no compressed keys are kept."""
+        return self.pool_queries and self.kernel_size == 1
+
+    @property
     def longest_dense(self) -> int:
         """Tokens of the longest sequence that is dense."""
         return max(self.dense_len - 1, 0)

@@ -18,6 +18,8 @@ from infllm_flex_ops.selection.select_blocks_pooled import select_blocks_pooled
 from infllm_flex_ops.selection.select_cached_blocks import select_cached_blocks
 from infllm_flex_ops.selection.select_cached_blocks_pooled import select_cached_blocks_pooled
 from infllm_flex_ops.selection.select_paged_blocks import select_paged_blocks
+from infllm_flex_ops.selection.select_paged_blocks_pooled import select_paged_blocks_pooled
+from infllm_flex_ops.selection.select_paged_chunk_pooled import select_paged_chunk_pooled
 
 __all__ = [
     "append_paged_windows",
@@ -35,6 +37,8 @@ __all__ = [
     "select_cached_blocks",
     "select_cached_blocks_pooled",
     "select_paged_blocks",
+    "select_paged_blocks_pooled",
+    "select_paged_chunk_pooled",
     "split_shared_blocks",
     "tile_blocks",
     "transpose_blocks",

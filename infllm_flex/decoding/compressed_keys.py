@@ -60,7 +60,7 @@ class CompressedKeys:
         else:
             self.compressed = _allocate(key, config.kernel_size, config.kernel_stride)
         self.coarse = self.compressed
-        if config.lse == "coarse" and not config.pool_queries:
+        if config.uses_coarse_keys:
             self.coarse = _allocate(key, config.coarse_size, config.coarse_stride)
         self.start = torch.zeros(key.shape[0], dtype=torch.int64, device=key.device)
         self.end = torch.zeros_like(self.start)
@@ -68,7 +68,7 @@ class CompressedKeys:
     @property
     def scores_keys(self) -> bool:
         """Whether the keys of the cache themselves are scored; nothing is then compressed here."""
-        return self.config.pool_queries and self.config.kernel_size == 1
+        return self.config.scores_keys
 
     @without_grad
     def append(

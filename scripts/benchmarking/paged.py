@@ -98,9 +98,6 @@ def _make_cache(pages: Pages, config: InfLLMConfig) -> PagedCache:
     """Put the pages beside empty windows."""
     P, Hkv, page_size, _ = pages.both.shape
     entries = window_entries(config, page_size)
-    compressed, coarse = (
-        pages.both.new_zeros(P, Hkv, count, pages.query.shape[-1]) for count in entries
-    )
-    return PagedCache(
-        config, pages.key, pages.value, compressed, coarse if entries.coarse else None
-    )
+    D = pages.query.shape[-1]
+    windows = (pages.both.new_zeros(P, Hkv, count, D) if count else None for count in entries)
+    return PagedCache(config, pages.key, pages.value, *windows)

@@ -93,8 +93,7 @@ def _work_of_step(op: str, settings: BenchmarkSettings, heads: Heads, S: int) ->
 
 def _scored_keys(config: InfLLMConfig, S: int) -> float:
     """Count the keys that score the last query: compressed keys, and coarse keys to normalise."""
-    has_coarse = config.lse == "coarse" and not config.pool_queries
-    return (1.25 if has_coarse else 1.0) * S / config.kernel_stride
+    return (1.25 if config.uses_coarse_keys else 1.0) * S / config.kernel_stride
 
 
 def _scores(config: InfLLMConfig, heads: Heads, products: float) -> Work:

@@ -239,20 +239,27 @@ def test_pages_are_timed_beside_one_piece(run_script, config, tmp_path):
         "cases={step: {lengths: [256], mode: decode, batch: 2, page_size: 32}, "
         "prompt: {lengths: [256], page_size: 32}}"
     )
-    status, _, err = run_script("benchmark", "--config", config, cases)
+    every_key = (
+        "variants={every_key: {kernel_size: 1, kernel_stride: 1, pool_queries: true, "
+        "block_size: 16, window_size: 32, topk: 3, dense_len: -1}}"
+    )
+    status, _, err = run_script("benchmark", "--config", config, cases, every_key)
     assert status == 0, err
-    timed = {(row["op"], row["variant"], row["mode"]) for row in rows_of(tmp_path / "out.csv")}
-    assert {
-        ("infllm_attention", "decode", "decode"),
-        ("infllm_attention", "decode_paged", "decode"),
-        ("infllm_attention", "fused", "forward"),
-        ("infllm_attention", "paged", "forward"),
-    } <= timed
+    rows = rows_of(tmp_path / "out.csv")
+    for settings in ("", "every_key"):
+        timed = {
+            (row["op"], row["variant"], row["mode"]) for row in rows if row["settings"] == settings
+        }
+        assert {
+            ("infllm_attention", "decode", "decode"),
+            ("infllm_attention", "decode_paged", "decode"),
+            ("infllm_attention", "fused", "forward"),
+            ("infllm_attention", "paged", "forward"),
+        } <= timed
 
 
 def test_pages_that_do_not_serve_a_setting_are_named(run_script, config, tmp_path):
     case = "cases={step: {lengths: [256], mode: decode, page_size: 32}}"
-    pooled = "attention.pool_queries=true", "attention.kernel_size=4"
-    status, _, err = run_script("benchmark", "--config", config, case, *pooled)
+    status, _, err = run_script("benchmark", "--config", config, case, "attention.use_nope=true")
     assert status == 2
-    assert "need other attention: pool_queries is not served from pages" in err
+    assert "need other attention: use_nope is not served from pages" in err

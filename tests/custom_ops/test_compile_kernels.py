@@ -199,6 +199,35 @@ def _paged_chunk(dtype: torch.dtype, D: int, G: int, page_size: int = 64) -> Non
     attend_blocks.launch_paged(q, k, v, selected, table, 8192, 64, D**-0.5)
 
 
+def _paged_pooled(
+    dtype: torch.dtype, D: int, G: int, n: int, float8: bool, page_size: int = 64, window: int = 1
+) -> None:
+    from infllm_flex_ops.selection.kernels.decode.launch_pooled import launch_paged
+
+    q, keys = (
+        _meta(*shape, D, dtype=dtype) for shape in ((4, 2 * G), (4096, 2, page_size // window))
+    )
+    where = (_meta(4, 32768 // page_size, dtype=torch.int32), *_meta(2, 4, dtype=torch.int32))
+    rule = SelectionRule.from_pooled(window, 64, 1, 4, 96)
+    launch_paged(q, keys, *where, rule, 8192, 128, n, float8)
+
+
+def _paged_pooled_chunk(
+    dtype: torch.dtype,
+    D: int,
+    float8: bool,
+    page_size: int = 64,
+    window: int = 1,
+    kv_len: int = 8192,
+) -> None:
+    from infllm_flex_ops.selection.kernels.prefill.launch_pooled import launch_paged
+
+    q = _meta(2, 2048, D, dtype=EIGHT if float8 else dtype)
+    keys = _meta(4096, 2, page_size // window, D, dtype=dtype)
+    table = _meta(kv_len // page_size, dtype=torch.int32)
+    launch_paged(q, keys, table, kv_len, SelectionRule.from_pooled(window, 64, 1, 4, 96))
+
+
 def _compile(launch: Launch, capability: int) -> Resources:
     """Compile a launch, and print the resources that it takes."""
     used = compile_for(launch, capability)
@@ -264,6 +293,23 @@ def _compile(launch: Launch, capability: int) -> Resources:
         (_paged, (HALF, 128, 1, 16)),  # a block of four pages
         pytest.param(_paged, (HALF, 80, 7, 16, 16), marks=pytest.mark.slow),
         pytest.param(_paged, (FLOAT, 128, 4), marks=pytest.mark.slow),
+        (_paged_pooled, (BRAIN, 128, 16, 1, True)),
+        (_paged_pooled, (BRAIN, 64, 4, 4, False, 128)),
+        (_paged_pooled, (HALF, 128, 1, 1, True, 16)),  # a block of four pages
+        (_paged_pooled, (HALF, 256, 4, 16, True)),
+        (_paged_pooled, (FLOAT, 128, 3, 1, False)),
+        pytest.param(_paged_pooled, (BRAIN, 80, 7, 16, True, 16, 4), marks=pytest.mark.slow),
+        pytest.param(_paged_pooled, (FLOAT, 256, 4, 5, True), marks=pytest.mark.slow),
+        (_paged_pooled_chunk, (BRAIN, 128, True)),
+        (_paged_pooled_chunk, (BRAIN, 128, False, 128)),
+        (_paged_pooled_chunk, (BRAIN, 64, True, 16)),
+        (_paged_pooled_chunk, (HALF, 256, True)),
+        (_paged_pooled_chunk, (HALF, 256, False, 16)),
+        (_paged_pooled_chunk, (FLOAT, 128, True)),
+        (_paged_pooled_chunk, (FLOAT, 128, False)),
+        (_paged_pooled_chunk, (BRAIN, 80, True, 64, 4, 1 << 18)),  # picks from a few segments
+        pytest.param(_paged_pooled_chunk, (FLOAT, 256, True), marks=pytest.mark.slow),
+        pytest.param(_paged_pooled_chunk, (BRAIN, 64, False, 64), marks=pytest.mark.slow),
         (_paged_chunk, (BRAIN, 128, 16)),
         (_paged_chunk, (HALF, 64, 4, 128)),
         pytest.param(_paged_chunk, (BRAIN, 128, 1, 16), marks=pytest.mark.slow),
@@ -322,6 +368,9 @@ def test_compiles_without_spills(
         (_paged, (BRAIN, 128, 16)),
         (_paged, (BRAIN, 128, 16, 16)),
         (_paged_chunk, (BRAIN, 128, 16)),
+        (_paged_pooled, (BRAIN, 128, 16, 1, True)),
+        (_paged_pooled_chunk, (BRAIN, 128, True)),
+        (_paged_pooled_chunk, (BRAIN, 128, False, 16)),
     ],
 )
 def test_another_triton_compiles_every_operator_for_hopper(

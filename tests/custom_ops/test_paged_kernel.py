@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from infllm_flex.decoding import select_cached
-from infllm_flex.decoding.paged.attention import select_chunk
+from infllm_flex.decoding.paged.selection import select_chunk
 from infllm_flex_ops import (
     append_paged_windows,
     attend_paged_blocks,

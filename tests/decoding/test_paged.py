@@ -12,6 +12,13 @@ from tests.paged import allocate_pages, draw_rows, query_start
 from tests.tolerance import assert_within_rounding
 from tests.watch import WatchTensors
 
+SCORINGS = [
+    {"lse": "coarse"},
+    {"lse": "exact"},
+    {"pool_queries": True, "kernel_size": 1, "kernel_stride": 1},
+    {"pool_queries": True, "kernel_size": 4, "kernel_stride": 4},
+]
+
 
 def refer(q, k, v, config):
     """Attend by the reference, each query dense or sparse by its position; and plainly in float32.
@@ -40,13 +47,13 @@ def refer(q, k, v, config):
     dense_len=st.sampled_from([-1, 60, 200]),
     page_size=st.sampled_from([16, 32, 64]),
     group=st.sampled_from([1, 3, 4]),
-    lse=st.sampled_from(["coarse", "exact"]),
+    scoring=st.sampled_from(SCORINGS),
     seed=st.integers(0, 100),
 )
 def test_rows_of_any_lengths_in_any_chunks_attend_as_the_reference(
-    lengths, steps, dense_len, page_size, group, lse, seed
+    lengths, steps, dense_len, page_size, group, scoring, seed
 ):
-    config = small_config(dense_len=dense_len, lse=lse)
+    config = small_config(dense_len=dense_len, **scoring)
     rows = draw_rows(config, [*lengths, 1], page_size, seed=seed)
     lengths = rows.lengths
     q = make_qkv(max(lengths), B=len(lengths), Hq=2 * group, seed=seed)[0]
@@ -94,8 +101,9 @@ def test_a_shared_prefix_is_never_compressed_again():
     assert_within_rounding(out, exact[:, -3:].transpose(0, 1), plain[:, -3:].transpose(0, 1))
 
 
-def test_steps_read_no_value():
-    rows = draw_rows(small_config(), [200, 0, 64], 32)
+@pytest.mark.parametrize("scoring", SCORINGS[::2], ids=str)
+def test_steps_read_no_value(scoring):
+    rows = draw_rows(small_config(**scoring), [200, 0, 64], 32)
     batch = PagedBatch.of_steps(rows.block_table, rows.seq_lens, query_start([1, 0, 1]), 1)
     rows.cache.append(rows.batch(rows.lengths))
     query = make_qkv(3, Hq=4)[0][0].transpose(0, 1)  # the last one is padding
@@ -105,15 +113,16 @@ def test_steps_read_no_value():
     cache = PagedCache(
         rows.cache.config,
         *(x.to("meta") for x in (rows.cache.key, rows.cache.value)),
-        *(x.to("meta") for x in (rows.cache.compressed, rows.cache.coarse)),
+        *(None if x is None else x.to("meta") for x in (rows.cache.compressed, rows.cache.coarse)),
     )
     batch = PagedBatch.of_steps(*fake, 1)
     cache.append(batch)
     assert paged_attention(query.to("meta"), cache, batch).shape == query.shape
 
 
-def test_a_chunk_makes_nothing_of_the_size_of_all_pages():
-    config = small_config()
+@pytest.mark.parametrize("scoring", SCORINGS[::2], ids=str)
+def test_a_chunk_makes_nothing_of_the_size_of_all_pages(scoring):
+    config = small_config(**scoring)
     rows = draw_rows(config, [300, 7, 4000], 64)
     rows.cache.append(rows.batch(rows.lengths))
     query = make_qkv(40, Hq=4)[0][0].transpose(0, 1)
@@ -147,12 +156,15 @@ def test_a_page_that_does_not_fit_is_refused(settings, page_size, message):
         window_entries(small_config(**settings), page_size)
 
 
-@pytest.mark.parametrize(
-    "settings", [{"pool_queries": True, "kernel_size": 4}, {"use_nope": True}], ids=str
-)
-def test_settings_that_pages_do_not_serve_are_refused_by_name(settings):
-    with pytest.raises(NotImplementedError, match=f"{next(iter(settings))} is not served"):
-        window_entries(small_config(**settings), 16)
+def test_every_key_scored_takes_nothing_of_the_cache():
+    every_key = {"pool_queries": True, "kernel_size": 1, "kernel_stride": 1}
+    assert window_entries(small_config(**every_key), 16) == (0, 0)
+    assert window_entries(small_config(pool_queries=True, kernel_size=4), 16) == (4, 0)
+
+
+def test_settings_that_pages_do_not_serve_are_refused_by_name():
+    with pytest.raises(NotImplementedError, match=r"use_nope is not served .* after the rotary"):
+        window_entries(small_config(use_nope=True), 16)
 
 
 def test_views_that_do_not_fit_are_refused():
@@ -168,7 +180,7 @@ def test_views_that_do_not_fit_are_refused():
         ({"key": cache.key[0]}, r"key must be \[P, Hkv, page, D\], got shape \(2, 16, 16\)"),
         ({"value": cache.value[:2]}, r"value must be \[3, 2, 16, 16\], got \[2, 2, 16, 16\]"),
         ({"compressed": cache.coarse}, r"compressed must be \[3, 2, 4, 16\], got \[3, 2, 1, 16\]"),
-        ({"coarse": None}, "coarse must hold 1 entries per page for lse = 'coarse', got none"),
+        ({"coarse": None}, "coarse must hold 1 entries per page for these settings, got none"),
         (
             {"value": cache.value.half()},
             f"value must be torch.float32 on {cache.key.device} as key",

@@ -100,19 +100,22 @@ class CachedRows(NamedTuple):
         return cls(ragged, pages, None, seq_lens, len(block_table), max_queries, page_size)
 
     def pipeline(self, options: dict[str, int]) -> dict[str, int]:
-        """Deepen the pipeline of a kernel's loop for a cache in pages.
-
-        There a load waits for the look-up of its page. Two more stages keep as many keys under way
-        as without it.
-        """
-        num_stages = options["num_stages"]
-        if self.pages is None or num_stages == 1:
-            return options
-        return {**options, "num_stages": num_stages + 2}
+        """Deepen the pipeline of a kernel's loop for a cache in pages."""
+        return options if self.pages is None else deepen_pipeline(options)
 
     def windows(self, size: int, stride: int) -> "Paging | None":
         """How windows of ``size`` tokens every ``stride`` lie in pages."""
         return Paging.of_windows(self.page_size, size, stride) if self.page_size else None
+
+
+def deepen_pipeline(options: dict[str, int]) -> dict[str, int]:
+    """Deepen the pipeline of a kernel's loop over pages.
+
+    There a load waits for the look-up of its page. Two more stages keep as many keys under way as
+    without it.
+    """
+    num_stages = options["num_stages"]
+    return options if num_stages == 1 else {**options, "num_stages": num_stages + 2}
 
 
 @triton.jit
@@ -179,6 +182,32 @@ def entry_offset(x, index, row, PAGING: tl.constexpr):
         place = entry // PAGING.PER_PAGE * PAGING.STEP + (PAGING.STEP - 1)
         page = tl.load(row.table + place, mask=row.exists, other=0)
         offset = page.to(tl.int64) * x.b + (entry % PAGING.PER_PAGE).to(tl.int64) * x.s
+    return offset
+
+
+@triton.jit
+def step_offset(x, first, index, count, table, PAGING: tl.constexpr, STEP: tl.constexpr):
+    """Offsets of one step's windows, which follow each other, from the pointer of a view, int64.
+
+    A step that lies in one page takes one look-up.
+
+    Args:
+        x: View of the windows.
+        first: First window of the step, a multiple of ``STEP``.
+        index: All its windows.
+        count: Windows of the row; later ones are not looked up.
+        table: Pointer to the pages of the row, or None.
+        PAGING: The ``Paging`` of windows that do not overlap, or None.
+        STEP: Windows of the step.
+    """
+    if PAGING is None:
+        offset = index.to(tl.int64) * x.s
+    elif PAGING.PER_PAGE % STEP == 0:
+        page = tl.load(table + first // PAGING.PER_PAGE, mask=first < count, other=0)
+        entry = first % PAGING.PER_PAGE + (index - first)
+        offset = page.to(tl.int64) * x.b + entry.to(tl.int64) * x.s
+    else:
+        offset = entry_offset(x, index, RowPages(table, index < count), PAGING)
     return offset
 
 

@@ -17,9 +17,11 @@ from infllm_flex_ops.pages import entries_per_page
 class WindowEntries(NamedTuple):
     """Room for windows in a page: entries of ``[Hkv, D]`` in the dtype of the keys.
 
+    Either is 0 where the settings need none.
+
     Attributes:
         compressed: Compressed keys.
-        coarse: Coarse keys; 0 where the settings need none.
+        coarse: Coarse keys.
     """
 
     compressed: int
@@ -34,8 +36,10 @@ def window_entries(config: InfLLMConfig, page_size: int) -> WindowEntries:
         NotImplementedError: Settings that are not served from pages.
     """
     _check_config(config, page_size)
-    coarse = entries_per_page(page_size, config.coarse_stride) if config.lse == "coarse" else 0
-    return WindowEntries(page_size // config.kernel_stride, coarse)
+    compressed = 0 if config.scores_keys else page_size // config.kernel_stride
+    uses_coarse = config.uses_coarse_keys
+    coarse = entries_per_page(page_size, config.coarse_stride) if uses_coarse else 0
+    return WindowEntries(compressed, coarse)
 
 
 class PagedCache:
@@ -50,14 +54,13 @@ class PagedCache:
             tokens up to it, its own included.
         key: ``[P, Hkv, page, D]``.
         value: ``[P, Hkv, page, D]``.
-        compressed: ``[P, Hkv, window_entries(config, page).compressed, D]``.
+        compressed: ``[P, Hkv, window_entries(config, page).compressed, D]``; None where that is 0.
         coarse: ``[P, Hkv, window_entries(config, page).coarse, D]``; None where that is 0.
 
     Raises:
         ValueError: Shapes, dtypes or devices do not fit together, or the page size does not fit the
             settings.
-        NotImplementedError: Settings that are not served from pages: ``pool_queries`` and
-            ``use_nope``.
+        NotImplementedError: ``use_nope``, since pages hold keys after the rotary embedding.
     """
 
     def __init__(
@@ -65,21 +68,15 @@ class PagedCache:
         config: InfLLMConfig,
         key: Tensor,
         value: Tensor,
-        compressed: Tensor,
+        compressed: Tensor | None = None,
         coarse: Tensor | None = None,
     ) -> None:
         if key.dim() != 4:
             raise ValueError(f"key must be [P, Hkv, page, D], got shape {tuple(key.shape)}")
         entries = window_entries(config, key.shape[2])
         _check_pages("value", value, key, key.shape[2])
-        _check_pages("compressed", compressed, key, entries.compressed)
-        if (coarse is None) != (entries.coarse == 0):
-            raise ValueError(
-                f"coarse must hold {entries.coarse} entries per page for lse = {config.lse!r}, "
-                f"got {'none' if coarse is None else coarse.shape[2]}"
-            )
-        if coarse is not None:
-            _check_pages("coarse", coarse, key, entries.coarse)
+        _check_windows("compressed", compressed, key, entries.compressed)
+        _check_windows("coarse", coarse, key, entries.coarse)
         self.config = config
         self.key, self.value = key, value
         self.compressed, self.coarse = compressed, coarse
@@ -90,9 +87,16 @@ class PagedCache:
         """Tokens of a page."""
         return self.key.shape[2]
 
+    @property
+    def scored(self) -> Tensor:
+        """Pages that score blocks: compressed keys, or the keys where none are kept."""
+        return self.key if self.compressed is None else self.compressed
+
     @torch.no_grad()
     def append(self, batch: PagedBatch) -> None:
         """Average the windows that the queries' tokens complete; their keys are in the pages."""
+        if self.compressed is None:
+            return
         infllm_flex_ops.append_paged_windows(
             self.key,
             self.compressed,
@@ -107,15 +111,14 @@ class PagedCache:
 
 
 def _check_config(config: InfLLMConfig, page_size: int) -> None:
-    for name in ("pool_queries", "use_nope"):
-        if getattr(config, name):
-            raise NotImplementedError(
-                f"{name} is not served from pages: set {name} to false, or decode with "
-                "CompressedKeys over a contiguous cache"
-            )
+    if config.use_nope:
+        raise NotImplementedError(
+            "use_nope is not served from pages, which hold keys after the rotary embedding: set "
+            "use_nope to false"
+        )
     for name in ("kernel_stride", "coarse_stride", "block_size"):
         size = getattr(config, name)
-        if name == "coarse_stride" and config.lse != "coarse":
+        if name == "coarse_stride" and not config.uses_coarse_keys:
             continue
         fits = page_size % size == 0 or (name != "kernel_stride" and size % page_size == 0)
         if not fits:
@@ -124,6 +127,16 @@ def _check_config(config: InfLLMConfig, page_size: int) -> None:
                 f"a page must hold {may} of {name} = {size} tokens, got {page_size}: "
                 f"choose another page size"
             )
+
+
+def _check_windows(name: str, windows: Tensor | None, key: Tensor, entries: int) -> None:
+    if (windows is None) != (entries == 0):
+        raise ValueError(
+            f"{name} must hold {entries} entries per page for these settings, "
+            f"got {'none' if windows is None else windows.shape[2]}"
+        )
+    if windows is not None:
+        _check_pages(name, windows, key, entries)
 
 
 def _check_pages(name: str, pages: Tensor, key: Tensor, entries: int) -> None:

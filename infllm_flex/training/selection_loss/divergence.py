@@ -100,7 +100,7 @@ def _gradient(leaf: Tensor) -> Tensor:
 def _window_shapes(config: InfLLMConfig) -> list[tuple[int, int]]:
     """Size and stride of the windows that are scored, and of those that normalise the scores."""
     shapes = [(config.kernel_size, config.kernel_stride)]
-    if not config.pool_queries and config.lse == "coarse":
+    if config.uses_coarse_keys:
         shapes.append((config.coarse_size, config.coarse_stride))
     return shapes
 

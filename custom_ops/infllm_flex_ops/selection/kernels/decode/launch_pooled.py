@@ -1,5 +1,7 @@
 """Launch the kernels of ``select_cached_blocks_pooled``."""
 
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 
@@ -17,6 +19,14 @@ from infllm_flex_ops.triton_common.tensor_args import view
 _PROGRAMS = 512  # as many as a GPU holds at a time: a second wave would wait for the first
 
 
+class _Keys(NamedTuple):
+    """Compressed keys in one piece or in pages, how many a row has room for, and their rounding."""
+
+    compressed: Tensor
+    C: int
+    float8: bool
+
+
 def launch(
     q: Tensor,
     compressed: Tensor,
@@ -29,76 +39,113 @@ def launch(
 ) -> Tensor:
     """Score and select: two launches. Only the device reads lengths."""
     B, _, n, _ = q.shape
-    Hkv, C = compressed.shape[1:3]
-    num_blocks = ceil_div(C * rule.kernel_size, rule.block_size)
+    out = torch.empty(B, compressed.shape[1], n, width, dtype=torch.int32, device=q.device)
+    keys = _Keys(compressed, compressed.shape[2], float8)
+    rows = CachedRows.in_one_piece(q, start, end)
+    _select("select_cached_blocks_pooled", q, keys, rows, out, rule, dense_len)
+    return out
+
+
+def launch_paged(
+    q: Tensor,
+    compressed: Tensor,
+    block_table: Tensor,
+    seq_lens: Tensor,
+    query_start: Tensor,
+    rule: SelectionRule,
+    dense_len: int,
+    width: int,
+    max_queries: int,
+    float8: bool,
+) -> Tensor:
+    """Do the same for ragged queries over pages."""
+    _, Hkv, entries, _ = compressed.shape
+    out = torch.empty(len(q), Hkv, width, dtype=torch.int32, device=q.device)
+    page_size = entries * rule.kernel_size
+    rows = CachedRows.in_pages(q, block_table, seq_lens, query_start, max_queries, page_size)
+    keys = _Keys(compressed, block_table.shape[1] * entries, float8)
+    _select("select_paged_blocks_pooled", q, keys, rows, out, rule, dense_len)
+    return out.transpose(0, 1)
+
+
+def _select(
+    name: str,
+    q: Tensor,
+    keys: _Keys,
+    rows: CachedRows,
+    out: Tensor,
+    rule: SelectionRule,
+    dense_len: int,
+) -> None:
+    """Fill ``out`` in two launches."""
+    num_blocks = ceil_div(keys.C * rule.kernel_size, rule.block_size)
     columns = max(0, num_blocks - rule.local_blocks)  # that may lie before a query's local blocks
     windows = choose_windows(rule)
     if columns > MAX_BLOCKS or windows.SLOTS > MAX_WINDOWS:
         raise NotImplementedError(
-            f"select_cached_blocks_pooled handles at most {MAX_BLOCKS} blocks beside the local "
-            f"ones and {MAX_WINDOWS} windows to a block on CUDA, got {columns} and "
-            f"{windows.PER_BLOCK}: use another block_size"
+            f"{name} handles at most {MAX_BLOCKS} blocks beside the local ones and {MAX_WINDOWS} "
+            f"windows to a block on CUDA, got {columns} and {windows.PER_BLOCK}: use another "
+            f"block_size"
         )
-    out = torch.empty(B, Hkv, n, width, dtype=torch.int32, device=q.device)
-    if out.numel() == 0:
-        return out
-    scores = torch.empty(B * Hkv, n, max(columns, 1), dtype=torch.float32, device=q.device)
+    if out.numel() == 0 or rows.B == 0 or rows.n == 0:
+        return
+    heads = rows.B * keys.compressed.shape[1]
+    scores = torch.empty(heads, rows.n, max(columns, 1), dtype=torch.float32, device=q.device)
     if columns and num_blocks >= rule.num_selected:
-        _score(q, compressed, start, end, scores, rule, dense_len, float8)
-    rows = CachedRows.in_one_piece(q, start, end)
+        _score(q, keys, rows, scores, rule, dense_len)
     select_cached(scores, rows, out, columns, rule, dense_len)
-    return out
 
 
 def _score(
     q: Tensor,
-    compressed: Tensor,
-    start: Tensor,
-    end: Tensor,
+    keys: _Keys,
+    rows: CachedRows,
     scores: Tensor,
     rule: SelectionRule,
     dense_len: int,
-    float8: bool,
 ) -> None:
     """Fill the scores ``[B * Hkv, n, columns]``."""
     heads, n, columns = scores.shape
     windows = choose_windows(rule)
-    tile, options = _choose_tile(q, compressed, windows)
+    tile, options = _choose_tile(q, keys.compressed, rows, windows)
     tiles = ceil_div(n, tile.TOKENS)
     step = tile.BLOCK_N // windows.SLOTS
     split_blocks = step * ceil_div(columns * heads * tiles, step * _PROGRAMS)
     cached_pooled_score_kernel[(ceil_div(columns, split_blocks), heads, tiles)](
-        q=view(q),
-        keys=view(compressed),
-        start_ptr=start,
-        end_ptr=end,
+        q=rows.q,
+        keys=view(keys.compressed),
+        pages=rows.pages,
+        start_ptr=rows.start,
+        end_ptr=rows.end,
         scores_ptr=scores,
         n=n,
-        C=compressed.shape[2],
+        C=keys.C,
         columns=columns,
         split_blocks=split_blocks,
         dense_len=dense_len,
-        Hkv=compressed.shape[1],
+        Hkv=keys.compressed.shape[1],
         RULE=rule,
         WINDOWS=windows,
         TILE=tile,
-        FLOAT8=float8,
+        FLOAT8=keys.float8,
         HAS_FLOAT8=knows_float8(q),
+        PAGING=rows.windows(*rule.windows),
         **options,
     )
 
 
 def _choose_tile(
-    q: Tensor, compressed: Tensor, windows: WindowSlots
+    q: Tensor, compressed: Tensor, rows: CachedRows, windows: WindowSlots
 ) -> tuple[Tile, dict[str, int]]:
     """Choose as many rows as a matrix instruction takes, and more tokens where there are more."""
-    n, D = q.shape[2:]
+    D = q.shape[-1]
     wide = compressed.element_size() > 2
     block_d = max(16, next_power_of_2(D))
     max_tokens = 16 if wide or block_d > 128 else 64
-    tokens = max(16, min(next_power_of_2(n), max_tokens))
+    tokens = max(16, min(next_power_of_2(rows.n), max_tokens))
     stages = 1 if wide else 2 if block_d > 128 or has_little_shared_memory(q) else 3
     group = q.shape[1] // compressed.shape[1]
     block_n = max(32 if wide else 64, windows.SLOTS)
     tile = Tile(group, 1, tokens, D, block_d, block_n, wide)
-    return tile, {"num_warps": 8 if wide else 4, "num_stages": stages}
+    warps = 8 if wide and rows.pages is None else 4  # eight spill on Ada over pages
+    return tile, rows.pipeline({"num_warps": warps, "num_stages": stages})

@@ -1,10 +1,13 @@
 """Launch the kernels of ``select_blocks_pooled``, over chunks of queries."""
 
+from typing import NamedTuple
+
+import torch
 import triton
 from torch import Tensor
 
 from infllm_flex_ops.device import has_little_shared_memory, knows_float8
-from infllm_flex_ops.selection.kernels.kernel_args import KernelSizes
+from infllm_flex_ops.selection.kernels.kernel_args import KernelSizes, Tile
 from infllm_flex_ops.selection.kernels.prefill.plan import (
     SEGMENT_BLOCKS,
     make_plan,
@@ -26,7 +29,24 @@ from infllm_flex_ops.selection.kernels.prefill.tiles import (
     choose_windows,
 )
 from infllm_flex_ops.selection.rule import SelectionRule
+from infllm_flex_ops.triton_common.pages import Paging, deepen_pipeline
 from infllm_flex_ops.triton_common.tensor_args import view
+
+
+class _Keys(NamedTuple):
+    """Compressed keys ``[B, Hkv, C, D]``, or those of one row in pages ``[P, Hkv, entries, D]``.
+
+    Attributes:
+        compressed: The keys.
+        C: Keys of a row.
+        table: The row's pages; None for keys in one piece.
+        paging: How keys lie in pages; None for keys in one piece.
+    """
+
+    compressed: Tensor
+    C: int
+    table: Tensor | None = None
+    paging: Paging | None = None
 
 
 def launch(
@@ -37,20 +57,40 @@ def launch(
     documents: Tensor | None = None,
 ) -> Tensor:
     """List every block for the rows that take all, and score the others chunk by chunk."""
-    sizes = measure("select_blocks_pooled", q, q.shape[1], kv_len, rule, documents)
+    if q.element_size() == 1 and not knows_float8(q):  # half precision holds e4m3 exactly
+        compressed = compressed.half()
+    keys = _Keys(compressed, compressed.shape[2])
+    return _launch("select_blocks_pooled", q, keys, kv_len, rule, documents)
+
+
+def launch_paged(
+    q: Tensor, compressed: Tensor, table: Tensor, kv_len: int, rule: SelectionRule
+) -> Tensor:
+    """Do the same for queries ``[Hkv, Sq, D]`` of one row over pages."""
+    size = rule.kernel_size
+    paging = Paging.of_windows(compressed.shape[2] * size, size, size)
+    keys = _Keys(compressed, kv_len // size, table, paging)
+    return _launch("select_paged_chunk_pooled", q[None], keys, kv_len, rule, None)[0]
+
+
+def _launch(
+    name: str, q: Tensor, keys: _Keys, kv_len: int, rule: SelectionRule, documents: Tensor | None
+) -> Tensor:
+    """Select for all queries; keys in pages are rounded to float8 with them."""
+    sizes = measure(name, q, q.shape[1], kv_len, rule, documents)
     windows = choose_windows(rule)
     if windows.PER_BLOCK > MAX_WINDOWS:
         raise NotImplementedError(
-            f"select_blocks_pooled handles at most {MAX_WINDOWS} windows to a block on CUDA, got "
+            f"{name} handles at most {MAX_WINDOWS} windows to a block on CUDA, got "
             f"{windows.PER_BLOCK}: use a smaller block_size or a larger kernel_size"
         )
     out = allocate(sizes, rule, documents, q.device)
     if out.selected.numel() == 0:
         return out.selected
-    if q.element_size() == 1 and not knows_float8(q):  # half precision holds e4m3 exactly
-        q, compressed = q.half(), compressed.half()
-    inputs = Inputs(1, q.shape[3], q.element_size(), compressed.shape[2], has_tma=False)
-    tile, options = choose_pooled_tile(inputs, windows.SLOTS, has_little_shared_memory(q))
+    float8 = q.dtype == torch.float8_e4m3fn
+    if float8 and not knows_float8(q):
+        q = q.half()
+    tile, options = _choose_tile(q, keys, windows.SLOTS)
     plan = make_plan(sizes, rule, tile.TOKENS, 0, stores_segments=True)
     fill_full_rows(plan, out)
     if not plan.chunks:
@@ -62,15 +102,31 @@ def launch(
         splits, split_blocks = split_columns(plan.columns, programs)
         pooled_score_kernel[(programs * splits,)](
             q=view(q),
-            keys=view(compressed),
+            keys=view(keys.compressed),
+            table=keys.table,
             out=scores,
             num_heads=len(heads),
-            C=compressed.shape[2],
+            C=keys.C,
             split_blocks=split_blocks,
             splits=splits,
             SIZES=KernelSizes(rule, plan.part, windows, tile, SEGMENT_BLOCKS),
+            PAGING=keys.paging,
+            FLOAT8=float8 and keys.paging is not None,
             **row_arguments(plan, heads, rows, out),
             **options,
         )
         run_topk(plan, scores, heads, rows, out)
     return out.selected
+
+
+def _choose_tile(q: Tensor, keys: _Keys, slots: int) -> tuple[Tile, dict[str, int]]:
+    """Choose the sizes of a program, and its warps and stages."""
+    inputs = Inputs(1, q.shape[3], q.element_size(), keys.C, has_tma=False)
+    tile, options = choose_pooled_tile(inputs, slots, has_little_shared_memory(q))
+    if keys.paging is None:
+        return tile, options
+    key_bytes = keys.compressed.element_size()
+    if key_bytes > q.element_size() and tile.BLOCK_D * key_bytes > 256:
+        # Keys take twice or four times the memory until they are rounded.
+        tile = tile._replace(BLOCK_N=max(slots, min(tile.BLOCK_N, 64)))
+    return tile, deepen_pipeline(options)

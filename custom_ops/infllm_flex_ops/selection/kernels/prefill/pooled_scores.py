@@ -3,6 +3,7 @@
 import triton
 import triton.language as tl
 
+from infllm_flex_ops.selection.kernels.pool_queries import round_like_float8
 from infllm_flex_ops.selection.kernels.prefill.documents import (
     ChunkRows,
     Documents,
@@ -10,6 +11,7 @@ from infllm_flex_ops.selection.kernels.prefill.documents import (
     locate_tile,
 )
 from infllm_flex_ops.triton_common.dot_fp32 import dot_fp32
+from infllm_flex_ops.triton_common.pages import step_offset
 from infllm_flex_ops.triton_common.tensor_args import RowTensor
 
 _VARYING = ["head_start", "num_heads", "row_start", "row_end", "q_offset", "C"]
@@ -29,6 +31,7 @@ def rank(logit):
 def pooled_score_kernel(
     q,
     keys,
+    table,
     out,
     documents_ptr,
     head_start,
@@ -43,17 +46,21 @@ def pooled_score_kernel(
     num_parts,
     part_start,
     SIZES: tl.constexpr,
+    PAGING: tl.constexpr,
+    FLOAT8: tl.constexpr,
 ):
     """Fill the scores of a tile for a run of blocks, and the best of every segment.
 
     Only blocks before each token's local blocks are used later, and each token sees those whole:
-    nothing is masked here.
+    nothing is masked here. Keys in pages, whose row has the pages ``table``, are rounded to e4m3
+    here where ``FLOAT8`` is set; other keys have the dtype of the queries.
     """
     RULE: tl.constexpr = SIZES.RULE
     WINDOWS: tl.constexpr = SIZES.WINDOWS
     TILE: tl.constexpr = SIZES.TILE
     SEGMENT: tl.constexpr = SIZES.SEGMENT
     STEP: tl.constexpr = TILE.BLOCK_N // WINDOWS.SLOTS
+    STEP_WINDOWS: tl.constexpr = STEP * WINDOWS.PER_BLOCK
     chunk = ChunkRows(head_start, num_heads, row_start, row_end, q_offset)
     documents = Documents(documents_ptr, num_parts, part_start)
     place = locate_tile(chunk, documents, Hkv, splits, SIZES)
@@ -83,9 +90,11 @@ def pooled_score_kernel(
     at = out_row[:, None] * out.columns + block_slot[None, :]
     best = tl.full([TILE.TOKENS], 0.0, tl.float32)
     for block in tl.range(run.first_block, run.end_block, STEP):
+        first = block * WINDOWS.PER_BLOCK
         window = (block + n // WINDOWS.SLOTS) * WINDOWS.PER_BLOCK + slot
         valid = (window < C) & (slot < WINDOWS.PER_BLOCK)
-        key_ptr = keys_ptr + window.to(tl.int64)[None, :] * keys.s
+        offset = step_offset(keys, first, window, C, table, PAGING, STEP_WINDOWS)
+        key_ptr = keys_ptr + offset[None, :]
         if TILE.FP32:
             queries = RowTensor(None, q_ptr, exists[:, None], q.d)
             columns = RowTensor(None, key_ptr, valid[None, :], keys.d)
@@ -93,6 +102,11 @@ def pooled_score_kernel(
         else:
             mask = valid[None, :] & (d < TILE.D)[:, None]
             k = tl.load(key_ptr + d[:, None] * keys.d, mask=mask, other=0.0)
+            if FLOAT8:
+                if x.dtype == tl.float8e4nv:  # the device rounds in the same way
+                    k = k.to(tl.float8e4nv)
+                else:  # half precision holds e4m3 exactly
+                    k = round_like_float8(k.to(tl.float32)).to(tl.float16)
             logits = tl.dot(x, k)
         if WINDOWS.SLOTS != WINDOWS.PER_BLOCK:
             logits = tl.where((slot < WINDOWS.PER_BLOCK)[None, :], logits, float("-inf"))
