@@ -71,6 +71,15 @@ def settings_by_rule(device: torch.device | None) -> InfLLMConfig:
         device: Device of the model; None where it has no parameters.
     """
     has_float8 = device is not None and device_capability(device) >= FLOAT8_CAPABILITY
+    return score_every_key(has_float8)
+
+
+def score_every_key(has_float8: bool) -> InfLLMConfig:
+    """Make the settings of the rule.
+
+    Args:
+        has_float8: Whether the device multiplies float8.
+    """
     score_dtype = "float8" if has_float8 else "same"
     return InfLLMConfig(kernel_size=1, kernel_stride=1, pool_queries=True, score_dtype=score_dtype)
 

@@ -18,7 +18,9 @@ def describe_served(served: Served, page_size: int | None) -> list[str]:
         f"InfLLM-V2 by {origin}: positions from {config.longest_dense} on attend to "
         f"{config.num_selected} blocks of {config.block_size} keys, earlier ones to all."
     ]
-    if page_size is not None:
+    if config.scores_keys:
+        lines[0] += " Every key is scored, and nothing is kept beside keys and values."
+    elif page_size is not None:
         share = extra_share(config, page_size)
         lines[0] += f" Compressed keys add {share:.1%} to pages of {page_size} tokens."
     if config.dense_by == "sequence" and config.longest_dense > config.budget_tokens:

@@ -1,7 +1,8 @@
 """Where a page of vLLM's cache holds keys, values, compressed keys and coarse keys.
 
 vLLM lays out a page as ``[Hkv, page, 2 D]``: each token's key, then its value. The plugin makes
-pages longer and keeps the compressed and then the coarse keys of the page behind that.
+pages longer and keeps the compressed and then the coarse keys of the page behind that. Where every
+key is scored, pages stay as they are.
 """
 
 from __future__ import annotations
@@ -16,24 +17,24 @@ from infllm_flex.decoding import window_entries
 
 
 class PageViews(NamedTuple):
-    """The pages of a layer, ``[P, Hkv, entries, D]`` each; coarse is None where it is not used."""
+    """The pages of a layer, ``[P, Hkv, entries, D]`` each; None for windows that are not kept."""
 
     key: Tensor
     value: Tensor
-    compressed: Tensor
+    compressed: Tensor | None
     coarse: Tensor | None
 
 
 def smallest_page(config: InfLLMConfig) -> int:
     """Count the tokens of which a page is best a multiple: whole blocks and whole strides."""
     strides = [config.kernel_stride, config.block_size]
-    if config.lse == "coarse":
+    if config.uses_coarse_keys:
         strides.append(config.coarse_stride)
     return math.lcm(*strides)
 
 
 def extra_elements(config: InfLLMConfig, page_size: int, num_kv_heads: int, head_dim: int) -> int:
-    """Count the elements by which a page grows.
+    """Count the elements by which a page grows; 0 where every key is scored.
 
     Args:
         config: Sparsity settings.
@@ -78,10 +79,12 @@ def view_pages(kv_cache: Tensor, config: InfLLMConfig) -> PageViews:
     entries = window_entries(config, page)
     behind = kv_cache.storage_offset() + H * page * width
 
-    def windows(count: int, offset: int) -> Tensor:
+    def windows(count: int, offset: int) -> Tensor | None:
+        if not count:
+            return None
         strides = (kv_cache.stride(0), count * D, D, 1)
         return kv_cache.as_strided((P, H, count, D), strides, behind + offset)
 
-    coarse = windows(entries.coarse, H * entries.compressed * D) if entries.coarse else None
+    coarse = windows(entries.coarse, H * entries.compressed * D)
     key, value = kv_cache[..., :D], kv_cache[..., D:]
     return PageViews(key, value, windows(entries.compressed, 0), coarse)

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 from infllm_flex.config import InfLLMConfig
+from infllm_flex.patch.settings import RULE, score_every_key
 
 KEY = "infllm"  # in vLLM's additional_config
 STAY_DENSE = f"to serve the model densely, pass --additional-config '{{\"{KEY}\": false}}'"
@@ -19,13 +20,17 @@ class Served(NamedTuple):
     origin: str
 
 
-def read_settings(additional_config: object, model_config: object) -> Served | None:
+def read_settings(
+    additional_config: object, model_config: object, has_float8: Callable[[], bool]
+) -> Served | None:
     """Read what a model is to be served with.
 
     Args:
         additional_config: vLLM's setting of this name. Its value under ``infllm`` is a mapping of
-            settings that take precedence over the model's own, or false.
+            settings that take precedence over the model's own; true for those of
+            ``patch_model(model)``; or false.
         model_config: The model's config, for its ``sparse_config``.
+        has_float8: Asks whether the device multiplies float8.
 
     Returns:
         The settings; None for a model that asks for nothing, or where the user declined.
@@ -39,14 +44,17 @@ def read_settings(additional_config: object, model_config: object) -> Served | N
         given = additional_config[KEY]
         if given is None or given is False:
             return None
-        if not isinstance(given, Mapping):
+        if given is not True and not isinstance(given, Mapping):
             raise ValueError(
-                f"additional_config[{KEY!r}] must be a mapping of settings or false, got {given!r}"
+                f"additional_config[{KEY!r}] must be a mapping of settings, true or false, "
+                f"got {given!r}"
             )
     if own is None and given is None:
         return None
+    if own is None and given is True:
+        return Served(score_every_key(has_float8()), RULE)
     config = InfLLMConfig.from_model_config(model_config)
-    if given is None:
+    if given is None or given is True:
         return Served(config, "the model's sparse_config")
     config = InfLLMConfig.from_dict({**dataclasses.asdict(config), **given})
     return Served(config, f"additional_config[{KEY!r}]")

@@ -7,6 +7,7 @@ from typing import Any
 from infllm_flex.config import InfLLMConfig
 from infllm_flex.vllm.refusals import ServerFacts
 from infllm_flex.vllm.settings import Served, read_settings
+from infllm_flex_ops.device import FLOAT8_CAPABILITY
 
 FULL = "full_attention"  # vLLM's name for layers that attend to all earlier tokens
 
@@ -19,7 +20,8 @@ def read_served(vllm_config: Any) -> Served | None:
     model_config = vllm_config.model_config
     if model_config is None:
         return None
-    return read_settings(vllm_config.additional_config, model_config.hf_text_config)
+    text_config = model_config.hf_text_config
+    return read_settings(vllm_config.additional_config, text_config, _has_float8)
 
 
 def settings_of(vllm_config: Any) -> InfLLMConfig:
@@ -65,6 +67,13 @@ def server_facts(vllm_config: Any) -> ServerFacts:
         moves_pages=vllm_config.kv_transfer_config is not None,
         drafts=None if drafts is None else drafts.method,
     )
+
+
+def _has_float8() -> bool:
+    """Whether the device multiplies float8. vLLM answers without starting CUDA in this process."""
+    from vllm.platforms import current_platform
+
+    return current_platform.is_cuda() and current_platform.has_device_capability(FLOAT8_CAPABILITY)
 
 
 def _has_full_layers(text_config: Any) -> bool:

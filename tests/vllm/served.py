@@ -119,6 +119,13 @@ def engine(folder: Path, settings: Any = None, **arguments: Any) -> Iterator[Any
         gc.collect()
 
 
+def layers_of(llm: Any) -> dict[str, Any]:
+    """The attention layers of an engine in this process, by name."""
+    executor = llm.llm_engine.engine_core.engine_core.model_executor
+    runner = executor.driver_worker.worker.model_runner
+    return runner.compilation_config.static_forward_context
+
+
 def ask(
     llm: Any, prompts: list[list[int]], *, of_prompt: bool = False, num_new: int = NEW_TOKENS
 ) -> list[Answer]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from tests.vllm import served
-from tests.vllm.served import SETTINGS, Judge, ask, engine, make_prompts
+from tests.vllm.served import SETTINGS, Judge, ask, engine, layers_of, make_prompts
 
 pytest.importorskip("vllm")
 
@@ -19,6 +19,8 @@ MINICPM_SETTINGS = {
     "topk": 4,
     "dense_len": 512,
 }
+# Scored as `patch_model` scores models without a `sparse_config`.
+EVERY_KEY = {**SETTINGS, "kernel_size": 1, "kernel_stride": 1, "pool_queries": True}
 WHOLE, CHUNKS = 8192, 200  # tokens of a step; chunks end within pages and blocks
 
 LLAMA = "llama", SETTINGS
@@ -79,8 +81,26 @@ def test_a_cached_prefix_changes_nothing(folders, page, step):
     Judge(folders["llama"], SETTINGS).check(first + again)
 
 
-@pytest.mark.parametrize("prefix_caching", [False, True], ids=["plain", "prefix_caching"])
-def test_preempted_requests_are_answered_alike(folders, prefix_caching):
+@pytest.mark.parametrize(("page", "step"), [(16, CHUNKS), (64, WHOLE), (128, CHUNKS)])
+def test_every_key_scored_is_served_alike(folders, page, step):
+    prompts = prompts_around(EVERY_KEY["dense_len"])
+    branch = prompts[-1][:777] + make_prompts(150, seed=1)[0]
+    arguments = {"block_size": page, "max_num_batched_tokens": step, "enable_prefix_caching": True}
+    with engine(folders["llama"], EVERY_KEY, **arguments) as llm:
+        for layer in layers_of(llm).values():
+            assert layer.kv_cache.is_contiguous()  # pages as long as without the plugin
+        answers = ask(llm, prompts, of_prompt=True)
+        hits = ask(llm, [branch, prompts[-1]])
+    assert [answer.num_cached // page for answer in hits] == [777 // page, 899 // page]
+    Judge(folders["llama"], EVERY_KEY).check(answers + hits)
+
+
+@pytest.mark.parametrize(
+    ("settings", "prefix_caching"),
+    [(SETTINGS, False), (SETTINGS, True), (EVERY_KEY, True)],
+    ids=["plain", "prefix_caching", "every_key"],
+)
+def test_preempted_requests_are_answered_alike(folders, settings, prefix_caching):
     prompts = make_prompts(300, 310, 320, 330)
     arguments = {
         "block_size": 16,
@@ -89,13 +109,13 @@ def test_preempted_requests_are_answered_alike(folders, prefix_caching):
         "enable_prefix_caching": prefix_caching,
         "disable_log_stats": False,
     }
-    with engine(folders["llama"], SETTINGS, **arguments) as llm:
+    with engine(folders["llama"], settings, **arguments) as llm:
         answers = ask(llm, prompts, num_new=60)
         counts = {
             metric.name: metric.value for metric in llm.get_metrics() if hasattr(metric, "value")
         }
     assert counts["vllm:num_preemptions"] > 0
-    Judge(folders["llama"], SETTINGS).check(answers)
+    Judge(folders["llama"], settings).check(answers)
 
 
 def test_a_full_batch_of_mixed_lengths_is_answered_as_its_rows_are(folders):

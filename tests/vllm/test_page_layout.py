@@ -10,6 +10,8 @@ from infllm_flex.vllm.page_layout import extra_elements, extra_share, smallest_p
 
 RELEASED = InfLLMConfig()  # the settings of the released checkpoints
 EXACT = InfLLMConfig(lse="exact")
+EVERY_KEY = InfLLMConfig(kernel_size=1, kernel_stride=1, pool_queries=True)
+PAIRS = InfLLMConfig(kernel_size=2, kernel_stride=2, pool_queries=True)
 
 
 @pytest.mark.parametrize("page", [64, 128, 256])
@@ -50,12 +52,23 @@ def make_cache(config, num_pages, heads, page, dim, *, room=None):
     return memory, memory.as_strided((num_pages, heads, page, 2 * dim), strides)
 
 
-@pytest.mark.parametrize("config", [RELEASED, EXACT], ids=["coarse", "exact"])
+@pytest.mark.parametrize("page", [16, 64, 128])
+def test_every_key_scored_costs_nothing(page):
+    assert extra_elements(EVERY_KEY, page, 2, 128) == 0
+    assert smallest_page(EVERY_KEY) == 64
+    assert extra_share(PAIRS, page) == 1 / 4
+
+
+@pytest.mark.parametrize(
+    ("config", "count"),
+    [(RELEASED, 4), (EXACT, 3), (PAIRS, 3), (EVERY_KEY, 2)],
+    ids=["coarse", "exact", "pairs", "every_key"],
+)
 @pytest.mark.parametrize("page", [16, 64, 192])
-def test_the_views_divide_the_memory_among_them(config, page):
+def test_the_views_divide_the_memory_among_them(config, count, page):
     memory, cache = make_cache(config, num_pages=3, heads=2, page=page, dim=8)
     views = [view for view in view_pages(cache, config) if view is not None]
-    assert len(views) == (4 if config.lse == "coarse" else 3)
+    assert len(views) == count
     assert torch.cat([view.flatten() for view in views]).sort().values.equal(memory)
     for view in views:
         assert view.untyped_storage().data_ptr() == memory.untyped_storage().data_ptr()

@@ -91,18 +91,21 @@ def test_a_layer_that_asks_for_more_is_refused_by_name(changes, name):
     assert_is_advice(error)
 
 
-@pytest.mark.parametrize(
-    "settings", [{"pool_queries": True, "kernel_size": 16}, {"use_nope": True}], ids=str
-)
-def test_settings_that_pages_cannot_serve_are_refused_by_name(settings):
-    with pytest.raises(ValueError, match=next(iter(settings))) as error:
-        check_server(SERVER, served(**settings))
+@pytest.mark.parametrize("page", [None, 16, 64, 512])
+def test_pooled_queries_are_served(page):
+    settings = {"pool_queries": True, "kernel_size": 1, "kernel_stride": 1}
+    check_server(SERVER._replace(page_size=page), served(**settings))
+
+
+def test_settings_that_pages_cannot_serve_are_refused_by_name():
+    with pytest.raises(ValueError, match=r"use_nope .* after the rotary embedding") as error:
+        check_server(SERVER, served(use_nope=True))
     assert_is_advice(error)
 
 
 def test_settings_are_checked_before_the_page_size_is_known():
-    with pytest.raises(ValueError, match="pool_queries"):
-        check_server(SERVER._replace(page_size=None), served(pool_queries=True, kernel_size=16))
+    with pytest.raises(ValueError, match="use_nope"):
+        check_server(SERVER._replace(page_size=None), served(use_nope=True))
 
 
 @pytest.mark.parametrize("page", [8, 24, 48])

@@ -8,36 +8,49 @@ from infllm_flex import InfLLMConfig
 from infllm_flex.vllm.announcement import describe_served
 from infllm_flex.vllm.settings import read_settings
 
+EVERY_KEY = {"kernel_size": 1, "kernel_stride": 1, "pool_queries": True}
 OWN = {"block_size": 32, "window_size": 32, "topk": 3, "dense_len": 100}
 PLAIN, TRAINED = SimpleNamespace(), SimpleNamespace(sparse_config=OWN)
 
 
+def read(additional, model_config, has_float8=False):
+    return read_settings(additional, model_config, lambda: has_float8)
+
+
 @pytest.mark.parametrize("additional", [{}, {"another_plugin": {"x": 1}}, None, object()])
 def test_a_model_without_settings_asks_for_nothing(additional):
-    assert read_settings(additional, PLAIN) is None
-    assert read_settings(additional, SimpleNamespace(sparse_config=None)) is None
+    assert read(additional, PLAIN) is None
+    assert read(additional, SimpleNamespace(sparse_config=None)) is None
 
 
 def test_a_models_own_settings_are_enough():
-    config, origin = read_settings({}, TRAINED)
+    config, origin = read({}, TRAINED)
     assert config == InfLLMConfig(**OWN)
     assert "sparse_config" in origin
 
 
 def test_given_settings_take_precedence_one_by_one():
-    config, origin = read_settings({"infllm": {"dense_len": 7}}, TRAINED)
+    config, origin = read({"infllm": {"dense_len": 7}}, TRAINED)
     assert config == InfLLMConfig(**{**OWN, "dense_len": 7})
     assert "additional_config" in origin
 
 
 def test_given_settings_are_enough():
-    assert read_settings({"infllm": {}}, PLAIN).config == InfLLMConfig()
-    assert read_settings({"infllm": OWN}, PLAIN).config == InfLLMConfig(**OWN)
+    assert read({"infllm": {}}, PLAIN).config == InfLLMConfig()
+    assert read({"infllm": OWN}, PLAIN).config == InfLLMConfig(**OWN)
+
+
+@pytest.mark.parametrize(("has_float8", "score_dtype"), [(False, "same"), (True, "float8")])
+def test_a_user_may_ask_for_the_settings_that_patch_model_takes(has_float8, score_dtype):
+    config, origin = read({"infllm": True}, PLAIN, has_float8)
+    assert config == InfLLMConfig(**EVERY_KEY, score_dtype=score_dtype)
+    assert "without a sparse_config" in origin
+    assert read({"infllm": True}, TRAINED) == read({}, TRAINED)
 
 
 @pytest.mark.parametrize("declined", [False, None])
 def test_a_user_may_decline_a_models_settings(declined):
-    assert read_settings({"infllm": declined}, TRAINED) is None
+    assert read({"infllm": declined}, TRAINED) is None
 
 
 @pytest.mark.parametrize(
@@ -45,24 +58,30 @@ def test_a_user_may_decline_a_models_settings(declined):
     [
         ({"topc": 3}, "did you mean topk"),
         ({"topk": 0}, "topk must be between"),
-        (True, "must be a mapping of settings or false, got True"),
-        ("fused", "must be a mapping of settings or false, got 'fused'"),
+        (1, "must be a mapping of settings, true or false, got 1"),
+        ("fused", "must be a mapping of settings, true or false, got 'fused'"),
     ],
 )
 def test_bad_settings_are_an_error_of_one_line(given, message):
     with pytest.raises(ValueError, match=message) as error:
-        read_settings({"infllm": given}, PLAIN)
+        read({"infllm": given}, PLAIN)
     assert "\n" not in str(error.value)
 
 
 def test_the_log_says_what_is_served_and_what_it_costs():
-    first, second = describe_served(read_settings({"infllm": {}}, PLAIN), page_size=128)
+    first, second = describe_served(read({"infllm": {}}, PLAIN), page_size=128)
     for part in ("additional_config", "from 8191 on", "96 blocks of 64", "3.9% to pages of 128"):
         assert part in first
     assert "6144 to 8190" in second  # dense here, sparse in training
 
 
+def test_the_log_says_that_every_key_is_scored():
+    line, _ = describe_served(read({"infllm": True}, PLAIN), page_size=64)
+    assert "Every key is scored, and nothing is kept" in line
+    assert "pages" not in line
+
+
 @pytest.mark.parametrize("changes", [{"dense_by": "position"}, {"dense_len": 6145}], ids=str)
 def test_the_log_has_one_line_where_training_went_by_the_same_rule(changes):
-    (line,) = describe_served(read_settings({"infllm": changes}, PLAIN), page_size=None)
+    (line,) = describe_served(read({"infllm": changes}, PLAIN), page_size=None)
     assert "pages" not in line

@@ -5,19 +5,12 @@ from __future__ import annotations
 import pytest
 
 from tests.vllm import served
-from tests.vllm.served import SETTINGS, Judge, ask, engine, make_prompts
+from tests.vllm.served import SETTINGS, Judge, ask, engine, layers_of, make_prompts
 
 vllm = pytest.importorskip("vllm")
 
 PROMPTS = make_prompts(50, 400)
 HEADS = {"vocab_size": 258, "hidden_size": 64, "num_hidden_layers": 2, "pad_token_id": 0}
-
-
-def layers_of(llm):
-    """The attention layers of an engine in this process, by name."""
-    executor = llm.llm_engine.engine_core.engine_core.model_executor
-    runner = executor.driver_worker.worker.model_runner
-    return runner.compilation_config.static_forward_context
 
 
 def backends_of(llm):
@@ -71,6 +64,17 @@ def test_a_user_may_decline_a_models_settings(trained_folder):
     Judge(trained_folder, SETTINGS).check_dense(answers)
 
 
+def test_a_user_may_ask_for_the_settings_of_patch_model(folder):
+    # Every key is scored from 8192 tokens on, which these prompts do not reach.
+    with engine(folder, True, block_size=64) as llm:
+        assert backends_of(llm) == {"InfLLMBackend"}
+        (config,) = {layer.impl.config for layer in layers_of(llm).values()}
+        answers = ask(llm, PROMPTS)
+    assert config.scores_keys
+    assert config.score_dtype == "same"
+    Judge(folder, SETTINGS).check_dense(answers)
+
+
 def test_models_with_and_without_settings_follow_each_other_in_a_process(folder):
     for settings, backend in ((SETTINGS, "InfLLMBackend"), (None, "CPUAttentionBackend")):
         with engine(folder, settings) as llm:
@@ -105,7 +109,6 @@ def test_a_layer_compiles_with_the_rest_of_the_model(folder, monkeypatch):
     [
         ({**SETTINGS, "topc": 3}, {}, "did you mean topk"),
         ({**SETTINGS, "use_nope": True}, {}, "use_nope"),
-        ({"pool_queries": True, "kernel_size": 16}, {}, "pool_queries"),
         (SETTINGS, {"block_size": 48}, "--block-size does not fit .* got 48"),
         (SETTINGS, {"kv_cache_dtype": "fp8"}, "a cache in fp8"),
         (SETTINGS, {"attention_backend": "CPU_ATTN"}, "attention backend CPU_ATTN"),
