@@ -62,7 +62,15 @@ def test_each_request_gets_what_it_gets_alone(settings):
     assert_as_alone(model, generate(model, **settings))
 
 
-@pytest.mark.parametrize("changes", [{"pool_queries": True, "kernel_size": 4}, {"lse": "exact"}])
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"pool_queries": True, "kernel_size": 4},
+        {"pool_queries": True, "kernel_size": 1, "kernel_stride": 1},
+        {"lse": "exact"},
+    ],
+    ids=str,
+)
 def test_whatever_scores_the_blocks(changes):
     model = ifx.patch_model(build("qwen3"), BY_POSITION, **changes)
     assert_as_alone(model, generate(model))
