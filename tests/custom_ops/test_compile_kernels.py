@@ -228,6 +228,15 @@ def _paged_pooled_chunk(
     launch_paged(q, keys, table, kv_len, SelectionRule.from_pooled(window, 64, 1, 4, 96))
 
 
+def _paged_rows(dtype: torch.dtype, D: int, G: int, page_size: int = 64) -> None:
+    from infllm_flex_ops.block_attention.kernels import attend_paged_rows
+
+    q, out = _meta(2, 2048, 2 * G, D, dtype=dtype)
+    k, v = _meta(2, 1024, 2, page_size, D, dtype=dtype)
+    where = (_meta(4, 8192 // page_size, dtype=torch.int32), *_meta(2, 4, dtype=torch.int32))
+    attend_paged_rows.launch(q, k, v, out, *where, 0, 4, 64, 17, 1024, 8191, D**-0.5)
+
+
 def _compile(launch: Launch, capability: int) -> Resources:
     """Compile a launch, and print the resources that it takes."""
     used = compile_for(launch, capability)
@@ -314,6 +323,12 @@ def _compile(launch: Launch, capability: int) -> Resources:
         (_paged_chunk, (HALF, 64, 4, 128)),
         pytest.param(_paged_chunk, (BRAIN, 128, 1, 16), marks=pytest.mark.slow),
         pytest.param(_paged_chunk, (FLOAT, 128, 4), marks=pytest.mark.slow),
+        (_paged_rows, (BRAIN, 128, 16)),
+        (_paged_rows, (BRAIN, 128, 4, 16)),
+        (_paged_rows, (HALF, 64, 1, 128)),
+        pytest.param(_paged_rows, (HALF, 80, 7), marks=pytest.mark.slow),
+        pytest.param(_paged_rows, (HALF, 256, 2), marks=pytest.mark.slow),
+        pytest.param(_paged_rows, (FLOAT, 128, 4), marks=pytest.mark.slow),
         (_redo, (BRAIN, 128, 16)),
         (_attend, (BRAIN, 128, 16, 8)),
         (_attend, (BRAIN, 128, 16, 4)),
@@ -371,6 +386,7 @@ def test_compiles_without_spills(
         (_paged_pooled, (BRAIN, 128, 16, 1, True)),
         (_paged_pooled_chunk, (BRAIN, 128, True)),
         (_paged_pooled_chunk, (BRAIN, 128, False, 16)),
+        (_paged_rows, (BRAIN, 128, 16)),
     ],
 )
 def test_another_triton_compiles_every_operator_for_hopper(

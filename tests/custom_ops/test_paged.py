@@ -11,6 +11,7 @@ from infllm_flex_ops import (
     attend_cached_blocks,
     attend_paged_blocks,
     attend_paged_chunk,
+    attend_paged_rows,
     compress_keys,
     select_paged_blocks,
 )
@@ -162,6 +163,27 @@ def test_many_queries_get_the_bits_of_a_cache_in_one_piece(page_size, dense_len,
     assert torch.equal(out, expected[0].transpose(0, 1))
 
 
+@pytest.mark.parametrize("page_size", [8, 64])
+def test_dense_rows_get_the_bits_of_a_chunk_and_others_are_left_alone(page_size):
+    lengths, counts = [90, 100, 64, 30, 70, 0, 80], [40, 60, 5, 30, 70, 0, 20]
+    rows = draw_rows(small_config(dense_len=91), lengths, page_size, shared=1)
+    rows.cache.append(rows.batch(lengths))
+    q = make_qkv(sum(counts), Hq=8)[0][0].transpose(0, 1)
+    batch = rows.batch(counts)
+    out = torch.full_like(q, 7.0)
+    k, v = rows.cache.key, rows.cache.value
+    attend_paged_rows(q, k, v, out, *batch[:3], 1, 5, 16, 17, 70, 90, 0.25)
+    for row, length in enumerate(lengths):
+        own = slice(batch.query_start[row], batch.query_start[row + 1])
+        if row not in (3, 4):  # outside of the range, too long, too few
+            assert (out[own] == 7.0).all()
+            continue
+        table = rows.block_table[row]
+        selected = select_chunk(q[own], rows.cache, table, length, 0.25)
+        chunk = attend_paged_chunk(q[own], k, v, selected, table, length, 16, 0.25)
+        assert torch.equal(out[own], chunk)
+
+
 def test_a_row_that_does_not_fit_its_table_is_refused():
     rows = draw_rows(small_config(), [64], 16, spare=0)
     with pytest.raises(ValueError, match="must hold the pages of 65 tokens in row 0, got 4 pages"):
@@ -187,6 +209,8 @@ def test_are_registered_right():
     torch.library.opcheck(ops.attend_paged_blocks.default, attend)
     chunk = (q[2:], cache.key, cache.value, selected[:, 2:], where[0][1], 100, 16, 0.25)
     torch.library.opcheck(ops.attend_paged_chunk.default, chunk)
+    whole = (q, cache.key, cache.value, torch.zeros_like(q), *where, 0, 2, 16, 2, 3, 100, 0.25)
+    torch.library.opcheck(ops.attend_paged_rows.default, whole)
 
 
 def test_compile_as_one_graph():

@@ -12,6 +12,7 @@ from infllm_flex_ops import (
     append_paged_windows,
     attend_paged_blocks,
     attend_paged_chunk,
+    attend_paged_rows,
     select_cached_blocks,
     select_paged_blocks,
 )
@@ -25,6 +26,7 @@ from tests.custom_ops.harness import (
 )
 from tests.inputs import make_qkv, small_config
 from tests.paged import Rows, draw_rows, query_start
+from tests.tolerance import assert_within_rounding
 
 require_kernels()
 pytestmark = pytest.mark.filterwarnings("ignore:.* encountered in:RuntimeWarning")  # by numpy
@@ -224,6 +226,76 @@ def test_attend_chunk_has_the_bits_of_one_piece(
     assert torch.equal(out.transpose(0, 1), expected[0])
 
 
+WHOLE_LENGTHS, WHOLE_COUNTS = [60, 19, 70, 0, 64, 9], [45, 19, 30, 0, 18, 3]
+
+
+def whole_rows(page_size: int, G: int, D: int, dtype: torch.dtype, block: int) -> tuple[Any, ...]:
+    """The arguments of `attend_paged_rows`; the third and the last row are left out."""
+    config = small_config(kernel_size=8, block_size=block, window_size=block)
+    shared = int(page_size < 60)  # every row with such a page has it whole
+    rows = draw_rows(config, WHOLE_LENGTHS, page_size, D=D, dtype=dtype, shared=shared)
+    q = make_qkv(sum(WHOLE_COUNTS), Hq=2 * G, D=D, dtype=dtype)[0][0].transpose(0, 1)
+    where = rows.block_table, rows.seq_lens, query_start(WHOLE_COUNTS)
+    out = torch.full_like(q, 7.0)
+    pages = rows.cache.key, rows.cache.value
+    return (q, *pages, out, *where, 0, len(WHOLE_COUNTS), block, 17, 45, 64, 0.25)
+
+
+def attend_rows(*args: Any) -> Tensor:
+    """Run the kernels, and return what they have written to a copy of ``out``."""
+    out = args[3].clone()
+    launch(attend_paged_rows, *args[:3], out, *args[4:])
+    return out
+
+
+@pytest.mark.parametrize(
+    ("page_size", "G", "D", "block", "dtype"),
+    [
+        (16, 16, 64, 64, DTYPES[-1]),
+        (64, 1, 40, 64, DTYPES[0]),
+        (128, 4, 128, 32, DTYPES[1]),
+        (8, 3, 24, 16, DTYPES[0]),
+    ],
+    ids=str,
+)
+def test_attend_rows_computes_what_its_definition_computes(
+    page_size: int, G: int, D: int, block: int, dtype: torch.dtype
+) -> None:
+    args = whole_rows(page_size, G, D, dtype, block)
+    ours = run_on_device(attend_rows, *args)
+    exact = [x.double() for x in args[:4]]
+    attend_paged_rows(*args)
+    attend_paged_rows(*exact, *args[4:])
+    assert_within_rounding(ours, exact[3], args[3])
+    lengths, counts = torch.tensor(WHOLE_LENGTHS), torch.tensor(WHOLE_COUNTS)
+    left_out = ((lengths > 64) | (counts < 17)).repeat_interleave(counts)
+    for x in (ours, args[3]):
+        assert torch.equal((x == 7.0).flatten(1).all(1), left_out)
+
+
+def test_attend_rows_has_the_bits_of_a_row_alone() -> None:
+    args = whole_rows(16, 4, 16, torch.float16, 64)
+    together = run_on_device(attend_rows, *args)
+    for row in (0, 4):
+        alone = run_on_device(attend_rows, *args[:7], row, 1, *args[9:])
+        own = slice(args[6][row], args[6][row + 1])
+        assert torch.equal(alone[own], together[own])
+
+
+@pytest.mark.parametrize("which", ["key", "value"])
+def test_nan_in_a_row_reaches_its_later_tokens_alone(which: str) -> None:
+    args = whole_rows(16, 2, 16, torch.float32, 16)
+    table, pages = args[4], args[1 if which == "key" else 2]
+    pages[table[0, 3], 0, 5] = torch.nan  # token 53 of the first row, of one head
+    pages[table[4, 3], 1, 2] = torch.inf  # token 50 of the fifth row, of the other
+    out = run_on_device(attend_rows, *args)
+    attend_paged_rows(*args)
+    start, sees = query_start(WHOLE_COUNTS), args[3].isnan() | args[3].isinf()
+    assert sees[:, :2].any(-1).any(-1).nonzero()[0] == 53 - 15
+    assert sees[:, 2:].any(-1).any(-1).nonzero()[0] == start[4] + 50 - 46
+    torch.testing.assert_close(out, args[3], equal_nan=True)
+
+
 def test_nan_among_a_chunks_keys_reaches_those_that_see_it() -> None:
     config = small_config(topk=2, window_size=16)
     rows = draw_rows(config, [120], 16)
@@ -257,9 +329,13 @@ def test_touches_nothing_outside(monkeypatch: pytest.MonkeyPatch) -> None:
     select = case.paged(FEW_COUNTS)
     attend = attend_args(case, FEW_COUNTS)[1]
     expected = select_paged_blocks(*select), attend_paged_blocks(*attend)
+    whole = whole_rows(16, 2, 24, torch.float32, 16)
+    attend_paged_rows(*whole[:3], expected_rows := whole[3].clone(), *whole[4:])
     with fenced_allocations(monkeypatch):
+        launch(attend_paged_rows, *whole)
         selected = launch(select_paged_blocks, *select)
         out = launch(attend_paged_blocks, *attend)
     used = sum(FEW_COUNTS)
     assert torch.equal(selected[:, :used], expected[0][:, :used])
     torch.testing.assert_close(out[:used], expected[1][:used])
+    torch.testing.assert_close(whole[3], expected_rows)

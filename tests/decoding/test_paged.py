@@ -5,6 +5,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+import infllm_flex_ops
 from infllm_flex import reference
 from infllm_flex.decoding import PagedBatch, PagedCache, paged_attention, window_entries
 from tests.inputs import make_qkv, small_config
@@ -118,6 +119,35 @@ def test_steps_read_no_value(scoring):
     batch = PagedBatch.of_steps(*fake, 1)
     cache.append(batch)
     assert paged_attention(query.to("meta"), cache, batch).shape == query.shape
+
+
+@pytest.mark.parametrize(("dense_len", "together"), [(-1, 3), (100, 4), (1000, 5)])
+def test_rows_that_attend_to_everything_take_one_call(monkeypatch, dense_len, together):
+    lengths, counts = [60, 40, 1, 80, 99, 0, 230], [30, 40, 1, 20, 60, 0, 50]
+    config = small_config(dense_len=dense_len)  # selects 80 tokens
+    rows = draw_rows(config, lengths, 16)
+    rows.cache.append(rows.batch(lengths))
+    query = make_qkv(sum(counts), Hq=4)[0][0].transpose(0, 1)
+    calls = []
+    for op in (infllm_flex_ops.attend_paged_rows, infllm_flex_ops.attend_paged_chunk):
+        name = op.plain.__name__
+
+        def count(*args, name=name, op=op):
+            calls.append(name)
+            return op(*args)
+
+        monkeypatch.setattr(infllm_flex_ops, name, count)
+    batch = rows.batch(counts)
+    out = paged_attention(query, rows.cache, batch)
+    assert calls == ["attend_paged_rows"] + ["attend_paged_chunk"] * (5 - together)
+    for row, length in enumerate(lengths):
+        own = slice(batch.query_start[row], batch.query_start[row + 1])
+        if counts[row]:
+            q = torch.zeros(4, length, 16)
+            q[:, length - counts[row] :] = query[own].transpose(0, 1)
+            exact, plain = refer(q, rows.k[row, :, :length], rows.v[row, :, :length], config)
+            exact, plain = (x[:, length - counts[row] :].transpose(0, 1) for x in (exact, plain))
+            assert_within_rounding(out[own], exact, plain, factor=4)
 
 
 @pytest.mark.parametrize("scoring", SCORINGS[::2], ids=str)

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
 import infllm_flex_ops
-from infllm_flex.decoding.paged.batch import PagedBatch
+from infllm_flex.decoding.paged.batch import FEW_QUERIES, LongRow, PagedBatch
 from infllm_flex.decoding.paged.cache import PagedCache
-from infllm_flex.decoding.paged.selection import select_chunk, select_few
+from infllm_flex.decoding.paged.selection import longest_full, select_chunk, select_few
 from infllm_flex.validation import resolve_scale
 
 
@@ -40,10 +42,41 @@ def paged_attention(
         out = _attend_few(query, cache, batch, scale)
     else:
         out = torch.empty(query.shape, dtype=query.dtype, device=query.device)
+    most = longest_full(cache)
+    _attend_fully(query, cache, batch, [x for x in batch.long_rows if x.length <= most], scale, out)
     for row in batch.long_rows:
-        own = slice(row.start, row.end)
-        out[own] = _attend_many(query[own], cache, batch.block_table[row.row], row.length, scale)
+        if row.length > most:
+            own, table = slice(row.start, row.end), batch.block_table[row.row]
+            out[own] = _attend_many(query[own], cache, table, row.length, scale)
     return out
+
+
+def _attend_fully(
+    query: Tensor,
+    cache: PagedCache,
+    batch: PagedBatch,
+    rows: Sequence[LongRow],
+    scale: float,
+    out: Tensor,
+) -> None:
+    """Fill ``out`` for rows with many queries that all attend to all earlier tokens, in one go."""
+    if not rows:
+        return
+    first = min(row.row for row in rows)
+    infllm_flex_ops.attend_paged_rows(
+        query,
+        cache.key,
+        cache.value,
+        out,
+        *(batch.block_table, batch.seq_lens, batch.query_start),
+        first,
+        max(row.row for row in rows) - first + 1,
+        cache.config.block_size,
+        FEW_QUERIES + 1,
+        max(row.end - row.start for row in rows),
+        longest_full(cache),
+        scale,
+    )
 
 
 def _attend_few(query: Tensor, cache: PagedCache, batch: PagedBatch, scale: float) -> Tensor:

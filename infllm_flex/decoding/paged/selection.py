@@ -13,6 +13,11 @@ from infllm_flex.decoding.paged.cache import PagedCache
 from infllm_flex_ops.pages import gather_windows
 
 
+def longest_full(cache: PagedCache) -> int:
+    """Length of a row up to which every query attends to all earlier tokens, dense or not."""
+    return max(cache.config.dense_len - 1, cache.rule.budget_tokens)
+
+
 def select_few(query: Tensor, cache: PagedCache, batch: PagedBatch, scale: float) -> Tensor:
     """Select the blocks of the rows with few queries; dense ones get all blocks up to their own.
 
@@ -56,9 +61,7 @@ def select_chunk(
     """
     config = cache.config
     first = length - query.shape[0]
-    # A query before this position sees no more blocks than its list holds, dense or not.
-    end_full = max(config.dense_len - 1, cache.rule.budget_tokens)
-    num_full = min(query.shape[0], max(0, end_full - first))
+    num_full = min(query.shape[0], max(0, longest_full(cache) - first))
     lists = []
     if num_full:
         position = torch.arange(first, first + num_full, device=query.device)

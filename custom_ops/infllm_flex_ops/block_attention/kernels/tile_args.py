@@ -93,8 +93,9 @@ class TileList(NamedTuple):
     """One tile's list, in a kernel.
 
     Attributes:
-        idx: Pointer to its blocks.
-        membership: Pointer to their membership bits.
+        idx: Pointer to its blocks; None for blocks 0, 1, 2 and so on, of which each token selected
+            all.
+        membership: Pointer to their membership bits, or None.
         num: Blocks in the list.
         num_past: The first of them, all of whose keys lie before the tile's first token.
     """
@@ -154,9 +155,13 @@ def read_step(
     """Read which keys step ``i`` of a list holds. A block takes ``BLOCK_SIZE / BLOCK_N`` steps."""
     CHUNKS: tl.constexpr = (SHAPE.BLOCK_SIZE + TILE.BLOCK_N - 1) // TILE.BLOCK_N
     last = (Skv - 1) // SHAPE.BLOCK_SIZE if EDGE else Skv // SHAPE.BLOCK_SIZE - 1
-    # Clamp, so that a corrupt list cannot read out of bounds.
-    block = tl.minimum(tl.maximum(tl.load(tile_list.idx + i // CHUNKS), 0), last)
-    member = ((tl.load(tile_list.membership + i // CHUNKS) >> token) & 1) != 0
+    if tile_list.idx is None:
+        block = i // CHUNKS
+        member = token >= 0
+    else:
+        # Clamp, so that a corrupt list cannot read out of bounds.
+        block = tl.minimum(tl.maximum(tl.load(tile_list.idx + i // CHUNKS), 0), last)
+        member = ((tl.load(tile_list.membership + i // CHUNKS) >> token) & 1) != 0
     inner = i % CHUNKS * TILE.BLOCK_N + tl.arange(0, TILE.BLOCK_N)
     first = block * SHAPE.BLOCK_SIZE + i % CHUNKS * TILE.BLOCK_N
     index = first + tl.arange(0, TILE.BLOCK_N)

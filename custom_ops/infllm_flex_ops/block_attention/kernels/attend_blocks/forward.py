@@ -23,7 +23,7 @@ from infllm_flex_ops.triton_common.pages import locate_keys
 from infllm_flex_ops.triton_common.tensor_args import RowTensor, Softmax, View
 
 
-class _QueryRows(NamedTuple):
+class QueryRows(NamedTuple):
     """The rows of a tile, in a kernel.
 
     Attributes:
@@ -40,7 +40,7 @@ class _QueryRows(NamedTuple):
 
 
 @triton.jit
-def _attend_blocks_inner(
+def attend_to_list(
     softmax, rows, kv, tile_list, Skv, SHAPE: tl.constexpr, TILE: tl.constexpr, EDGE: tl.constexpr
 ):
     """Add the keys of a list's past blocks, or of its last ones, to the softmax of the rows."""
@@ -157,9 +157,9 @@ def attend_kernel(
     )
     tile_list = open_list(lists, head * num_tiles + tile, Skv, SHAPE)
     q_rows = RowTensor(loaded, q_ptr, q_mask, q.d)
-    query_rows = _QueryRows(q_rows, rows.token, rows.position, qk_scale_log2)
+    query_rows = QueryRows(q_rows, rows.token, rows.position, qk_scale_log2)
     for EDGE in tl.static_range(2):
-        softmax = _attend_blocks_inner(softmax, query_rows, kv, tile_list, Skv, SHAPE, TILE, EDGE)
+        softmax = attend_to_list(softmax, query_rows, kv, tile_list, Skv, SHAPE, TILE, EDGE)
 
     lse_row = (b * Hkv * SHAPE.G + rows.q_head) * Sq + rows.s
     out_row = b * out.b + rows.q_head * out.h + rows.s.to(tl.int64) * out.s

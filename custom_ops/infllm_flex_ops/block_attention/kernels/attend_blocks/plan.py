@@ -61,7 +61,7 @@ def choose_tile(
     """Choose how many of the tile's rows a program takes, and how many keys at a time.
 
     Args:
-        q: Queries.
+        q: Queries, ``D`` last.
         tile_rows: Rows of a tile.
         block_size: Keys per block.
         use_tma: Whether keys and values are loaded by TMA.
@@ -70,10 +70,10 @@ def choose_tile(
     Returns:
         Compile-time sizes, and compile options such as ``num_warps``.
     """
-    block_d = max(16, triton.next_power_of_2(q.shape[3]))
+    block_d = max(16, triton.next_power_of_2(q.shape[-1]))
     fp32 = q.element_size() > 2
     # Wide heads take registers, and so do masks, of a head dim that is no power of two.
-    masked = q.shape[3] < block_d and not (use_tma and tile_rows >= 64)
+    masked = q.shape[-1] < block_d and not (use_tma and tile_rows >= 64)
     costly = block_d > 128 or masked
     most_rows, most_keys = (16, 16) if fp32 else (64, 32) if costly else (128, 64)
     rows = max(16, min(most_rows, triton.next_power_of_2(tile_rows)))
