@@ -97,8 +97,7 @@ class _Step:
 
     def everything(self) -> Tensor:
         """Append the token, select and attend. Every run appends at the same position."""
-        self._keys.append(self._qkv.key, 1, end=self._end)
-        return decode_attention(*self._qkv, self._keys)
+        return decode_attention(*self._qkv, self._keys, num_new=1, end=self._end)
 
     def select(self) -> Tensor:
         """Select only."""

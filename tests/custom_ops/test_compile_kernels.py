@@ -173,6 +173,24 @@ def _cached(
     attend_cached_blocks.launch(q, k, v, selected, *ends, block_size, D**-0.5)
 
 
+def _step(
+    dtype: torch.dtype,
+    D: int,
+    G: int,
+    block_size: int = 64,
+    S: int = 32768,
+    key_dtype: torch.dtype | None = None,
+) -> None:
+    from infllm_flex_ops.block_attention.kernels.decode_step import launch
+
+    q = _meta(1, 2 * G, 1, D, dtype=dtype)
+    k, v = _meta(1, 2, S, D, dtype=key_dtype or dtype), _meta(1, 2, S, D, dtype=dtype)
+    windows = [_meta(1, 2, S // stride, D, dtype=dtype) for stride in (16, 64)]
+    bounds = (*(_meta(1, dtype=torch.int64) for _ in range(2)), None, None, 1)
+    rule = SelectionRule(32, 16, 128, 64, block_size, 1, 2048 // block_size, 96)
+    launch(q, k, v, *windows, *bounds, rule, 8192, 128, D**-0.5)
+
+
 def _paged(dtype: torch.dtype, D: int, G: int, page_size: int = 64, n: int = 1) -> None:
     from infllm_flex_ops.block_attention.kernels import attend_cached_blocks
     from infllm_flex_ops.selection.kernels import append_windows
@@ -297,6 +315,14 @@ def _compile(launch: Launch, capability: int) -> Resources:
         (_cached, (HALF, 256, 4, 1, 64, 32768, FLOAT)),
         (_cached, (FLOAT, 64, 4)),
         (_cached, (FLOAT, 256, 3, 5)),
+        (_step, (BRAIN, 128, 16)),
+        (_step, (BRAIN, 128, 4, 64, 1 << 19)),  # picks from a few segments
+        (_step, (HALF, 80, 7, 48)),
+        (_step, (HALF, 256, 1)),
+        (_step, (BRAIN, 64, 64, 64, 1 << 17)),
+        (_step, (HALF, 256, 4, 64, 32768, FLOAT)),
+        (_step, (FLOAT, 64, 4)),
+        (_step, (FLOAT, 256, 3)),
         (_paged, (BRAIN, 128, 16)),
         (_paged, (BRAIN, 64, 4, 128, 4)),
         (_paged, (HALF, 128, 1, 16)),  # a block of four pages
@@ -362,6 +388,15 @@ def test_compiles_without_spills(
         assert used.shared <= SHARED_LIMIT[capability]
 
 
+@pytest.mark.parametrize("S", [4096, 1 << 15, 1 << 19])
+@pytest.mark.parametrize(("dtype", "D", "G"), [(BRAIN, 128, 16), (FLOAT, 64, 4), (HALF, 80, 1)])
+def test_a_decode_step_takes_three_launches(
+    dtype: torch.dtype, D: int, G: int, S: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    launches = record_launches(monkeypatch, lambda: _step(dtype, D, G, 64, S), 90)
+    assert len(launches) == 3
+
+
 @pytest.mark.slow  # with the Triton of .venv the test above compiles the same
 @pytest.mark.private_api
 @pytest.mark.parametrize(
@@ -378,6 +413,7 @@ def test_compiles_without_spills(
         (_share, (8,)),
         (_transpose, ()),
         (_cached, (BRAIN, 128, 16)),
+        (_step, (BRAIN, 128, 16)),
         (_redo, (BRAIN, 128, 16)),
         (_attend, (BRAIN, 128, 16, 8)),
         (_paged, (BRAIN, 128, 16)),
