@@ -209,6 +209,16 @@ def _paged(dtype: torch.dtype, D: int, G: int, page_size: int = 64, n: int = 1) 
     attend_cached_blocks.launch_paged(q, k, v, selected, *where, 64, n, D**-0.5)
 
 
+def _paged_step(dtype: torch.dtype, D: int, G: int, page_size: int = 64) -> None:
+    from infllm_flex_ops.block_attention.kernels.decode_step import launch_paged
+
+    q, (k, v) = _meta(4, 2 * G, D, dtype=dtype), _meta(2, 4096, 2, page_size, D, dtype=dtype)
+    windows = (_meta(4096, 2, entries, D, dtype=dtype) for entries in (page_size // 16, 1))
+    where = (_meta(4, 32768 // page_size, dtype=torch.int32), *_meta(2, 4, dtype=torch.int32))
+    rule = SelectionRule(32, 16, 128, 64, 64, 1, 32, 96)
+    launch_paged(q, k, v, *windows, *where, rule, 8192, 128, D**-0.5)
+
+
 def _paged_chunk(dtype: torch.dtype, D: int, G: int, page_size: int = 64) -> None:
     from infllm_flex_ops.block_attention.kernels import attend_blocks
 
@@ -345,6 +355,11 @@ def _compile(launch: Launch, capability: int) -> Resources:
         (_paged_pooled_chunk, (BRAIN, 80, True, 64, 4, 1 << 18)),  # picks from a few segments
         pytest.param(_paged_pooled_chunk, (FLOAT, 256, True), marks=pytest.mark.slow),
         pytest.param(_paged_pooled_chunk, (BRAIN, 64, False, 64), marks=pytest.mark.slow),
+        (_paged_step, (BRAIN, 128, 16)),
+        (_paged_step, (HALF, 64, 4, 128)),
+        (_paged_step, (HALF, 80, 7, 16)),  # a block of four pages
+        (_paged_step, (BRAIN, 256, 4)),
+        pytest.param(_paged_step, (FLOAT, 128, 4), marks=pytest.mark.slow),
         (_paged_chunk, (BRAIN, 128, 16)),
         (_paged_chunk, (HALF, 64, 4, 128)),
         pytest.param(_paged_chunk, (BRAIN, 128, 1, 16), marks=pytest.mark.slow),
@@ -418,6 +433,7 @@ def test_a_decode_step_takes_three_launches(
         (_attend, (BRAIN, 128, 16, 8)),
         (_paged, (BRAIN, 128, 16)),
         (_paged, (BRAIN, 128, 16, 16)),
+        (_paged_step, (BRAIN, 128, 16)),
         (_paged_chunk, (BRAIN, 128, 16)),
         (_paged_pooled, (BRAIN, 128, 16, 1, True)),
         (_paged_pooled_chunk, (BRAIN, 128, True)),

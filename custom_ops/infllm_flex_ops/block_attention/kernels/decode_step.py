@@ -1,4 +1,4 @@
-"""Launch the kernels of ``decode_step``: append and normalise, score and select, attend.
+"""Launch the kernels of ``decode_step`` and ``paged_step``.
 
 Each kernel reads what the one before it wrote. Within a kernel the last program of a KV head merges
 the results of the others, which would take two launches more.
@@ -86,7 +86,36 @@ def launch(
     rows = CachedRows.in_one_piece(q, start, grown_end)
     select(q, keys, rows, selected, rule, dense_len, scale, append, counters)
     old_end = None if grown_end is end else end
-    _attend(q, k, v, selected, rows, old_end, counters, out, rule, dense_len, scale)
+    _attend(q, k, v, selected, rows, k.shape[2], old_end, counters, out, rule, dense_len, scale)
+    return out
+
+
+def launch_paged(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    compressed: Tensor,
+    coarse: Tensor,
+    block_table: Tensor,
+    seq_lens: Tensor,
+    query_start: Tensor,
+    rule: SelectionRule,
+    dense_len: int,
+    width: int,
+    scale: float,
+) -> Tensor:
+    """Select and attend over pages in three launches."""
+    (B, max_pages), (Hkv, page_size) = block_table.shape, k.shape[1:3]
+    out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
+    if out.numel() == 0 or not B:
+        return out
+    selected = torch.empty(len(q), Hkv, width, dtype=torch.int32, device=q.device)
+    counters = torch.empty(B * Hkv, COUNTERS, dtype=torch.int32, device=q.device)
+    capacity = max_pages * page_size
+    keys = Keys.in_pages(compressed, coarse, capacity, rule)
+    rows = CachedRows.in_pages(q, block_table, seq_lens, query_start, 1, page_size)
+    select(q, keys, rows, selected, rule, dense_len, scale, None, counters)
+    _attend(q, k, v, selected, rows, capacity, None, counters, out, rule, dense_len, scale)
     return out
 
 
@@ -116,6 +145,7 @@ def _attend(
     v: Tensor,
     selected: Tensor,
     rows: CachedRows,
+    capacity: int,
     old_end: Tensor | None,
     counters: Tensor,
     out: Tensor,
@@ -123,9 +153,9 @@ def _attend(
     dense_len: int,
     scale: float,
 ) -> None:
-    """Fill ``out``, and ``old_end`` with the new end."""
+    """Fill ``out``, and ``old_end`` with the new end; a row has room for ``capacity`` tokens."""
     lists, D = len(counters), q.shape[-1]
-    shape = Shape(group_size(q.shape[1], k.shape[1]), D, rule.block_size, 0)
+    shape = Shape(group_size(q.shape[1], k.shape[1]), D, rule.block_size, rows.page_size)
     tile, options = choose_tile(q, k, v, shape)
     plan = plan_attention(lists, selected.shape[-1], rule.num_selected, tile.BLOCK_D)
     part = tile.BLOCK_D // plan.parts
@@ -138,6 +168,7 @@ def _attend(
         k=view(k),
         v=view(v),
         selected_ptr=selected,
+        pages=rows.pages,
         start_ptr=rows.start,
         end_ptr=rows.end,
         old_end_ptr=old_end,
@@ -145,7 +176,7 @@ def _attend(
         maxima_ptr=maxima,
         counters_ptr=counters,
         out_ptr=out,
-        S=k.shape[2],
+        S=capacity,
         width=selected.shape[-1],
         K=rule.num_selected,
         dense_len=dense_len,
@@ -154,7 +185,7 @@ def _attend(
         SHAPE=shape,
         TILE=tile,
         JOIN=Join(part, splits, max(1, min(splits, _JOINED // (tile.ROWS * part)))),
-        **options,
+        **rows.pipeline(options),
     )
 
 

@@ -7,7 +7,13 @@ import triton.language as tl
 
 from infllm_flex_ops.block_attention.kernels.exact_reads import add_seen_keys
 from infllm_flex_ops.triton_common.arrivals import is_last_program
-from infllm_flex_ops.triton_common.pages import view_keys
+from infllm_flex_ops.triton_common.pages import (
+    count_queries,
+    is_missing,
+    locate_keys,
+    view_keys,
+    view_queries,
+)
 from infllm_flex_ops.triton_common.tensor_args import RowTensor, Softmax
 
 
@@ -31,6 +37,7 @@ def attend_and_join_kernel(
     k,
     v,
     selected_ptr,
+    pages,
     start_ptr,
     end_ptr,
     old_end_ptr,
@@ -50,6 +57,8 @@ def attend_and_join_kernel(
 ):
     """Fill ``out [B, Hq, 1, D]`` by lists ``selected [B * Hkv, width]``.
 
+    Over pages, fill ``out [T, Hq, D]`` by ``[T * Hkv, width]``, where each row has a query or none.
+
     A program takes some slots of a list, round-robin, and a part of the values. It leaves the
     weighted sum of these, ``sums [B * Hkv, parts, splits, ROWS, PART]``, and the maxima and sums of
     the weights, ``maxima [B * Hkv, parts, splits, 2, ROWS]``. A row is one query head of the group.
@@ -60,6 +69,13 @@ def attend_and_join_kernel(
     head = tl.program_id(2)
     b = (head // Hkv).to(tl.int64)
     h = (head % Hkv).to(tl.int64)
+    query = b  # counted over all rows
+    if pages is not None:
+        table = pages.table + b * pages.row
+        query = tl.load(pages.query_start + b).to(tl.int64)
+        if is_missing(pages, 0, count_queries(pages, b, 1)):
+            return
+    q = view_queries(q, pages, b)
     group = tl.arange(0, TILE.ROWS)
     d = tl.arange(0, TILE.BLOCK_D)
     q_ptr = q.ptr + (b * q.b + (h * SHAPE.G + group) * q.h)[:, None]
@@ -68,7 +84,9 @@ def attend_and_join_kernel(
     if not TILE.FP32:
         loaded = tl.load(q_ptr + d[None, :] * q.d, mask=q_mask & (d < SHAPE.D)[None, :], other=0.0)
     rows = RowTensor(loaded, q_ptr, q_mask, q.d)
-    row_start = tl.load(start_ptr + b)
+    row_start = 0
+    if pages is None:
+        row_start = tl.load(start_ptr + b)
     row_end = tl.load(end_ptr + b)
     if old_end_ptr is not None:
         tl.store(old_end_ptr + b, row_end, mask=(split == 0) & (part == 0) & (h == 0))
@@ -80,11 +98,12 @@ def attend_and_join_kernel(
     count = tl.maximum(tl.minimum(used, splits), 1)  # an empty list has a result, zero
     if split >= count:
         return
-    k = view_keys(k, None, b, h)
-    v = view_keys(v, None, b, h)
+    k = view_keys(k, pages, b, h)
+    v = view_keys(v, pages, b, h)
     e = part * JOIN.PART + tl.arange(0, JOIN.PART)
     exists = (e < SHAPE.D)[None, :]
-    selected_ptr += head.to(tl.int64) * width
+    list_row = query * Hkv + h
+    selected_ptr += list_row * width
 
     softmax = Softmax(
         m_i=tl.full([TILE.ROWS], -1e30, tl.float32),  # finite: a row without a key makes no NaN
@@ -99,11 +118,19 @@ def attend_and_join_kernel(
         key = block.to(tl.int64) * SHAPE.BLOCK_SIZE + inner
         seen = (inner < SHAPE.BLOCK_SIZE) & (key >= 0)
         seen = seen & (key <= position) & (row_start + key < S)
+        if pages is None:
+            k_row = k.ptr + (row_start + key)[None, :] * k.s
+            v_row = v.ptr + (row_start + key)[:, None] * v.s + e[None, :] * v.d
+        else:
+            begin = block.to(tl.int64) * SHAPE.BLOCK_SIZE + i % CHUNKS * TILE.BLOCK_N
+            page, entry = locate_keys(begin, key, position, table, SHAPE.PAGE, SHAPE.BLOCK_SIZE)
+            k_row = k.ptr + (page * k.b + entry * k.s)[None, :]
+            v_row = v.ptr + (page * v.b + entry * v.s)[:, None] + e[None, :] * v.d
         softmax = add_seen_keys(
             softmax,
             rows,
-            k.ptr + (row_start + key)[None, :] * k.s,
-            v.ptr + (row_start + key)[:, None] * v.s + e[None, :] * v.d,
+            k_row,
+            v_row,
             exists,
             k.d,
             seen,
@@ -125,7 +152,7 @@ def attend_and_join_kernel(
     if is_last_program(counters_ptr, head, part + 1, count):
         ROWS: tl.constexpr = TILE.ROWS
         out = join_splits(sums_ptr, maxima_ptr, count, SHAPE.G, ROWS, JOIN)
-        out_row = (head.to(tl.int64) * SHAPE.G + group)[:, None]
+        out_row = (list_row * SHAPE.G + group)[:, None]
         tl.store(out_ptr + out_row * SHAPE.D + e[None, :], out, mask=q_mask & exists)
 
 

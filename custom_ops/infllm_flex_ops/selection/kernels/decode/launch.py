@@ -36,6 +36,14 @@ class Keys(NamedTuple):
     C: int
     C2: int
 
+    @classmethod
+    def in_pages(
+        cls, compressed: Tensor, coarse: Tensor, capacity: int, rule: SelectionRule
+    ) -> "Keys":
+        """Group windows in pages, of rows with room for ``capacity`` tokens."""
+        room = (num_windows(capacity, *kind) for kind in (rule.windows, rule.coarse_windows))
+        return cls(compressed, coarse, *room)
+
 
 class Append(NamedTuple):
     """The token per row that the first kernel appends to a cache in one piece.
@@ -106,10 +114,9 @@ def launch_paged(
     """Do the same for ragged queries over pages."""
     out = torch.empty(len(q), compressed.shape[1], width, dtype=torch.int32, device=q.device)
     page_size = compressed.shape[2] * rule.kernel_stride
-    capacity = block_table.shape[1] * page_size
-    room = (num_windows(capacity, *kind) for kind in (rule.windows, rule.coarse_windows))
+    keys = Keys.in_pages(compressed, coarse, block_table.shape[1] * page_size, rule)
     rows = CachedRows.in_pages(q, block_table, seq_lens, query_start, max_queries, page_size)
-    select(q, Keys(compressed, coarse, *room), rows, out, rule, dense_len, scale)
+    select(q, keys, rows, out, rule, dense_len, scale)
     return out.transpose(0, 1)
 
 
