@@ -46,13 +46,11 @@ class Layer(nn.Module):
         query, key = rotate(query, cos, sin), rotate(key, cos, sin)
         self.keys[:, :, length:end] = key
         self.values[:, :, length:end] = value
+        self.compressed.append(self.keys, x.shape[1])  # after the keys are in the cache
         if length == 0:
-            self.compressed.append(self.keys, x.shape[1])  # after the keys are in the cache
             attended = ifx.infllm_attention(query, key, value, CONFIG)
         else:
-            attended = ifx.decode_attention(
-                query, self.keys, self.values, self.compressed, num_new=x.shape[1]
-            )
+            attended = ifx.decode_attention(query, self.keys, self.values, self.compressed)
         x = x + self.out(attended.transpose(1, 2).flatten(2))
         return x + self.down(F.gelu(self.up(F.rms_norm(x, (WIDTH,)))))
 

@@ -6,8 +6,6 @@ from infllm_flex_ops.block_attention.attend_cached_blocks import attend_cached_b
 from infllm_flex_ops.block_attention.attend_paged_blocks import attend_paged_blocks
 from infllm_flex_ops.block_attention.attend_paged_chunk import attend_paged_chunk
 from infllm_flex_ops.block_attention.attend_paged_rows import attend_paged_rows
-from infllm_flex_ops.block_attention.decode_step import decode_step
-from infllm_flex_ops.block_attention.paged_step import paged_step
 from infllm_flex_ops.block_attention.redo_special_heads import redo_special_heads
 from infllm_flex_ops.block_lists.split_shared_blocks import split_shared_blocks
 from infllm_flex_ops.block_lists.tile_blocks import tile_blocks
@@ -34,8 +32,6 @@ __all__ = [
     "attend_paged_chunk",
     "attend_paged_rows",
     "compress_keys",
-    "decode_step",
-    "paged_step",
     "pool_queries",
     "redo_special_heads",
     "select_blocks",

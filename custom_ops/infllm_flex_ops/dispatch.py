@@ -131,6 +131,11 @@ def is_plain(x: Tensor) -> bool:
     return not torch_private.are_transforms_active()
 
 
+def is_plain_on_cpu(x: Tensor) -> bool:
+    """Whether `is_plain`, on the CPU."""
+    return x.is_cpu and is_plain(x)
+
+
 def skip_dispatcher(op: CustomOpDef, x: Tensor) -> Callable[..., Any]:
     """Return what an operator runs on the device of ``x`` if ``x`` is plain, else the operator."""
     return direct_kernel(op, x.device) if is_plain(x) else op

@@ -9,7 +9,8 @@ from infllm_flex.autocast import as_autocast, attention_dtype
 from infllm_flex.config import InfLLMConfig
 from infllm_flex.decoding.compressed_keys import CompressedKeys
 from infllm_flex.validation import check_query_and_key, resolve_scale
-from infllm_flex_ops.dispatch import skip_dispatcher, without_grad
+from infllm_flex_ops.decode_step import decode_step
+from infllm_flex_ops.dispatch import is_plain_on_cpu, skip_dispatcher, without_grad
 from infllm_flex_ops.sizes import ceil_div
 
 
@@ -21,9 +22,6 @@ def decode_attention(
     compressed_keys: CompressedKeys,
     *,
     scale: float | None = None,
-    num_new: int = 0,
-    start: Tensor | None = None,
-    end: Tensor | None = None,
 ) -> Tensor:
     """Attend from the newest tokens of each row, densely while the row is short, then sparsely.
 
@@ -36,13 +34,9 @@ def decode_attention(
         query: ``[B, Hq, n, D]``, the last ``n`` tokens, after the rotary embedding; few at a time.
         key: The cache ``[B, Hkv, S, D]``, with the newest tokens in it; may be preallocated.
         value: The cache ``[B, Hkv, S, D]``.
-        compressed_keys: Those of ``key``. A query is dense iff its row holds fewer than
-            ``dense_len`` tokens up to it, its own included.
+        compressed_keys: Those of ``key``, with the newest tokens appended. A query is dense iff
+            its row holds fewer than ``dense_len`` tokens up to it, its own included.
         scale: Factor on the dot products. Defaults to ``1 / sqrt(D)``.
-        num_new: Newest slots that are still to be appended to ``compressed_keys``; they are
-            appended first. For one token this is faster than a call of ``append``.
-        start: As in ``CompressedKeys.append``.
-        end: As in ``CompressedKeys.append``.
 
     Returns:
         ``[B, Hq, n, D]`` in the dtype of ``query``, or that of autocast; 0 for a query that is
@@ -57,30 +51,18 @@ def decode_attention(
         raise ValueError(f"query and value must have one dtype, got {query.dtype}, {value.dtype}")
     scale = resolve_scale(query, scale)
     keys = compressed_keys
-    config = keys.config
-    new = None if num_new == 0 and start is None and end is None else (num_new, start, end)
-    if new and (query.shape[2] > 1 or config.pool_queries or not keys.fits(query)):
-        keys.append(key, num_new, start=start, end=end)
-        new = None
-    if query.shape[2] == 1 and not config.pool_queries:
-        if new:
-            keys.make_room(key)
+    if query.shape[2] == 1 and is_plain_on_cpu(query) and not keys.config.pool_queries:
         compressed, coarse = _windows(keys, query)
-        num_new, start, end = new or (0, None, None)
-        return skip_dispatcher(infllm_flex_ops.decode_step, query)(
+        return decode_step(
             query,
-            key.detach(),
+            key,
             value,
             compressed,
-            None if coarse is compressed else coarse,
+            coarse,
             keys.start,
             keys.end,
-            start,
-            end,
-            num_new,
-            *keys.rule,
-            config.dense_len,
-            list_width(config, key.shape[2]),
+            keys.rule,
+            keys.config.dense_len,
             scale,
         )
     selected = select_cached(query, keys, capacity=key.shape[2], scale=scale, key=key)
@@ -91,7 +73,7 @@ def decode_attention(
         selected,
         keys.start,
         keys.end,
-        config.block_size,
+        keys.config.block_size,
         scale,
     )
 
@@ -171,5 +153,4 @@ def _windows(keys: CompressedKeys, query: Tensor) -> tuple[Tensor, Tensor]:
     compressed, coarse = keys.compressed, keys.coarse
     if compressed.dtype == query.dtype:
         return compressed, coarse
-    cast = compressed.to(query.dtype)
-    return cast, cast if coarse is compressed else coarse.to(query.dtype)
+    return compressed.to(query.dtype), coarse.to(query.dtype)

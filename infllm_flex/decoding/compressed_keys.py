@@ -93,7 +93,7 @@ class CompressedKeys:
         Raises:
             ValueError: ``key`` differs from the cache so far in shape, dtype or device.
         """
-        self.make_room(key)
+        self._make_room(key)
         if self.scores_keys:
             self._count(num_new, start, end)
             return
@@ -119,16 +119,8 @@ class CompressedKeys:
         else:
             self.end.add_(num_new)
 
-    def fits(self, query: Tensor) -> bool:
-        """Whether scores can be computed from the windows as they lie, without a cast."""
-        return self.compressed.dtype == query.dtype
-
-    def make_room(self, key: Tensor) -> None:
-        """Allocate memory for the windows of a cache as long as ``key``.
-
-        Raises:
-            ValueError: ``key`` differs from the cache so far in shape, dtype or device.
-        """
+    def _make_room(self, key: Tensor) -> None:
+        """Allocate memory for the windows of a cache as long as ``key``."""
         have, config = self.compressed, self.config
         B, Hkv, S, D = key.shape
         if (B, Hkv, D) != (have.shape[0], have.shape[1], have.shape[3]) or (

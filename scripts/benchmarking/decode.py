@@ -97,7 +97,8 @@ class _Step:
 
     def everything(self) -> Tensor:
         """Append the token, select and attend. Every run appends at the same position."""
-        return decode_attention(*self._qkv, self._keys, num_new=1, end=self._end)
+        self._keys.append(self._qkv.key, 1, end=self._end)
+        return decode_attention(*self._qkv, self._keys)
 
     def select(self) -> Tensor:
         """Select only."""

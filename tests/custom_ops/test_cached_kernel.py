@@ -8,7 +8,6 @@ import torch
 from infllm_flex.decoding import select_cached
 from infllm_flex.selection import selection_rule
 from infllm_flex_ops import append_windows, attend_cached_blocks, select_cached_blocks
-from infllm_flex_ops.selection.rule import SelectionRule
 from tests.custom_ops.cached import make_cache
 from tests.custom_ops.harness import (
     DEVICE,
@@ -207,16 +206,3 @@ def test_touches_nothing_outside(monkeypatch: pytest.MonkeyPatch) -> None:
         selected, out = launch_select_cached(*guard[0]), launch_attend(*guard[1])
     assert torch.equal(selected, expected[0])
     torch.testing.assert_close(out, expected[1])
-
-
-@pytest.mark.parametrize("lse", ["coarse", "exact"])
-def test_select_chooses_segments_first(lse: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    from infllm_flex_ops.selection.kernels.decode import topk
-
-    sizes = {"kernel_size": 1, "kernel_stride": 1, "block_size": 2}
-    args = _select_case(1, {}, topk=4, window_size=4, dense_len=20, lse=lse, **sizes)
-    expected = select_cached_blocks(*args)
-    monkeypatch.setattr(topk, "_MAX_DIRECT", 64)
-    rule = SelectionRule(*args[5:13])
-    assert topk.ListSizes.of(rule, 6, 384).by_segments(rule, 16).SEGMENT == 16
-    assert torch.equal(run_on_device(launch_select_cached, *args), expected)

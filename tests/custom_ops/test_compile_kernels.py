@@ -173,24 +173,6 @@ def _cached(
     attend_cached_blocks.launch(q, k, v, selected, *ends, block_size, D**-0.5)
 
 
-def _step(
-    dtype: torch.dtype,
-    D: int,
-    G: int,
-    block_size: int = 64,
-    S: int = 32768,
-    key_dtype: torch.dtype | None = None,
-) -> None:
-    from infllm_flex_ops.block_attention.kernels.decode_step import launch
-
-    q = _meta(1, 2 * G, 1, D, dtype=dtype)
-    k, v = _meta(1, 2, S, D, dtype=key_dtype or dtype), _meta(1, 2, S, D, dtype=dtype)
-    windows = [_meta(1, 2, S // stride, D, dtype=dtype) for stride in (16, 64)]
-    bounds = (*(_meta(1, dtype=torch.int64) for _ in range(2)), None, None, 1)
-    rule = SelectionRule(32, 16, 128, 64, block_size, 1, 2048 // block_size, 96)
-    launch(q, k, v, *windows, *bounds, rule, 8192, 128, D**-0.5)
-
-
 def _paged(dtype: torch.dtype, D: int, G: int, page_size: int = 64, n: int = 1) -> None:
     from infllm_flex_ops.block_attention.kernels import attend_cached_blocks
     from infllm_flex_ops.selection.kernels import append_windows
@@ -207,16 +189,6 @@ def _paged(dtype: torch.dtype, D: int, G: int, page_size: int = 64, n: int = 1) 
     select.launch_paged(q, compressed, coarse, *where, rule, 8192, 128, n, D**-0.5)
     selected = _meta(2, 4, 128, dtype=torch.int32)
     attend_cached_blocks.launch_paged(q, k, v, selected, *where, 64, n, D**-0.5)
-
-
-def _paged_step(dtype: torch.dtype, D: int, G: int, page_size: int = 64) -> None:
-    from infllm_flex_ops.block_attention.kernels.decode_step import launch_paged
-
-    q, (k, v) = _meta(4, 2 * G, D, dtype=dtype), _meta(2, 4096, 2, page_size, D, dtype=dtype)
-    windows = (_meta(4096, 2, entries, D, dtype=dtype) for entries in (page_size // 16, 1))
-    where = (_meta(4, 32768 // page_size, dtype=torch.int32), *_meta(2, 4, dtype=torch.int32))
-    rule = SelectionRule(32, 16, 128, 64, 64, 1, 32, 96)
-    launch_paged(q, k, v, *windows, *where, rule, 8192, 128, D**-0.5)
 
 
 def _paged_chunk(dtype: torch.dtype, D: int, G: int, page_size: int = 64) -> None:
@@ -325,14 +297,6 @@ def _compile(launch: Launch, capability: int) -> Resources:
         (_cached, (HALF, 256, 4, 1, 64, 32768, FLOAT)),
         (_cached, (FLOAT, 64, 4)),
         (_cached, (FLOAT, 256, 3, 5)),
-        (_step, (BRAIN, 128, 16)),
-        (_step, (BRAIN, 128, 4, 64, 1 << 19)),  # picks from a few segments
-        (_step, (HALF, 80, 7, 48)),
-        (_step, (HALF, 256, 1)),
-        (_step, (BRAIN, 64, 64, 64, 1 << 17)),
-        (_step, (HALF, 256, 4, 64, 32768, FLOAT)),
-        (_step, (FLOAT, 64, 4)),
-        (_step, (FLOAT, 256, 3)),
         (_paged, (BRAIN, 128, 16)),
         (_paged, (BRAIN, 64, 4, 128, 4)),
         (_paged, (HALF, 128, 1, 16)),  # a block of four pages
@@ -355,11 +319,6 @@ def _compile(launch: Launch, capability: int) -> Resources:
         (_paged_pooled_chunk, (BRAIN, 80, True, 64, 4, 1 << 18)),  # picks from a few segments
         pytest.param(_paged_pooled_chunk, (FLOAT, 256, True), marks=pytest.mark.slow),
         pytest.param(_paged_pooled_chunk, (BRAIN, 64, False, 64), marks=pytest.mark.slow),
-        (_paged_step, (BRAIN, 128, 16)),
-        (_paged_step, (HALF, 64, 4, 128)),
-        (_paged_step, (HALF, 80, 7, 16)),  # a block of four pages
-        (_paged_step, (BRAIN, 256, 4)),
-        pytest.param(_paged_step, (FLOAT, 128, 4), marks=pytest.mark.slow),
         (_paged_chunk, (BRAIN, 128, 16)),
         (_paged_chunk, (HALF, 64, 4, 128)),
         pytest.param(_paged_chunk, (BRAIN, 128, 1, 16), marks=pytest.mark.slow),
@@ -403,15 +362,6 @@ def test_compiles_without_spills(
         assert used.shared <= SHARED_LIMIT[capability]
 
 
-@pytest.mark.parametrize("S", [4096, 1 << 15, 1 << 19])
-@pytest.mark.parametrize(("dtype", "D", "G"), [(BRAIN, 128, 16), (FLOAT, 64, 4), (HALF, 80, 1)])
-def test_a_decode_step_takes_three_launches(
-    dtype: torch.dtype, D: int, G: int, S: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    launches = record_launches(monkeypatch, lambda: _step(dtype, D, G, 64, S), 90)
-    assert len(launches) == 3
-
-
 @pytest.mark.slow  # with the Triton of .venv the test above compiles the same
 @pytest.mark.private_api
 @pytest.mark.parametrize(
@@ -428,12 +378,10 @@ def test_a_decode_step_takes_three_launches(
         (_share, (8,)),
         (_transpose, ()),
         (_cached, (BRAIN, 128, 16)),
-        (_step, (BRAIN, 128, 16)),
         (_redo, (BRAIN, 128, 16)),
         (_attend, (BRAIN, 128, 16, 8)),
         (_paged, (BRAIN, 128, 16)),
         (_paged, (BRAIN, 128, 16, 16)),
-        (_paged_step, (BRAIN, 128, 16)),
         (_paged_chunk, (BRAIN, 128, 16)),
         (_paged_pooled, (BRAIN, 128, 16, 1, True)),
         (_paged_pooled_chunk, (BRAIN, 128, True)),

@@ -128,7 +128,6 @@ def test_nothing_of_the_size_of_the_cache_is_made():
     assert 0 < watch.largest_bytes < k.nbytes / 8
 
 
-@pytest.mark.skipif("config.getoption('--device') != 'cpu'", reason="equal bits are the CPU's")
 @settings(max_examples=25, deadline=None)
 @given(
     length=st.integers(1, 500),

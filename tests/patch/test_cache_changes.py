@@ -8,7 +8,7 @@ from transformers import DynamicCache, StaticCache
 from transformers.cache_utils import Cache, DynamicLayer
 
 import infllm_flex as ifx
-from infllm_flex.patch.huggingface.cache_updates import find_new_slots
+from infllm_flex.patch.huggingface.cache_updates import compressed_keys_of
 from tests.inputs import draw_normal
 from tests.patch.generation import GROWING, generate
 from tests.patch.models import CACHE, SETTINGS, build, tokens
@@ -71,7 +71,7 @@ def fill(cache, length, seed):
 def update_state(cache, config):
     key = cache.layers[0].keys
     start = torch.zeros(key.shape[0], dtype=torch.int64)
-    return find_new_slots(cache.layers[0], key, 1, start, config).append()
+    return compressed_keys_of(cache.layers[0], key, 1, start, config)
 
 
 @pytest.mark.parametrize("change", CHANGES.values(), ids=CHANGES)

@@ -10,12 +10,7 @@ from torch import Tensor
 import infllm_flex_ops
 from infllm_flex.decoding.paged.batch import FEW_QUERIES, LongRow, PagedBatch
 from infllm_flex.decoding.paged.cache import PagedCache
-from infllm_flex.decoding.paged.selection import (
-    few_width,
-    longest_full,
-    select_chunk,
-    select_few,
-)
+from infllm_flex.decoding.paged.selection import longest_full, select_chunk, select_few
 from infllm_flex.validation import resolve_scale
 
 
@@ -85,12 +80,6 @@ def _attend_fully(
 
 
 def _attend_few(query: Tensor, cache: PagedCache, batch: PagedBatch, scale: float) -> Tensor:
-    if batch.max_few == 1 and not cache.config.pool_queries:
-        coarse = cache.scored if cache.coarse is None else cache.coarse
-        windows, rest = (cache.scored, coarse), (cache.config.dense_len, few_width(cache, batch))
-        return infllm_flex_ops.paged_step(
-            query, cache.key, cache.value, *windows, *batch[:3], *cache.rule, *rest, scale
-        )
     selected = select_few(query, cache, batch, scale)
     return infllm_flex_ops.attend_paged_blocks(
         query,

@@ -18,11 +18,6 @@ def longest_full(cache: PagedCache) -> int:
     return max(cache.config.dense_len - 1, cache.rule.budget_tokens)
 
 
-def few_width(cache: PagedCache, batch: PagedBatch) -> int:
-    """Slots of the lists of rows with few queries, whatever the rows' lengths."""
-    return list_width(cache.config, batch.block_table.shape[1] * cache.page_size)
-
-
 def select_few(query: Tensor, cache: PagedCache, batch: PagedBatch, scale: float) -> Tensor:
     """Select the blocks of the rows with few queries; dense ones get all blocks up to their own.
 
@@ -37,7 +32,8 @@ def select_few(query: Tensor, cache: PagedCache, batch: PagedBatch, scale: float
         anything.
     """
     config, rule, rows = cache.config, cache.rule, batch[:3]
-    limits = config.dense_len, few_width(cache, batch), batch.max_few
+    width = list_width(config, batch.block_table.shape[1] * cache.page_size)
+    limits = config.dense_len, width, batch.max_few
     if config.pool_queries:
         return infllm_flex_ops.select_paged_blocks_pooled(
             query, cache.scored, *rows, *rule.pooled, *limits, config.score_dtype == "float8"

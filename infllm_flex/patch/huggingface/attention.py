@@ -137,8 +137,8 @@ def attend_decode(call: AttentionCall) -> Output:
     """Attend sparsely from new tokens to a cache."""
     call.drop_unused_slots()
     reject_unsupported_decode(call)
-    mask, qkv = materialize(call.mask), (call.query, call.key, call.value)
-    out = attend_cached(call.layer, call.cached, *qkv, mask, call.scale, call.new_slots)
+    mask = materialize(call.mask)
+    out = attend_cached(call.layer, call.cached, call.query, call.key, call.value, mask, call.scale)
     return out.transpose(1, 2).contiguous(), None
 
 

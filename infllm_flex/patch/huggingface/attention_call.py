@@ -9,7 +9,6 @@ from typing import Any
 from torch import Tensor, nn
 
 from infllm_flex.patch.huggingface.cache_hook import cache_layer
-from infllm_flex.patch.huggingface.cache_updates import NewSlots
 from infllm_flex.patch.huggingface.cached_attention import trim_mask, update_static_state
 from infllm_flex.patch.huggingface.masks import LazyMask, materialize
 from infllm_flex.patch.huggingface.sequence_info import NO_INFO, SequenceInfo, read_sequence_info
@@ -67,8 +66,6 @@ class AttentionCall:
         cache: The cache that the layer was given; None without one.
         cached: The layer of the cache that holds the keys; None without a cache.
         length: Number of keys in use; a preallocated cache has more.
-        new_slots: Slots of a preallocated cache that attention is to append; None if there are
-            none.
     """
 
     module: nn.Module
@@ -85,7 +82,6 @@ class AttentionCall:
     cache: Any = None
     cached: Any = None
     length: int = 0
-    new_slots: NewSlots | None = None
 
     def classify(self) -> Kind:
         """Decide how the call is served. No other code decides it.
@@ -106,17 +102,9 @@ class AttentionCall:
             # A static cache's state follows every call, however it is served.
             mask = self.mask = materialize(self.mask)
             config = layer.config
-            qkv = self.query, self.key, self.value
-            length, self.new_slots = update_static_state(cached, *qkv, mask, config)
+            length = update_static_state(cached, self.query, self.key, self.value, mask, config)
         self.length = length
-        kind = self._classify_by_length()
-        if self.new_slots is not None and kind is not Kind.DECODE:
-            self.new_slots.append()
-        return kind
-
-    def _classify_by_length(self) -> Kind:
-        length, cached = self.length, self.cached
-        if self.layer.attends_densely(length):
+        if layer.attends_densely(length):
             return Kind.DENSE
         if self.is_first and self.query.shape[2] != length:
             raise NotImplementedError(

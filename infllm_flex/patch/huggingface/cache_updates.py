@@ -1,9 +1,9 @@
-"""Find the compressed keys that a cache's layer carries, and what they lack to be up to date."""
+"""Bring the compressed keys that a cache's layer carries up to date with it."""
 
 from __future__ import annotations
 
 import functools
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -33,48 +33,10 @@ def track_layer(layer: Any) -> bool:
     return tracked is not None
 
 
-class NewSlots(NamedTuple):
-    """Slots of a cache layer that its compressed keys do not hold yet.
-
-    Attributes:
-        state: The state of the layer; None where compressed keys are computed anew in each call.
-        compressed_keys: The compressed keys.
-        key: The cache ``[B, Hkv, S, D]``, with the new keys in it.
-        num_new: New slots.
-        start: Slot of each row's first token, int64 ``[B]``; None where no row is padded.
-        end: Filled slots, for a static layer; None to count ``num_new`` more.
-        keys: The tensor of keys that the layer holds.
-    """
-
-    state: CacheState | None
-    compressed_keys: CompressedKeys
-    key: Tensor
-    num_new: int
-    start: Tensor | None
-    end: Tensor | None
-    keys: Tensor
-
-    def append(self) -> CompressedKeys:
-        """Append them."""
-        keys = self.compressed_keys
-        keys.append(self.key, self.num_new, start=self.start, end=self.end)
-        self.note()
-        return keys
-
-    def note(self) -> None:
-        """Note that they are appended. Until then they are found again."""
-        if self.state is None:
-            return
-        if self.end is None:
-            self.state.num_slots = self.key.shape[2]
-        elif not torch.compiler.is_compiling():
-            self.state.bind(self.keys)
-
-
-def find_new_slots(
+def compressed_keys_of(
     layer: Any, key: Tensor, num_new: int, start: Tensor | None, config: InfLLMConfig
-) -> NewSlots:
-    """The compressed keys of a cache layer, and the slots that they still lack.
+) -> CompressedKeys:
+    """The compressed keys of a cache layer, brought up to date with it.
 
     The layers of dynamic and of static caches keep and extend them. For other layers, and for a
     dynamic layer inside a graph, they are computed anew in each call, which is slower.
@@ -87,16 +49,17 @@ def find_new_slots(
         config: Sparsity settings.
     """
     if is_static(layer):
-        return _find_in_static(layer, key, num_new, start, config)
+        return _update_static(layer, key, num_new, start, config)
     if not torch.compiler.is_compiling() and track_layer(layer):
-        return _find_in_dynamic(layer, key, start, config)
+        return _update_dynamic(layer, key, start, config)
     keys = CompressedKeys(config, key)
-    return NewSlots(None, keys, key, key.shape[2], start, None, key)
+    keys.append(key, key.shape[2], start=start)
+    return keys
 
 
-def _find_in_dynamic(
+def _update_dynamic(
     layer: Any, key: Tensor, start: Tensor | None, config: InfLLMConfig
-) -> NewSlots:
+) -> CompressedKeys:
     state, keys = layer.infllm_state, layer.__dict__["keys"]
     if (
         state is None
@@ -107,8 +70,9 @@ def _find_in_dynamic(
         state = layer.infllm_state = CacheState.begin(config, key, keys)
         state.bind(keys)
     start = state.no_padding if start is None else start
-    num_new = key.shape[2] - state.num_slots
-    return NewSlots(state, state.compressed_keys, key, num_new, start, None, keys)
+    state.compressed_keys.append(key, key.shape[2] - state.num_slots, start=start)
+    state.num_slots = key.shape[2]
+    return state.compressed_keys
 
 
 def _may_write(state: CacheState) -> bool:
@@ -116,9 +80,9 @@ def _may_write(state: CacheState) -> bool:
     return torch.is_inference_mode_enabled() or not state.compressed_keys.end.is_inference()
 
 
-def _find_in_static(
+def _update_static(
     layer: Any, key: Tensor, num_new: int, start: Tensor | None, config: InfLLMConfig
-) -> NewSlots:
+) -> CompressedKeys:
     state: CacheState | None = getattr(layer, _ATTRIBUTE, None)
     compiling = torch.compiler.is_compiling()
     if state is None or state.keys is not layer.keys or not state.serves(key, config):
@@ -131,6 +95,9 @@ def _find_in_static(
     # cannot be seen.
     elif not compiling and not state.is_bound_to(layer.keys, changes=1):
         num_new = key.shape[2]
+    if not compiling:
+        state.bind(layer.keys)
+    keys = state.compressed_keys
     start = state.no_padding if start is None else start
-    end = layer.cumulative_length
-    return NewSlots(state, state.compressed_keys, key, num_new, start, end, layer.keys)
+    keys.append(key, num_new, start=start, end=layer.cumulative_length)
+    return keys

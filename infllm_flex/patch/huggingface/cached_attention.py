@@ -16,7 +16,7 @@ from infllm_flex.patch.causal_masks import (
     visible_keys,
 )
 from infllm_flex.patch.forward_context import recall_on_device
-from infllm_flex.patch.huggingface.cache_updates import NewSlots, find_new_slots
+from infllm_flex.patch.huggingface.cache_updates import compressed_keys_of
 from infllm_flex.patch.huggingface.masks import LazyMask
 from infllm_flex.patch.huggingface.transformers_private import is_static, plain_mask_arguments
 from infllm_flex.patch.layer_state import PatchedLayer
@@ -37,7 +37,6 @@ def attend_cached(
     value: Tensor,
     attention_mask: Tensor | None,
     scale: float | None,
-    new: NewSlots | None = None,
 ) -> Tensor:
     """Attend from new tokens to a cache.
 
@@ -50,7 +49,6 @@ def attend_cached(
         value: ``[B, Hkv, S, D]``, likewise.
         attention_mask: The mask of ``sdpa_mask``; None where every query sees all before it.
         scale: Factor on the dot products.
-        new: What `update_static_state` returned.
 
     Returns:
         ``[B, Hq, n, D]``.
@@ -69,14 +67,11 @@ def attend_cached(
         padding = None if attention_mask is None else visible_keys(attention_mask)[:, 0, -1]
         padding = padding if padding is None else padding.expand(query.shape[0], -1)
         return attend_chunk(query, key, value, layer.config, scale=scale, attention_mask=padding)
-    if new is None:
-        new = find_new_slots(cached, key, n, start, layer.config)
-    keys, (num_new, start, end) = new.compressed_keys, new[3:6]
-    out = decode_attention(
-        query, key, value, keys, scale=scale, num_new=num_new, start=start, end=end
-    )
-    new.note()
-    return out
+    if preallocated:
+        keys = cached.infllm_state.compressed_keys
+    else:
+        keys = compressed_keys_of(cached, key, n, start, layer.config)
+    return decode_attention(query, key, value, keys, scale=scale)
 
 
 def update_static_state(
@@ -86,23 +81,20 @@ def update_static_state(
     value: Tensor,
     attention_mask: Tensor | None,
     config: InfLLMConfig,
-) -> tuple[int, NewSlots | None]:
+) -> int:
     """Bring the compressed keys of a preallocated cache up to date, before any kind of call.
 
     Returns:
-        Number of slots in use, and slots that are still to be appended. Only a longer prompt, and
-        training, wait for the device to tell the number; a step of generation gets the capacity of
-        the cache. Its slots are left to `attend_cached`, which appends them in the same launch.
+        Number of slots in use. Only a longer prompt, and training, wait for the device to tell it;
+        a step of generation gets the capacity of the cache.
 
     Raises:
         NotImplementedError: A compiled step that needs gradients.
     """
     start = None if attention_mask is None else _row_starts(attention_mask)
-    new = find_new_slots(cached, key, query.shape[2], start, config)
-    if _is_step(query, key, value, True):
-        return key.shape[2], new
-    new.append()
-    return int(cached.cumulative_length), None
+    compressed_keys_of(cached, key, query.shape[2], start, config)
+    is_step = _is_step(query, key, value, True)
+    return key.shape[2] if is_step else int(cached.cumulative_length)
 
 
 def _row_starts(mask: Tensor) -> Tensor:

@@ -13,7 +13,6 @@ def add_seen_keys(
     q,
     k_row,
     v_row,
-    v_exists,
     stride_kd,
     seen,
     qk_scale_log2,
@@ -23,10 +22,9 @@ def add_seen_keys(
 ):
     """Add the keys that are ``seen [N]`` to the running softmax of the rows ``q``, a ``RowTensor``.
 
-    ``k_row [1, N]`` points at keys, ``v_row [N, V]`` at the elements of values that are summed;
-    ``v_exists [1, V]`` says which of them there are. Unseen keys are not read, so that nothing
-    there, NaN or unmapped, can matter. Keys and values of another dtype, as autocast leaves them,
-    are converted to that of half-precision queries.
+    ``k_row [1, N]`` points at keys, ``v_row [N, BLOCK_D]`` at the elements of values. Unseen keys
+    are not read, so that nothing there, NaN or unmapped, can matter. Keys and values of another
+    dtype, as autocast leaves them, are converted to that of half-precision queries.
     """
     acc, m_i, l_i = softmax
     d = tl.arange(0, BLOCK_D)
@@ -41,7 +39,7 @@ def add_seen_keys(
     weights = tl.exp2(logits * qk_scale_log2 - m_new[:, None])
     alpha = tl.exp2(m_i - m_new)
     l_i = l_i * alpha + tl.sum(weights, 1)
-    v = tl.load(v_row, mask=seen[:, None] & v_exists, other=0.0)
+    v = tl.load(v_row, mask=seen[:, None] & (d < D)[None, :], other=0.0)
     if not FP32:
         v = v.to(q.loaded.dtype)
     acc = tl.dot(weights.to(v.dtype), v, acc * alpha[:, None], input_precision="ieee")

@@ -126,7 +126,6 @@ def attend_exact_reads_kernel(
                 RowTensor(loaded, q_row, exists, q.d),
                 k_row,
                 v_row,
-                (d < SHAPE.D)[None, :],
                 k.d,
                 seen,
                 qk_scale_log2,

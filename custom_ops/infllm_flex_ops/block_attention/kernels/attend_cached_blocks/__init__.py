@@ -79,7 +79,7 @@ def _attend(
     n, lists = rows.n, rows.B * Hkv * rows.n
     slots, splits = _split(selected.shape[-1], lists)
     shape = Shape(group_size(q.shape[1], k.shape[1]), D, block_size, rows.page_size)
-    tile, options = choose_tile(q, k, v, shape)
+    tile, options = _choose_tile(q, k, v, shape)
     parts = torch.empty(
         lists, splits, tile.ROWS, tile.BLOCK_D + 2, dtype=torch.float32, device=q.device
     )
@@ -127,7 +127,7 @@ def _split(width: int, num_lists: int) -> tuple[int, int]:
     return slots, max(1, ceil_div(width, slots))
 
 
-def choose_tile(q: Tensor, k: Tensor, v: Tensor, shape: Shape) -> tuple[Tile, dict[str, int]]:
+def _choose_tile(q: Tensor, k: Tensor, v: Tensor, shape: Shape) -> tuple[Tile, dict[str, int]]:
     """Choose the sizes of a program, and Triton's options."""
     is_half = q.element_size() == 2
     is_wide = max(x.element_size() for x in (q, k, v)) > 2  # a cache may be wider than queries

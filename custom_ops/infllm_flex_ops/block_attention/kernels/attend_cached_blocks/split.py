@@ -125,17 +125,7 @@ def split_kernel(
             k_row = k.ptr + (page * k.b + entry * k.s)[None, :]
             v_row = v.ptr + (page * v.b + entry * v.s)[:, None] + d[None, :] * v.d
         softmax = add_seen_keys(
-            softmax,
-            rows,
-            k_row,
-            v_row,
-            (d < SHAPE.D)[None, :],
-            k.d,
-            seen,
-            qk_scale_log2,
-            SHAPE.D,
-            TILE.BLOCK_D,
-            TILE.FP32,
+            softmax, rows, k_row, v_row, k.d, seen, qk_scale_log2, SHAPE.D, TILE.BLOCK_D, TILE.FP32
         )
 
     at = (head.to(tl.int64) * n + token) * splits + split

@@ -11,15 +11,13 @@ import torch
 from torch import Tensor
 
 from infllm_flex_ops.selection.compress_keys import num_windows
-from infllm_flex_ops.selection.kernels.append_token import Appended, AppendedKind
 from infllm_flex_ops.selection.kernels.decode.lse import cached_lse_kernel
 from infllm_flex_ops.selection.kernels.decode.scores import cached_score_kernel
-from infllm_flex_ops.selection.kernels.decode.topk import ListSizes, select_cached
+from infllm_flex_ops.selection.kernels.decode.topk import select_cached
 from infllm_flex_ops.selection.kernels.kernel_args import Tile, WindowSlots
 from infllm_flex_ops.selection.kernels.prefill.plan import check_num_blocks
 from infllm_flex_ops.selection.rule import SelectionRule
 from infllm_flex_ops.sizes import ceil_div, next_power_of_2
-from infllm_flex_ops.triton_common.arrivals import COUNTERS
 from infllm_flex_ops.triton_common.pages import CachedRows
 from infllm_flex_ops.triton_common.tensor_args import view
 
@@ -28,39 +26,13 @@ _MAX_ROWS = 64  # heads x tokens of a tile
 _PROGRAMS = 512  # as many as a GPU holds at a time: a second wave would wait for the first
 
 
-class Keys(NamedTuple):
+class _Keys(NamedTuple):
     """Compressed and coarse keys, in pieces or in pages, and how many a row has room for."""
 
     compressed: Tensor
     coarse: Tensor
     C: int
     C2: int
-
-    @classmethod
-    def in_pages(
-        cls, compressed: Tensor, coarse: Tensor, capacity: int, rule: SelectionRule
-    ) -> "Keys":
-        """Group windows in pages, of rows with room for ``capacity`` tokens."""
-        room = (num_windows(capacity, *kind) for kind in (rule.windows, rule.coarse_windows))
-        return cls(compressed, coarse, *room)
-
-
-class Append(NamedTuple):
-    """The token per row that the first kernel appends to a cache in one piece.
-
-    Attributes:
-        token: The token.
-        kind: Its kind.
-        S: Slots of the cache.
-        start: Slot of each row's first token, int64 ``[B]``; the kernel updates it.
-        end: One past the slot of each row's last token before, int64 ``[B]``.
-    """
-
-    token: Appended
-    kind: AppendedKind
-    S: int
-    start: Tensor
-    end: Tensor
 
 
 class _Split(NamedTuple):
@@ -90,11 +62,11 @@ def launch(
     width: int,
     scale: float,
 ) -> Tensor:
-    """Normalise, score and select: two launches for one query per row, three for more."""
+    """Normalise, score and select: three launches."""
     B, _, n, _ = q.shape
     out = torch.empty(B, compressed.shape[1], n, width, dtype=torch.int32, device=q.device)
-    keys = Keys(compressed, coarse, compressed.shape[2], coarse.shape[2])
-    select(q, keys, CachedRows.in_one_piece(q, start, end), out, rule, dense_len, scale)
+    keys = _Keys(compressed, coarse, compressed.shape[2], coarse.shape[2])
+    _select(q, keys, CachedRows.in_one_piece(q, start, end), out, rule, dense_len, scale)
     return out
 
 
@@ -114,158 +86,96 @@ def launch_paged(
     """Do the same for ragged queries over pages."""
     out = torch.empty(len(q), compressed.shape[1], width, dtype=torch.int32, device=q.device)
     page_size = compressed.shape[2] * rule.kernel_stride
-    keys = Keys.in_pages(compressed, coarse, block_table.shape[1] * page_size, rule)
+    capacity = block_table.shape[1] * page_size
+    room = (num_windows(capacity, *kind) for kind in (rule.windows, rule.coarse_windows))
     rows = CachedRows.in_pages(q, block_table, seq_lens, query_start, max_queries, page_size)
-    select(q, keys, rows, out, rule, dense_len, scale)
+    _select(q, _Keys(compressed, coarse, *room), rows, out, rule, dense_len, scale)
     return out.transpose(0, 1)
 
 
-def select(
+def _select(
     q: Tensor,
-    keys: Keys,
+    keys: _Keys,
     rows: CachedRows,
     out: Tensor,
     rule: SelectionRule,
     dense_len: int,
     scale: float,
-    append: Append | None = None,
-    counters: Tensor | None = None,
 ) -> None:
-    """Fill ``out`` in one to three launches.
-
-    Args:
-        q: Queries.
-        keys: Compressed and coarse keys.
-        rows: The rows, as they are once the token is appended.
-        out: The lists.
-        rule: Settings.
-        dense_len: A query with fewer tokens up to it is dense.
-        scale: Factor on the dot products.
-        append: A token to append first; None if all are.
-        counters: int32 ``[B * Hkv, COUNTERS]``, which the first kernel clears, so that later
-            kernels of the step can use them; None if there are none.
-    """
+    """Fill ``out`` in three launches."""
     num_keys = (keys.C - 1) * rule.kernel_stride + rule.kernel_size if keys.C else 0
     num_blocks = ceil_div(num_keys, rule.block_size)
     columns = max(0, num_blocks - rule.local_blocks)  # that may lie before a query's local blocks
     check_num_blocks("select_cached_blocks", columns, "blocks beside the local ones")
     if out.numel() == 0 or rows.B == 0 or rows.n == 0:
         return
-    heads, width = rows.B * keys.compressed.shape[1], out.shape[-1]
+    heads = rows.B * keys.compressed.shape[1]
     scores = torch.empty(heads, rows.n, max(columns, 1), dtype=torch.float32, device=q.device)
-    is_scored = columns > 0 and num_blocks >= rule.num_selected
-    lists = None
-    if is_scored or counters is not None:
-        launches = _Launches(q, keys, rows, scores, rule, dense_len, scale)
-        if is_scored and rows.n == 1:
-            lists = ListSizes.of(rule, width, columns).by_segments(rule, launches.step_blocks)
-        if lists and counters is None:
-            counters = torch.empty(heads, COUNTERS, dtype=torch.int32, device=q.device)
-        launches.normalise(append, counters)
-        if is_scored:
-            launches.score(out, lists, counters)
-    if lists is None:
-        select_cached(scores, rows, out, columns, rule, dense_len)
+    if columns and num_blocks >= rule.num_selected:
+        _score(q, keys, rows, scores, rule, dense_len, scale)
+    select_cached(scores, rows, out, columns, rule, dense_len)
 
 
-class _Launches:
-    """The two kernels that score, and what they share.
-
-    Attributes:
-        step_blocks: Blocks that a program scores at a time.
-    """
-
-    def __init__(
-        self,
-        q: Tensor,
-        keys: Keys,
-        rows: CachedRows,
-        scores: Tensor,
-        rule: SelectionRule,
-        dense_len: int,
-        scale: float,
-    ) -> None:
-        self._q, self._keys, self._rows, self._rule = q, keys, rows, rule
-        self._scores = scores  # [B * Hkv, n, columns]
-        n, heads, Hkv = rows.n, len(scores), keys.compressed.shape[1]
-        self._windows = _choose_windows(rule)
-        tile, options = _choose_tile(q, Hkv, n, self._windows.SLOTS)
-        self.step_blocks = tile.BLOCK_N // self._windows.SLOTS
-        if tile.D == tile.BLOCK_D:  # masks of a padded head dim leave no registers for it
-            options = rows.pipeline(options)
-        split = _split(n, heads, keys.C2, scores.shape[-1], tile, self._windows)
-        self._split = split
-        num_parts = heads * split.tiles * split.runs
-        self._shared = {
-            "pages": rows.pages,
-            "partial_ptr": torch.empty(
-                num_parts, 2, tile.HEADS * tile.TOKENS, dtype=torch.float32, device=q.device
-            ),
-            "n": n,
-            "C": keys.C,
-            "C2": keys.C2,
-            "run_keys": split.run_keys,
-            "qk_scale_log2": scale * math.log2(math.e),
-            "dense_len": dense_len,
-            "Hkv": Hkv,
-            "RULE": rule,
-            "TILE": tile,
-            "PAGING": rows.windows(*rule.windows),
-            **options,
-        }
-
-    def normalise(self, append: Append | None, counters: Tensor | None) -> None:
-        """Launch the first kernel."""
-        rows, split, (compressed, coarse, *_) = self._rows, self._split, self._keys
-        bounds = rows.start, rows.end
-        token = kind = None
-        if append is not None:
-            bounds, token, kind = (append.start, append.end), append.token, append.kind
-        cached_lse_kernel[(split.runs, len(self._scores), split.tiles)](
-            q_ptr=self._q,
-            keys_ptr=compressed,
-            coarse_ptr=coarse,
-            start_ptr=bounds[0],
-            end_ptr=bounds[1],
-            counters_ptr=counters,
-            appended=token,
-            q_strides=rows.q[1:],
-            keys_strides=compressed.stride(),
-            coarse_strides=coarse.stride(),
-            S=0 if append is None else append.S,
-            COARSE_PAGING=rows.windows(*self._rule.coarse_windows),
-            APPENDED=kind,
-            **self._shared,
-        )
-
-    def score(self, out: Tensor, sizes: ListSizes | None, counters: Tensor | None) -> None:
-        """Launch the second kernel; it writes the lists if it is given their sizes."""
-        rows, split, columns = self._rows, self._split, self._scores.shape[-1]
-        grid = ceil_div(columns, split.split_blocks), len(self._scores), split.tiles
-        best = None
-        if sizes and sizes.SEGMENT:
-            segments = sizes.N // sizes.SEGMENT
-            best = torch.empty(
-                len(self._scores), segments, dtype=torch.float32, device=self._q.device
-            )
-        cached_score_kernel[grid](
-            q=rows.q,
-            keys=view(self._keys.compressed),
-            start_ptr=rows.start,
-            end_ptr=rows.end,
-            scores_ptr=self._scores,
-            best_ptr=best,
-            counters_ptr=counters if sizes else None,
-            out_ptr=out if sizes else None,
-            columns=columns,
-            runs=split.runs,
-            split_blocks=split.split_blocks,
-            width=out.shape[-1],
-            WINDOWS=self._windows,
-            RUNS=next_power_of_2(split.runs),
-            LIST=sizes,
-            **self._shared,
-        )
+def _score(
+    q: Tensor,
+    keys: _Keys,
+    rows: CachedRows,
+    scores: Tensor,
+    rule: SelectionRule,
+    dense_len: int,
+    scale: float,
+) -> None:
+    """Fill the scores ``[B * Hkv, n, columns]``."""
+    compressed, coarse = keys.compressed, keys.coarse
+    n, heads, Hkv = rows.n, len(scores), compressed.shape[1]
+    windows = _choose_windows(rule)
+    tile, options = _choose_tile(q, Hkv, n, windows.SLOTS)
+    if tile.D == tile.BLOCK_D:  # masks of a padded head dim leave no registers for it
+        options = rows.pipeline(options)
+    split = _split(n, heads, keys.C2, scores.shape[-1], tile, windows)
+    num_parts = heads * split.tiles * split.runs
+    partial = torch.empty(
+        num_parts, 2, tile.HEADS * tile.TOKENS, dtype=torch.float32, device=q.device
+    )
+    shared = {
+        "pages": rows.pages,
+        "start_ptr": rows.start,
+        "end_ptr": rows.end,
+        "partial_ptr": partial,
+        "n": n,
+        "C": keys.C,
+        "C2": keys.C2,
+        "run_keys": split.run_keys,
+        "qk_scale_log2": scale * math.log2(math.e),
+        "dense_len": dense_len,
+        "Hkv": Hkv,
+        "RULE": rule,
+        "TILE": tile,
+        "PAGING": rows.windows(*rule.windows),
+        **options,
+    }
+    cached_lse_kernel[(split.runs, heads, split.tiles)](
+        q_ptr=q,
+        keys_ptr=compressed,
+        coarse_ptr=coarse,
+        q_strides=rows.q[1:],
+        keys_strides=compressed.stride(),
+        coarse_strides=coarse.stride(),
+        COARSE_PAGING=rows.windows(*rule.coarse_windows),
+        **shared,
+    )
+    columns = scores.shape[-1]
+    cached_score_kernel[(ceil_div(columns, split.split_blocks), heads, split.tiles)](
+        q=rows.q,
+        keys=view(compressed),
+        scores_ptr=scores,
+        columns=columns,
+        runs=split.runs,
+        split_blocks=split.split_blocks,
+        WINDOWS=windows,
+        RUNS=next_power_of_2(split.runs),
+        **shared,
+    )
 
 
 def _split(

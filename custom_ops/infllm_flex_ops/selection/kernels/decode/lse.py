@@ -1,17 +1,8 @@
-"""Normalise the scores of a decode step: log-sum-exp over runs of the coarse keys, in parallel.
-
-The first kernel of a step also appends the step's token, if asked, and clears the counters of the
-kernels after it.
-"""
+"""Normalise the scores of a decode step: log-sum-exp over runs of the coarse keys, in parallel."""
 
 import triton
 import triton.language as tl
 
-from infllm_flex_ops.selection.kernels.append_token import (
-    append_token,
-    appended_bounds,
-    store_bounds,
-)
 from infllm_flex_ops.selection.kernels.kernel_args import HeadKeys
 from infllm_flex_ops.selection.kernels.online_softmax import (
     KeySpan,
@@ -19,7 +10,6 @@ from infllm_flex_ops.selection.kernels.online_softmax import (
     logit_of_sum,
     softmax_over_keys,
 )
-from infllm_flex_ops.triton_common.arrivals import clear_counters
 from infllm_flex_ops.triton_common.pages import (
     count_queries,
     is_missing,
@@ -30,7 +20,7 @@ from infllm_flex_ops.triton_common.pages import (
 from infllm_flex_ops.triton_common.tensor_args import RowTensor, View
 
 
-@triton.jit(do_not_specialize=["n", "C", "C2", "S", "run_keys"])
+@triton.jit(do_not_specialize=["n", "C", "C2", "run_keys"])
 def cached_lse_kernel(
     q_ptr,
     keys_ptr,
@@ -39,15 +29,12 @@ def cached_lse_kernel(
     start_ptr,
     end_ptr,
     partial_ptr,
-    counters_ptr,
-    appended,
     q_strides,
     keys_strides,
     coarse_strides,
     n,
     C,
     C2,
-    S,
     run_keys,
     qk_scale_log2,
     dense_len,
@@ -56,16 +43,11 @@ def cached_lse_kernel(
     TILE: tl.constexpr,
     PAGING: tl.constexpr,
     COARSE_PAGING: tl.constexpr,
-    APPENDED: tl.constexpr,
 ):
     """Fill ``partial [B * Hkv, tiles, runs, 2, HEADS * TOKENS]``, one run of coarse keys each.
 
-    A run leaves the maximum and the sum of each row's softmax. Where a step's one token is
-    ``appended``, to a cache in one piece of ``S`` slots, the last run of a KV head writes the
-    windows that the token completes, which no other run reads.
-
-    Pointers and strides come apart: as views, in another order of the same instructions, the kernel
-    spills for head dim 256 on sm_90.
+    A run leaves the maximum and the sum of each row's softmax. Pointers and strides come apart: as
+    views, in another order of the same instructions, the kernel spills for head dim 256 on sm_90.
     """
     q = View(q_ptr, *q_strides)
     keys = View(keys_ptr, *keys_strides)
@@ -75,11 +57,7 @@ def cached_lse_kernel(
     tile = tl.program_id(2)
     b = (head // Hkv).to(tl.int64)
     h = (head % Hkv).to(tl.int64)
-    if APPENDED is None:
-        length = row_length(start_ptr, end_ptr, b)
-    else:
-        row_start, row_end = appended_bounds(appended, start_ptr, end_ptr, b, APPENDED)
-        length = (row_end - row_start).to(tl.int32)
+    length = row_length(start_ptr, end_ptr, b)
     table = None
     if pages is not None:
         table = pages.table + b * pages.row
@@ -89,16 +67,6 @@ def cached_lse_kernel(
     SIZE: tl.constexpr = RULE.coarse_size
     STRIDE: tl.constexpr = RULE.coarse_stride
     count = count_windows(last, SIZE, STRIDE, C2)
-    if counters_ptr is not None:
-        clear_counters(counters_ptr, head, (run == 0) & (tile == 0))
-    if APPENDED is not None:
-        if (run == 0) & (h == 0):
-            store_bounds(appended, row_start, row_end, start_ptr, end_ptr, b, APPENDED)
-        if run == tl.maximum(count - 1, 0) // run_keys:
-            D: tl.constexpr = TILE.D
-            BLOCK_D: tl.constexpr = TILE.BLOCK_D
-            k = appended.k
-            append_token(k, keys, coarse, row_start, row_end, b, h, S, C, C2, APPENDED, D, BLOCK_D)
     is_full = (last + 1 < dense_len) | (last < RULE.num_selected * RULE.block_size)
     if is_missing(pages, tile * TILE.TOKENS, n) | is_full | ((run > 0) & (run * run_keys >= count)):
         return

@@ -1,19 +1,10 @@
-"""Score the blocks of a decode step: weights of windows, summed over the group, pooled on chip.
-
-For one query per row the last program of a KV head also writes the list.
-"""
+"""Score the blocks of a decode step: weights of windows, summed over the group, pooled on chip."""
 
 import triton
 import triton.language as tl
 
 from infllm_flex_ops.selection.kernels.decode.lse import merge_runs
-from infllm_flex_ops.selection.kernels.decode.topk import (
-    list_best_blocks,
-    list_every_block,
-    list_offset,
-)
 from infllm_flex_ops.selection.kernels.online_softmax import count_windows
-from infllm_flex_ops.triton_common.arrivals import is_last_program
 from infllm_flex_ops.triton_common.dot_fp32 import dot_fp32
 from infllm_flex_ops.triton_common.pages import (
     RowPages,
@@ -27,9 +18,7 @@ from infllm_flex_ops.triton_common.pages import (
 from infllm_flex_ops.triton_common.tensor_args import RowTensor
 
 
-@triton.jit(
-    do_not_specialize=["n", "C", "C2", "columns", "runs", "run_keys", "split_blocks", "width"]
-)
+@triton.jit(do_not_specialize=["n", "C", "C2", "columns", "runs", "run_keys", "split_blocks"])
 def cached_score_kernel(
     q,
     keys,
@@ -38,9 +27,6 @@ def cached_score_kernel(
     end_ptr,
     partial_ptr,
     scores_ptr,
-    best_ptr,
-    counters_ptr,
-    out_ptr,
     n,
     C,
     C2,
@@ -48,7 +34,6 @@ def cached_score_kernel(
     runs,
     run_keys,
     split_blocks,
-    width,
     qk_scale_log2,
     dense_len,
     Hkv,
@@ -57,12 +42,8 @@ def cached_score_kernel(
     TILE: tl.constexpr,
     RUNS: tl.constexpr,
     PAGING: tl.constexpr,
-    LIST: tl.constexpr,
 ):
     """Fill ``scores [B * Hkv, n, columns]``, a run of blocks each: their best overlapping window.
-
-    Unless ``LIST`` is None, fill the lists of ``width`` slots as well; ``n`` is then 1. If these
-    are chosen by segments, ``best [B * Hkv, N / SEGMENT]`` is filled, and a segment is a step.
 
     Windows that begin before a block are scored again for it: their keys are at hand, and a decode
     step does not wait for products.
@@ -77,12 +58,7 @@ def cached_score_kernel(
     begin = tl.program_id(0) * split_blocks
     num_scored = last // RULE.block_size - RULE.local_blocks  # later blocks are forced
     is_full = (last + 1 < dense_len) | (last < RULE.num_selected * RULE.block_size)
-    is_gone = is_missing(pages, tile * TILE.TOKENS, num)
-    if LIST is not None:
-        list_ptr = out_ptr + list_offset(pages, head.to(tl.int64), head, 0, b, Hkv, width)
-        if is_full & (is_gone == 0) & (tl.program_id(0) == 0):
-            list_every_block(list_ptr, last, width, LIST)
-    is_full = is_gone | is_full
+    is_full = is_missing(pages, tile * TILE.TOKENS, num) | is_full
     if pages is not None:
         C = count_windows(length - 1, RULE.kernel_size, RULE.kernel_stride, C)  # those written
         q = view_queries(q, pages, b)
@@ -107,7 +83,6 @@ def cached_score_kernel(
     token = tile * TILE.TOKENS + tl.arange(0, TILE.TOKENS)
     out_row = (head.to(tl.int64) * n + token) * columns
     STEP: tl.constexpr = TILE.BLOCK_N // WINDOWS.SLOTS
-    SEGMENT: tl.constexpr = 0 if LIST is None else LIST.SEGMENT
     i = tl.arange(0, TILE.BLOCK_N)
     slot = i % WINDOWS.SLOTS
     for start in range(begin, tl.minimum(begin + split_blocks, num_scored), STEP):
@@ -137,16 +112,3 @@ def cached_score_kernel(
         best = tl.max(tl.reshape(weight, [STEP, WINDOWS.SLOTS, TILE.TOKENS]), 1)
         out_mask = ((block < num_scored) & (block < columns))[:, None] & (token < num)[None, :]
         tl.store(scores_ptr + out_row[None, :] + block[:, None], best, mask=out_mask)
-        if SEGMENT > 0:
-            segment = head * (LIST.N // STEP) + start // STEP
-            best_of_all = tl.max(tl.where(out_mask, best, -1.0), 0)
-            tl.store(best_ptr + segment + token, best_of_all, mask=token < 1)
-
-    if LIST is not None:
-        parts = tl.minimum(tl.cdiv(num_scored, split_blocks), tl.num_programs(0))
-        if is_last_program(counters_ptr, head, 0, parts):
-            scores_ptr += head.to(tl.int64) * columns
-            K: tl.constexpr = RULE.num_selected
-            if SEGMENT > 0:
-                best_ptr += head * (LIST.N // STEP)
-            list_best_blocks(scores_ptr, best_ptr, list_ptr, last, columns, width, K, LIST)
