@@ -69,6 +69,18 @@ def speed_up(rows: list[dict[str, str]], wanted: dict[str, str]) -> float:
     raise LookupError(f"no rows for {wanted}")
 
 
+def model_speed_up(rows: list[dict[str, str]], wanted: dict[str, str]) -> float:
+    """Time of a dense model over that of the same model patched."""
+    times = {
+        row["attention"]: float(row["ms_p50"])
+        for row in rows
+        if row["result"] == "measured" and row["ms_p50"] and _fits(row, wanted)
+    }
+    if len(times) != 2:
+        raise LookupError(f"no rows for {wanted}")
+    return times["dense"] / times["sparse"]
+
+
 def share_of_dense(rows: list[dict[str, str]], wanted: dict[str, str]) -> float:
     """Correct answers over those of the dense model, over the seeds that the variant has."""
     ours = [row for row in rows if _fits(row, wanted)]
@@ -82,7 +94,11 @@ def share_of_dense(rows: list[dict[str, str]], wanted: dict[str, str]) -> float:
     return sum(int(row["hits"]) for row in ours) / sum(int(row["hits"]) for row in dense)
 
 
-_FORMULAS = {"speed_up": speed_up, "share_of_dense": share_of_dense}
+_FORMULAS = {
+    "speed_up": speed_up,
+    "model_speed_up": model_speed_up,
+    "share_of_dense": share_of_dense,
+}
 
 
 def _fits(row: dict[str, str], wanted: dict[str, str]) -> bool:
