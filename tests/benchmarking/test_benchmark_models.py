@@ -165,6 +165,27 @@ def test_a_wrong_way_into_the_model_is_found(run_script, config, tmp_path, monke
     assert "with every block selected: attention layer 0 differs from dense" in err
 
 
+def test_models_that_prefer_other_tokens_are_compared_by_the_same_token(
+    run_script, config, monkeypatch
+):
+    """Rounding decides between tokens that are equally likely."""
+    original = checks._check_model
+
+    def prefer_another_token(model, inputs, out):
+        out.logits.neg_()
+
+    def check(run, pair, attention):
+        hook = pair.sparse.register_forward_hook(prefer_another_token)
+        try:
+            original(run, pair, attention)
+        finally:
+            hook.remove()
+
+    monkeypatch.setattr(checks, "_check_model", check)
+    status, _, err = run_script("benchmark_models", "--config", config, "--cases", "decode")
+    assert status == 0, err
+
+
 @pytest.mark.parametrize(
     ("argument", "message"),
     [

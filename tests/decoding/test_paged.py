@@ -5,6 +5,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+import infllm_flex.decoding.paged.attention as paged_module
 import infllm_flex_ops
 from infllm_flex import reference
 from infllm_flex.decoding import PagedBatch, PagedCache, paged_attention, window_entries
@@ -121,8 +122,14 @@ def test_steps_read_no_value(scoring):
     assert paged_attention(query.to("meta"), cache, batch).shape == query.shape
 
 
-@pytest.mark.parametrize(("dense_len", "together"), [(-1, 3), (100, 4), (1000, 5)])
-def test_rows_that_attend_to_everything_take_one_call(monkeypatch, dense_len, together):
+@pytest.mark.parametrize(
+    ("dense_len", "shared_length", "together"),
+    [(-1, 2048, 3), (100, 2048, 4), (1000, 2048, 5), (1000, 99, 4)],
+)
+def test_short_rows_that_attend_to_everything_take_one_call(
+    monkeypatch, dense_len, shared_length, together
+):
+    monkeypatch.setattr(paged_module, "MAX_SHARED_LENGTH", shared_length)
     lengths, counts = [60, 40, 1, 80, 99, 0, 230], [30, 40, 1, 20, 60, 0, 50]
     config = small_config(dense_len=dense_len)  # selects 80 tokens
     rows = draw_rows(config, lengths, 16)

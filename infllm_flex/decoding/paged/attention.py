@@ -13,6 +13,9 @@ from infllm_flex.decoding.paged.cache import PagedCache
 from infllm_flex.decoding.paged.selection import longest_full, select_chunk, select_few
 from infllm_flex.validation import resolve_scale
 
+# Longer rows keep the device busy by themselves, with kernels that are faster on Hopper.
+MAX_SHARED_LENGTH = 2048
+
 
 @torch.no_grad()
 def paged_attention(
@@ -42,8 +45,9 @@ def paged_attention(
         out = _attend_few(query, cache, batch, scale)
     else:
         out = torch.empty(query.shape, dtype=query.dtype, device=query.device)
-    most = longest_full(cache)
-    _attend_fully(query, cache, batch, [x for x in batch.long_rows if x.length <= most], scale, out)
+    most = min(longest_full(cache), MAX_SHARED_LENGTH)
+    short = [row for row in batch.long_rows if row.length <= most]
+    _attend_fully(query, cache, batch, short, most, scale, out)
     for row in batch.long_rows:
         if row.length > most:
             own, table = slice(row.start, row.end), batch.block_table[row.row]
@@ -56,10 +60,14 @@ def _attend_fully(
     cache: PagedCache,
     batch: PagedBatch,
     rows: Sequence[LongRow],
+    most: int,
     scale: float,
     out: Tensor,
 ) -> None:
-    """Fill ``out`` for rows with many queries that all attend to all earlier tokens, in one go."""
+    """Fill ``out`` for the rows that have many queries and at most ``most`` tokens, in one go.
+
+    Their queries attend to all earlier tokens.
+    """
     if not rows:
         return
     first = min(row.row for row in rows)
@@ -74,7 +82,7 @@ def _attend_fully(
         cache.config.block_size,
         FEW_QUERIES + 1,
         max(row.end - row.start for row in rows),
-        longest_full(cache),
+        most,
         scale,
     )
 
