@@ -52,8 +52,8 @@ def choose_engine(
     FlexAttention runs on a GPU if ``engine`` is ``"flex"``, and on the CPU for inference unless it
     is ``"fused"``. The fused operator runs everywhere else: FlexAttention has no backward on the
     CPU, no float64, and no place under ``torch.func`` or forward-mode AD. Its CPU code also fails
-    on a query that the same graph has folded, loses a nan among scores, and lets a nan among values
-    reach rows that do not see it.
+    on a query that the same graph has folded, loses a nan among scores, lets a nan among values
+    reach rows that do not see it, and without AVX-512 is wrong for blocks of 8, 24, 40... keys.
 
     Args:
         query: ``[B, Hq, Sq, D]``.
@@ -79,6 +79,8 @@ def choose_engine(
         if training or can_split(G):
             return FlexInLevels(config, fused, choose_levels(G, backward=training), training)
         return FlexUnderOneMask(config, fused)
+    if config.block_size % 16 == 8:  # wrong without AVX-512
+        return fused
     if _needs_gradients(query, key, value) or compiling or _is_transformed(query, key, value):
         return fused
     return FlexOnCpu(config, fused) if _all_finite(query, key, value) else fused

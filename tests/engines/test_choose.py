@@ -1,11 +1,13 @@
 """Tests of which engine serves a call; fake tensors stand for a GPU."""
 
 import warnings
+from dataclasses import replace
 
 import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
+from infllm_flex import infllm_attention
 from infllm_flex.engines.choose import choose_engine
 from infllm_flex.engines.flex import FlexInLevels, FlexOnCpu, FlexUnderOneMask
 from infllm_flex.engines.fused import FusedEngine
@@ -34,6 +36,27 @@ def test_on_the_cpu_flex_serves_inference_alone(engine):
     assert isinstance(engine_of(leaves, engine=engine), FusedEngine)
     with torch.no_grad():
         assert isinstance(engine_of(leaves, engine=engine), FlexOnCpu)
+
+
+@pytest.mark.parametrize("engine", ["auto", "flex"])
+@pytest.mark.parametrize(
+    ("block_size", "flex"), [(8, 0), (24, 0), (40, 0), (4, 1), (12, 1), (16, 1)]
+)
+def test_block_sizes_that_flex_gets_wrong_without_avx_512_go_to_the_fused_engine(
+    engine, block_size, flex
+):
+    sizes = {"block_size": block_size, "window_size": block_size, "kernel_size": 4}
+    chosen = engine_of(make_qkv(64), engine=engine, **sizes, kernel_stride=4)
+    assert isinstance(chosen, FlexOnCpu if flex else FusedEngine)
+
+
+@pytest.mark.parametrize("block_size", [8, 12, 24, 64])
+def test_on_any_cpu_the_default_engine_gives_what_the_other_gives(block_size):
+    sizes = {"block_size": block_size, "window_size": block_size, "kernel_size": 4, "topk": 2}
+    config = small_config(**sizes, kernel_stride=4)
+    qkv = make_qkv(200)
+    expected = infllm_attention(*qkv, replace(config, engine="fused"))
+    torch.testing.assert_close(infllm_attention(*qkv, config), expected, rtol=0, atol=2e-6)
 
 
 @pytest.mark.parametrize("which", range(3))
