@@ -159,8 +159,9 @@ def _read_config(transformers: Any, source: Source) -> Any:
             return read_config(transformers, source.folder)
         except (ValueError, OSError) as error:
             raise BaseError(f"base: {source.folder}: {_line(error)}") from error
-    if importlib.util.find_spec("gguf") is None:
-        raise BaseError("base: GGUF files are read with gguf: pip install '.[quality]'")
+    for package in ("gguf", "accelerate"):
+        if importlib.util.find_spec(package) is None:
+            raise BaseError(f"base: GGUF files are read with {package}: pip install '.[smollm2]'")
     try:
         return transformers.AutoConfig.from_pretrained(
             source.folder, gguf_file=source.gguf_file, local_files_only=True
