@@ -1,4 +1,4 @@
-"""What reads a model from a GGUF file is checked before any work, and is installed by an extra."""
+"""A base in a GGUF file needs packages; their absence is said before any work."""
 
 import importlib.util
 from pathlib import Path
