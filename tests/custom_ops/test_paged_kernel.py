@@ -204,8 +204,19 @@ def test_attend_has_the_bits_of_one_piece(
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize(
     ("settings", "page_size", "G", "Sq", "D"),
-    # Where a block has several pages and D is no power of two, Hopper takes fewer keys at a time.
-    [(SETTINGS[0], 16, 4, 40, 64), (SETTINGS[0], 64, 16, 9, 24), (SETTINGS[1], 8, 1, 70, 24)],
+    [
+        (SETTINGS[0], 16, 4, 40, 64),
+        pytest.param(
+            *(SETTINGS[0], 16, 4, 40, 24),
+            marks=pytest.mark.skipif(
+                not INTERPRETED,
+                reason="where a block has several pages and D is no power of two, Hopper takes "
+                "fewer keys at a time",
+            ),
+        ),
+        (SETTINGS[0], 64, 16, 9, 24),
+        (SETTINGS[1], 8, 1, 70, 24),
+    ],
     ids=str,
 )
 def test_attend_chunk_has_the_bits_of_one_piece(
