@@ -62,8 +62,9 @@ storage of DCP (`torch.distributed.checkpoint.hf_storage`), `PrefixStore`, `rend
 `TORCHELASTIC_RESTART_COUNT`.
 
 `tests/flex_kernels/pretended_gpu.py` and `scripts/benchmarking/ahead_of_time.py` reach into
-Inductor, Dynamo and Triton's compiler to work without a GPU. A new release may break them without a
-fault of the package.
+Inductor, Dynamo and Triton's compiler to work without a GPU, and
+`tests/custom_ops/quick_interpreter.py` into Triton's interpreter to be quick. A new release may
+break them without a fault of the package.
 """
 
 

@@ -3,6 +3,12 @@ from collections.abc import Iterator
 import pytest
 import torch
 
+from tests.custom_ops.harness import INTERPRETED
+from tests.custom_ops.quick_interpreter import hasten_interpreter
+
+if INTERPRETED:
+    hasten_interpreter()
+
 
 @pytest.fixture(autouse=True)
 def uninitialised_memory_is_poison(request: pytest.FixtureRequest) -> Iterator[None]:
