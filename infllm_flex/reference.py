@@ -124,10 +124,9 @@ def select_blocks(query: Tensor, key: Tensor, config: InfLLMConfig, *, scale: fl
 def attention_mask(selected: Tensor, block_size: int, kv_len: int) -> Tensor:
     """Expand a selection to a causal mask over keys: bool ``[B, Hkv, Sq, Skv]``."""
     Sq = selected.shape[2]
-    key_block = torch.arange(kv_len) // block_size
-    is_selected = (selected[..., None].cpu() == key_block).any(-2)
-    position = torch.arange(kv_len - Sq, kv_len)[:, None]
-    return is_selected & (torch.arange(kv_len) <= position)
+    key = torch.arange(kv_len, device="cpu")
+    is_selected = (selected[..., None].cpu() == key // block_size).any(-2)
+    return is_selected & (key <= key[kv_len - Sq :, None])
 
 
 def switched_mask(selected: Tensor, config: InfLLMConfig, kv_len: int) -> Tensor:

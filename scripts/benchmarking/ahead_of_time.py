@@ -12,7 +12,7 @@ import pytest
 # Shared memory a program may use, in bytes, by compute capability.
 SHARED_LIMIT = {80: 163 << 10, 89: 99 << 10, 90: 227 << 10, 100: 227 << 10}
 
-_OPTIONS = ("num_warps", "num_stages", "maxnreg")
+_OPTIONS = ("num_warps", "num_stages", "maxnreg", "launch_pdl")
 
 
 def _members(value: Any) -> dict[str, Any]:

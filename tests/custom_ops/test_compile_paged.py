@@ -32,21 +32,23 @@ if INTERPRETED:
 pytestmark = pytest.mark.filterwarnings("ignore:TRITON_DEFAULT_FP_FUSION:UserWarning")
 
 
-def _paged(dtype: torch.dtype, D: int, G: int, page_size: int = 64, n: int = 1) -> None:
+def _paged(
+    dtype: torch.dtype, D: int, G: int, page_size: int = 64, n: int = 1, rows: int = 4
+) -> None:
     from infllm_flex_ops.block_attention.kernels import attend_cached_blocks
     from infllm_flex_ops.selection.kernels import append_windows
     from infllm_flex_ops.selection.kernels.decode import launch as select
 
     rule = SelectionRule(32, 16, 128, 64, 64, 1, 32, 96)
-    q = meta(4, 2 * G, D, dtype=dtype)
+    q = meta(rows, 2 * G, D, dtype=dtype)
     k, v = meta(2, 4096, 2, page_size, D, dtype=dtype)
     windows = (meta(4096, 2, entries, D, dtype=dtype) for entries in (page_size // 16, 1))
     compressed, coarse = windows
-    where = (meta(4, 32768 // page_size, dtype=torch.int32), *meta(2, 4, dtype=torch.int32))
+    where = (meta(rows, 32768 // page_size, dtype=torch.int32), *meta(2, rows, dtype=torch.int32))
     sizes = (*rule.windows, *rule.coarse_windows)
     append_windows.launch_paged(k, compressed, coarse, *where, n, *sizes)
     select.launch_paged(q, compressed, coarse, *where, rule, 8192, 128, n, D**-0.5)
-    selected = meta(2, 4, 128, dtype=torch.int32)
+    selected = meta(2, rows, 128, dtype=torch.int32)
     attend_cached_blocks.launch_paged(q, k, v, selected, *where, 64, n, D**-0.5)
 
 
@@ -98,6 +100,7 @@ def _paged_rows(dtype: torch.dtype, D: int, G: int, page_size: int = 64) -> None
 
 CASES: list[Any] = [
     *case(_paged, BRAIN, 128, 16, on=EACH),
+    *case(_paged, BRAIN, 128, 16, 64, 1, 1),  # a program takes one block of a list
     *case(_paged, BRAIN, 64, 4, 128, 4),
     *case(_paged, HALF, 128, 1, 16),  # a block of four pages
     *case(_paged, HALF, 80, 7, 16, 16, on=NONE),

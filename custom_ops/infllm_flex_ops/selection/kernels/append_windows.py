@@ -13,6 +13,7 @@ from torch import Tensor
 from infllm_flex_ops.selection.compress_keys import num_windows
 from infllm_flex_ops.selection.kernels.compress_keys import Level, average_windows
 from infllm_flex_ops.sizes import ceil_div, next_power_of_2
+from infllm_flex_ops.triton_common.dependent_launch import dependent_launch, wait_for_previous
 from infllm_flex_ops.triton_common.pages import (
     Pages,
     Paging,
@@ -128,9 +129,11 @@ def _append_kernel(
     HAS_START: tl.constexpr,
     HAS_END: tl.constexpr,
     TILE: tl.constexpr,
+    OVERLAP: tl.constexpr,
 ):
     """Serve a row. If its ``end`` grows, one program serves it: no other may read the counter."""
     b = tl.program_id(1).to(tl.int64)
+    wait_for_previous(OVERLAP)
     if HAS_START:
         start = tl.load(new_start_ptr + b * stride_start).to(tl.int64)
     else:
@@ -164,9 +167,11 @@ def _append_paged_kernel(
     LEVEL: tl.constexpr,
     COARSE_LEVEL: tl.constexpr,
     TILE: tl.constexpr,
+    OVERLAP: tl.constexpr,
 ):
     """Serve a row; ``S`` tokens, ``C`` and ``C2`` windows have room in its block table."""
     b = tl.program_id(1).to(tl.int64)
+    wait_for_previous(OVERLAP)
     length = row_length(None, seq_lens_ptr, b)
     table = pages.table + b * pages.row
     cache = _Row(k, b, 0, length, S, count_queries(pages, b, length), Hkv, table)
@@ -224,6 +229,7 @@ def launch(
         HAS_END=has_end,
         TILE=_Tile(D, next_power_of_2(D), _WINDOWS),
         num_warps=8,
+        **dependent_launch(k),
     )
 
 
@@ -265,4 +271,5 @@ def launch_paged(
         COARSE_LEVEL=coarse_level,
         TILE=_Tile(D, next_power_of_2(D), _WINDOWS),
         num_warps=8,
+        **dependent_launch(k),
     )

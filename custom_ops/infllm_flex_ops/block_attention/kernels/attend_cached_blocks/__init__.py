@@ -13,6 +13,7 @@ from infllm_flex_ops.block_attention.kernels.attend_cached_blocks.split import (
 )
 from infllm_flex_ops.device import has_little_shared_memory
 from infllm_flex_ops.sizes import ceil_div, group_size, next_power_of_2
+from infllm_flex_ops.triton_common.dependent_launch import dependent_launch, single_launch
 from infllm_flex_ops.triton_common.pages import CachedRows
 from infllm_flex_ops.triton_common.tensor_args import view
 
@@ -80,6 +81,10 @@ def _attend(
     slots, splits = _split(selected.shape[-1], lists)
     shape = Shape(group_size(q.shape[1], k.shape[1]), D, block_size, rows.page_size)
     tile, options = _choose_tile(q, k, v, shape)
+    is_single = slots == 1 and block_size <= tile.BLOCK_N
+    options = {**options, "num_stages": 1} if is_single else rows.pipeline(options)
+    # Where programs take many blocks, joining programs that wait would slow them.
+    overlap = dependent_launch(q) if is_single else single_launch()
     parts = torch.empty(
         lists, splits, tile.ROWS, tile.BLOCK_D + 2, dtype=torch.float32, device=q.device
     )
@@ -100,7 +105,9 @@ def _attend(
         Hkv=Hkv,
         SHAPE=shape,
         TILE=tile,
-        **rows.pipeline(options),
+        SINGLE=is_single,
+        **options,
+        **overlap,
     )
     part = min(_PART, tile.BLOCK_D)
     join_kernel[(shape.G * ceil_div(D, part), n, rows.B * Hkv)](
@@ -117,6 +124,7 @@ def _attend(
         PART=part,
         SPLITS=next_power_of_2(splits),
         num_warps=4,
+        **overlap,
     )
 
 

@@ -3,6 +3,7 @@
 import triton
 import triton.language as tl
 
+from infllm_flex_ops.triton_common.dependent_launch import wait_for_previous
 from infllm_flex_ops.triton_common.pages import count_queries, is_missing
 
 
@@ -20,6 +21,7 @@ def join_kernel(
     BLOCK_D: tl.constexpr,
     PART: tl.constexpr,
     SPLITS: tl.constexpr,
+    OVERLAP: tl.constexpr,
 ):
     """Weigh the parts of one query head by their log-sum-exp; 0 for a query without a key."""
     parts_of_d = (D + PART - 1) // PART
@@ -30,7 +32,14 @@ def join_kernel(
     b = 0
     if pages is not None:
         b = head // Hkv
-    if is_missing(pages, token, count_queries(pages, b, n)):
+    num = count_queries(pages, b, n)
+    if pages is None:
+        row = (head * G + group) * n + token
+    else:
+        flat = tl.load(pages.query_start + b).to(tl.int64) + token
+        row = (flat * Hkv + head % Hkv) * G + group
+    wait_for_previous(OVERLAP)
+    if is_missing(pages, token, num):
         return
     split = tl.arange(0, SPLITS)
     used = split < splits
@@ -42,9 +51,4 @@ def join_kernel(
     weight = tl.exp2(m_i - tl.max(m_i, 0))
     total = tl.sum(l_i * weight, 0)
     out = tl.sum(acc * weight[:, None], 0) / tl.where(total == 0.0, 1.0, total)
-    if pages is None:
-        row = (head * G + group) * n + token
-    else:
-        flat = tl.load(pages.query_start + b).to(tl.int64) + token
-        row = (flat * Hkv + head % Hkv) * G + group
     tl.store(out_ptr + row * D + d, out, mask=d < D)

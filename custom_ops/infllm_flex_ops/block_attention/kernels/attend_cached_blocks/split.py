@@ -6,6 +6,7 @@ import triton
 import triton.language as tl
 
 from infllm_flex_ops.block_attention.kernels.exact_reads import add_seen_keys
+from infllm_flex_ops.triton_common.dependent_launch import wait_for_previous
 from infllm_flex_ops.triton_common.pages import (
     count_queries,
     is_missing,
@@ -66,17 +67,21 @@ def split_kernel(
     Hkv,
     SHAPE: tl.constexpr,
     TILE: tl.constexpr,
+    SINGLE: tl.constexpr,
+    OVERLAP: tl.constexpr,
 ):
     """Fill ``parts [B * Hkv, n, splits, ROWS, BLOCK_D + 2]``: weighted values, maximum, sum.
 
     A row is one query head of the group. Programs take the slots of a list round-robin, so that the
-    unused slots at its end are spread evenly.
+    unused slots at its end are spread evenly. ``SINGLE``: each takes one step, whose block it looks
+    up together with its other arguments.
     """
     split = tl.program_id(0)
     token = tl.program_id(1)
     head = tl.program_id(2)
     b = (head // Hkv).to(tl.int64)
     h = (head % Hkv).to(tl.int64)
+    wait_for_previous(OVERLAP)
     row_start = 0
     if pages is None:
         row_start = tl.load(start_ptr + b)
@@ -88,6 +93,11 @@ def split_kernel(
     position = tl.load(end_ptr + b) - row_start - num + token
     q = view_queries(q, pages, b)
     selected = view_queries(selected, pages, b)
+    selected_ptr = selected.ptr + (
+        b * selected.b + h * selected.h + token.to(tl.int64) * selected.s
+    )
+    if SINGLE:
+        block = tl.load(selected_ptr + split * selected.d, mask=split < W, other=-1)
     group = tl.arange(0, TILE.ROWS)
     d = tl.arange(0, TILE.BLOCK_D)
     q_ptr = q.ptr + (b * q.b + (h * SHAPE.G + group) * q.h + token.to(tl.int64) * q.s)[:, None]
@@ -98,9 +108,6 @@ def split_kernel(
     rows = RowTensor(loaded, q_ptr, q_mask, q.d)
     k = view_keys(k, pages, b, h)
     v = view_keys(v, pages, b, h)
-    selected_ptr = selected.ptr + (
-        b * selected.b + h * selected.h + token.to(tl.int64) * selected.s
-    )
 
     softmax = Softmax(
         m_i=tl.full([TILE.ROWS], -1e30, tl.float32),  # finite: a row without a key makes no NaN
@@ -109,9 +116,10 @@ def split_kernel(
     )
     CHUNKS: tl.constexpr = (SHAPE.BLOCK_SIZE + TILE.BLOCK_N - 1) // TILE.BLOCK_N
     splits = tl.num_programs(0)
-    for i in tl.range(0, slots * CHUNKS):
-        slot = split + i // CHUNKS * splits
-        block = tl.load(selected_ptr + slot * selected.d, mask=slot < W, other=-1)
+    for i in tl.range(0, 1 if SINGLE else slots * CHUNKS):
+        if not SINGLE:
+            slot = split + i // CHUNKS * splits
+            block = tl.load(selected_ptr + slot * selected.d, mask=slot < W, other=-1)
         inner = i % CHUNKS * TILE.BLOCK_N + tl.arange(0, TILE.BLOCK_N)
         key = block.to(tl.int64) * SHAPE.BLOCK_SIZE + inner
         seen = (inner < SHAPE.BLOCK_SIZE) & (key >= 0)  # an unused slot holds block -1

@@ -18,6 +18,7 @@ from infllm_flex_ops.selection.kernels.kernel_args import Tile, WindowSlots
 from infllm_flex_ops.selection.kernels.prefill.plan import check_num_blocks
 from infllm_flex_ops.selection.rule import SelectionRule
 from infllm_flex_ops.sizes import ceil_div, next_power_of_2
+from infllm_flex_ops.triton_common.dependent_launch import dependent_launch, single_launch
 from infllm_flex_ops.triton_common.pages import CachedRows
 from infllm_flex_ops.triton_common.tensor_args import view
 
@@ -111,9 +112,11 @@ def _select(
         return
     heads = rows.B * keys.compressed.shape[1]
     scores = torch.empty(heads, rows.n, max(columns, 1), dtype=torch.float32, device=q.device)
+    launch = single_launch()
     if columns and num_blocks >= rule.num_selected:
         _score(q, keys, rows, scores, rule, dense_len, scale)
-    select_cached(scores, rows, out, columns, rule, dense_len)
+        launch = dependent_launch(q)
+    select_cached(scores, rows, out, columns, rule, dense_len, launch)
 
 
 def _score(
@@ -130,8 +133,6 @@ def _score(
     n, heads, Hkv = rows.n, len(scores), compressed.shape[1]
     windows = _choose_windows(rule)
     tile, options = _choose_tile(q, Hkv, n, windows.SLOTS)
-    if tile.D == tile.BLOCK_D:  # masks of a padded head dim leave no registers for it
-        options = rows.pipeline(options)
     split = _split(n, heads, keys.C2, scores.shape[-1], tile, windows)
     num_parts = heads * split.tiles * split.runs
     partial = torch.empty(
@@ -152,7 +153,7 @@ def _score(
         "RULE": rule,
         "TILE": tile,
         "PAGING": rows.windows(*rule.windows),
-        **options,
+        **dependent_launch(q),
     }
     cached_lse_kernel[(split.runs, heads, split.tiles)](
         q_ptr=q,
@@ -162,6 +163,7 @@ def _score(
         keys_strides=compressed.stride(),
         coarse_strides=coarse.stride(),
         COARSE_PAGING=rows.windows(*rule.coarse_windows),
+        **options,
         **shared,
     )
     columns = scores.shape[-1]
@@ -174,6 +176,7 @@ def _score(
         split_blocks=split.split_blocks,
         WINDOWS=windows,
         RUNS=next_power_of_2(split.runs),
+        **options,
         **shared,
     )
 

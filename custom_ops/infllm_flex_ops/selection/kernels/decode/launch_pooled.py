@@ -13,6 +13,7 @@ from infllm_flex_ops.selection.kernels.prefill.plan import MAX_BLOCKS
 from infllm_flex_ops.selection.kernels.prefill.tiles import MAX_WINDOWS, choose_windows
 from infllm_flex_ops.selection.rule import SelectionRule
 from infllm_flex_ops.sizes import ceil_div, next_power_of_2
+from infllm_flex_ops.triton_common.dependent_launch import dependent_launch, single_launch
 from infllm_flex_ops.triton_common.pages import CachedRows
 from infllm_flex_ops.triton_common.tensor_args import view
 
@@ -91,9 +92,11 @@ def _select(
         return
     heads = rows.B * keys.compressed.shape[1]
     scores = torch.empty(heads, rows.n, max(columns, 1), dtype=torch.float32, device=q.device)
+    launch = single_launch()
     if columns and num_blocks >= rule.num_selected:
         _score(q, keys, rows, scores, rule, dense_len)
-    select_cached(scores, rows, out, columns, rule, dense_len)
+        launch = dependent_launch(q)
+    select_cached(scores, rows, out, columns, rule, dense_len, launch)
 
 
 def _score(
@@ -130,6 +133,7 @@ def _score(
         FLOAT8=keys.float8,
         HAS_FLOAT8=knows_float8(q),
         PAGING=rows.windows(*rule.windows),
+        **dependent_launch(q),
         **options,
     )
 

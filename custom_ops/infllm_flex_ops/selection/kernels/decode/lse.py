@@ -10,6 +10,7 @@ from infllm_flex_ops.selection.kernels.online_softmax import (
     logit_of_sum,
     softmax_over_keys,
 )
+from infllm_flex_ops.triton_common.dependent_launch import wait_for_previous
 from infllm_flex_ops.triton_common.pages import (
     count_queries,
     is_missing,
@@ -43,6 +44,7 @@ def cached_lse_kernel(
     TILE: tl.constexpr,
     PAGING: tl.constexpr,
     COARSE_PAGING: tl.constexpr,
+    OVERLAP: tl.constexpr,
 ):
     """Fill ``partial [B * Hkv, tiles, runs, 2, HEADS * TOKENS]``, one run of coarse keys each.
 
@@ -57,6 +59,7 @@ def cached_lse_kernel(
     tile = tl.program_id(2)
     b = (head // Hkv).to(tl.int64)
     h = (head % Hkv).to(tl.int64)
+    wait_for_previous(OVERLAP)
     length = row_length(start_ptr, end_ptr, b)
     table = None
     if pages is not None:
@@ -67,9 +70,6 @@ def cached_lse_kernel(
     SIZE: tl.constexpr = RULE.coarse_size
     STRIDE: tl.constexpr = RULE.coarse_stride
     count = count_windows(last, SIZE, STRIDE, C2)
-    is_full = (last + 1 < dense_len) | (last < RULE.num_selected * RULE.block_size)
-    if is_missing(pages, tile * TILE.TOKENS, n) | is_full | ((run > 0) & (run * run_keys >= count)):
-        return
     column = tl.arange(0, TILE.HEADS * TILE.TOKENS)
     group = column // TILE.TOKENS
     row = tile * TILE.TOKENS + column % TILE.TOKENS
@@ -81,8 +81,12 @@ def cached_lse_kernel(
     if not TILE.FP32:
         d = tl.arange(0, TILE.BLOCK_D)
         d_mask = (d < TILE.D)[None, :]
+        # Loaded together with the length, before that decides.
         loaded = tl.load(row_ptr + d[None, :] * q.d, mask=q_mask & d_mask, other=0.0)
     queries = RowTensor(loaded, row_ptr, q_mask, q.d)
+    is_full = (last + 1 < dense_len) | (last < RULE.num_selected * RULE.block_size)
+    if is_missing(pages, tile * TILE.TOKENS, n) | is_full | ((run > 0) & (run * run_keys >= count)):
+        return
 
     coarse_keys = HeadKeys(view_keys(coarse, pages, b, h), None, 0, 0, 0, table)
     span = KeySpan(

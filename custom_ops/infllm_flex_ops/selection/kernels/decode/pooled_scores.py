@@ -10,6 +10,7 @@ from infllm_flex_ops.selection.kernels.pool_queries import (
     round_like_float8,
 )
 from infllm_flex_ops.selection.kernels.prefill.pooled_scores import rank
+from infllm_flex_ops.triton_common.dependent_launch import wait_for_previous
 from infllm_flex_ops.triton_common.pages import (
     count_queries,
     is_missing,
@@ -39,6 +40,7 @@ def cached_pooled_score_kernel(
     FLOAT8: tl.constexpr,
     HAS_FLOAT8: tl.constexpr,
     PAGING: tl.constexpr,
+    OVERLAP: tl.constexpr,
 ):
     """Fill ``scores [B * Hkv, n, columns]``, a run of blocks each.
 
@@ -51,6 +53,7 @@ def cached_pooled_score_kernel(
     tile = tl.program_id(2)
     b = (head // Hkv).to(tl.int64)
     h = (head % Hkv).to(tl.int64)
+    wait_for_previous(OVERLAP)
     row_start = 0
     if start_ptr is not None:
         row_start = tl.load(start_ptr + b)

@@ -5,6 +5,7 @@ import triton.language as tl
 
 from infllm_flex_ops.selection.kernels.decode.lse import merge_runs
 from infllm_flex_ops.selection.kernels.online_softmax import count_windows
+from infllm_flex_ops.triton_common.dependent_launch import wait_for_previous
 from infllm_flex_ops.triton_common.dot_fp32 import dot_fp32
 from infllm_flex_ops.triton_common.pages import (
     RowPages,
@@ -16,6 +17,63 @@ from infllm_flex_ops.triton_common.pages import (
     view_queries,
 )
 from infllm_flex_ops.triton_common.tensor_args import RowTensor
+
+
+@triton.jit
+def _windows_of_step(start, end, C, WINDOWS: tl.constexpr, BLOCK_N: tl.constexpr):
+    """Windows ``[BLOCK_N]`` of the blocks from ``start`` on, and which of them are to be scored."""
+    i = tl.arange(0, BLOCK_N)
+    block = start + i // WINDOWS.SLOTS
+    slot = i % WINDOWS.SLOTS
+    window = block * WINDOWS.PER_BLOCK + slot - WINDOWS.BEFORE
+    exists = (block < end) & (slot < WINDOWS.PER_BLOCK + WINDOWS.BEFORE)
+    return window, exists & (window >= 0) & (window < C)
+
+
+@triton.jit
+def _offset_of_windows(keys, window, exists, table, PAGING: tl.constexpr):
+    """Offsets of the windows from the pointer of a view, int64."""
+    row = None
+    if PAGING is not None:
+        row = RowPages(table, exists)
+    return entry_offset(keys, window, row, PAGING)
+
+
+@triton.jit
+def _load_windows(keys, offset, exists, TILE: tl.constexpr):
+    """Load windows ``[BLOCK_N, BLOCK_D]``."""
+    d = tl.arange(0, TILE.BLOCK_D)
+    mask = exists[:, None] & (d < TILE.D)[None, :]
+    return tl.load(keys.ptr + offset[:, None] + d[None, :] * keys.d, mask=mask, other=0.0)
+
+
+@triton.jit
+def _best_windows(
+    logits,
+    shift,
+    window,
+    valid,
+    position,
+    qk_scale_log2,
+    RULE: tl.constexpr,
+    WINDOWS: tl.constexpr,
+    TILE: tl.constexpr,
+):
+    """Weigh windows ``[BLOCK_N]``, and take the best of each block: ``[STEP, TOKENS]``.
+
+    Weights are summed over the heads. A token without a window in a block gets -1 there.
+    """
+    STEP: tl.constexpr = TILE.BLOCK_N // WINDOWS.SLOTS
+    weights = tl.exp2(tl.fma(logits, qk_scale_log2, shift))
+    if TILE.HEADS > TILE.G:
+        group = tl.arange(0, TILE.HEADS * TILE.TOKENS) // TILE.TOKENS
+        weights = tl.where((group < TILE.G)[None, :], weights, 0.0)
+    weight = tl.sum(tl.reshape(weights, [TILE.BLOCK_N, TILE.HEADS, TILE.TOKENS]), 1)
+    weight = tl.where(weight == weight, tl.minimum(weight, 3.4028234663852886e38), 0.0)
+    window_end = window * RULE.kernel_stride + RULE.kernel_size - 1
+    seen = valid[:, None] & (window_end[:, None] <= position[None, :])
+    weight = tl.where(seen, weight, -1.0)
+    return tl.max(tl.reshape(weight, [STEP, WINDOWS.SLOTS, TILE.TOKENS]), 1)
 
 
 @triton.jit(do_not_specialize=["n", "C", "C2", "columns", "runs", "run_keys", "split_blocks"])
@@ -42,11 +100,15 @@ def cached_score_kernel(
     TILE: tl.constexpr,
     RUNS: tl.constexpr,
     PAGING: tl.constexpr,
+    OVERLAP: tl.constexpr,
 ):
     """Fill ``scores [B * Hkv, n, columns]``, a run of blocks each: their best overlapping window.
 
     Windows that begin before a block are scored again for it: their keys are at hand, and a decode
-    step does not wait for products.
+    step does not wait for products. The keys of the first step, often the only one, are loaded
+    while the kernel before still normalises. In pages, where a load waits for a look-up, each
+    step's keys are loaded, and the pages after them looked up, a step ahead; in one piece Triton's
+    pipeline loads more of them at once.
     """
     head = tl.program_id(1)
     tile = tl.program_id(2)
@@ -59,11 +121,12 @@ def cached_score_kernel(
     num_scored = last // RULE.block_size - RULE.local_blocks  # later blocks are forced
     is_full = (last + 1 < dense_len) | (last < RULE.num_selected * RULE.block_size)
     is_full = is_missing(pages, tile * TILE.TOKENS, num) | is_full
+    end = tl.where(is_full, begin, tl.minimum(begin + split_blocks, num_scored))
+    table = None
     if pages is not None:
         C = count_windows(length - 1, RULE.kernel_size, RULE.kernel_stride, C)  # those written
         q = view_queries(q, pages, b)
-    if is_full | (begin >= num_scored):
-        return
+        table = pages.table + b * pages.row
     column = tl.arange(0, TILE.HEADS * TILE.TOKENS)
     group = column // TILE.TOKENS
     row = tile * TILE.TOKENS + column % TILE.TOKENS
@@ -74,41 +137,54 @@ def cached_score_kernel(
     if not TILE.FP32:
         d_mask = (d < TILE.D)[:, None]
         loaded = tl.load(q_ptr + d[:, None] * q.d, mask=q_mask & d_mask, other=0.0)
+    keys = view_keys(keys, pages, b, h)
+    STEP: tl.constexpr = TILE.BLOCK_N // WINDOWS.SLOTS
+    AHEAD: tl.constexpr = pages is not None and not TILE.FP32
+    x = q_mask  # unused in float32
+    offset = q_mask  # used in pages
+    if not TILE.FP32:
+        window, valid = _windows_of_step(begin, end, C, WINDOWS, TILE.BLOCK_N)
+        x = _load_windows(keys, _offset_of_windows(keys, window, valid, table, PAGING), valid, TILE)
+    if AHEAD:
+        window, valid = _windows_of_step(begin + STEP, end, C, WINDOWS, TILE.BLOCK_N)
+        offset = _offset_of_windows(keys, window, valid, table, PAGING)
+
+    wait_for_previous(OVERLAP)
+    if begin >= end:
+        return
     at = (head.to(tl.int64) * tl.num_programs(2) + tile) * runs
     count = count_windows(last, RULE.coarse_size, RULE.coarse_stride, C2)
     lse = merge_runs(partial_ptr, at, count, run_keys, qk_scale_log2, TILE, RUNS)
     shift = -qk_scale_log2 * lse[None, :]
-
-    keys = view_keys(keys, pages, b, h)
     token = tile * TILE.TOKENS + tl.arange(0, TILE.TOKENS)
+    position = length - num + token
     out_row = (head.to(tl.int64) * n + token) * columns
-    STEP: tl.constexpr = TILE.BLOCK_N // WINDOWS.SLOTS
-    i = tl.arange(0, TILE.BLOCK_N)
-    slot = i % WINDOWS.SLOTS
-    for start in range(begin, tl.minimum(begin + split_blocks, num_scored), STEP):
-        window = (start + i // WINDOWS.SLOTS) * WINDOWS.PER_BLOCK + slot - WINDOWS.BEFORE
-        valid = (window >= 0) & (window < C) & (slot < WINDOWS.PER_BLOCK + WINDOWS.BEFORE)
-        pages_of_windows = None
-        if pages is not None:
-            pages_of_windows = RowPages(pages.table + b * pages.row, valid)
-        key_ptr = keys.ptr + entry_offset(keys, window, pages_of_windows, PAGING)[:, None]
-        if TILE.FP32:
-            key_rows = RowTensor(None, key_ptr, valid[:, None], keys.d)
-            q_columns = RowTensor(None, q_ptr, q_mask, q.d)
-            logits = dot_fp32(key_rows, q_columns, TILE.D, TILE.BLOCK_D)
-        else:
-            mask = valid[:, None] & (d < TILE.D)[None, :]
-            x = tl.load(key_ptr + d[None, :] * keys.d, mask=mask, other=0.0)
-            logits = tl.dot(x, loaded)
-        weights = tl.exp2(tl.fma(logits, qk_scale_log2, shift))
-        if TILE.HEADS > TILE.G:
-            weights = tl.where((group < TILE.G)[None, :], weights, 0.0)
-        weight = tl.sum(tl.reshape(weights, [TILE.BLOCK_N, TILE.HEADS, TILE.TOKENS]), 1)
-        weight = tl.where(weight == weight, tl.minimum(weight, 3.4028234663852886e38), 0.0)
-        window_end = window * RULE.kernel_stride + RULE.kernel_size - 1
-        seen = valid[:, None] & (window_end[:, None] <= (length - num + token)[None, :])
-        weight = tl.where(seen, weight, -1.0)
-        block = start + tl.arange(0, STEP)
-        best = tl.max(tl.reshape(weight, [STEP, WINDOWS.SLOTS, TILE.TOKENS]), 1)
-        out_mask = ((block < num_scored) & (block < columns))[:, None] & (token < num)[None, :]
-        tl.store(scores_ptr + out_row[None, :] + block[:, None], best, mask=out_mask)
+    ONE_LOOP: tl.constexpr = TILE.FP32 or AHEAD
+    for LATER in tl.static_range(1 if ONE_LOOP else 0, 2):
+        first = begin + STEP if LATER and not ONE_LOOP else begin
+        for start in range(first, end if LATER else begin + STEP, STEP):
+            window, valid = _windows_of_step(start, end, C, WINDOWS, TILE.BLOCK_N)
+            if TILE.FP32:
+                key_ptr = keys.ptr + _offset_of_windows(keys, window, valid, table, PAGING)[:, None]
+                key_rows = RowTensor(None, key_ptr, valid[:, None], keys.d)
+                q_columns = RowTensor(None, q_ptr, q_mask, q.d)
+                logits = dot_fp32(key_rows, q_columns, TILE.D, TILE.BLOCK_D)
+            elif AHEAD:
+                _, exists = _windows_of_step(start + STEP, end, C, WINDOWS, TILE.BLOCK_N)
+                upcoming = _load_windows(keys, offset, exists, TILE)
+                later, exists = _windows_of_step(start + 2 * STEP, end, C, WINDOWS, TILE.BLOCK_N)
+                offset = _offset_of_windows(keys, later, exists, table, PAGING)
+                logits = tl.dot(x, loaded)
+                x = upcoming
+            else:
+                y = x
+                if LATER:
+                    own = _offset_of_windows(keys, window, valid, table, PAGING)
+                    y = _load_windows(keys, own, valid, TILE)
+                logits = tl.dot(y, loaded)
+            best = _best_windows(
+                logits, shift, window, valid, position, qk_scale_log2, RULE, WINDOWS, TILE
+            )
+            block = start + tl.arange(0, STEP)
+            out_mask = ((block < num_scored) & (block < columns))[:, None] & (token < num)[None, :]
+            tl.store(scores_ptr + out_row[None, :] + block[:, None], best, mask=out_mask)

@@ -1,5 +1,7 @@
 """Select the best blocks of each query of a decode step, or list every block that it may see."""
 
+from typing import Any
+
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -7,6 +9,7 @@ from torch import Tensor
 from infllm_flex_ops.selection.kernels.prefill.topk import topk_blocks, write_blocks
 from infllm_flex_ops.selection.rule import SelectionRule
 from infllm_flex_ops.sizes import next_power_of_2
+from infllm_flex_ops.triton_common.dependent_launch import wait_for_previous
 from infllm_flex_ops.triton_common.pages import CachedRows, count_queries, is_missing, row_length
 
 
@@ -28,6 +31,7 @@ def cached_topk_kernel(
     LOCAL_BLOCKS: tl.constexpr,
     BLOCK_W: tl.constexpr,
     N: tl.constexpr,
+    OVERLAP: tl.constexpr,
 ):
     """Write one query's blocks, ascending: the best of those before the local ones, then these.
 
@@ -39,14 +43,15 @@ def cached_topk_kernel(
     b = head // Hkv
     length = row_length(start_ptr, end_ptr, b)
     num = count_queries(pages, b, n)
-    if is_missing(pages, token, num):
-        return
     position = length - num + token
     row = head.to(tl.int64) * n + token
     list_row = row
     if pages is not None:
         flat = tl.load(pages.query_start + b).to(tl.int64) + token
         list_row = flat * Hkv + head % Hkv
+    wait_for_previous(OVERLAP)
+    if is_missing(pages, token, num):
+        return
     out_ptr += list_row * width
     slot = tl.arange(0, BLOCK_W)
     own = tl.where(position < 0, -1, position // BLOCK_SIZE)
@@ -71,8 +76,12 @@ def select_cached(
     columns: int,
     rule: SelectionRule,
     dense_len: int,
+    launch: dict[str, Any],
 ) -> None:
-    """Fill ``out [B, Hkv, n, width]``, or ``[T, Hkv, width]``, by ``scores``."""
+    """Fill ``out [B, Hkv, n, width]``, or ``[T, Hkv, width]``, by ``scores``.
+
+    ``launch`` says whether the kernel may start while the one that scores ends.
+    """
     width = out.shape[-1]
     N = max(16, next_power_of_2(columns))
     cached_topk_kernel[(rows.n, len(scores))](
@@ -92,5 +101,6 @@ def select_cached(
         LOCAL_BLOCKS=rule.local_blocks,
         BLOCK_W=next_power_of_2(width),
         N=N,
+        **launch,
         num_warps=max(1, min(16, N // 512)),
     )
