@@ -23,12 +23,11 @@ from typing import Any, Literal
 import torch
 
 from benchmarking.results import describe_environment
-from evaluation.pairs import PairsSampler, PairsText, right_answers
 from evaluation.quality.statistics import bootstrap
 from evaluation.saved_results import Result, read_result, write_result
 from evaluation.table import format_table
+from evaluation.tiny_task import SEQUENCES, ask, finish
 from infllm_flex.strict_yaml import build_dataclass, load_yaml
-from infllm_flex.training.loop import train
 from infllm_flex.training.model import load_model
 from infllm_flex.training.run_folder import MODEL
 from infllm_flex.training.settings import (
@@ -38,8 +37,6 @@ from infllm_flex.training.settings import (
     TrainingSettings,
 )
 from infllm_flex.training.stage_attention import stage_attention
-
-_SEQUENCES = 32
 
 
 @dataclass(frozen=True)
@@ -110,7 +107,7 @@ def judge_seed(settings: TrainingSettings, seed: int, queries: int) -> Iterator[
         stage = replace(long_stage, attention=arm.tuned, selection_loss=loss)
         place = replace(settings.run, folder=folder / arm.name.replace(", ", "-"), seed=seed)
         run = replace(settings, run=place, model=trained, stages={long: stage})
-        about = {"arm": repr(arm), "stage": repr(stage), "sequences": _SEQUENCES}
+        about = {"arm": repr(arm), "stage": repr(stage), "sequences": SEQUENCES}
         saved = place.folder / "result.json"
         result = read_result(saved, about)
         if result is None:
@@ -119,30 +116,18 @@ def judge_seed(settings: TrainingSettings, seed: int, queries: int) -> Iterator[
         yield arm, result
 
 
-def finish(run: TrainingSettings, title: str) -> None:
-    """Train until the run is complete."""
-    if train(run, resume=True, text=PairsText(), title=title).signal:
-        raise SystemExit("stopped and saved: run the same command to continue")
-
-
 @torch.no_grad()
 def judge(run: TrainingSettings, stage: StageSettings) -> Result:
     """Ask a trained model about facts outside the window, with sparse and with dense attention."""
     folder = run.run.folder
     model = load_model(folder / MODEL).eval()
-    sampler = PairsSampler(stage.max_length, "held out")
     beyond = run.attention.window_size + run.attention.block_size
     found: Result = {}
     for attention in ("sparse", "dense"):
         with stage_attention(
             model, replace(stage, attention=attention, selection_loss=None), run.attention
         ):
-            answers = [
-                right_answers(model, [sampler.sequence(number)], beyond)
-                for number in range(_SEQUENCES)
-            ]
-        found[attention] = [int(some.sum()) for some in answers]
-        found["asked"] = [len(some) for some in answers]
+            found[attention], found["asked"] = ask(model, stage.max_length, beyond)
     last = json.loads((folder / "metrics.jsonl").read_text().splitlines()[-1])
     return found | {"selection_loss": last.get("selection_loss")}
 

@@ -9,7 +9,7 @@ from torch import Tensor
 from infllm_flex_ops import torch_private
 
 FLOAT8_CAPABILITY = 89  # Ada, the first whose tensor cores multiply float8
-_GLUON_VERSIONS = ((3, 6), (3, 7))
+_GLUON_VERSIONS = ((3, 6), (3, 7), (3, 8))
 
 
 def compute_capability(x: Tensor) -> int:
@@ -48,9 +48,9 @@ def knows_gluon() -> bool:
     version = tuple(int(part) for part in triton.__version__.split(".")[:2])
     if version in _GLUON_VERSIONS:
         return True
-    known = " and ".join(".".join(map(str, known)) for known in _GLUON_VERSIONS)
+    known = ", ".join(".".join(map(str, known)) for known in _GLUON_VERSIONS)
     warnings.warn(
-        f"infllm_flex has faster kernels for Hopper with Triton {known}, got {triton.__version__}: "
+        f"infllm_flex has faster kernels for Hopper with Triton {known}; got {triton.__version__}: "
         "install one of those to use them",
         stacklevel=2,
     )

@@ -104,6 +104,7 @@ def _tiny_llama(transformers: Any, tiny: TinyModelSettings, length: int) -> Any:
         intermediate_size=tiny.intermediate_size,
         num_attention_heads=tiny.num_heads,
         num_key_value_heads=tiny.num_kv_heads,
+        head_dim=tiny.head_dim,
         max_position_embeddings=length,
         rope_parameters={"rope_type": "default", "rope_theta": tiny.rope_theta},
         tie_word_embeddings=True,

@@ -36,7 +36,7 @@ _TRITON = [
     (
         "`triton.experimental.gluon`",
         "Two kernels on Hopper.",
-        "used with Triton 3.6 and 3.7; else Triton kernels run, and one warning says so",
+        "used with Triton 3.6 to 3.8; else Triton kernels run, and one warning says so",
         "nothing needed",
     ),
     (

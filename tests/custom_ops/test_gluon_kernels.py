@@ -248,7 +248,7 @@ def test_a_triton_whose_gluon_is_not_known_is_named_once(monkeypatch):
         assert plan.can_specialize(q, 128, BLOCK_SIZE)
         monkeypatch.setattr("triton.__version__", "3.99.0")
         device.knows_gluon.cache_clear()
-        with pytest.warns(UserWarning, match=r"Triton 3\.6 and 3\.7, got 3\.99\.0"):
+        with pytest.warns(UserWarning, match=r"Triton 3\.6, 3\.7, 3\.8; got 3\.99\.0"):
             assert not plan.can_specialize(q, 128, BLOCK_SIZE)
         assert not plan.can_specialize(q, 128, BLOCK_SIZE)
     finally:

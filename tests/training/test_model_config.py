@@ -15,9 +15,9 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 import infllm_flex as ifx
 from infllm_flex.training.loop import train
-from infllm_flex.training.model import build_meta_model, load_model
+from infllm_flex.training.model import build_meta_model, build_model, load_model
 from infllm_flex.training.model_config import find_model
-from infllm_flex.training.settings import ModelSettings
+from infllm_flex.training.settings import ModelSettings, TinyModelSettings
 from tests.training.runs import ATTENTION, settings, stage
 
 SIZE = {
@@ -147,6 +147,15 @@ def test_a_run_asks_the_hub_once_and_only_if_the_settings_allow_it(
     train(replace(run, model=download), show=False)
     once_each = [("Qwen/Qwen3-8B", "abc", False)] * 2
     assert asked == [("Qwen/Qwen3-8B", "main", True), *once_each]
+
+
+def test_a_tiny_models_heads_may_be_wider_than_its_share():
+    tiny = TinyModelSettings(
+        num_layers=1, hidden_size=48, num_heads=16, num_kv_heads=1, head_dim=128
+    )
+    attention = build_model(ModelSettings(tiny=tiny), 64).model.layers[0].self_attn
+    assert attention.q_proj.weight.shape == (16 * 128, 48)
+    assert attention.k_proj.weight.shape == (128, 48)
 
 
 @pytest.mark.parametrize(

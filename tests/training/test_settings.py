@@ -40,6 +40,8 @@ def test_the_shortest_config_is_complete(read):
         ("stages={}", "must name at least one stage, got none"),
         ("model.tiny.hidden_size=100", "must be a multiple of twice num_heads = 8, got 100"),
         ("model.tiny.num_kv_heads=3", "num_heads must be a multiple of num_kv_heads = 3, got 4"),
+        ("model.tiny.head_dim=15", "must be even, got 15"),
+        ("model.tiny.head_dim=258", "must be between 2 and 256, got 258"),
         ("model.tiny.rope_theta=0", "must be above 1, got 0.0"),
         ("model.path=org/name", "exactly one of path, hub and tiny must be given"),
         ("model={path: org/name}", "must be an existing local folder, got org/name"),

@@ -23,7 +23,17 @@ def check_llama_sizes(sizes: Any) -> None:
     """
     for name in ("num_layers", "hidden_size", "intermediate_size", "num_heads", "num_kv_heads"):
         check_range(name, getattr(sizes, name), 1, 65536)
-    if sizes.hidden_size % (2 * sizes.num_heads):
+    head_dim = getattr(sizes, "head_dim", None)
+    if head_dim is not None:
+        check_range("head_dim", head_dim, 2, 256)
+        if head_dim % 2:
+            raise ValueError(f"head_dim must be even, got {head_dim}")
+        if sizes.hidden_size % sizes.num_heads:
+            raise ValueError(
+                f"hidden_size must be a multiple of num_heads = {sizes.num_heads}, "
+                f"got {sizes.hidden_size}"
+            )
+    elif sizes.hidden_size % (2 * sizes.num_heads):
         raise ValueError(
             f"hidden_size must be a multiple of twice num_heads = {2 * sizes.num_heads}, "
             f"got {sizes.hidden_size}"
@@ -41,10 +51,11 @@ class TinyModelSettings:
 
     Attributes:
         num_layers: Transformer layers.
-        hidden_size: Width, a multiple of twice ``num_heads``.
+        hidden_size: Width, a multiple of ``num_heads``, and of twice that where ``head_dim`` is None.
         intermediate_size: Width of the feed-forward layers.
         num_heads: Query heads, a multiple of ``num_kv_heads``.
         num_kv_heads: Key/value heads.
+        head_dim: Elements of a head; None: ``hidden_size`` over ``num_heads``.
         rope_theta: Base of the rotary embedding.
     """
 
@@ -53,6 +64,7 @@ class TinyModelSettings:
     intermediate_size: int = 336
     num_heads: int = 4
     num_kv_heads: int = 2
+    head_dim: int | None = None
     rope_theta: float = 10_000.0
 
     def __post_init__(self) -> None:

@@ -1,0 +1,210 @@
+#!/usr/bin/env python3
+"""Compare how blocks are scored, for several numbers of query heads per key/value head.
+
+Tiny models learn keys and values in short sequences, then in long ones: densely, with every key
+scored, and with means of 32 keys scored. Each answers questions about facts outside the window. The
+densely tuned one attends in every way, and as a control to the nearest tokens alone. Finished parts
+are not repeated.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import re
+import sys
+import warnings
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from benchmarking.results import describe_environment
+from evaluation.quality.statistics import bootstrap
+from evaluation.quickstart_arms import window_only
+from evaluation.saved_results import Result, read_result, write_result
+from evaluation.table import format_table
+from evaluation.tiny_task import SEQUENCES, ask, finish
+from infllm_flex.config import InfLLMConfig
+from infllm_flex.strict_yaml import build_dataclass, load_yaml
+from infllm_flex.training.model import load_model
+from infllm_flex.training.run_folder import MODEL
+from infllm_flex.training.settings import ModelSettings, TrainingSettings
+from infllm_flex.training.stage_attention import stage_attention
+
+DENSE, EVERY_KEY, MEANS, WINDOW = "dense", "every key", "means of 32", "window only"
+RUNS = {DENSE: (DENSE, EVERY_KEY, MEANS, WINDOW), EVERY_KEY: (EVERY_KEY,), MEANS: (MEANS,)}
+
+
+@dataclass(frozen=True, order=True)
+class Model:
+    """A model that is trained and judged.
+
+    Attributes:
+        heads: Query heads and key/value heads.
+        seed: Seed of weights and samples.
+        tuned: Attention in training on long sequences.
+    """
+
+    heads: tuple[int, int]
+    seed: int
+    tuned: str
+
+
+def main() -> int:
+    """Run the command."""
+    warnings.simplefilter("ignore")
+    options = parse_arguments()
+    settings = build_dataclass(TrainingSettings, load_yaml(options.config, options.overrides))
+    found = {
+        model: result
+        for heads in options.heads
+        for seed in options.seeds
+        for model, result in judge_models(settings, heads, seed)
+    }
+    print(table(found))
+    write_rows(options.table, found)
+    return 0
+
+
+def parse_arguments() -> argparse.Namespace:
+    """Read the command line."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--config", default="configs/scores_tiny.yaml", metavar="FILE")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2], metavar="N")
+    parser.add_argument(
+        "--heads",
+        type=pair,
+        nargs="+",
+        default=[(4, 4), (4, 1), (16, 1)],
+        metavar="Q/KV",
+        help="query heads and key/value heads, such as 16/1",
+    )
+    parser.add_argument("--table", type=Path, required=True, metavar="CSV")
+    parser.add_argument("overrides", nargs="*", metavar="section.key=value")
+    return parser.parse_intermixed_args()
+
+
+def pair(text: str) -> tuple[int, int]:
+    """Read a pair such as ``16/1``.
+
+    Raises:
+        ArgumentTypeError: It is none, or the second number does not divide the first.
+    """
+    found = re.fullmatch(r"([1-9]\d{0,2})/([1-9]\d{0,2})", text)
+    if not found or int(found[1]) % int(found[2]):
+        raise argparse.ArgumentTypeError(
+            f"expected a pair such as 16/1, the first a multiple of the second, got {text}"
+        )
+    return int(found[1]), int(found[2])
+
+
+def attentions(settings: TrainingSettings) -> dict[str, InfLLMConfig]:
+    """Return the sparse attentions by name; all see as many tokens."""
+    common = settings.attention
+    every_key = {"kernel_size": 1, "kernel_stride": 1, "pool_queries": True}
+    return {
+        EVERY_KEY: replace(common, **every_key),
+        MEANS: replace(common, kernel_size=32, kernel_stride=16),
+        WINDOW: window_only(common),
+    }
+
+
+def judge_models(
+    settings: TrainingSettings, heads: tuple[int, int], seed: int
+) -> Iterator[tuple[Model, Result]]:
+    """Train and judge the models of one shape and seed."""
+    tiny = settings.model.tiny
+    if tiny is None:
+        raise SystemExit("model.tiny must be given: the script sets the heads of a new model")
+    sizes = replace(tiny, num_heads=heads[0], num_kv_heads=heads[1])
+    folder = settings.run.folder / f"{heads[0]}-{heads[1]}" / str(seed)
+    (short, short_stage), (long, long_stage) = settings.stages.items()
+    place = replace(settings.run, folder=folder / "short", seed=seed)
+    first = replace(
+        settings, run=place, model=replace(settings.model, tiny=sizes), stages={short: short_stage}
+    )
+    title = f"{heads[0]}/{heads[1]} {seed}"
+    finish(first, f"{title} {short}")
+    trained = ModelSettings(path=folder / "short" / MODEL, dtype=settings.model.dtype)
+    for tuned, ways in RUNS.items():
+        stage = replace(long_stage, attention="dense" if tuned == DENSE else "sparse")
+        run = replace(
+            settings,
+            run=replace(settings.run, folder=folder / tuned.replace(" ", "_"), seed=seed),
+            model=trained,
+            attention=attentions(settings).get(tuned, settings.attention),
+            stages={long: stage},
+        )
+        about = {"stage": repr(stage), "attention": repr(run.attention), "ways": ways}
+        about |= {"sequences": SEQUENCES}
+        saved = run.run.folder / "result.json"
+        result = read_result(saved, about)
+        if result is None:
+            finish(run, f"{title} {tuned}")
+            result = write_result(saved, about, lambda r=run, w=ways: judge(settings, r, w))
+        yield Model(heads, seed, tuned), result
+
+
+@torch.no_grad()
+def judge(settings: TrainingSettings, run: TrainingSettings, ways: tuple[str, ...]) -> Result:
+    """Ask a trained model about facts outside the window, attending in several ways."""
+    (stage,) = run.stages.values()
+    model = load_model(run.run.folder / MODEL).eval()
+    sparse = attentions(settings)
+    # The widest window decides which facts are asked about, so that all answer the same questions.
+    beyond = max(x.window_size for x in sparse.values()) + settings.attention.block_size
+    found: Result = {}
+    for way in ways:
+        as_run = replace(stage, attention="dense" if way == DENSE else "sparse")
+        with stage_attention(model, as_run, sparse.get(way, settings.attention)):
+            found[way], found["asked"] = ask(model, stage.max_length, beyond)
+    return found
+
+
+def table(found: dict[Model, Result]) -> str:
+    """Make the table: right answers with 95 % intervals over seeds and sequences."""
+    shapes = list(dict.fromkeys(model.heads for model in found))
+    rows = []
+    for tuned, ways in RUNS.items():
+        for way in ways:
+            cells = [tuned, way]
+            for heads in shapes:
+                results = [r for m, r in found.items() if m.heads == heads and m.tuned == tuned]
+                columns = [[r[way] for r in results], [r["asked"] for r in results]]
+                values = torch.tensor(columns).movedim(0, -1).double()
+                share = bootstrap(values, lambda m: m[..., 0] / m[..., 1], nested=False)
+                cells.append(f"{share.value:.2f} [{share.low:.2f}, {share.high:.2f}]")
+            rows.append(cells)
+    return format_table(["tuned", "attends", *(f"{q}/{kv}" for q, kv in shapes)], rows)
+
+
+def write_rows(path: Path, found: dict[Model, Result]) -> None:
+    """Write a row for every model and way to attend."""
+    environment = describe_environment(torch.device("cpu"))
+    rows: list[dict[str, Any]] = []
+    for model, result in found.items():
+        items = sum(result["asked"])
+        for way in RUNS[model.tuned]:
+            hits = sum(result[way])
+            row = {"Hq": model.heads[0], "Hkv": model.heads[1], "tuned": model.tuned, "run": way}
+            row |= {
+                "seed": model.seed,
+                "items": items,
+                "hits": hits,
+                "value": f"{hits / items:.4f}",
+            }
+            rows.append(row | environment)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("w", newline="") as file:
+        writer = csv.DictWriter(file, list(rows[0]))
+        writer.writeheader()
+        writer.writerows(rows)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

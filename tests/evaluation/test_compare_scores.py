@@ -1,0 +1,48 @@
+"""Scores of blocks compared on tiny models: the command, its rows, and what it does not repeat."""
+
+import csv
+import subprocess
+import sys
+
+import pytest
+
+from tests.checkout import ROOT, environment
+
+SHORT = ["stages.short.steps=2", "stages.short.warmup_steps=1", "stages.short.decay_steps=1"]
+LONG = ["stages.long.steps=2", "stages.long.warmup_steps=1", "stages.long.decay_steps=1"]
+SMALL = ["model.tiny.head_dim=16", "stages.short.batch_size=2", "stages.long.batch_size=1"]
+
+
+def run(*arguments):
+    command = [sys.executable, "scripts/compare_scores.py", *map(str, arguments)]
+    return subprocess.run(command, cwd=ROOT, env=environment(), capture_output=True, text=True)
+
+
+def test_every_model_answers_the_same_questions_once(tmp_path):
+    table = tmp_path / "scores.csv"
+    arguments = ["--heads", "4/2", "--seeds", 3, "--table", table, f"run.folder={tmp_path}/run"]
+    first = run(*arguments, *SHORT, *LONG, *SMALL)
+    assert first.returncode == 0, first.stderr
+    with table.open() as file:
+        rows = list(csv.DictReader(file))
+    ways = [(row["tuned"], row["run"]) for row in rows]
+    assert ways == [
+        *(("dense", run) for run in ("dense", "every key", "means of 32", "window only")),
+        ("every key", "every key"),
+        ("means of 32", "means of 32"),
+    ]
+    assert len({row["items"] for row in rows}) == 1
+    assert all((row["Hq"], row["Hkv"], row["seed"]) == ("4", "2", "3") for row in rows)
+    saved = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("result.json")}
+    assert len(saved) == 3
+    again = run(*arguments, *SHORT, *LONG, *SMALL)
+    assert again.returncode == 0, again.stderr
+    assert {path: path.stat().st_mtime_ns for path in saved} == saved
+    assert again.stdout == first.stdout
+
+
+@pytest.mark.parametrize("heads", ["16-1", "16/3", "0/1"])
+def test_heads_that_do_not_divide_are_refused_in_one_line(heads, tmp_path):
+    found = run("--heads", heads, "--table", tmp_path / "scores.csv")
+    assert found.returncode == 2
+    assert "expected a pair such as 16/1" in found.stderr
