@@ -51,7 +51,7 @@ class TinyModelSettings:
 
     Attributes:
         num_layers: Transformer layers.
-        hidden_size: Width, a multiple of ``num_heads``, and of twice that where ``head_dim`` is None.
+        hidden_size: Width, a multiple of ``num_heads``, and of twice that without ``head_dim``.
         intermediate_size: Width of the feed-forward layers.
         num_heads: Query heads, a multiple of ``num_kv_heads``.
         num_kv_heads: Key/value heads.
