@@ -58,6 +58,9 @@ def build_block_mask(
     full. In the others ``mask_mod`` decides; it is exact by itself, so FlexAttention gives the same
     result without the lists. No table of all (query, key) or (tile, block) pairs is made.
 
+    On a CPU without AVX-512, ``flex_attention`` compiled by PyTorch 2.13 is wrong for blocks of 8,
+    24, 40... keys, whatever the mask. The engines of ``infllm_attention`` avoid it there.
+
     Args:
         selected: int32 ``[B, Hkv, Sq, K]``, ascending, -1 for unused slots.
         config: Sparsity settings.
