@@ -1,3 +1,4 @@
+import gc
 import os
 from importlib.util import find_spec
 from pathlib import Path
@@ -37,6 +38,16 @@ def pytest_configure(config: pytest.Config) -> None:
         config.addinivalue_line("filterwarnings", "ignore:The CUDA Graph is empty:UserWarning")
         # PyTorch 2.11 generates such Triton code.
         config.addinivalue_line("filterwarnings", "ignore:tl.where with a non-bool:UserWarning")
+
+
+@pytest.fixture(autouse=True, scope="module")
+def freeze_loaded_objects() -> None:
+    """Spare each search for garbage the modules and tests, which outlive it: a quarter of the time.
+
+    Only the objects that a test makes are searched.
+    """
+    gc.collect()
+    gc.freeze()
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -21,6 +21,7 @@ from torch import Tensor
 
 from infllm_flex.engines.flex_compiled import fold_queries, merge_attention, unfold_queries
 from infllm_flex.engines.flex_level_masks import Level, build_level_masks
+from tests.custom_ops.quick_interpreter import hasten_interpreter
 from tests.inputs import make_qkv, make_selected, small_config
 
 
@@ -87,5 +88,6 @@ def _launch(kernel: dict[str, Any], *args: Tensor) -> None:
 
 
 if __name__ == "__main__":
+    hasten_interpreter()
     case, kernels = (json.loads(Path(path).read_text()) for path in sys.argv[1:3])
     torch.save(run(case, kernels), sys.argv[3])
