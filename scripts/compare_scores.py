@@ -26,7 +26,7 @@ from evaluation.quality.statistics import bootstrap
 from evaluation.quickstart_arms import window_only
 from evaluation.saved_results import Result, read_result, write_result
 from evaluation.table import format_table
-from evaluation.tiny_task import SEQUENCES, ask, finish, make_parser
+from evaluation.tiny_task import SEQUENCES, ask, finish
 from infllm_flex.config import InfLLMConfig
 from infllm_flex.strict_yaml import build_dataclass, load_yaml
 from infllm_flex.training.model import load_model
@@ -71,7 +71,11 @@ def main() -> int:
 
 def parse_arguments() -> argparse.Namespace:
     """Read the command line."""
-    parser = make_parser(__doc__, "configs/scores_tiny.yaml")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--config", default="configs/scores_tiny.yaml", metavar="FILE")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2], metavar="N")
     parser.add_argument(
         "--heads",
         type=pair,
@@ -80,6 +84,8 @@ def parse_arguments() -> argparse.Namespace:
         metavar="Q/KV",
         help="query heads and key/value heads, such as 16/1",
     )
+    parser.add_argument("--table", type=Path, required=True, metavar="CSV")
+    parser.add_argument("overrides", nargs="*", metavar="section.key=value")
     return parser.parse_intermixed_args()
 
 

@@ -26,7 +26,7 @@ from benchmarking.results import describe_environment
 from evaluation.quality.statistics import bootstrap
 from evaluation.saved_results import Result, read_result, write_result
 from evaluation.table import format_table
-from evaluation.tiny_task import SEQUENCES, ask, finish, make_parser
+from evaluation.tiny_task import SEQUENCES, ask, finish
 from infllm_flex.strict_yaml import build_dataclass, load_yaml
 from infllm_flex.training.model import load_model
 from infllm_flex.training.run_folder import MODEL
@@ -80,8 +80,14 @@ def main() -> int:
 
 def parse_arguments() -> argparse.Namespace:
     """Read the command line."""
-    parser = make_parser(__doc__, "configs/selection_loss_tiny.yaml")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--config", default="configs/selection_loss_tiny.yaml", metavar="FILE")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2], metavar="N")
     parser.add_argument("--queries", type=int, default=512, metavar="N", help="of a sequence")
+    parser.add_argument("--table", type=Path, required=True, metavar="CSV")
+    parser.add_argument("overrides", nargs="*", metavar="section.key=value")
     return parser.parse_intermixed_args()
 
 

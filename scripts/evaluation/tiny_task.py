@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
-from pathlib import Path
-
 import torch
 
 from evaluation.pairs import PairsSampler, PairsText, right_answers
@@ -12,18 +9,6 @@ from infllm_flex.training.loop import train
 from infllm_flex.training.settings import TrainingSettings
 
 SEQUENCES = 32  # of an examination
-
-
-def make_parser(description: str | None, config: str) -> argparse.ArgumentParser:
-    """Make a parser of the arguments that comparisons share; ``config`` is the default file."""
-    parser = argparse.ArgumentParser(
-        description=description, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--config", default=config, metavar="FILE")
-    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2], metavar="N")
-    parser.add_argument("--table", type=Path, required=True, metavar="CSV")
-    parser.add_argument("overrides", nargs="*", metavar="section.key=value")
-    return parser
 
 
 def finish(run: TrainingSettings, title: str) -> None:
