@@ -1,7 +1,8 @@
 """Kernels that start while the kernel launched before them ends.
 
 CUDA calls this programmatic dependent launch; Hopper and later have it. Such a kernel begins once
-every program of the kernel before it has begun. Three rules keep it correct:
+every program of the kernel before it has waited in its turn, or has ended. Three rules keep this
+correct:
 
 * Every program calls ``wait_for_previous`` before it returns, early returns included. When a kernel
   begins, all kernels but the one before it have therefore ended.

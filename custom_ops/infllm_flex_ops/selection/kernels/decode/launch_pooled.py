@@ -92,11 +92,11 @@ def _select(
         return
     heads = rows.B * keys.compressed.shape[1]
     scores = torch.empty(heads, rows.n, max(columns, 1), dtype=torch.float32, device=q.device)
-    launch = single_launch()
+    overlap = single_launch()
     if columns and num_blocks >= rule.num_selected:
         _score(q, keys, rows, scores, rule, dense_len)
-        launch = dependent_launch(q)
-    select_cached(scores, rows, out, columns, rule, dense_len, launch)
+        overlap = dependent_launch(q)
+    select_cached(scores, rows, out, columns, rule, dense_len, overlap)
 
 
 def _score(

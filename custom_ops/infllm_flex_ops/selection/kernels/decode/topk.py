@@ -76,11 +76,11 @@ def select_cached(
     columns: int,
     rule: SelectionRule,
     dense_len: int,
-    launch: dict[str, Any],
+    overlap: dict[str, Any],
 ) -> None:
     """Fill ``out [B, Hkv, n, width]``, or ``[T, Hkv, width]``, by ``scores``.
 
-    ``launch`` says whether the kernel may start while the one that scores ends.
+    ``overlap`` says whether the kernel may start while the one that scores ends.
     """
     width = out.shape[-1]
     N = max(16, next_power_of_2(columns))
@@ -101,6 +101,6 @@ def select_cached(
         LOCAL_BLOCKS=rule.local_blocks,
         BLOCK_W=next_power_of_2(width),
         N=N,
-        **launch,
+        **overlap,
         num_warps=max(1, min(16, N // 512)),
     )
