@@ -20,23 +20,25 @@ from infllm_flex_ops.triton_common.tensor_args import RowTensor
 
 
 @triton.jit
-def _windows_of_step(start, end, C, WINDOWS: tl.constexpr, BLOCK_N: tl.constexpr):
-    """Windows ``[BLOCK_N]`` of the blocks from ``start`` on, and which of them are to be scored."""
-    i = tl.arange(0, BLOCK_N)
+def _place_windows(
+    keys, table, start, end, C, WINDOWS: tl.constexpr, TILE: tl.constexpr, PAGING: tl.constexpr
+):
+    """Windows ``[BLOCK_N]`` of the blocks from ``start`` on, a step.
+
+    Returns:
+        The windows, which of them are to be scored, and their offsets from the pointer of the view
+        ``keys``, int64.
+    """
+    i = tl.arange(0, TILE.BLOCK_N)
     block = start + i // WINDOWS.SLOTS
     slot = i % WINDOWS.SLOTS
     window = block * WINDOWS.PER_BLOCK + slot - WINDOWS.BEFORE
     exists = (block < end) & (slot < WINDOWS.PER_BLOCK + WINDOWS.BEFORE)
-    return window, exists & (window >= 0) & (window < C)
-
-
-@triton.jit
-def _offset_of_windows(keys, window, exists, table, PAGING: tl.constexpr):
-    """Offsets of the windows from the pointer of a view, int64."""
+    exists = exists & (window >= 0) & (window < C)
     row = None
     if PAGING is not None:
         row = RowPages(table, exists)
-    return entry_offset(keys, window, row, PAGING)
+    return window, exists, entry_offset(keys, window, row, PAGING)
 
 
 @triton.jit
@@ -143,11 +145,10 @@ def cached_score_kernel(
     x = q_mask  # unused in float32
     offset = q_mask  # used in pages
     if not TILE.FP32:
-        window, valid = _windows_of_step(begin, end, C, WINDOWS, TILE.BLOCK_N)
-        x = _load_windows(keys, _offset_of_windows(keys, window, valid, table, PAGING), valid, TILE)
+        _, valid, offset = _place_windows(keys, table, begin, end, C, WINDOWS, TILE, PAGING)
+        x = _load_windows(keys, offset, valid, TILE)
     if AHEAD:
-        window, valid = _windows_of_step(begin + STEP, end, C, WINDOWS, TILE.BLOCK_N)
-        offset = _offset_of_windows(keys, window, valid, table, PAGING)
+        _, _, offset = _place_windows(keys, table, begin + STEP, end, C, WINDOWS, TILE, PAGING)
 
     wait_for_previous(OVERLAP)
     if begin >= end:
@@ -163,24 +164,21 @@ def cached_score_kernel(
     for LATER in tl.static_range(1 if ONE_LOOP else 0, 2):
         first = begin + STEP if LATER and not ONE_LOOP else begin
         for start in range(first, end if LATER else begin + STEP, STEP):
-            window, valid = _windows_of_step(start, end, C, WINDOWS, TILE.BLOCK_N)
+            window, valid, own = _place_windows(keys, table, start, end, C, WINDOWS, TILE, PAGING)
             if TILE.FP32:
-                key_ptr = keys.ptr + _offset_of_windows(keys, window, valid, table, PAGING)[:, None]
-                key_rows = RowTensor(None, key_ptr, valid[:, None], keys.d)
+                key_rows = RowTensor(None, keys.ptr + own[:, None], valid[:, None], keys.d)
                 q_columns = RowTensor(None, q_ptr, q_mask, q.d)
                 logits = dot_fp32(key_rows, q_columns, TILE.D, TILE.BLOCK_D)
             elif AHEAD:
-                _, exists = _windows_of_step(start + STEP, end, C, WINDOWS, TILE.BLOCK_N)
+                later = start + STEP
+                _, exists, _ = _place_windows(keys, table, later, end, C, WINDOWS, TILE, PAGING)
                 upcoming = _load_windows(keys, offset, exists, TILE)
-                later, exists = _windows_of_step(start + 2 * STEP, end, C, WINDOWS, TILE.BLOCK_N)
-                offset = _offset_of_windows(keys, later, exists, table, PAGING)
+                later += STEP
+                _, _, offset = _place_windows(keys, table, later, end, C, WINDOWS, TILE, PAGING)
                 logits = tl.dot(x, loaded)
                 x = upcoming
             else:
-                y = x
-                if LATER:
-                    own = _offset_of_windows(keys, window, valid, table, PAGING)
-                    y = _load_windows(keys, own, valid, TILE)
+                y = _load_windows(keys, own, valid, TILE) if LATER else x
                 logits = tl.dot(y, loaded)
             best = _best_windows(
                 logits, shift, window, valid, position, qk_scale_log2, RULE, WINDOWS, TILE
