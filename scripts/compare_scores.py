@@ -10,8 +10,6 @@ are not repeated.
 from __future__ import annotations
 
 import argparse
-import csv
-import re
 import sys
 import warnings
 from collections.abc import Iterator
@@ -22,11 +20,11 @@ from typing import Any
 import torch
 
 from benchmarking.results import describe_environment
-from evaluation.quality.statistics import bootstrap
+from benchmarking.settings import Heads
 from evaluation.quickstart_arms import window_only
 from evaluation.saved_results import Result, read_result, write_result
 from evaluation.table import format_table
-from evaluation.tiny_task import SEQUENCES, ask, finish
+from evaluation.tiny_task import SEQUENCES, ask, counts, finish, share, write_csv
 from infllm_flex.config import InfLLMConfig
 from infllm_flex.strict_yaml import build_dataclass, load_yaml
 from infllm_flex.training.model import load_model
@@ -48,7 +46,7 @@ class Model:
         tuned: Attention in training on long sequences.
     """
 
-    heads: tuple[int, int]
+    heads: Heads
     seed: int
     tuned: str
 
@@ -80,7 +78,7 @@ def parse_arguments() -> argparse.Namespace:
         "--heads",
         type=pair,
         nargs="+",
-        default=[(4, 4), (4, 1), (16, 1)],
+        default=[Heads(4, 4), Heads(4, 1), Heads(16, 1)],
         metavar="Q/KV",
         help="query heads and key/value heads, such as 16/1",
     )
@@ -89,18 +87,14 @@ def parse_arguments() -> argparse.Namespace:
     return parser.parse_intermixed_args()
 
 
-def pair(text: str) -> tuple[int, int]:
-    """Read a pair such as ``16/1``.
-
-    Raises:
-        ArgumentTypeError: It is none, or the second number does not divide the first.
-    """
-    found = re.fullmatch(r"([1-9]\d{0,2})/([1-9]\d{0,2})", text)
-    if not found or int(found[1]) % int(found[2]):
+def pair(text: str) -> Heads:
+    """Read a pair such as ``16/1`` for argparse, which shows an ArgumentTypeError's own words."""
+    try:
+        return Heads.read(text)
+    except ValueError as error:
         raise argparse.ArgumentTypeError(
             f"expected a pair such as 16/1, the first a multiple of the second, got {text}"
-        )
-    return int(found[1]), int(found[2])
+        ) from error
 
 
 def attentions(settings: TrainingSettings) -> dict[str, InfLLMConfig]:
@@ -115,20 +109,20 @@ def attentions(settings: TrainingSettings) -> dict[str, InfLLMConfig]:
 
 
 def judge_models(
-    settings: TrainingSettings, heads: tuple[int, int], seed: int
+    settings: TrainingSettings, heads: Heads, seed: int
 ) -> Iterator[tuple[Model, Result]]:
     """Train and judge the models of one shape and seed."""
     tiny = settings.model.tiny
     if tiny is None:
         raise SystemExit("model.tiny must be given: the script sets the heads of a new model")
-    sizes = replace(tiny, num_heads=heads[0], num_kv_heads=heads[1])
-    folder = settings.run.folder / f"{heads[0]}-{heads[1]}" / str(seed)
+    sizes = replace(tiny, num_heads=heads.query, num_kv_heads=heads.kv)
+    folder = settings.run.folder / f"{heads.query}-{heads.kv}" / str(seed)
     (short, short_stage), (long, long_stage) = settings.stages.items()
     place = replace(settings.run, folder=folder / "short", seed=seed)
     first = replace(
         settings, run=place, model=replace(settings.model, tiny=sizes), stages={short: short_stage}
     )
-    title = f"{heads[0]}/{heads[1]} {seed}"
+    title = f"{heads} {seed}"
     finish(first, f"{title} {short}")
     trained = ModelSettings(path=folder / "short" / MODEL, dtype=settings.model.dtype)
     for tuned, ways in RUNS.items():
@@ -175,12 +169,9 @@ def table(found: dict[Model, Result]) -> str:
             cells = [tuned, way]
             for heads in shapes:
                 results = [r for m, r in found.items() if m.heads == heads and m.tuned == tuned]
-                columns = [[r[way] for r in results], [r["asked"] for r in results]]
-                values = torch.tensor(columns).movedim(0, -1).double()
-                share = bootstrap(values, lambda m: m[..., 0] / m[..., 1], nested=False)
-                cells.append(f"{share.value:.2f} [{share.low:.2f}, {share.high:.2f}]")
+                cells.append(share(results, way))
             rows.append(cells)
-    return format_table(["tuned", "attends", *(f"{q}/{kv}" for q, kv in shapes)], rows)
+    return format_table(["tuned", "attends", *map(str, shapes)], rows)
 
 
 def write_rows(path: Path, found: dict[Model, Result]) -> None:
@@ -188,22 +179,10 @@ def write_rows(path: Path, found: dict[Model, Result]) -> None:
     environment = describe_environment(torch.device("cpu"))
     rows: list[dict[str, Any]] = []
     for model, result in found.items():
-        items = sum(result["asked"])
         for way in RUNS[model.tuned]:
-            hits = sum(result[way])
-            row = {"Hq": model.heads[0], "Hkv": model.heads[1], "tuned": model.tuned, "run": way}
-            row |= {
-                "seed": model.seed,
-                "items": items,
-                "hits": hits,
-                "value": f"{hits / items:.4f}",
-            }
-            rows.append(row | environment)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("w", newline="") as file:
-        writer = csv.DictWriter(file, list(rows[0]))
-        writer.writeheader()
-        writer.writerows(rows)
+            row = {"Hq": model.heads.query, "Hkv": model.heads.kv, "tuned": model.tuned, "run": way}
+            rows.append(row | {"seed": model.seed} | counts(result, way) | environment)
+    write_csv(path, rows)
 
 
 if __name__ == "__main__":

@@ -10,7 +10,6 @@ answers questions about facts outside the window. Finished parts are not repeate
 from __future__ import annotations
 
 import argparse
-import csv
 import itertools
 import json
 import sys
@@ -23,10 +22,9 @@ from typing import Any, Literal
 import torch
 
 from benchmarking.results import describe_environment
-from evaluation.quality.statistics import bootstrap
 from evaluation.saved_results import Result, read_result, write_result
 from evaluation.table import format_table
-from evaluation.tiny_task import SEQUENCES, ask, finish
+from evaluation.tiny_task import SEQUENCES, ask, counts, finish, share, write_csv
 from infllm_flex.strict_yaml import build_dataclass, load_yaml
 from infllm_flex.training.model import load_model
 from infllm_flex.training.run_folder import MODEL
@@ -139,10 +137,7 @@ def table(found: dict[tuple[Arm, int], Result], seeds: list[int]) -> str:
         results = [found[arm, seed] for seed in seeds]
         cells = [arm.name]
         for attention in ("sparse", "dense"):
-            columns = [[r[attention] for r in results], [r["asked"] for r in results]]
-            values = torch.tensor(columns).movedim(0, -1).double()
-            share = bootstrap(values, lambda m: m[..., 0] / m[..., 1], nested=False)
-            cells.append(f"{share.value:.2f} [{share.low:.2f}, {share.high:.2f}]")
+            cells.append(share(results, attention))
         rows.append(cells)
     return format_table(["tuned", "sparse", "dense"], rows)
 
@@ -152,7 +147,6 @@ def write_rows(path: Path, found: dict[tuple[Arm, int], Result], queries: int) -
     environment = describe_environment(torch.device("cpu"))
     rows: list[dict[str, Any]] = []
     for ((arm, seed), result), run in itertools.product(found.items(), ("sparse", "dense")):
-        items, hits = sum(result["asked"]), sum(result[run])
         rows.append(
             {
                 "tuned": arm.tuned,
@@ -160,18 +154,12 @@ def write_rows(path: Path, found: dict[tuple[Arm, int], Result], queries: int) -
                 "queries": queries if arm.weight else 0,
                 "run": run,
                 "seed": seed,
-                "items": items,
-                "hits": hits,
-                "value": f"{hits / items:.4f}",
+                **counts(result, run),
                 "selection_loss": result["selection_loss"] if arm.weight else "",
                 **environment,
             }
         )
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("w", newline="") as file:
-        writer = csv.DictWriter(file, list(rows[0]))
-        writer.writeheader()
-        writer.writerows(rows)
+    write_csv(path, rows)
 
 
 if __name__ == "__main__":

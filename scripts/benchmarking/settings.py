@@ -25,6 +25,20 @@ class Heads(NamedTuple):
     query: int
     kv: int
 
+    @classmethod
+    def read(cls, text: str) -> Heads:
+        """Read a pair such as ``8/2``.
+
+        Raises:
+            ValueError: It is none, or the second number does not divide the first.
+        """
+        match = re.fullmatch(r"([1-9]\d{0,3})/([1-9]\d{0,3})", text)
+        if not match or int(match[1]) % int(match[2]):
+            raise ValueError(
+                f"heads must be pairs such as 8/2, the first a multiple of the second, got {text}"
+            )
+        return cls(int(match[1]), int(match[2]))
+
     def __str__(self) -> str:
         return f"{self.query}/{self.kv}"
 
@@ -88,17 +102,12 @@ class ShapeSettings:
         if not self.heads:
             raise ValueError("heads must list at least one pair such as 8/2, got none")
         for pair in self.heads:
-            match = re.fullmatch(r"([1-9]\d{0,3})/([1-9]\d{0,3})", pair)
-            if not match or int(match[1]) % int(match[2]):
-                raise ValueError(
-                    f"heads must be pairs such as 8/2, the first a multiple of the second, "
-                    f"got {pair}"
-                )
+            Heads.read(pair)
 
     @property
     def pairs(self) -> tuple[Heads, ...]:
         """``heads`` as numbers."""
-        return tuple(Heads(*map(int, pair.split("/"))) for pair in self.heads)
+        return tuple(Heads.read(pair) for pair in self.heads)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -2,9 +2,16 @@
 
 from __future__ import annotations
 
+import csv
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
 import torch
 
 from evaluation.pairs import PairsSampler, PairsText, right_answers
+from evaluation.quality.statistics import bootstrap
+from evaluation.saved_results import Result
 from infllm_flex.training.loop import train
 from infllm_flex.training.settings import TrainingSettings
 
@@ -35,3 +42,31 @@ def ask(model: torch.nn.Module, length: int, beyond: int) -> tuple[list[int], li
     sampler = PairsSampler(length, "held out")
     found = [right_answers(model, [sampler.sequence(n)], beyond) for n in range(SEQUENCES)]
     return [int(some.sum()) for some in found], [len(some) for some in found]
+
+
+def share(results: Sequence[Result], way: str) -> str:
+    """Write the share of right answers, with its 95 % interval over models and sequences.
+
+    Args:
+        results: Results of one kind of model, one for each seed; ``asked`` are its questions.
+        way: Name of the right answers in a result.
+    """
+    columns = [[r[way] for r in results], [r["asked"] for r in results]]
+    values = torch.tensor(columns).movedim(0, -1).double()
+    found = bootstrap(values, lambda m: m[..., 0] / m[..., 1], nested=False)
+    return f"{found.value:.2f} [{found.low:.2f}, {found.high:.2f}]"
+
+
+def counts(result: Result, way: str) -> dict[str, Any]:
+    """Return the columns ``items``, ``hits`` and ``value`` of a result's row."""
+    items, hits = sum(result["asked"]), sum(result[way])
+    return {"items": items, "hits": hits, "value": f"{hits / items:.4f}"}
+
+
+def write_csv(path: Path, rows: Sequence[dict[str, Any]]) -> None:
+    """Write rows that have the same columns."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("w", newline="") as file:
+        writer = csv.DictWriter(file, list(rows[0]), lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(rows)
