@@ -74,7 +74,7 @@ def split_kernel(
 
     A row is one query head of the group. Programs take the slots of a list round-robin, so that the
     unused slots at its end are spread evenly. ``SINGLE``: each takes one step, whose block it looks
-    up together with its other arguments.
+    up together with its other arguments, and on Hopper whose keys and values it loads together.
     """
     split = tl.program_id(0)
     token = tl.program_id(1)
@@ -133,7 +133,17 @@ def split_kernel(
             k_row = k.ptr + (page * k.b + entry * k.s)[None, :]
             v_row = v.ptr + (page * v.b + entry * v.s)[:, None] + d[None, :] * v.d
         softmax = add_seen_keys(
-            softmax, rows, k_row, v_row, k.d, seen, qk_scale_log2, SHAPE.D, TILE.BLOCK_D, TILE.FP32
+            softmax,
+            rows,
+            k_row,
+            v_row,
+            k.d,
+            seen,
+            qk_scale_log2,
+            SHAPE.D,
+            TILE.BLOCK_D,
+            TILE.FP32,
+            TOGETHER=SINGLE and OVERLAP,
         )
 
     at = (head.to(tl.int64) * n + token) * splits + split
