@@ -13,7 +13,7 @@ from torch import Tensor
 from infllm_flex_ops.selection.compress_keys import num_windows
 from infllm_flex_ops.selection.kernels.decode.lse import cached_lse_kernel
 from infllm_flex_ops.selection.kernels.decode.scores import cached_score_kernel
-from infllm_flex_ops.selection.kernels.decode.topk import select_cached
+from infllm_flex_ops.selection.kernels.decode.topk import make_scores, select_cached
 from infllm_flex_ops.selection.kernels.kernel_args import Tile, WindowSlots
 from infllm_flex_ops.selection.kernels.prefill.plan import check_num_blocks
 from infllm_flex_ops.selection.rule import SelectionRule
@@ -111,12 +111,12 @@ def _select(
     if out.numel() == 0 or rows.B == 0 or rows.n == 0:
         return
     heads = rows.B * keys.compressed.shape[1]
-    scores = torch.empty(heads, rows.n, max(columns, 1), dtype=torch.float32, device=q.device)
+    scores = make_scores(rows, heads, columns)
     overlap = single_launch()
     if columns and num_blocks >= rule.num_selected:
         _score(q, keys, rows, scores, rule, dense_len, scale)
         overlap = dependent_launch(q)
-    select_cached(scores, rows, out, columns, rule, dense_len, overlap)
+    select_cached(scores, rows, out, rule, dense_len, overlap)
 
 
 def _score(

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from infllm_flex_ops.device import has_little_shared_memory, knows_float8
 from infllm_flex_ops.selection.kernels.decode.pooled_scores import cached_pooled_score_kernel
-from infllm_flex_ops.selection.kernels.decode.topk import select_cached
+from infllm_flex_ops.selection.kernels.decode.topk import make_scores, select_cached
 from infllm_flex_ops.selection.kernels.kernel_args import Tile, WindowSlots
 from infllm_flex_ops.selection.kernels.prefill.plan import MAX_BLOCKS
 from infllm_flex_ops.selection.kernels.prefill.tiles import MAX_WINDOWS, choose_windows
@@ -91,12 +91,12 @@ def _select(
     if out.numel() == 0 or rows.B == 0 or rows.n == 0:
         return
     heads = rows.B * keys.compressed.shape[1]
-    scores = torch.empty(heads, rows.n, max(columns, 1), dtype=torch.float32, device=q.device)
+    scores = make_scores(rows, heads, columns)
     overlap = single_launch()
     if columns and num_blocks >= rule.num_selected:
         _score(q, keys, rows, scores, rule, dense_len)
         overlap = dependent_launch(q)
-    select_cached(scores, rows, out, columns, rule, dense_len, overlap)
+    select_cached(scores, rows, out, rule, dense_len, overlap)
 
 
 def _score(

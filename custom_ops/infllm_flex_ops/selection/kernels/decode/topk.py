@@ -2,15 +2,18 @@
 
 from typing import Any
 
+import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from infllm_flex_ops.selection.kernels.prefill.topk import topk_blocks, write_blocks
 from infllm_flex_ops.selection.rule import SelectionRule
-from infllm_flex_ops.sizes import next_power_of_2
+from infllm_flex_ops.sizes import ceil_div, next_power_of_2
 from infllm_flex_ops.triton_common.dependent_launch import wait_for_previous
 from infllm_flex_ops.triton_common.pages import CachedRows, count_queries, is_missing, row_length
+
+STEP = tl.constexpr(16)  # blocks for which rows of scores have room, a multiple
 
 
 @triton.jit(do_not_specialize=["n", "columns", "width", "K", "dense_len"])
@@ -35,8 +38,8 @@ def cached_topk_kernel(
 ):
     """Write one query's blocks, ascending: the best of those before the local ones, then these.
 
-    ``scores [B * Hkv, n, columns]`` holds all blocks that can lie before the local ones. Lists of
-    ragged rows come token by token, with the heads of a token side by side.
+    ``scores [B * Hkv, n, columns]``, of ``make_scores``, holds all blocks that can lie before the
+    local ones. Lists of ragged rows come token by token, with the heads of a token side by side.
     """
     token = tl.program_id(0)
     head = tl.program_id(1)
@@ -63,17 +66,24 @@ def cached_topk_kernel(
     tl.store(out_ptr + slot, local, mask=(slot >= free) & (slot < width))
     last = own - LOCAL_BLOCKS - 1
     block = tl.arange(0, N)
-    scored = (block <= last) & (block < columns)
-    score = tl.load(scores_ptr + row * columns + block, mask=scored, other=-1.0)
+    # Rows begin at multiples of STEP and have room for one: a load takes four blocks.
+    steps = columns // STEP
+    scored = block < tl.minimum(last // STEP + 1, steps) * STEP
+    score = tl.load(scores_ptr + row * steps * STEP + block, mask=scored, other=-1.0)
     selected = topk_blocks(score, block, last, last + 1, free, INIT_BLOCKS, False)
     write_blocks(out_ptr, selected, tl.arange(0, N // 4) * 4)
+
+
+def make_scores(rows: CachedRows, heads: int, columns: int) -> Tensor:
+    """Make room for scores ``[heads, n, columns]``, or a few more columns."""
+    columns = STEP.value * max(1, ceil_div(columns, STEP.value))
+    return torch.empty(heads, rows.n, columns, dtype=torch.float32, device=rows.end.device)
 
 
 def select_cached(
     scores: Tensor,
     rows: CachedRows,
     out: Tensor,
-    columns: int,
     rule: SelectionRule,
     dense_len: int,
     overlap: dict[str, Any],
@@ -82,8 +92,8 @@ def select_cached(
 
     ``overlap`` says whether the kernel may start while the one that scores ends.
     """
-    width = out.shape[-1]
-    N = max(16, next_power_of_2(columns))
+    width, columns = out.shape[-1], scores.shape[-1]
+    N = next_power_of_2(columns)
     cached_topk_kernel[(rows.n, len(scores))](
         scores_ptr=scores,
         pages=rows.pages,
