@@ -34,6 +34,7 @@ def cached_topk_kernel(
     LOCAL_BLOCKS: tl.constexpr,
     BLOCK_W: tl.constexpr,
     N: tl.constexpr,
+    PARTS: tl.constexpr,
     OVERLAP: tl.constexpr,
 ):
     """Write one query's blocks, ascending: the best of those before the local ones, then these.
@@ -70,7 +71,7 @@ def cached_topk_kernel(
     steps = columns // STEP
     scored = block < tl.minimum(last // STEP + 1, steps) * STEP
     score = tl.load(scores_ptr + row * steps * STEP + block, mask=scored, other=-1.0)
-    selected = topk_blocks(score, block, last, last + 1, free, INIT_BLOCKS, False)
+    selected = topk_blocks(score, block, last, last + 1, free, INIT_BLOCKS, False, PARTS)
     write_blocks(out_ptr, selected, tl.arange(0, N // 4) * 4)
 
 
@@ -111,6 +112,7 @@ def select_cached(
         LOCAL_BLOCKS=rule.local_blocks,
         BLOCK_W=next_power_of_2(width),
         N=N,
+        PARTS=4 if N < 1024 else 3,  # thresholds whose counts fit in one sum
         **overlap,
-        num_warps=max(1, min(16, N // 512)),
+        num_warps=max(1, min(16, N // 128)),
     )
