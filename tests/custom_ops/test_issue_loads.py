@@ -30,3 +30,12 @@ def test_attention_to_one_block_loads_keys_and_values_before_it_stores_either(mo
     assert len(loads) == (16 + 64 + 64) * 128 * 2 // (16 * 128)  # query, keys, values
     assert len(re.findall(r"\bSTS\.128\b", before)) == 16 * 128 * 2 // (16 * 128)  # the query
     assert "LDG" not in after
+
+
+@pytest.mark.parametrize("call", [step, paged_step])
+def test_scores_issue_all_their_first_loads_before_they_wait_for_the_kernel_before(
+    monkeypatch, call
+):
+    before, _ = instructions(monkeypatch, call, "cached_score_kernel").split("ACQBULK")
+    assert len(re.findall(r"\bLDG\.E\.128\b", before)) == (16 + 64) * 128 * 2 // (16 * 128)
+    assert "STS" not in before

@@ -7,6 +7,7 @@ from infllm_flex_ops.selection.kernels.decode.lse import merge_runs
 from infllm_flex_ops.selection.kernels.online_softmax import count_windows
 from infllm_flex_ops.triton_common.dependent_launch import wait_for_previous
 from infllm_flex_ops.triton_common.dot_fp32 import dot_fp32
+from infllm_flex_ops.triton_common.issue_loads import issue_loads
 from infllm_flex_ops.triton_common.pages import (
     RowPages,
     count_queries,
@@ -156,6 +157,8 @@ def cached_score_kernel(
     at = (head.to(tl.int64) * tl.num_programs(2) + tile) * runs
     count = count_windows(last, RULE.coarse_size, RULE.coarse_stride, C2)
     lse = merge_runs(partial_ptr, at, count, run_keys, qk_scale_log2, TILE, RUNS)
+    if OVERLAP and not TILE.FP32:
+        loaded, x = issue_loads(loaded, x)
     shift = -qk_scale_log2 * lse[None, :]
     token = tile * TILE.TOKENS + tl.arange(0, TILE.TOKENS)
     position = length - num + token
