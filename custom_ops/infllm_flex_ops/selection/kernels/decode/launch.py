@@ -16,6 +16,7 @@ from infllm_flex_ops.selection.kernels.decode.scores import cached_score_kernel
 from infllm_flex_ops.selection.kernels.decode.topk import make_scores, select_cached
 from infllm_flex_ops.selection.kernels.kernel_args import Tile, WindowSlots
 from infllm_flex_ops.selection.kernels.prefill.plan import check_num_blocks
+from infllm_flex_ops.selection.kernels.prefill.tiles import choose_windows
 from infllm_flex_ops.selection.rule import SelectionRule
 from infllm_flex_ops.sizes import ceil_div, next_power_of_2
 from infllm_flex_ops.triton_common.dependent_launch import dependent_launch, single_launch
@@ -111,7 +112,7 @@ def _select(
     if out.numel() == 0 or rows.B == 0 or rows.n == 0:
         return
     heads = rows.B * keys.compressed.shape[1]
-    scores = make_scores(rows, heads, columns)
+    scores = make_scores(rows, heads, columns, choose_windows(rule).TAIL > 0)
     overlap = single_launch()
     if columns and num_blocks >= rule.num_selected:
         _score(q, keys, rows, scores, rule, dense_len, scale)
@@ -128,10 +129,10 @@ def _score(
     dense_len: int,
     scale: float,
 ) -> None:
-    """Fill the scores ``[B * Hkv, n, columns]``."""
+    """Fill the scores ``[B * Hkv, n, 1 or 2, columns]``."""
     compressed, coarse = keys.compressed, keys.coarse
     n, heads, Hkv = rows.n, len(scores), compressed.shape[1]
-    windows = _choose_windows(rule)
+    windows = choose_windows(rule)
     tile, options = _choose_tile(q, Hkv, n, windows.SLOTS)
     split = _split(n, heads, keys.C2, scores.shape[-1], tile, windows)
     num_parts = heads * split.tiles * split.runs
@@ -192,13 +193,6 @@ def _split(
     step = tile.BLOCK_N // windows.SLOTS
     split_blocks = step * ceil_div(columns * rows, step * _PROGRAMS)
     return _Split(tiles, max(1, ceil_div(num_coarse, run_keys)), run_keys, split_blocks)
-
-
-def _choose_windows(rule: SelectionRule) -> WindowSlots:
-    """All windows that overlap a block are scored for it."""
-    per_block = rule.block_size // rule.kernel_stride
-    before = rule.kernel_size // rule.kernel_stride - 1
-    return WindowSlots(per_block, before, 0, next_power_of_2(per_block + before))
 
 
 def _choose_tile(q: Tensor, num_kv_heads: int, n: int, slots: int) -> tuple[Tile, dict[str, int]]:

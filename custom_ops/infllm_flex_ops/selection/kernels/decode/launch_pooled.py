@@ -91,7 +91,7 @@ def _select(
     if out.numel() == 0 or rows.B == 0 or rows.n == 0:
         return
     heads = rows.B * keys.compressed.shape[1]
-    scores = make_scores(rows, heads, columns)
+    scores = make_scores(rows, heads, columns, has_tail=False)
     overlap = single_launch()
     if columns and num_blocks >= rule.num_selected:
         _score(q, keys, rows, scores, rule, dense_len)
@@ -107,8 +107,8 @@ def _score(
     rule: SelectionRule,
     dense_len: int,
 ) -> None:
-    """Fill the scores ``[B * Hkv, n, columns]``."""
-    heads, n, columns = scores.shape
+    """Fill the scores ``[B * Hkv, n, 1, columns]``."""
+    heads, n, _, columns = scores.shape
     windows = choose_windows(rule)
     tile, options = _choose_tile(q, keys.compressed, rows, windows)
     tiles = ceil_div(n, tile.TOKENS)

@@ -62,9 +62,13 @@ def _best_windows(
     WINDOWS: tl.constexpr,
     TILE: tl.constexpr,
 ):
-    """Weigh windows ``[BLOCK_N]``, and take the best of each block: ``[STEP, TOKENS]``.
+    """Weigh windows ``[BLOCK_N]``, and take the best of each block and of its tail.
 
-    Weights are summed over the heads. A token without a window in a block gets -1 there.
+    Weights are summed over the heads. A token without a window there gets -1.
+
+    Returns:
+        The best window of each block, ``[STEP, TOKENS]``, and the best of the ``WINDOWS.TAIL`` that
+        reach into the next block.
     """
     STEP: tl.constexpr = TILE.BLOCK_N // WINDOWS.SLOTS
     weights = tl.exp2(tl.fma(logits, qk_scale_log2, shift))
@@ -76,7 +80,14 @@ def _best_windows(
     window_end = window * RULE.kernel_stride + RULE.kernel_size - 1
     seen = valid[:, None] & (window_end[:, None] <= position[None, :])
     weight = tl.where(seen, weight, -1.0)
-    return tl.max(tl.reshape(weight, [STEP, WINDOWS.SLOTS, TILE.TOKENS]), 1)
+    best = tl.max(tl.reshape(weight, [STEP, WINDOWS.SLOTS, TILE.TOKENS]), 1)
+    tail = best  # unused where no window reaches into the next block
+    if WINDOWS.TAIL > 0:
+        slot = tl.arange(0, TILE.BLOCK_N) % WINDOWS.SLOTS
+        in_tail = (slot >= WINDOWS.PER_BLOCK - WINDOWS.TAIL)[:, None]
+        tail = tl.where(in_tail, weight, -1.0)
+        tail = tl.max(tl.reshape(tail, [STEP, WINDOWS.SLOTS, TILE.TOKENS]), 1)
+    return best, tail
 
 
 @triton.jit(do_not_specialize=["n", "C", "C2", "columns", "runs", "run_keys", "split_blocks"])
@@ -105,13 +116,15 @@ def cached_score_kernel(
     PAGING: tl.constexpr,
     OVERLAP: tl.constexpr,
 ):
-    """Fill ``scores [B * Hkv, n, columns]``, a run of blocks each: their best overlapping window.
+    """Fill ``scores [B * Hkv, n, 1 or 2, columns]``, a run of blocks each, by their best windows.
 
-    Windows that begin before a block are scored again for it: their keys are at hand, and a decode
-    step does not wait for products. The keys of the first step, often the only one, are loaded
-    while the kernel before still normalises. In pages, where a load waits for a look-up, each
-    step's keys are loaded, and the pages after them looked up, a step ahead; in one piece Triton's
-    pipeline loads more of them at once.
+    The first row holds the best window that begins in each block, or overlaps it where windows that
+    begin before are scored again. With a tail, the second row holds the best window that begins in
+    the block before and reaches into the block; that of block 0 is not written.
+
+    The keys of the first step, often the only one, are loaded while the kernel before still
+    normalises. In pages, where a load waits for a look-up, each step's keys are loaded, and the
+    pages after them looked up, a step ahead; in one piece Triton's pipeline loads more at once.
     """
     head = tl.program_id(1)
     tile = tl.program_id(2)
@@ -162,7 +175,7 @@ def cached_score_kernel(
     shift = -qk_scale_log2 * lse[None, :]
     token = tile * TILE.TOKENS + tl.arange(0, TILE.TOKENS)
     position = length - num + token
-    out_row = (head.to(tl.int64) * n + token) * columns
+    out_row = (head.to(tl.int64) * n + token) * columns * (2 if WINDOWS.TAIL > 0 else 1)
     ONE_LOOP: tl.constexpr = TILE.FP32 or AHEAD
     for LATER in tl.static_range(1 if ONE_LOOP else 0, 2):
         first = begin + STEP if LATER and not ONE_LOOP else begin
@@ -183,9 +196,13 @@ def cached_score_kernel(
             else:
                 y = _load_windows(keys, own, valid, TILE) if LATER else x
                 logits = tl.dot(y, loaded)
-            best = _best_windows(
+            best, tail = _best_windows(
                 logits, shift, window, valid, position, qk_scale_log2, RULE, WINDOWS, TILE
             )
             block = start + tl.arange(0, STEP)
             out_mask = ((block < num_scored) & (block < columns))[:, None] & (token < num)[None, :]
-            tl.store(scores_ptr + out_row[None, :] + block[:, None], best, mask=out_mask)
+            out_ptr = scores_ptr + out_row[None, :] + block[:, None]
+            tl.store(out_ptr, best, mask=out_mask)
+            if WINDOWS.TAIL > 0:
+                out_mask = out_mask & (block + 1 < columns)[:, None]
+                tl.store(out_ptr + columns + 1, tail, mask=out_mask)

@@ -35,12 +35,14 @@ def cached_topk_kernel(
     BLOCK_W: tl.constexpr,
     N: tl.constexpr,
     PARTS: tl.constexpr,
+    TAIL: tl.constexpr,
     OVERLAP: tl.constexpr,
 ):
     """Write one query's blocks, ascending: the best of those before the local ones, then these.
 
-    ``scores [B * Hkv, n, columns]``, of ``make_scores``, holds all blocks that can lie before the
-    local ones. Lists of ragged rows come token by token, with the heads of a token side by side.
+    ``scores``, of ``make_scores``, hold all blocks that can lie before the local ones; with a
+    ``TAIL`` a block's score is the better one of two. Lists of ragged rows come token by token,
+    with the heads of a token side by side.
     """
     token = tl.program_id(0)
     head = tl.program_id(1)
@@ -70,15 +72,23 @@ def cached_topk_kernel(
     # Rows begin at multiples of STEP and have room for one: a load takes four blocks.
     steps = columns // STEP
     scored = block < tl.minimum(last // STEP + 1, steps) * STEP
-    score = tl.load(scores_ptr + row * steps * STEP + block, mask=scored, other=-1.0)
+    scores_ptr += row * (steps * (2 if TAIL else 1)) * STEP
+    score = tl.load(scores_ptr + block, mask=scored, other=-1.0)
+    if TAIL:
+        tail = tl.load(scores_ptr + steps * STEP + block, mask=scored, other=-1.0)
+        score = tl.where(block > 0, tl.maximum(score, tail), score)
     selected = topk_blocks(score, block, last, last + 1, free, INIT_BLOCKS, False, PARTS)
     write_blocks(out_ptr, selected, tl.arange(0, N // 4) * 4)
 
 
-def make_scores(rows: CachedRows, heads: int, columns: int) -> Tensor:
-    """Make room for scores ``[heads, n, columns]``, or a few more columns."""
+def make_scores(rows: CachedRows, heads: int, columns: int, has_tail: bool) -> Tensor:
+    """Make room for scores ``[heads, n, 1 or 2, columns]``, or a few more columns.
+
+    With a tail, a second row holds scores by windows that begin in the block before.
+    """
     columns = STEP.value * max(1, ceil_div(columns, STEP.value))
-    return torch.empty(heads, rows.n, columns, dtype=torch.float32, device=rows.end.device)
+    shape = (heads, rows.n, 2 if has_tail else 1, columns)
+    return torch.empty(shape, dtype=torch.float32, device=rows.end.device)
 
 
 def select_cached(
@@ -113,6 +123,7 @@ def select_cached(
         BLOCK_W=next_power_of_2(width),
         N=N,
         PARTS=4 if N < 1024 else 3,  # thresholds whose counts fit in one sum
+        TAIL=scores.shape[2] == 2,
         **overlap,
         num_warps=max(1, min(16, N // 128)),
     )
