@@ -156,6 +156,7 @@ def _score(
         "PAGING": rows.windows(*rule.windows),
         **dependent_launch(q),
     }
+    is_single = _has_single_steps(split, tile) and rows.pages is None
     cached_lse_kernel[(split.runs, heads, split.tiles)](
         q_ptr=q,
         keys_ptr=compressed,
@@ -164,6 +165,7 @@ def _score(
         keys_strides=compressed.stride(),
         coarse_strides=coarse.stride(),
         COARSE_PAGING=rows.windows(*rule.coarse_windows),
+        SINGLE=is_single,
         **options,
         **shared,
     )
@@ -193,6 +195,11 @@ def _split(
     step = tile.BLOCK_N // windows.SLOTS
     split_blocks = step * ceil_div(columns * rows, step * _PROGRAMS)
     return _Split(tiles, max(1, ceil_div(num_coarse, run_keys)), run_keys, split_blocks)
+
+
+def _has_single_steps(split: _Split, tile: Tile) -> bool:
+    """Whether a run is one step, whose loads fit in registers: 64 rows spill on sm_100."""
+    return split.run_keys == tile.BLOCK_N and tile.HEADS * tile.TOKENS <= 32 and not tile.FP32
 
 
 def _choose_tile(q: Tensor, num_kv_heads: int, n: int, slots: int) -> tuple[Tile, dict[str, int]]:

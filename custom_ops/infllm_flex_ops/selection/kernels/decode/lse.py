@@ -11,6 +11,7 @@ from infllm_flex_ops.selection.kernels.online_softmax import (
     softmax_over_keys,
 )
 from infllm_flex_ops.triton_common.dependent_launch import wait_for_previous
+from infllm_flex_ops.triton_common.issue_loads import issue_loads
 from infllm_flex_ops.triton_common.pages import (
     count_queries,
     is_missing,
@@ -19,6 +20,44 @@ from infllm_flex_ops.triton_common.pages import (
     view_queries,
 )
 from infllm_flex_ops.triton_common.tensor_args import RowTensor, View
+
+
+@triton.jit
+def _load_step(keys, step, count, TILE: tl.constexpr):
+    """Load the keys ``[BLOCK_D, BLOCK_N]`` of a step, of ``count`` in all."""
+    n = step * TILE.BLOCK_N + tl.arange(0, TILE.BLOCK_N)
+    d = tl.arange(0, TILE.BLOCK_D)
+    mask = (n < count)[None, :] & (d < TILE.D)[:, None]
+    return tl.load(keys.ptr + n.to(tl.int64)[None, :] * keys.s + d[:, None] * keys.d, mask, 0.0)
+
+
+@triton.jit
+def _softmax_of_step(q, x, step, num_seen, qk_scale_log2, TILE: tl.constexpr):
+    """Maximum and sum of each row of ``q`` as ``softmax_over_keys`` gives them, of one step."""
+    n = step * TILE.BLOCK_N + tl.arange(0, TILE.BLOCK_N)
+    logits = tl.where(n[None, :] < num_seen[:, None], tl.dot(q, x), float("-inf"))
+    m_i = tl.max(logits, 1)
+    m_safe = tl.where(m_i == float("-inf"), 0.0, m_i)
+    return m_i, tl.sum(tl.exp2((logits - m_safe[:, None]) * qk_scale_log2), 1)
+
+
+@triton.jit
+def _softmax_over_windows(
+    queries,
+    keys,
+    position,
+    last,
+    C,
+    qk_scale_log2,
+    RULE: tl.constexpr,
+    TILE: tl.constexpr,
+    PAGING: tl.constexpr,
+):
+    """Maximum and sum of each row over the compressed keys up to ``last``."""
+    end = count_windows(last, RULE.kernel_size, RULE.kernel_stride, C)
+    num_seen = count_windows(position, RULE.kernel_size, RULE.kernel_stride, C)
+    span = KeySpan(0, end, 0)
+    return softmax_over_keys(queries, keys, span, num_seen, qk_scale_log2, TILE, PAGING)
 
 
 @triton.jit(do_not_specialize=["n", "C", "C2", "run_keys"])
@@ -44,12 +83,15 @@ def cached_lse_kernel(
     TILE: tl.constexpr,
     PAGING: tl.constexpr,
     COARSE_PAGING: tl.constexpr,
+    SINGLE: tl.constexpr,
     OVERLAP: tl.constexpr,
 ):
     """Fill ``partial [B * Hkv, tiles, runs, 2, HEADS * TOKENS]``, one run of coarse keys each.
 
     A run leaves the maximum and the sum of each row's softmax. Pointers and strides come apart: as
     views, in another order of the same instructions, the kernel spills for head dim 256 on sm_90.
+    ``SINGLE``: a run is one step of a cache in one piece, whose keys are loaded with the query, as
+    far as there is room.
     """
     q = View(q_ptr, *q_strides)
     keys = View(keys_ptr, *keys_strides)
@@ -83,31 +125,35 @@ def cached_lse_kernel(
         d_mask = (d < TILE.D)[None, :]
         # Loaded together with the length, before that decides.
         loaded = tl.load(row_ptr + d[None, :] * q.d, mask=q_mask & d_mask, other=0.0)
+    x = q_mask  # unused unless there is a single step
+    if SINGLE:
+        x = _load_step(view_keys(coarse, pages, b, h), run, C2, TILE)
+        if OVERLAP:
+            loaded, x = issue_loads(loaded, x)
     queries = RowTensor(loaded, row_ptr, q_mask, q.d)
     is_full = (last + 1 < dense_len) | (last < RULE.num_selected * RULE.block_size)
     if is_missing(pages, tile * TILE.TOKENS, n) | is_full | ((run > 0) & (run * run_keys >= count)):
         return
 
-    coarse_keys = HeadKeys(view_keys(coarse, pages, b, h), None, 0, 0, 0, table)
-    span = KeySpan(
-        run * run_keys,
-        tl.minimum(run * run_keys + run_keys, count),
-        count_windows(length - n + tile * TILE.TOKENS, SIZE, STRIDE, C2),
-    )
     num_seen = count_windows(position, SIZE, STRIDE, C2)
-    m_i, l_i = softmax_over_keys(
-        queries, coarse_keys, span, num_seen, qk_scale_log2, TILE, COARSE_PAGING
-    )
+    if SINGLE:
+        num_seen = tl.minimum(num_seen, count)
+        m_i, l_i = _softmax_of_step(loaded, x, run, num_seen, qk_scale_log2, TILE)
+    else:
+        coarse_keys = HeadKeys(view_keys(coarse, pages, b, h), None, 0, 0, 0, table)
+        num_seen_by_all = count_windows(length - n + tile * TILE.TOKENS, SIZE, STRIDE, C2)
+        begin = run * run_keys
+        span = KeySpan(begin, tl.minimum(begin + run_keys, count), num_seen_by_all)
+        m_i, l_i = softmax_over_keys(
+            queries, coarse_keys, span, num_seen, qk_scale_log2, TILE, COARSE_PAGING
+        )
     first = length - n + tile * TILE.TOKENS
     # Rows that see no coarse key are normalised by the compressed keys.
     if (run == 0) & (first < SIZE - 1):
         last = tl.minimum(last, SIZE - 2)
-        end = count_windows(last, RULE.kernel_size, RULE.kernel_stride, C)
         head_keys = HeadKeys(view_keys(keys, pages, b, h), None, 0, 0, 0, table)
-        num_seen = count_windows(position, RULE.kernel_size, RULE.kernel_stride, C)
-        span = KeySpan(0, end, 0)
-        own_m_i, own_l_i = softmax_over_keys(
-            queries, head_keys, span, num_seen, qk_scale_log2, TILE, PAGING
+        own_m_i, own_l_i = _softmax_over_windows(
+            queries, head_keys, position, last, C, qk_scale_log2, RULE, TILE, PAGING
         )
         sees_none = position < SIZE - 1
         m_i = tl.where(sees_none, own_m_i, m_i)
