@@ -41,7 +41,8 @@ def test_scores_issue_all_their_first_loads_before_they_wait_for_the_kernel_befo
     assert "STS" not in before
 
 
-def test_the_log_sum_exp_of_one_step_loads_its_keys_with_the_lengths(monkeypatch):
-    before, _ = instructions(monkeypatch, step, "cached_lse_kernel").split("BAR.SYNC", 1)
+@pytest.mark.parametrize("call", [step, paged_step])
+def test_the_log_sum_exp_of_one_step_loads_its_keys_with_the_query(monkeypatch, call):
+    before, _ = instructions(monkeypatch, call, "cached_lse_kernel").split("BAR.SYNC", 1)
     assert len(re.findall(r"\bLDG\.E\.128\b", before)) == (16 + 64) * 128 * 2 // (16 * 128)
     assert "STS" not in before

@@ -156,7 +156,6 @@ def _score(
         "PAGING": rows.windows(*rule.windows),
         **dependent_launch(q),
     }
-    is_single = _has_single_steps(split, tile) and rows.pages is None
     cached_lse_kernel[(split.runs, heads, split.tiles)](
         q_ptr=q,
         keys_ptr=compressed,
@@ -165,7 +164,7 @@ def _score(
         keys_strides=compressed.stride(),
         coarse_strides=coarse.stride(),
         COARSE_PAGING=rows.windows(*rule.coarse_windows),
-        SINGLE=is_single,
+        SINGLE=_has_single_steps(split, tile),
         **options,
         **shared,
     )

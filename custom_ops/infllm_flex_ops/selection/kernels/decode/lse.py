@@ -13,7 +13,9 @@ from infllm_flex_ops.selection.kernels.online_softmax import (
 from infllm_flex_ops.triton_common.dependent_launch import wait_for_previous
 from infllm_flex_ops.triton_common.issue_loads import issue_loads
 from infllm_flex_ops.triton_common.pages import (
+    RowPages,
     count_queries,
+    entry_offset,
     is_missing,
     row_length,
     view_keys,
@@ -23,12 +25,16 @@ from infllm_flex_ops.triton_common.tensor_args import RowTensor, View
 
 
 @triton.jit
-def _load_step(keys, step, count, TILE: tl.constexpr):
+def _load_step(keys, step, count, table, TILE: tl.constexpr, PAGING: tl.constexpr):
     """Load the keys ``[BLOCK_D, BLOCK_N]`` of a step, of ``count`` in all."""
     n = step * TILE.BLOCK_N + tl.arange(0, TILE.BLOCK_N)
     d = tl.arange(0, TILE.BLOCK_D)
+    row = None
+    if PAGING is not None:
+        row = RowPages(table, n < count)
+    offset = entry_offset(keys, n, row, PAGING)
     mask = (n < count)[None, :] & (d < TILE.D)[:, None]
-    return tl.load(keys.ptr + n.to(tl.int64)[None, :] * keys.s + d[:, None] * keys.d, mask, 0.0)
+    return tl.load(keys.ptr + offset[None, :] + d[:, None] * keys.d, mask=mask, other=0.0)
 
 
 @triton.jit
@@ -90,8 +96,8 @@ def cached_lse_kernel(
 
     A run leaves the maximum and the sum of each row's softmax. Pointers and strides come apart: as
     views, in another order of the same instructions, the kernel spills for head dim 256 on sm_90.
-    ``SINGLE``: a run is one step of a cache in one piece, whose keys are loaded with the query, as
-    far as there is room.
+    ``SINGLE``: a run is one step, whose keys are loaded with the query: in one piece as far as the
+    tensor has room, in pages when the length is known.
     """
     q = View(q_ptr, *q_strides)
     keys = View(keys_ptr, *keys_strides)
@@ -127,7 +133,8 @@ def cached_lse_kernel(
         loaded = tl.load(row_ptr + d[None, :] * q.d, mask=q_mask & d_mask, other=0.0)
     x = q_mask  # unused unless there is a single step
     if SINGLE:
-        x = _load_step(view_keys(coarse, pages, b, h), run, C2, TILE)
+        room = C2 if pages is None else count
+        x = _load_step(view_keys(coarse, pages, b, h), run, room, table, TILE, COARSE_PAGING)
         if OVERLAP:
             loaded, x = issue_loads(loaded, x)
     queries = RowTensor(loaded, row_ptr, q_mask, q.d)
