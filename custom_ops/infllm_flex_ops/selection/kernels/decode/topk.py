@@ -125,5 +125,10 @@ def select_cached(
         PARTS=4 if N < 1024 else 3,  # thresholds whose counts fit in one sum
         TAIL=scores.shape[2] == 2,
         **overlap,
-        num_warps=max(1, min(16, N // 128)),
+        num_warps=_num_warps(N),
     )
+
+
+def _num_warps(blocks: int) -> int:
+    """Few threads wait less for each other; from 2048 blocks on, counting takes longer."""
+    return max(1, min(4, blocks // 128), min(16, blocks // 512))
