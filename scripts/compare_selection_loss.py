@@ -25,7 +25,7 @@ from benchmarking.results import describe_environment
 from evaluation.saved_results import Result, read_result, write_result
 from evaluation.table import format_table
 from evaluation.tiny_task import SEQUENCES, ask, counts, finish, share, write_csv
-from infllm_flex.strict_yaml import build_dataclass, load_yaml
+from infllm_flex.strict_yaml import ConfigError, build_dataclass, load_yaml
 from infllm_flex.training.model import load_model
 from infllm_flex.training.run_folder import MODEL
 from infllm_flex.training.settings import (
@@ -62,10 +62,14 @@ ARMS = [
 
 
 def main() -> int:
-    """Run the command."""
+    """Run the command and return its exit status."""
     warnings.simplefilter("ignore")
     options = parse_arguments()
-    settings = build_dataclass(TrainingSettings, load_yaml(options.config, options.overrides))
+    try:
+        settings = build_dataclass(TrainingSettings, load_yaml(options.config, options.overrides))
+    except ConfigError as error:
+        print(error, file=sys.stderr)
+        return 2
     found = {
         (arm, seed): result
         for seed in options.seeds

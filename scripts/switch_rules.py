@@ -47,6 +47,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = parse_arguments(arguments)
     try:
         overrides = parse_overrides(options.overrides)
+        for path in options.text:
+            path.open().close()  # a file that is missing is told before a model is loaded
         model, tokenizer = load(options.model, options.package)
         texts = {path.name: read(path, tokenizer, options.length) for path in options.text}
         patch_model(model, None, **overrides)

@@ -41,8 +41,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "--repeats", type=int, default=3, help="measurements, of which the smallest is shown"
     )
     options = parser.parse_intermixed_args(arguments)
-    document = load_yaml(options.config, options.overrides)
-    settings = find_model(build_dataclass(TrainingSettings, document))
+    try:
+        document = load_yaml(options.config, options.overrides)
+        settings = find_model(build_dataclass(TrainingSettings, document))
+    except ValueError as error:
+        print(error, file=sys.stderr)
+        return 2
     with tempfile.TemporaryDirectory() as folder:
         for name, seconds in measure(settings, Path(folder), options.repeats).items():
             print(f"{name}: {seconds:.4g} s")

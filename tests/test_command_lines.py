@@ -1,8 +1,11 @@
-"""Settings of a command may stand anywhere among its options."""
+"""Command lines: where settings may stand, and what a wrong one is answered."""
 
 import re
+import runpy
 import subprocess
 import sys
+import warnings
+from pathlib import Path
 
 import pytest
 
@@ -30,3 +33,36 @@ def test_settings_before_and_after_an_option_count():
     done = subprocess.run([*command, "run.rounds=9"], capture_output=True, text=True, check=True)
     for line in ("threads: 3", "seed: 7", "rounds: 9"):
         assert f"  {line}\n" in done.stdout
+
+
+# Options that a command cannot do without, beside --config.
+NEEDED = {
+    "compare_scores.py": ["--table", "unused.csv"],
+    "compare_selection_loss.py": ["--table", "unused.csv"],
+}
+
+
+@pytest.mark.parametrize("path", SCRIPTS, ids=lambda path: path.name)
+@pytest.mark.parametrize("wrong", ["config", "setting"])
+def test_a_wrong_file_or_setting_is_one_line_and_status_2(
+    path: Path, wrong: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    text = path.read_text()
+    if '"--config"' not in text:
+        pytest.skip("has no settings file")
+    config = re.search(r"configs/\w+\.yaml", text)
+    assert config is not None  # its own text names one
+    arguments, named = {
+        "config": (["--config", "missing.yaml"], "missing.yaml: no such file"),
+        "setting": (["--config", config[0], "no_such.key=1"], "no_such: unknown key"),
+    }[wrong]
+    monkeypatch.chdir(ROOT)
+    monkeypatch.setattr(sys, "path", [str(ROOT / "scripts"), *sys.path])
+    monkeypatch.setattr(sys, "argv", [str(path), *NEEDED.get(path.name, []), *arguments])
+    monkeypatch.setattr(warnings, "showwarning", warnings.showwarning)  # commands replace it
+    with pytest.raises(SystemExit) as ended:
+        runpy.run_path(str(path), run_name="__main__")
+    assert ended.value.code == 2
+    said = capsys.readouterr().err.strip()
+    assert named in said
+    assert len(said.splitlines()) == 1
