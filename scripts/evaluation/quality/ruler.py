@@ -6,6 +6,7 @@ import contextlib
 import functools
 import importlib.util
 import io
+import itertools
 import logging
 import random
 import tempfile
@@ -101,7 +102,7 @@ def _evaluate(
                 max_length=network.config.max_position_embeddings,
                 batch_size=1,
             ),
-            task_dict=_prompts(judge.ruler_tasks, length, str(base), seed),
+            task_dict=_prompts(judge.ruler_tasks, length, str(base), seed, judge.ruler_items),
             limit=judge.ruler_items,
             bootstrap_iters=0,
         )
@@ -110,15 +111,35 @@ def _evaluate(
 
 
 @functools.cache
-def _prompts(tasks: tuple[str, ...], length: int, tokenizer: str, seed: int) -> Any:
-    """Make the prompts of the tasks once for all models; this takes longer than answering them."""
+def _prompts(tasks: tuple[str, ...], length: int, tokenizer: str, seed: int, items: int) -> Any:
+    """Make the prompts of the tasks once for all models, the first ``items`` of each."""
     import numpy
     from lm_eval.tasks import TaskManager
 
     random.seed(seed)
     numpy.random.seed(seed)
     manager = TaskManager(metadata={"max_seq_lengths": [length], "tokenizer": tokenizer})
-    return manager.load(list(tasks))
+    with _loops_of(items):
+        return manager.load(list(tasks))
+
+
+@contextlib.contextmanager
+def _loops_of(items: int) -> Any:
+    """End loops that show progress by tqdm after ``items`` turns.
+
+    The tasks make 500 prompts each in such loops, whatever the limit of the evaluation: minutes at
+    32K tokens. Modules that hold tqdm already make all of them, of which the same are used.
+    """
+    import tqdm
+
+    def some(loop: Any, *_: Any, **__: Any) -> Any:
+        return itertools.islice(loop, items)
+
+    whole, tqdm.tqdm = tqdm.tqdm, some
+    try:
+        yield
+    finally:
+        tqdm.tqdm = whole
 
 
 @contextlib.contextmanager
