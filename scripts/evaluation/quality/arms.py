@@ -61,10 +61,10 @@ class AttentionMode:
 
 @dataclass(frozen=True)
 class Arm:
-    """A trained model with the attention that it is evaluated with.
+    """A model with the attention that it is evaluated with.
 
     Attributes:
-        tuned: Name of the attention mode in training.
+        tuned: Name of the attention mode in training; that of evaluation where nothing is trained.
         run: Name of the attention mode in evaluation.
     """
 
@@ -115,18 +115,23 @@ def _without_scores(attention: InfLLMConfig) -> InfLLMConfig:
 
 def trained(settings: QualitySettings) -> list[str]:
     """Return the names of the attention modes that a model is trained with."""
+    if settings.tuning is None:
+        return []
     names = [name for name, variant in settings.variants.items() if variant.trained]
     return [DENSE, *names, *([WINDOW, RANDOM] if names else [])]
 
 
 def arms(settings: QualitySettings) -> list[Arm]:
-    """Return all arms in the order of tables."""
-    found = [Arm(name, name) for name in trained(settings)]
+    """Return all arms in the order of tables; without tuning, the base in each attention mode."""
+    names = trained(settings)
     variants = settings.variants.items()
     free = [name for name, variant in variants if variant.training_free]
+    if settings.tuning is None:
+        return [Arm(name, name) for name in (DENSE, *free, WINDOW, RANDOM)]
+    found = [Arm(name, name) for name in names]
     found += [Arm(DENSE, name) for name in free]
     found += [Arm(DENSE, control) for control in (WINDOW, RANDOM) if free]
     found += [
-        Arm(name, DENSE) for name, variant in variants if variant.trained and variant.back_to_dense
+        Arm(name, DENSE) for name, variant in variants if variant.back_to_dense and name in names
     ]
     return found

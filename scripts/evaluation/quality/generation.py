@@ -27,7 +27,7 @@ def judge_generation(
         ``hits``: for each program, 0 or 1 for each line; ``tokens``: tokens generated for each.
     """
     judge = settings.judge
-    maker = TaskMaker(vocabulary, text, settings.length + 1, True, settings.tuning.questions)
+    maker = TaskMaker(vocabulary, text, settings.length + 1, True, settings.questions)
     rows = [maker.row(STEPS, Random(f"generate/{seed}/{n}")) for n in range(judge.programs)]
     # Prompts of equal length need no padding; longer ones lose text before their first fact.
     shortest = min(_prompt_end(row) for row in rows)

@@ -20,6 +20,7 @@ _OF_GROUP = {
     "shares": ("share_rows",),
     "ruler": ("ruler_tasks", "ruler_lengths", "ruler_items"),
 }
+_ASKING = ("retrieval", "generation", "shares")
 
 
 def plan(settings: QualitySettings) -> list[Part]:
@@ -27,17 +28,21 @@ def plan(settings: QualitySettings) -> list[Part]:
     base = _section(settings.base, "download")
     text = _section(settings.text)
     parts = [Part(BASE, (), {"base": base}), Part(TEXT, (BASE,), {"base": base, "text": text})]
-    common = {"base": base, "text": text, "tuning": _section(settings.tuning, *_FREE_TUNING)}
-    models: dict[tuple[str, int], Part] = {}
+    common = {"base": base, "text": text}
+    if settings.tuning is None:
+        for seed in settings.run.seeds:
+            for arm in arms(settings):
+                parts += _judged(settings, arm, seed, TEXT, common)
+        return parts
+    common["tuning"] = _section(settings.tuning, *_FREE_TUNING)
     for seed in settings.run.seeds:
         for name in trained(settings):
             depends_on = {**common, name: _attention(settings, name)}
             part = Part(f"train:{name}:{seed}", (BASE, TEXT), depends_on)
-            models[name, seed] = part
             parts.append(part)
             for arm in arms(settings):
                 if arm.tuned == name:
-                    parts += _judged(settings, arm, seed, part)
+                    parts += _judged(settings, arm, seed, part.name, depends_on)
     return parts
 
 
@@ -64,15 +69,19 @@ def judge_name(arm: Arm, seed: int, group: str) -> str:
     return f"judge:{arm.name}:{seed}:{group}"
 
 
-def _judged(settings: QualitySettings, arm: Arm, seed: int, model: Part) -> list[Part]:
+def _judged(
+    settings: QualitySettings, arm: Arm, seed: int, needs: str, common: dict[str, Any]
+) -> list[Part]:
     parts = []
     for group in settings.judge.groups:
         if group == "shares" and arm.run in RESERVED:
             continue  # these select no blocks by scores
         own = {name: getattr(settings.judge, name) for name in _OF_GROUP[group]}
-        depends_on = {**model.settings, "judge": {**own, "length": settings.length}}
+        if settings.judge.questions is not None and group in _ASKING:
+            own["questions"] = settings.judge.questions
+        depends_on = {**common, "judge": {**own, "length": settings.length}}
         depends_on[arm.run] = _attention(settings, arm.run)
-        parts.append(Part(judge_name(arm, seed, group), (model.name,), depends_on))
+        parts.append(Part(judge_name(arm, seed, group), (needs,), depends_on))
     return parts
 
 

@@ -52,9 +52,11 @@ def plot_quality(results: Results, path: Path) -> None:
         axes.spines[["top", "right"]].set_visible(False)
         axes.set_ylim(bottom=min(0.0, axes.get_ylim()[0]))
     times.set_xlabel("time of a forward pass relative to dense")
+    colours = "blue: trained with this attention, orange: trained densely"
+    if results.settings.tuning is None:
+        colours = "blue: a model as it is"
     figure.suptitle(
-        f"{results.settings.length} tokens; blue: trained with this attention, orange: trained "
-        "densely, grey: controls without selection",
+        f"{results.settings.length} tokens; {colours}, grey: controls without selection",
         fontsize=10,
     )
     path.parent.mkdir(parents=True, exist_ok=True)

@@ -19,16 +19,18 @@ def report(results: Results) -> str:
 
 def _answers(results: Results) -> str:
     tasks = results.tasks()
-    some = list(dict.fromkeys([*results.arms("retrieval"), *results.arms("generation")]))
+    some = _that_answer(results)
     if not some:
         return ""
     rows = [
         [*_head(results, arm), *(_number(results.accuracy(task, arm)) for task in tasks)]
         for arm in some
     ]
-    return (
-        f"Accuracy at {results.settings.length} tokens; trained->run where the two differ\n\n"
-        + format_table(["variant", "visible", *tasks], rows)
+    how = "trained->run where the two differ"
+    if results.settings.tuning is None:
+        how = "nothing was trained"
+    return f"Accuracy at {results.settings.length} tokens; {how}\n\n" + format_table(
+        ["variant", "visible", *tasks], rows
     )
 
 
@@ -38,7 +40,7 @@ def _kept(results: Results) -> str:
     dense = Arm(DENSE, DENSE)
     tasks = [task for task in results.tasks() if results.accuracy(task, dense) >= ABLE]
     unable = [task for task in results.tasks() if results.accuracy(task, dense) < ABLE]
-    for arm in results.arms("retrieval"):
+    for arm in _that_answer(results):
         cells = []
         for task in tasks:
             found = retained_accuracy(results, arm, task)
@@ -97,6 +99,12 @@ def _shares(results: Results) -> str:
         "window; and of\nthe attention on needles (mean over layers; by layer in the CSV)\n\n"
         + format_table(["variant", "visible", *kinds], rows)
     )
+
+
+def _that_answer(results: Results) -> list[Arm]:
+    """Return the arms for which a task is done."""
+    groups = ("retrieval", "generation", "ruler")
+    return list(dict.fromkeys(arm for group in groups for arm in results.arms(group)))
 
 
 def _head(results: Results, arm: Arm) -> list[str]:

@@ -143,7 +143,7 @@ def write_table(results: Results, path: Path) -> None:
         for (arm, seed, group), result in results.found.items():
             common = {
                 "variant": arm.name,
-                "tuned": arm.tuned,
+                "tuned": "" if results.settings.tuning is None else arm.tuned,
                 "run": arm.run,
                 "seed": seed,
                 "length": results.settings.length,

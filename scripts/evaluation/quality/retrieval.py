@@ -33,7 +33,7 @@ def judge_retrieval(
         of the sequence that hold the values. ``seconds``: the median time of a sequence.
     """
     judge = settings.judge
-    maker = TaskMaker(vocabulary, text, settings.length + 1, True, settings.tuning.questions)
+    maker = TaskMaker(vocabulary, text, settings.length + 1, True, settings.questions)
     tasks: dict[str, Any] = {}
     times: list[float] = []
     for task in judge.tasks:

@@ -220,9 +220,10 @@ class JudgeSettings:
 
     Attributes:
         groups: Some of retrieval, nats, generation, shares and ruler.
-        length: Tokens of a sequence; None: that of training.
+        length: Tokens of a sequence; None: that of tuning.
         tasks: Tasks of retrieval.
         items: Smallest number of questions of each task and seed.
+        questions: Largest number of questions at the end of a sequence; None: as in tuning.
         batch_size: Sequences per forward pass.
         windows: Windows of held-out text whose nats are measured.
         programs: Prompts of generation.
@@ -237,6 +238,7 @@ class JudgeSettings:
     length: int | None = None
     tasks: tuple[str, ...] = TASKS
     items: int = 240
+    questions: int | None = None
     batch_size: int = 2
     windows: int = 24
     programs: int = 16
@@ -263,6 +265,10 @@ class JudgeSettings:
         ):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+        for name in ("length", "questions"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ValueError(f"{name} must be at least 1, got {value}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -273,7 +279,7 @@ class QualitySettings:
         run: Folder, seeds, device and outputs.
         base: The pretrained model.
         text: The text.
-        tuning: Training of the variants.
+        tuning: Training of the variants; None: nothing is trained, and the base is judged as it is.
         variants: The sparse attentions by name.
         control: Name of the variant whose budget the controls have, which are a window and random
             blocks; None: the first variant.
@@ -282,8 +288,8 @@ class QualitySettings:
 
     run: RunSettings
     base: BaseSettings
-    tuning: TuningSettings
     variants: dict[str, VariantSettings]
+    tuning: TuningSettings | None = None
     text: TextSettings = field(default_factory=TextSettings)
     control: str | None = None
     judge: JudgeSettings = field(default_factory=JudgeSettings)
@@ -297,13 +303,26 @@ class QualitySettings:
                     "variants must have names of small letters, digits and _, which begin with a "
                     f"letter and differ from {', '.join(RESERVED)}; got {name!r}"
                 )
+        if self.tuning is None and self.judge.length is None:
+            raise ValueError("judge.length must be given where tuning, and so its length, is not")
+        if self.tuning is None and not any(one.training_free for one in self.variants.values()):
+            raise ValueError("variants must have one with training_free where tuning is not given")
         if self.control is not None and self.control not in self.variants:
             raise ValueError(f"control must be one of the variants, got {self.control!r}")
 
     @property
     def length(self) -> int:
         """Tokens of a sequence in evaluation."""
+        if self.tuning is None:
+            assert self.judge.length is not None  # checked above
+            return self.judge.length
         return self.judge.length or self.tuning.length
+
+    @property
+    def questions(self) -> int:
+        """Largest number of questions at the end of a sequence."""
+        tuned = TuningSettings.questions if self.tuning is None else self.tuning.questions
+        return self.judge.questions or tuned
 
     @property
     def control_attention(self) -> InfLLMConfig:

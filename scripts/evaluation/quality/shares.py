@@ -65,7 +65,7 @@ def judge_shares(
             f"sees {mode.visible(settings.length)}"
         )
     scorer = Scorer(model, device)
-    maker = TaskMaker(vocabulary, text, settings.length + 1, True, settings.tuning.questions)
+    maker = TaskMaker(vocabulary, text, settings.length + 1, True, settings.questions)
     found: dict[str, dict[str, list[Tensor]]] = defaultdict(lambda: defaultdict(list))
     with mode.on(scorer.model):
         for number in range(settings.judge.share_rows):

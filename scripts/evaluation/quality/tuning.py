@@ -47,6 +47,7 @@ def training_settings(
         device: Device of the training.
     """
     tuning = settings.tuning
+    assert tuning is not None  # else nothing is trained
     arithmetic = tuning.arithmetic
     if arithmetic == "auto":
         arithmetic = "bfloat16" if device.type == "cuda" else "weights"
@@ -88,6 +89,8 @@ def check_recipes(settings: QualitySettings) -> None:
     Raises:
         ValueError: Names the variant and the setting.
     """
+    if settings.tuning is None:
+        return
     for name in trained(settings):
         mode = attention_modes(settings)[name]
         try:

@@ -148,6 +148,7 @@ class Worker:
     def _train(self, name: str, seed: int) -> dict[str, Any]:
         mode, folder = attention_modes(self.settings)[name], self._model_folder(name, seed)
         recipe = training_settings(self.settings, mode, seed, self._base, folder, self.device)
+        assert self.settings.tuning is not None  # else nothing is trained
         mixture = Mixture(self._store, self._vocabulary, self.settings.tuning)
         started = time.perf_counter()
         outcome = tune(recipe, mode, mixture, f"{name} {seed}")
@@ -158,7 +159,9 @@ class Worker:
 
     def _judge(self, part: Part) -> dict[str, Any]:
         arm, seed, group = self._arm(part)
-        model = self._model_folder(arm.tuned, seed) / MODEL
+        model = self._base
+        if self.settings.tuning is not None:
+            model = self._model_folder(arm.tuned, seed) / MODEL
         mode = attention_modes(self.settings)[arm.run]
         if group == "ruler":
             from evaluation.quality.ruler import judge_ruler
@@ -215,7 +218,9 @@ class Worker:
 
 def longest(settings: QualitySettings) -> int:
     """Return the tokens of the longest sequence of training and evaluation."""
-    lengths = [settings.tuning.length, settings.length]
+    lengths = [settings.length]
+    if settings.tuning is not None:
+        lengths.append(settings.tuning.length)
     if "ruler" in settings.judge.groups:
         lengths += settings.judge.ruler_lengths
     return max(lengths)

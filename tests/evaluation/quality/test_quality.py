@@ -22,7 +22,7 @@ from evaluation.quality.settings import QualitySettings
 from evaluation.quality.tuning import training_settings
 from infllm_flex.strict_yaml import build_dataclass, load_yaml
 from tests.checkout import ROOT, environment
-from tests.evaluation.quality.tiny import make_base, make_texts, settings_of, write_settings
+from tests.evaluation.quality.tiny import LENGTH, make_base, make_texts, settings_of, write_settings
 
 
 @pytest.fixture(scope="module")
@@ -93,6 +93,34 @@ def test_everything_from_a_base_to_a_table(tmp_path, base, texts):
     assert (tmp_path / "run" / "plot.png").stat().st_size > 10_000
     assert "steps_generated" in out
     assert "gap window-dense closed" in out
+
+
+def test_without_tuning_the_base_is_judged_as_it_is(tmp_path, base, texts):
+    settings = settings_of(tmp_path / "run", base, texts)
+    del settings["tuning"]
+    settings["judge"] |= {
+        "length": LENGTH,
+        "questions": 3,
+        "tasks": ["keys12"],
+        "groups": ["retrieval", "nats"],
+    }
+    config = write_settings(tmp_path / "quality.yaml", settings)
+    status, out, err = run(config)
+    assert status == 0, err
+    assert "nothing was trained" in out
+    assert not (tmp_path / "run" / "models").exists()
+    with (tmp_path / "run" / "table.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    assert [row["variant"] for row in rows if row["task"] == "keys12" and row["seed"] == "1"] == [
+        *("dense", "fine", "window", "random")
+    ]
+    assert {row["tuned"] for row in rows} == {""}
+    nats = {
+        row["variant"]: row["value"]
+        for row in rows
+        if row["task"].startswith("nats:") and row["seed"] == "0"
+    }
+    assert len(set(nats.values())) == len(nats)  # each attends in its own way
 
 
 def test_an_interrupted_run_goes_on_where_it_was(config):
@@ -205,6 +233,21 @@ def test_what_cannot_be_used_is_said_in_one_line_before_any_work(tmp_path, refus
     assert "no_such_model" in refused(f"base.folder={other}")
     (other / "config.json").write_text(json.dumps({"model_type": "bert"}))
     assert "base: " in refused(f"base.folder={other}")
+
+
+def test_without_tuning_a_length_and_a_variant_are_needed(tmp_path, base, texts):
+    for changes, wanted in (
+        ({}, "judge.length must be given"),
+        ({"length": 400}, "training_free"),
+    ):
+        settings = settings_of(tmp_path / "run", base, texts)
+        del settings["tuning"]
+        settings["judge"] |= changes
+        settings["variants"]["fine"]["training_free"] = not changes
+        config = write_settings(tmp_path / "quality.yaml", settings)
+        status, _, err = run(config)
+        assert (status, len(err.splitlines())) == (2, 1)
+        assert wanted in err
 
 
 def test_a_folder_of_other_settings_is_refused(config, refused, tmp_path):
