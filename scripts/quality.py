@@ -4,11 +4,12 @@
     scripts/quality.py --config configs/quality_smollm2_16k.yaml [section.key=value ...]
 
 The base is tuned densely, with every sparse setting, and with two controls that see as many tokens
-without selection, all on the same samples. Then each model answers the same questions. Results are
-printed, written as CSV, and drawn. Finished parts are saved: the same command continues after an
-interruption. Several processes may share the folder, each with a GPU of its own
-(CUDA_VISIBLE_DEVICES); each takes parts that no other process works on. --parts limits a process to
-some parts. Exit status: 0 done, 1 failed, 2 settings that cannot be used, 128 + signal stopped.
+without selection, all on the same samples. Then each model answers the same questions. Without a
+section ``tuning`` the base answers as it is. Results are printed, written as CSV, and drawn.
+Finished parts are saved: the same command continues after an interruption. Several processes may
+share the folder, each with a GPU of its own (CUDA_VISIBLE_DEVICES); each takes parts that no other
+process works on. --parts limits a process to some parts. Exit status: 0 done, 1 failed, 2 settings
+that cannot be used, 128 + signal stopped.
 """
 
 from __future__ import annotations
@@ -20,6 +21,8 @@ import sys
 import threading
 import warnings
 from types import FrameType
+
+import torch
 
 from evaluation.quality import base, text
 from evaluation.quality.parts import Folder, Part
@@ -33,6 +36,11 @@ from evaluation.quality.work import StoppedError, Worker, longest
 from infllm_flex.strict_yaml import ConfigError, build_dataclass, load_yaml
 from infllm_flex.training.loop import TrainingDivergedError
 from infllm_flex.training.parallel import pick_device
+
+_LESS_MEMORY = (
+    "To need less: judge.batch_size=1 and a smaller judge.generation_batch, or in training "
+    "tuning.sequences_at_once=1 and tuning.checkpointing=true; or end other processes on the device"
+)
 
 
 def main() -> int:
@@ -61,6 +69,9 @@ def main() -> int:
     except StoppedError as stopped:
         print(stopped, file=sys.stderr)
         return stopped.status
+    except torch.OutOfMemoryError as error:
+        print(f"error: {str(error).split('. ')[0]}. {_LESS_MEMORY}", file=sys.stderr)
+        return 1
     except (ValueError, OSError, RuntimeError, TrainingDivergedError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1

@@ -250,6 +250,21 @@ def test_without_tuning_a_length_and_a_variant_are_needed(tmp_path, base, texts)
         assert wanted in err
 
 
+def test_a_device_without_memory_is_one_line_that_says_what_to_do(config, monkeypatch, capsys):
+    import quality
+
+    def fail(*_: object) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.94 GiB. GPU 0 has")
+
+    monkeypatch.setattr(quality.Worker, "do", fail)
+    monkeypatch.setattr(quality, "stop_on_signals", lambda _: None)
+    monkeypatch.setattr(warnings, "showwarning", warnings.showwarning)  # the command replaces it
+    monkeypatch.setattr(sys, "argv", ["quality.py", "--config", str(config)])
+    assert quality.main() == 1
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("error: CUDA out of memory. To need less: judge.batch_size=1")
+
+
 def test_a_folder_of_other_settings_is_refused(config, refused, tmp_path):
     assert run(config, "--parts", "base")[0] == 0
     assert "holds base with another base" in refused("base.rope_theta=50000")
