@@ -12,7 +12,7 @@ from evaluation.quality.names import STEPS
 from evaluation.quality.rows import Row
 from evaluation.quality.scoring import Scorer
 from evaluation.quality.settings import QualitySettings
-from evaluation.quality.tasks import TaskMaker
+from evaluation.quality.tasks import evaluation_maker
 from evaluation.quality.words import Vocabulary
 
 
@@ -27,7 +27,7 @@ def judge_generation(
         ``hits``: for each program, 0 or 1 for each line; ``tokens``: tokens generated for each.
     """
     judge = settings.judge
-    maker = TaskMaker(vocabulary, text, settings.length + 1, True, settings.questions)
+    maker = evaluation_maker(settings, vocabulary, text)
     rows = [maker.row(STEPS, Random(f"generate/{seed}/{n}")) for n in range(judge.programs)]
     # Prompts of equal length need no padding; longer ones lose text before their first fact.
     shortest = min(_prompt_end(row) for row in rows)

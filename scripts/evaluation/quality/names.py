@@ -7,4 +7,5 @@ RETRIEVAL = (
     *("key1", "key2", "key4", "chain1", "chain2", "chain3"),
 )
 STEPS = "steps"
+SHARES = "keys12"  # whose facts are the needles of the shares
 TASKS = (*RETRIEVAL, STEPS)

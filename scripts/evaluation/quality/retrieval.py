@@ -12,7 +12,7 @@ from torch import Tensor
 from evaluation.quality.rows import Row
 from evaluation.quality.scoring import Scorer
 from evaluation.quality.settings import QualitySettings
-from evaluation.quality.tasks import TaskMaker
+from evaluation.quality.tasks import evaluation_maker
 from evaluation.quality.words import Vocabulary
 
 
@@ -33,7 +33,7 @@ def judge_retrieval(
         of the sequence that hold the values. ``seconds``: the median time of a sequence.
     """
     judge = settings.judge
-    maker = TaskMaker(vocabulary, text, settings.length + 1, True, settings.questions)
+    maker = evaluation_maker(settings, vocabulary, text)
     tasks: dict[str, Any] = {}
     times: list[float] = []
     for task in judge.tasks:

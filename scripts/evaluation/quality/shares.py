@@ -12,18 +12,18 @@ import torch
 from torch import Tensor
 
 from evaluation.quality.arms import AttentionMode
+from evaluation.quality.names import SHARES
 from evaluation.quality.parts import SkippedError
 from evaluation.quality.rows import Question
 from evaluation.quality.scoring import Scorer
 from evaluation.quality.settings import QualitySettings
-from evaluation.quality.tasks import TaskMaker
+from evaluation.quality.tasks import evaluation_maker
 from evaluation.quality.words import Vocabulary
 from evaluation.selection import LayerInputs, judge_selection, recorded_inputs
 from infllm_flex.config import InfLLMConfig
 from infllm_flex.selection import select_blocks
 from infllm_flex_ops.sizes import group_size
 
-TASK = "keys12"
 _LOOKING = 0.3  # a head looks at a needle if more than this fraction of its attention is on it
 
 
@@ -65,11 +65,11 @@ def judge_shares(
             f"sees {mode.visible(settings.length)}"
         )
     scorer = Scorer(model, device)
-    maker = TaskMaker(vocabulary, text, settings.length + 1, True, settings.questions)
+    maker = evaluation_maker(settings, vocabulary, text)
     found: dict[str, dict[str, list[Tensor]]] = defaultdict(lambda: defaultdict(list))
     with mode.on(scorer.model):
         for number in range(settings.judge.share_rows):
-            row = maker.row(TASK, Random(f"shares/{seed}/{number}"))
+            row = maker.row(SHARES, Random(f"shares/{seed}/{number}"))
             ids = row.tokens[None, :-1].to(device)
             with recorded_inputs(scorer.model) as inputs, scorer.arithmetic():
                 scorer.model.get_decoder()(input_ids=ids, use_cache=False)

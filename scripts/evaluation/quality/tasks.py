@@ -10,6 +10,7 @@ from torch import Tensor
 
 from evaluation.quality.names import STEPS
 from evaluation.quality.rows import QuestionTokens, Row, compose
+from evaluation.quality.settings import QualitySettings
 from evaluation.quality.words import Vocabulary
 
 _TOKENS_PER_FACT = 64  # at least, hence shorter sequences have fewer facts
@@ -75,6 +76,13 @@ class TaskMaker:
             *encode(f" {end}" if end.isdigit() else end),
             *encode.fixed(".\n"),
         ]
+
+
+def evaluation_maker(
+    settings: QualitySettings, vocabulary: Vocabulary, held_out: Tensor
+) -> TaskMaker:
+    """Return the maker of the sequences of evaluation, from held-out text and names."""
+    return TaskMaker(vocabulary, held_out, settings.length + 1, True, settings.questions)
 
 
 FactsAndQuestions = tuple[list[list[int]], list[QuestionTokens]]

@@ -10,6 +10,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from random import Random
 from typing import Any
 
 import torch
@@ -19,12 +20,14 @@ from evaluation.quality import base, text
 from evaluation.quality.arms import Arm, arms, attention_modes
 from evaluation.quality.generation import judge_generation
 from evaluation.quality.mixture import Mixture
+from evaluation.quality.names import SHARES, STEPS
 from evaluation.quality.nats import judge_nats
 from evaluation.quality.parts import Folder, Part, SkippedError
 from evaluation.quality.plan import judge_name
 from evaluation.quality.retrieval import judge_retrieval
 from evaluation.quality.scoring import Scorer
 from evaluation.quality.settings import QualitySettings
+from evaluation.quality.tasks import evaluation_maker
 from evaluation.quality.tuning import training_settings, tune
 from evaluation.quality.words import Vocabulary
 from infllm_flex.training.data.store import TokenStore
@@ -59,6 +62,7 @@ class Worker:
 
     def __post_init__(self) -> None:
         self.folder = Folder(self.settings.run.folder)
+        self._is_checked = False
         # Without this, transformers warns when workers are forked after the tokenizer used threads.
         os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
 
@@ -140,10 +144,31 @@ class Worker:
             text.prepare(self.settings.text, self._base, self._text)
             store = text.open_text(self._text)
             return {"train": len(store.train.tokens), "held_out": len(store.held_out.tokens)}
+        self._check_tasks()
         if kind == "train":
             name, _, seed = rest.partition(":")
             return self._train(name, int(seed))
         return self._judge(part)
+
+    def _check_tasks(self) -> None:
+        """Make one sequence of each task that is judged, before any training.
+
+        Raises:
+            ValueError: The text or the length is too short for a task.
+        """
+        if self._is_checked:
+            return
+        judge = self.settings.judge
+        tasks = [*judge.tasks] if "retrieval" in judge.groups else []
+        tasks += [STEPS] if "generation" in judge.groups else []
+        tasks += [SHARES] if "shares" in judge.groups else []
+        maker = evaluation_maker(self.settings, *self._maker_parts)
+        for task in tasks:
+            try:
+                maker.row(task, Random(0))
+            except ValueError as error:
+                raise ValueError(f"judge: {task}: {error}") from error
+        self._is_checked = True
 
     def _train(self, name: str, seed: int) -> dict[str, Any]:
         mode, folder = attention_modes(self.settings)[name], self._model_folder(name, seed)

@@ -250,6 +250,16 @@ def test_without_tuning_a_length_and_a_variant_are_needed(tmp_path, base, texts)
         assert wanted in err
 
 
+def test_tasks_that_do_not_fit_are_told_before_any_training(config):
+    status, _, err = run(config, "judge.length=100")
+    assert status == 1
+    assert "step/s" not in err  # no bar of a training
+    assert err.splitlines()[-1].startswith("error: judge: steps: a sequence of 101 tokens is too")
+    status, _, err = run(config, "judge.questions=0")
+    assert (status, len(err.splitlines())) == (2, 1)
+    assert "judge.questions: must be at least 1, got 0" in err
+
+
 def test_a_device_without_memory_is_one_line_that_says_what_to_do(config, monkeypatch, capsys):
     import quality
 
