@@ -76,6 +76,8 @@ def _judged(
     for group in settings.judge.groups:
         if group == "shares" and arm.run in RESERVED:
             continue  # these select no blocks by scores
+        if group == "nats" and settings.tuning is None and seed != settings.run.seeds[0]:
+            continue  # the same model reads the same windows
         own = {name: getattr(settings.judge, name) for name in _OF_GROUP[group]}
         if settings.judge.questions is not None and group in _ASKING:
             own["questions"] = settings.judge.questions
