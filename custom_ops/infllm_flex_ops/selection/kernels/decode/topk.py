@@ -34,7 +34,6 @@ def cached_topk_kernel(
     LOCAL_BLOCKS: tl.constexpr,
     BLOCK_W: tl.constexpr,
     N: tl.constexpr,
-    PARTS: tl.constexpr,
     TAIL: tl.constexpr,
     OVERLAP: tl.constexpr,
 ):
@@ -77,7 +76,7 @@ def cached_topk_kernel(
     if TAIL:
         tail = tl.load(scores_ptr + steps * STEP + block, mask=scored, other=-1.0)
         score = tl.where(block > 0, tl.maximum(score, tail), score)
-    selected = topk_blocks(score, block, last, last + 1, free, INIT_BLOCKS, False, PARTS)
+    selected = topk_blocks(score, block, last, last + 1, free, INIT_BLOCKS, False, True)
     write_blocks(out_ptr, selected, tl.arange(0, N // 4) * 4)
 
 
@@ -122,7 +121,6 @@ def select_cached(
         LOCAL_BLOCKS=rule.local_blocks,
         BLOCK_W=next_power_of_2(width),
         N=N,
-        PARTS=4 if N < 1024 else 3,  # thresholds whose counts fit in one sum
         TAIL=scores.shape[2] == 2,
         **overlap,
         num_warps=_num_warps(N),

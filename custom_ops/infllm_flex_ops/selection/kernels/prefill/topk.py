@@ -57,37 +57,29 @@ def _find_threshold(key, low, high, num_low, num_high, K):
 
 
 @triton.jit
-def _count_below(key, low, part, FIRST: tl.constexpr, END: tl.constexpr, BITS: tl.constexpr):
-    """Count the keys below ``low + i * part``, for i from ``FIRST`` on: one sum, a field each."""
-    below = tl.zeros([key.shape[0]], tl.int32)
-    for i in tl.static_range(FIRST, END):
-        sign = (key - (low + i * part)).to(tl.uint32, bitcast=True) >> 31
-        below += sign.to(tl.int32) << (i - FIRST) * BITS
-    return tl.sum(below, 0)
-
-
-@triton.jit
-def _divide_interval(key, low, high, num_low, num_high, K, PARTS: tl.constexpr):
+def _divide_interval(key, low, high, num_low, num_high, K):
     """Narrow as ``_find_threshold`` does, in fewer rounds that count more.
 
-    A round divides the interval into equal parts, and counts at all their borders in as few sums as
-    hold the counts.
+    A round divides the interval into equal parts, as many as have their inner borders counted in
+    one sum, a field of bits each.
     """
     N: tl.constexpr = key.shape[0]
     BITS: tl.constexpr = 10 if N < 1024 else 16  # of a count
-    COUNTS: tl.constexpr = 32 // BITS  # of a sum
+    PARTS: tl.constexpr = 32 // BITS + 1
     while (num_low > K + 1) & (num_high < K - 1) & (high - low > 1):
         part = tl.maximum((high - low) // PARTS, 1)
+        below = tl.zeros([N], tl.int32)
+        for i in tl.static_range(1, PARTS):
+            sign = (key - (low + i * part)).to(tl.uint32, bitcast=True) >> 31
+            below += sign.to(tl.int32) << (i - 1) * BITS
+        below = tl.sum(below, 0)
         reached = tl.zeros([], tl.int32)
-        for first in tl.static_range(1, PARTS, COUNTS):
-            below = _count_below(key, low, part, first, min(first + COUNTS, PARTS), BITS)
-            for i in tl.static_range(COUNTS):
-                if first + i < PARTS:
-                    reach = N - ((below >> i * BITS) & ((1 << BITS) - 1))
-                    is_reached = reach >= K
-                    reached += is_reached.to(tl.int32)
-                    num_low = tl.where(is_reached, reach, num_low)
-                    num_high = tl.where(is_reached, num_high, tl.maximum(num_high, reach))
+        for i in tl.static_range(1, PARTS):
+            reach = N - ((below >> (i - 1) * BITS) & ((1 << BITS) - 1))
+            is_reached = reach >= K
+            reached += is_reached.to(tl.int32)
+            num_low = tl.where(is_reached, reach, num_low)
+            num_high = tl.where(is_reached, num_high, tl.maximum(num_high, reach))
         low += reached * part
         high = tl.where(reached < PARTS - 1, tl.minimum(low + part, high), high)
     if (num_low > K) & (high - low > 1):  # the best or the worst of those between, perhaps tied
@@ -113,7 +105,7 @@ def topk_blocks(
     K,
     INIT_BLOCKS: tl.constexpr,
     FORCE_LAST: tl.constexpr,
-    PARTS: tl.constexpr = 0,
+    FEW_ROUNDS: tl.constexpr = False,
 ):
     """Mark the K best of at least K blocks: forced blocks, then by score, the lowest at ties.
 
@@ -125,8 +117,8 @@ def topk_blocks(
         K: Budget.
         INIT_BLOCKS: Blocks before this one are forced; all of them are listed.
         FORCE_LAST: Whether the last one is forced.
-        PARTS: Parts into which a round of the search divides the scores that are left, for few
-            rows, which wait for every round; 0 guesses one threshold a round, which counts least.
+        FEW_ROUNDS: Whether a round of the search counts at several thresholds: for few rows, which
+            wait for every round. One threshold a round counts least.
     """
     # Non-negative floats order as their bits do: unscored 0, scores from 1 up, forced above all.
     key = tl.maximum(score.to(tl.int32, bitcast=True), -1) + 1
@@ -148,10 +140,10 @@ def topk_blocks(
         low = 0x7FFFFFFF
         num_low = num_high
         high = low
-    if PARTS == 0:
-        low, num_low = _find_threshold(key, low, high, num_low, num_high, K)
+    if FEW_ROUNDS:
+        low, num_low = _divide_interval(key, low, high, num_low, num_high, K)
     else:
-        low, num_low = _divide_interval(key, low, high, num_low, num_high, K, PARTS)
+        low, num_low = _find_threshold(key, low, high, num_low, num_high, K)
     if num_low > K:  # ties at the threshold: the lowest blocks
         room = K - tl.sum((key > low).to(tl.int32), 0)
         tied = key == low
