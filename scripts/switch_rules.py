@@ -47,10 +47,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = parse_arguments(arguments)
     try:
         overrides = parse_overrides(options.overrides)
-        for path in options.text:
-            path.open().close()  # a file that is missing is told before a model is loaded
+        files = {path: path.read_text(encoding="utf-8") for path in options.text}
         model, tokenizer = load(options.model, options.package)
-        texts = {path.name: read(path, tokenizer, options.length) for path in options.text}
+        texts = {
+            path.name: tokenize(text, path, tokenizer, options.length)
+            for path, text in files.items()
+        }
         patch_model(model, None, **overrides)
         config = next(row.config for row in describe(model) if row.config is not None)
         regions(config, options.length)
@@ -97,13 +99,13 @@ def load(folder: Path | None, package: str) -> tuple[Any, Any]:
         return model.eval(), transformers.AutoTokenizer.from_pretrained(source.folder, **options)
 
 
-def read(path: Path, tokenizer: Any, length: int) -> torch.Tensor:
-    """Read the first tokens of a text: int64 ``[length]``.
+def tokenize(text: str, path: Path, tokenizer: Any, length: int) -> torch.Tensor:
+    """Return the first tokens of the text of ``path``: int64 ``[length]``.
 
     Raises:
         ValueError: The text is shorter.
     """
-    tokens = tokenizer(path.read_text(encoding="utf-8"), verbose=False)["input_ids"]
+    tokens = tokenizer(text, verbose=False)["input_ids"]
     if len(tokens) < length:
         raise ValueError(f"--text: {path} must have {length} tokens, got {len(tokens)}")
     return torch.tensor(tokens[:length])

@@ -313,16 +313,17 @@ class QualitySettings:
     @property
     def length(self) -> int:
         """Tokens of a sequence in evaluation."""
-        if self.tuning is None:
-            assert self.judge.length is not None  # checked above
+        if self.judge.length is not None:
             return self.judge.length
-        return self.judge.length or self.tuning.length
+        assert self.tuning is not None  # checked above
+        return self.tuning.length
 
     @property
     def questions(self) -> int:
         """Largest number of questions at the end of a sequence."""
-        tuned = TuningSettings.questions if self.tuning is None else self.tuning.questions
-        return self.judge.questions or tuned
+        if self.judge.questions is not None:
+            return self.judge.questions
+        return TuningSettings.questions if self.tuning is None else self.tuning.questions
 
     @property
     def control_attention(self) -> InfLLMConfig:
