@@ -30,7 +30,7 @@ _EXAMPLE_TOKENS, _EXAMPLE_REPEATS, _PROMPT_REPEATS, _ANSWER_TOKENS = 500, 5, 10,
 def judge_ruler(
     settings: QualitySettings, model: Path, mode: AttentionMode, device: torch.device, seed: int
 ) -> dict[str, Any]:
-    """Generate answers to RULER's prompts, one prompt at a time, so that none is padded.
+    """Generate answers to RULER's prompts.
 
     Args:
         settings: All settings.
@@ -100,7 +100,7 @@ def _evaluate(
                 pretrained=network,
                 tokenizer=load_tokenizer(model),
                 max_length=network.config.max_position_embeddings,
-                batch_size=1,
+                batch_size=judge.ruler_batch,
             ),
             task_dict=_prompts(judge.ruler_tasks, length, str(base), seed, judge.ruler_items),
             limit=judge.ruler_items,

@@ -232,6 +232,7 @@ class JudgeSettings:
         ruler_tasks: Tasks of ``lm-eval``.
         ruler_lengths: Tokens of their prompts.
         ruler_items: Prompts of each task and length.
+        ruler_batch: Prompts that are continued together; shorter ones are padded.
     """
 
     groups: tuple[str, ...] = ("retrieval", "nats", "generation", "shares")
@@ -247,6 +248,7 @@ class JudgeSettings:
     ruler_tasks: tuple[str, ...] = RULER_TASKS
     ruler_lengths: tuple[int, ...] = (4096, 8192, 16384)
     ruler_items: int = 50
+    ruler_batch: int = 1
 
     def __post_init__(self) -> None:
         for name, known in (("groups", GROUPS), ("ruler_tasks", RULER_TASKS)):
@@ -262,6 +264,7 @@ class JudgeSettings:
             "share_rows",
             "generation_batch",
             "ruler_items",
+            "ruler_batch",
         ):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")

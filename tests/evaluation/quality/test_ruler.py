@@ -3,9 +3,14 @@
 from __future__ import annotations
 
 import pytest
+import torch
 
-from evaluation.quality.ruler import _loops_of, _no_sentences, _prompts
-from tests.evaluation.quality.tiny import make_tokenizer
+from evaluation.quality.arms import attention_modes
+from evaluation.quality.ruler import _evaluate, _loops_of, _no_sentences, _prompts
+from evaluation.quality.settings import QualitySettings
+from infllm_flex.strict_yaml import build_dataclass, load_yaml
+from infllm_flex.training.model import load_model
+from tests.evaluation.quality.tiny import make_base, make_tokenizer, settings_of, write_settings
 
 
 def test_loops_with_a_progress_bar_end_early_inside_only():
@@ -27,3 +32,24 @@ def test_a_task_makes_as_many_prompts_as_are_asked(tmp_path):
         found = _prompts(("niah_multikey_2",), 6000, str(tmp_path), 0, 3)
     (task,) = found["tasks"].values()
     assert len(list(task.test_docs())) == 3
+
+
+def test_prompts_that_are_continued_together_get_the_answers_they_get_alone(tmp_path):
+    """Prompts of unequal length are padded, which must not change what a model attends to."""
+    pytest.importorskip("lm_eval")
+    length = 6000
+    base = make_base(tmp_path / "run" / "base", max_position_embeddings=length)
+    network = load_model(base, torch.float32).eval()
+    described = settings_of(tmp_path / "run", base, tmp_path)
+    described["judge"] |= {"ruler_tasks": ["niah_multikey_2"], "ruler_items": 3}
+    answers = []
+    for batch in (1, 3):
+        described["judge"]["ruler_batch"] = batch
+        write_settings(tmp_path / "config.yaml", described)
+        settings = build_dataclass(QualitySettings, load_yaml(tmp_path / "config.yaml"))
+        with attention_modes(settings)["fine"].on(network), _no_sentences():
+            (some,) = _evaluate(settings, network, base, length, 0).values()
+        answers.append([sample["resps"] for sample in some])
+        lengths = {len(sample["arguments"][0][0]) for sample in some}
+    assert len(lengths) > 1
+    assert answers[0] == answers[1]

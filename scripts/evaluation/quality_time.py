@@ -1,0 +1,198 @@
+"""Quality kept and time taken by the same settings, from the CSVs of two commands."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from benchmarking.report import Row, by_run, shape_of
+from evaluation.table import format_table
+
+_DENSE = "dense"
+_TRAINED, _FREE = "#0072b2", "#d55e00"  # as in the pictures of quality.py
+
+
+class Kept(NamedTuple):
+    """Share of the dense model's correct answers: of all seeds, of the worst and of the best."""
+
+    value: float
+    low: float
+    high: float
+
+
+@dataclass(frozen=True)
+class Point:
+    """One attention setting.
+
+    Attributes:
+        settings: Its name in both files.
+        is_trained: Whether the model was tuned with it; else it was tuned densely.
+        kept: Share of the dense model's correct answers.
+        speed_up: By length in tokens, dense attention's time over that of this setting.
+    """
+
+    settings: str
+    is_trained: bool
+    kept: Kept
+    speed_up: Mapping[int, float]
+
+    @property
+    def tuned(self) -> str:
+        """How the model was tuned, in words."""
+        return "with it" if self.is_trained else "densely"
+
+
+def points(
+    quality: Sequence[Row], times: Sequence[Row], tasks: Sequence[str], default: str
+) -> list[Point]:
+    """Join both files by the name of the settings.
+
+    Args:
+        quality: Rows of ``scripts/quality.py``.
+        times: Rows of ``scripts/benchmark.py`` for one shape of heads, forward.
+        tasks: Tasks whose answers are counted together.
+        default: Name in ``quality`` of the settings that ``times`` has under ``attention:``.
+
+    Returns:
+        Settings that both files have, in the order of ``quality``.
+
+    Raises:
+        ValueError: They share no settings, or a task is missing.
+    """
+    missing = sorted(set(tasks) - {row["task"] for row in quality})
+    if missing:
+        raise ValueError(f"expected answers to {', '.join(tasks)}, got none to {missing[0]}")
+    speed_ups = _speed_ups(times, default)
+    found = []
+    for tuned, run in dict.fromkeys((row["tuned"], row["run"]) for row in quality):
+        kept = _kept(quality, tasks, tuned, run)
+        if run in speed_ups and kept is not None and tuned in (_DENSE, run):
+            found.append(Point(run, tuned == run, kept, speed_ups[run]))
+    if not found:
+        raise ValueError(
+            f"expected settings that both files have, got {', '.join(speed_ups) or 'no times'}: "
+            "the variants of both configs need the same names"
+        )
+    return found
+
+
+def _kept(quality: Iterable[Row], tasks: Sequence[str], tuned: str, run: str) -> Kept | None:
+    right: dict[str, dict[tuple[str, str], int]] = {"own": {}, _DENSE: {}}
+    for row in quality:
+        if row["task"] in tasks:
+            key = row["seed"], row["task"]
+            if (row["tuned"], row["run"]) == (tuned, run):
+                right["own"][key] = int(row["hits"])
+            if (row["tuned"], row["run"]) == (_DENSE, _DENSE):
+                right[_DENSE][key] = int(row["hits"])
+    seeds = sorted({seed for seed, _ in right["own"]} & {seed for seed, _ in right[_DENSE]})
+    if not seeds or run == _DENSE:
+        return None
+
+    def share(some: Sequence[str]) -> float:
+        of = [sum(n for (seed, _), n in right[whose].items() if seed in some) for whose in right]
+        return of[0] / of[1] if of[1] else math.nan
+
+    by_seed = [share([seed]) for seed in seeds]
+    return Kept(share(seeds), min(by_seed), max(by_seed))
+
+
+def _speed_ups(times: Sequence[Row], default: str) -> dict[str, dict[int, float]]:
+    forward = [row for row in times if row["mode"] == "forward"]
+    shapes = {(row["Hq"], row["Hkv"], row["D"]) for row in forward}
+    if len(shapes) > 1:
+        found = ", ".join("/".join(shape[:2]) for shape in sorted(shapes))
+        raise ValueError(f"expected times of one pair of heads, got {found}: choose by --heads")
+    length_of = {shape_of(row): int(row["S"]) for row in forward}
+    ratios: dict[str, dict[int, float]] = {}
+    for shape, runs in by_run(forward).items():
+        for run in runs:  # the newest first
+            dense = min((ms for how, ms in run.items() if how.op == "dense"), default=None)
+            for how, ms in run.items():
+                if how.op == "infllm_attention" and dense is not None:
+                    mine = ratios.setdefault(how.settings or default, {})
+                    mine.setdefault(length_of[shape], dense / ms)
+    return ratios
+
+
+def front(some: Sequence[Point], length: int) -> list[Point]:
+    """Return the points that no other one beats in both quality and speed at a length."""
+    at = [(point.kept.value, point.speed_up.get(length, 0.0)) for point in some]
+    return [
+        point
+        for point, (kept, fast) in zip(some, at, strict=True)
+        if fast and not any(k >= kept and f >= fast and (k, f) != (kept, fast) for k, f in at)
+    ]
+
+
+def lengths(some: Iterable[Point]) -> list[int]:
+    """Return all lengths with times."""
+    return sorted({length for point in some for length in point.speed_up})
+
+
+def table(some: Sequence[Point]) -> str:
+    """Return a line for each point; * marks the speed-ups of points on the front."""
+    columns = lengths(some)
+    on_front = {length: front(some, length) for length in columns}
+    rows = []
+    for point in some:
+        kept = f"{point.kept.value:.3f} ({point.kept.low:.3f} to {point.kept.high:.3f})"
+        cells = [
+            f"{point.speed_up[n]:.2f}{'*' if point in on_front[n] else ''}"
+            if n in point.speed_up
+            else ""
+            for n in columns
+        ]
+        rows.append([point.settings, point.tuned, kept, *cells])
+    header = ["settings", "tuned", "kept (seeds)", *(f"x dense, {n}" for n in columns)]
+    return format_table(header, rows)
+
+
+def plot(path: Path, some: Sequence[Point], title: str) -> None:
+    """Draw quality kept over the speed-up, a panel for each length, and the front.
+
+    Args:
+        path: The PNG to write.
+        some: The points.
+        title: Title of the picture.
+    """
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    columns = lengths(some)
+    figure = Figure(figsize=(4.6 * len(columns), 4.6), dpi=130, layout="constrained")
+    panels = figure.subplots(1, len(columns), sharey=True, squeeze=False)[0]
+    for axes, length in zip(panels, columns, strict=True):
+        _panel(axes, [point for point in some if length in point.speed_up], length)
+        axes.set_title(f"{length} tokens", fontsize=10)
+        axes.set_xlabel("times as fast as dense attention")
+        axes.spines[["top", "right"]].set_visible(False)
+        axes.axhline(1.0, color="#bbbbbb", linewidth=0.8)
+        axes.axvline(1.0, color="#bbbbbb", linewidth=0.8)
+    panels[0].set_ylabel("kept of the dense model's correct answers")
+    figure.suptitle(title, fontsize=10)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    FigureCanvasAgg(figure).print_png(str(path))
+
+
+def _panel(axes: Any, some: Sequence[Point], length: int) -> None:
+    for is_trained, colour in ((True, _TRAINED), (False, _FREE)):
+        mine = [point for point in some if point.is_trained == is_trained]
+        best = sorted(front(mine, length), key=lambda point: point.speed_up[length])
+        xs, ys = ([p.speed_up[length] for p in best], [p.kept.value for p in best])
+        axes.plot(xs, ys, color=colour, linewidth=0.8, alpha=0.6)
+        for point in mine:
+            x, kept = point.speed_up[length], point.kept
+            error = [[kept.value - kept.low], [kept.high - kept.value]]
+            axes.errorbar(x, kept.value, error, color=colour, marker="o", markersize=5, capsize=2)
+            axes.annotate(
+                point.settings,
+                (x, kept.value),
+                textcoords="offset points",
+                xytext=(5, 5),
+                fontsize=7,
+                color=colour,
+            )
