@@ -19,6 +19,7 @@ from infllm_flex_ops.triton_common.tensor_args import view
 
 _PROGRAMS = 512  # several per multiprocessor
 _MAX_SPLITS = 128  # per list; the joining kernel reads all of them at once
+_SLOTS = 128  # that a program looks up at once; up to 32 stay within a warp
 _PART = 32  # elements of a value that one joining program takes
 
 
@@ -82,7 +83,10 @@ def _attend(
     shape = Shape(group_size(q.shape[1], k.shape[1]), D, block_size, rows.page_size)
     tile, options = _choose_tile(q, k, v, shape)
     is_single = slots == 1 and block_size <= tile.BLOCK_N
-    options = {**options, "num_stages": 1} if is_single else rows.pipeline(options)
+    if is_single:
+        options = {**options, "num_stages": 1}
+    elif rows.page_size % block_size:  # the pages of a block's keys are looked up step by step
+        options = rows.pipeline(options)
     # Where programs take many blocks, joining programs that wait would slow them.
     overlap = dependent_launch(q) if is_single else single_launch()
     parts = torch.empty(
@@ -105,6 +109,8 @@ def _attend(
         Hkv=Hkv,
         SHAPE=shape,
         TILE=tile,
+        SLOTS=min(_SLOTS, next_power_of_2(slots)),
+        MORE=slots > _SLOTS,
         SINGLE=is_single,
         **options,
         **overlap,

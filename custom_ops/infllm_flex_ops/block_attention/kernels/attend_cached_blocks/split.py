@@ -10,7 +10,6 @@ from infllm_flex_ops.triton_common.dependent_launch import wait_for_previous
 from infllm_flex_ops.triton_common.pages import (
     count_queries,
     is_missing,
-    locate_keys,
     view_keys,
     view_queries,
 )
@@ -49,6 +48,55 @@ class Tile(NamedTuple):
     FP32: bool
 
 
+@triton.jit
+def _list_slots(
+    selected_ptr, stride, slot, W, position, table, SHAPE: tl.constexpr, SLOTS: tl.constexpr
+):
+    """Load some ``slot [SLOTS]`` of a list, and look up their blocks' pages, all at once.
+
+    Returns:
+        The blocks, -1 in unused slots; their pages, where a block lies in one; one past the last
+        slot that is used.
+    """
+    block = tl.load(selected_ptr + slot * stride, mask=slot < W, other=-1)
+    page = block  # unused
+    if SHAPE.PAGE > 0 and SHAPE.PAGE % SHAPE.BLOCK_SIZE == 0:
+        first = block.to(tl.int64) * SHAPE.BLOCK_SIZE
+        exists = (block >= 0) & (first <= position)
+        page = tl.load(table + first // SHAPE.PAGE, mask=exists, other=0)
+    end = tl.max(tl.where(block >= 0, tl.arange(0, SLOTS) + 1, 0), 0)
+    return block, page, end
+
+
+@triton.jit
+def _pick(x, i, SLOTS: tl.constexpr):
+    """Element ``i`` of ``x [SLOTS]``. Lanes pass it on, and no load waits for another one."""
+    return tl.sum(tl.where(tl.arange(0, SLOTS) == i, x, 0), 0)
+
+
+@triton.jit
+def _point_at_keys(
+    k, v, key, block, page, row_start, position, table, SHAPE: tl.constexpr, TILE: tl.constexpr
+):
+    """Pointers to the keys ``[1, BLOCK_N]`` of a step and to the elements of their values."""
+    d = tl.arange(0, TILE.BLOCK_D)
+    if SHAPE.PAGE == 0:
+        k_row = k.ptr + (row_start + key)[None, :] * k.s
+        v_row = v.ptr + (row_start + key)[:, None] * v.s + d[None, :] * v.d
+    else:
+        if SHAPE.PAGE % SHAPE.BLOCK_SIZE == 0:
+            at = page.to(tl.int64)
+            first = block.to(tl.int64) * SHAPE.BLOCK_SIZE
+            entry = first % SHAPE.PAGE + (key - first)
+        else:
+            at = tl.load(table + key // SHAPE.PAGE, mask=(key >= 0) & (key <= position), other=0)
+            at = at.to(tl.int64)
+            entry = key % SHAPE.PAGE
+        k_row = k.ptr + (at * k.b + entry * k.s)[None, :]
+        v_row = v.ptr + (at * v.b + entry * v.s)[:, None] + d[None, :] * v.d
+    return k_row, v_row
+
+
 @triton.jit(do_not_specialize=["n", "S", "W", "slots"])
 def split_kernel(
     q,
@@ -67,14 +115,17 @@ def split_kernel(
     Hkv,
     SHAPE: tl.constexpr,
     TILE: tl.constexpr,
+    SLOTS: tl.constexpr,
+    MORE: tl.constexpr,
     SINGLE: tl.constexpr,
     OVERLAP: tl.constexpr,
 ):
     """Fill ``parts [B * Hkv, n, splits, ROWS, BLOCK_D + 2]``: weighted values, maximum, sum.
 
     A row is one query head of the group. Programs take the slots of a list round-robin, so that the
-    unused slots at its end are spread evenly. ``SINGLE``: each takes one step, whose block it looks
-    up together with its other arguments, and on Hopper whose keys and values it loads together.
+    unused slots at its end are spread evenly. A program looks up ``SLOTS`` of its blocks, and their
+    pages, before it walks them. ``SINGLE``: each takes one step, and on Hopper loads its keys and
+    values together.
     """
     split = tl.program_id(0)
     token = tl.program_id(1)
@@ -83,21 +134,21 @@ def split_kernel(
     h = (head % Hkv).to(tl.int64)
     wait_for_previous(OVERLAP)
     row_start = 0
+    table = None
     if pages is None:
         row_start = tl.load(start_ptr + b)
+    else:
+        table = pages.table + b * pages.row
     num = count_queries(pages, b, n)
     if is_missing(pages, token, num):
         return
-    if pages is not None:
-        table = pages.table + b * pages.row
     position = tl.load(end_ptr + b) - row_start - num + token
     q = view_queries(q, pages, b)
     selected = view_queries(selected, pages, b)
     selected_ptr = selected.ptr + (
         b * selected.b + h * selected.h + token.to(tl.int64) * selected.s
     )
-    if SINGLE:
-        block = tl.load(selected_ptr + split * selected.d, mask=split < W, other=-1)
+    splits = tl.num_programs(0)
     group = tl.arange(0, TILE.ROWS)
     d = tl.arange(0, TILE.BLOCK_D)
     q_ptr = q.ptr + (b * q.b + (h * SHAPE.G + group) * q.h + token.to(tl.int64) * q.s)[:, None]
@@ -115,36 +166,34 @@ def split_kernel(
         acc=tl.full([TILE.ROWS, TILE.BLOCK_D], 0.0, tl.float32),
     )
     CHUNKS: tl.constexpr = (SHAPE.BLOCK_SIZE + TILE.BLOCK_N - 1) // TILE.BLOCK_N
-    splits = tl.num_programs(0)
-    for i in tl.range(0, 1 if SINGLE else slots * CHUNKS):
-        if not SINGLE:
-            slot = split + i // CHUNKS * splits
-            block = tl.load(selected_ptr + slot * selected.d, mask=slot < W, other=-1)
-        inner = i % CHUNKS * TILE.BLOCK_N + tl.arange(0, TILE.BLOCK_N)
-        key = block.to(tl.int64) * SHAPE.BLOCK_SIZE + inner
-        seen = (inner < SHAPE.BLOCK_SIZE) & (key >= 0)  # an unused slot holds block -1
-        seen = seen & (key <= position) & (row_start + key < S)
-        if pages is None:
-            k_row = k.ptr + (row_start + key)[None, :] * k.s
-            v_row = v.ptr + (row_start + key)[:, None] * v.s + d[None, :] * v.d
-        else:
-            first = block.to(tl.int64) * SHAPE.BLOCK_SIZE + i % CHUNKS * TILE.BLOCK_N
-            page, entry = locate_keys(first, key, position, table, SHAPE.PAGE, SHAPE.BLOCK_SIZE)
-            k_row = k.ptr + (page * k.b + entry * k.s)[None, :]
-            v_row = v.ptr + (page * v.b + entry * v.s)[:, None] + d[None, :] * v.d
-        softmax = add_seen_keys(
-            softmax,
-            rows,
-            k_row,
-            v_row,
-            k.d,
-            seen,
-            qk_scale_log2,
-            SHAPE.D,
-            TILE.BLOCK_D,
-            TILE.FP32,
-            TOGETHER=SINGLE and OVERLAP,
+    for begin in range(0, slots if MORE else 1, SLOTS):
+        slot = split + (begin + tl.arange(0, SLOTS)) * splits
+        blocks, places, end = _list_slots(
+            selected_ptr, selected.d, slot, W, position, table, SHAPE, SLOTS
         )
+        for i in range(0, 1 if SINGLE else end * CHUNKS):
+            block = _pick(blocks, i // CHUNKS, SLOTS)
+            page = _pick(places, i // CHUNKS, SLOTS)
+            inner = i % CHUNKS * TILE.BLOCK_N + tl.arange(0, TILE.BLOCK_N)
+            key = block.to(tl.int64) * SHAPE.BLOCK_SIZE + inner
+            seen = (inner < SHAPE.BLOCK_SIZE) & (key >= 0)  # an unused slot holds block -1
+            seen = seen & (key <= position) & (row_start + key < S)
+            k_row, v_row = _point_at_keys(
+                k, v, key, block, page, row_start, position, table, SHAPE, TILE
+            )
+            softmax = add_seen_keys(
+                softmax,
+                rows,
+                k_row,
+                v_row,
+                k.d,
+                seen,
+                qk_scale_log2,
+                SHAPE.D,
+                TILE.BLOCK_D,
+                TILE.FP32,
+                TOGETHER=SINGLE and OVERLAP,
+            )
 
     at = (head.to(tl.int64) * n + token) * splits + split
     part = parts_ptr + at * (TILE.ROWS * (TILE.BLOCK_D + 2)) + group * (TILE.BLOCK_D + 2)
