@@ -63,7 +63,7 @@ def before_wait(launch: Launch) -> str:
     return before
 
 
-@pytest.mark.parametrize(("call", "count"), [(step, 7), (paged_step, 7), (lambda: step(FLOAT), 5)])
+@pytest.mark.parametrize(("call", "count"), [(step, 7), (paged_step, 7), (lambda: step(FLOAT), 6)])
 def test_nothing_but_older_memory_is_touched_before_the_wait(monkeypatch, call, count):
     launches = record_launches(monkeypatch, call, 90)
     overlapping = [launch for launch in launches if launch.options.get("launch_pdl")]

@@ -87,8 +87,7 @@ def _attend(
         options = {**options, "num_stages": 1}
     elif rows.page_size % block_size:  # the pages of a block's keys are looked up step by step
         options = rows.pipeline(options)
-    # Where programs take many blocks, joining programs that wait would slow them.
-    overlap = dependent_launch(q) if is_single else single_launch()
+    overlap = dependent_launch(q)
     parts = torch.empty(
         lists, splits, tile.ROWS, tile.BLOCK_D + 2, dtype=torch.float32, device=q.device
     )
@@ -130,7 +129,8 @@ def _attend(
         PART=part,
         SPLITS=next_power_of_2(splits),
         num_warps=4,
-        **overlap,
+        # Where programs take many blocks, joining programs that wait would slow them.
+        **(overlap if is_single else single_launch()),
     )
 
 
