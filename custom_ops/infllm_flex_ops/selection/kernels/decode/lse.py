@@ -25,13 +25,16 @@ from infllm_flex_ops.triton_common.tensor_args import RowTensor, View
 
 
 @triton.jit
-def _load_step(keys, step, count, table, TILE: tl.constexpr, PAGING: tl.constexpr):
-    """Load the keys ``[BLOCK_D, BLOCK_N]`` of a step, of ``count`` in all."""
+def _load_step(keys, step, count, room, table, TILE: tl.constexpr, PAGING: tl.constexpr):
+    """Load the keys ``[BLOCK_D, BLOCK_N]`` of a step, of ``count`` in all.
+
+    A row's table has pages for ``room`` keys, which are looked up before ``count`` is known.
+    """
     n = step * TILE.BLOCK_N + tl.arange(0, TILE.BLOCK_N)
     d = tl.arange(0, TILE.BLOCK_D)
     row = None
     if PAGING is not None:
-        row = RowPages(table, n < count)
+        row = RowPages(table, n < room)
     offset = entry_offset(keys, n, row, PAGING)
     mask = (n < count)[None, :] & (d < TILE.D)[:, None]
     return tl.load(keys.ptr + offset[None, :] + d[:, None] * keys.d, mask=mask, other=0.0)
@@ -97,7 +100,7 @@ def cached_lse_kernel(
     A run leaves the maximum and the sum of each row's softmax. Pointers and strides come apart: as
     views, in another order of the same instructions, the kernel spills for head dim 256 on sm_90.
     ``SINGLE``: a run is one step, whose keys are loaded with the query: in one piece as far as the
-    tensor has room, in pages when the length is known.
+    tensor has room; in pages, when the length is known, those whose pages were looked up with it.
     """
     q = View(q_ptr, *q_strides)
     keys = View(keys_ptr, *keys_strides)
@@ -133,8 +136,9 @@ def cached_lse_kernel(
         loaded = tl.load(row_ptr + d[None, :] * q.d, mask=q_mask & d_mask, other=0.0)
     x = q_mask  # unused unless there is a single step
     if SINGLE:
-        room = C2 if pages is None else count
-        x = _load_step(view_keys(coarse, pages, b, h), run, room, table, TILE, COARSE_PAGING)
+        loaded_keys = C2 if pages is None else count
+        own = view_keys(coarse, pages, b, h)
+        x = _load_step(own, run, loaded_keys, C2, table, TILE, COARSE_PAGING)
         if OVERLAP:
             loaded, x = issue_loads(loaded, x)
     queries = RowTensor(loaded, row_ptr, q_mask, q.d)
