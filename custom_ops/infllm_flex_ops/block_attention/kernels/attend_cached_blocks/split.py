@@ -13,7 +13,7 @@ from infllm_flex_ops.triton_common.pages import (
     view_keys,
     view_queries,
 )
-from infllm_flex_ops.triton_common.tensor_args import RowTensor, Softmax
+from infllm_flex_ops.triton_common.tensor_args import RowTensor, Softmax, View
 
 
 class Shape(NamedTuple):
@@ -76,25 +76,51 @@ def _pick(x, i, SLOTS: tl.constexpr):
 
 @triton.jit
 def _point_at_keys(
-    k, v, key, block, page, row_start, position, table, SHAPE: tl.constexpr, TILE: tl.constexpr
+    k, v, first, page, row_start, position, table, SHAPE: tl.constexpr, TILE: tl.constexpr
 ):
-    """Pointers to the keys ``[1, BLOCK_N]`` of a step and to the elements of their values."""
+    """Pointers to the keys ``[1, BLOCK_N]`` from ``first`` on, and to the elements of their values.
+
+    All that depends on the step is a scalar wherever its keys lie side by side.
+    """
+    n = tl.arange(0, TILE.BLOCK_N)
     d = tl.arange(0, TILE.BLOCK_D)
-    if SHAPE.PAGE == 0:
-        k_row = k.ptr + (row_start + key)[None, :] * k.s
-        v_row = v.ptr + (row_start + key)[:, None] * v.s + d[None, :] * v.d
+    if SHAPE.PAGE > 0 and SHAPE.PAGE % SHAPE.BLOCK_SIZE != 0:
+        key = first + n
+        at = tl.load(table + key // SHAPE.PAGE, mask=(key >= 0) & (key <= position), other=0)
+        k_at = at.to(tl.int64) * k.b + key % SHAPE.PAGE * k.s
+        v_at = at.to(tl.int64) * v.b + key % SHAPE.PAGE * v.s
     else:
-        if SHAPE.PAGE % SHAPE.BLOCK_SIZE == 0:
-            at = page.to(tl.int64)
-            first = block.to(tl.int64) * SHAPE.BLOCK_SIZE
-            entry = first % SHAPE.PAGE + (key - first)
+        k_first = k.ptr
+        v_first = v.ptr
+        entry = row_start + first
+        if SHAPE.PAGE > 0:
+            k_first += page.to(tl.int64) * k.b
+            v_first += page.to(tl.int64) * v.b
+            entry = first % SHAPE.PAGE
+        if TILE.BLOCK_D > 128:  # no registers for what the steps have in common
+            index = entry + n
         else:
-            at = tl.load(table + key // SHAPE.PAGE, mask=(key >= 0) & (key <= position), other=0)
-            at = at.to(tl.int64)
-            entry = key % SHAPE.PAGE
-        k_row = k.ptr + (at * k.b + entry * k.s)[None, :]
-        v_row = v.ptr + (at * v.b + entry * v.s)[:, None] + d[None, :] * v.d
-    return k_row, v_row
+            k_first += entry * k.s
+            v_first += entry * v.s
+            index = n.to(tl.int64)
+        k = View(k_first, k.b, k.h, k.s, k.d)
+        v = View(v_first, v.b, v.h, v.s, v.d)
+        k_at = index * k.s
+        v_at = index * v.s
+    return k.ptr + k_at[None, :], v.ptr + v_at[:, None] + d[None, :] * v.d
+
+
+@triton.jit
+def _see_keys(block, chunk, row_start, position, S, SHAPE: tl.constexpr, TILE: tl.constexpr):
+    """First key of a ``chunk`` of a block, int64, and which of its keys ``[BLOCK_N]`` are seen.
+
+    An unused slot holds block -1. One comparison a key decides.
+    """
+    start = chunk * TILE.BLOCK_N
+    first = block.to(tl.int64) * SHAPE.BLOCK_SIZE + start
+    count = tl.minimum(position + 1, S - row_start) - first
+    count = tl.where(block < 0, 0, tl.minimum(count, SHAPE.BLOCK_SIZE - start))
+    return first, tl.arange(0, TILE.BLOCK_N) < tl.maximum(count, 0).to(tl.int32)
 
 
 @triton.jit(do_not_specialize=["n", "S", "W", "slots"])
@@ -174,12 +200,9 @@ def split_kernel(
         for i in range(0, 1 if SINGLE else end * CHUNKS):
             block = _pick(blocks, i // CHUNKS, SLOTS)
             page = _pick(places, i // CHUNKS, SLOTS)
-            inner = i % CHUNKS * TILE.BLOCK_N + tl.arange(0, TILE.BLOCK_N)
-            key = block.to(tl.int64) * SHAPE.BLOCK_SIZE + inner
-            seen = (inner < SHAPE.BLOCK_SIZE) & (key >= 0)  # an unused slot holds block -1
-            seen = seen & (key <= position) & (row_start + key < S)
+            first, seen = _see_keys(block, i % CHUNKS, row_start, position, S, SHAPE, TILE)
             k_row, v_row = _point_at_keys(
-                k, v, key, block, page, row_start, position, table, SHAPE, TILE
+                k, v, first, page, row_start, position, table, SHAPE, TILE
             )
             softmax = add_seen_keys(
                 softmax,
