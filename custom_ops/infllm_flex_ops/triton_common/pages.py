@@ -178,7 +178,7 @@ def entry_offset(x, index, row, PAGING: tl.constexpr):
     if PAGING is None:
         offset = index.to(tl.int64) * x.s
     else:
-        entry = index + PAGING.FIRST
+        entry = (index + PAGING.FIRST).to(tl.uint32)  # whose division is a shift
         place = entry // PAGING.PER_PAGE * PAGING.STEP + (PAGING.STEP - 1)
         page = tl.load(row.table + place, mask=row.exists, other=0)
         offset = page.to(tl.int64) * x.b + (entry % PAGING.PER_PAGE).to(tl.int64) * x.s

@@ -31,11 +31,15 @@ def _place_windows(
         ``keys``, int64.
     """
     i = tl.arange(0, TILE.BLOCK_N)
-    block = start + i // WINDOWS.SLOTS
-    slot = i % WINDOWS.SLOTS
-    window = block * WINDOWS.PER_BLOCK + slot - WINDOWS.BEFORE
-    exists = (block < end) & (slot < WINDOWS.PER_BLOCK + WINDOWS.BEFORE)
-    exists = exists & (window >= 0) & (window < C)
+    if WINDOWS.SLOTS == WINDOWS.PER_BLOCK:  # windows that follow each other: one comparison each
+        window = start * WINDOWS.PER_BLOCK + i
+        exists = window < tl.minimum(end * WINDOWS.PER_BLOCK, C)
+    else:
+        block = start + i // WINDOWS.SLOTS
+        slot = i % WINDOWS.SLOTS
+        window = block * WINDOWS.PER_BLOCK + slot - WINDOWS.BEFORE
+        exists = (block < end) & (slot < WINDOWS.PER_BLOCK + WINDOWS.BEFORE)
+        exists = exists & (window >= 0) & (window < C)
     row = None
     if PAGING is not None:
         row = RowPages(table, exists)
