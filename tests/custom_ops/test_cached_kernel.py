@@ -166,11 +166,14 @@ def test_append_casts_keys_to_the_dtype_of_the_windows(num_new: int) -> None:
         assert torch.equal(mine.cpu(), theirs)
 
 
-@pytest.mark.parametrize("programs", [1, 10_000])
-def test_attend_joins_any_number_of_parts(programs: int, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(("programs", "slots"), [(1, 128), (1, 2), (10_000, 128)])
+def test_attend_joins_any_number_of_parts_of_any_length(
+    programs: int, slots: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
     from infllm_flex_ops.block_attention.kernels import attend_cached_blocks as kernels
 
     monkeypatch.setattr(kernels, "_PROGRAMS", programs)
+    monkeypatch.setattr(kernels, "_SLOTS", slots)
     _judge_attention(_attend_case(2))
 
 
