@@ -9,6 +9,7 @@ from torch import Tensor
 from infllm_flex_ops import torch_private
 
 FLOAT8_CAPABILITY = 89  # Ada, the first whose tensor cores multiply float8
+_HOPPER_MULTIPROCESSORS = 132
 _GLUON_VERSIONS = ((3, 6), (3, 7), (3, 8))
 
 
@@ -24,6 +25,20 @@ def device_capability(device: torch.device) -> int:
         return 0
     major, minor = torch.cuda.get_device_capability(device)
     return major * 10 + minor
+
+
+@torch_private.constant_to_graphs
+def count_multiprocessors(device: torch.device) -> int:
+    """Return the multiprocessors of a device: without CUDA 132, as on Hopper.
+
+    Interpreted kernels, and those compiled ahead of time, then have the shapes of a GPU.
+    """
+    return _count_on_gpu(device) if device.type == "cuda" else _HOPPER_MULTIPROCESSORS
+
+
+@functools.cache
+def _count_on_gpu(device: torch.device) -> int:
+    return torch.cuda.get_device_properties(device).multi_processor_count
 
 
 def knows_float8(x: Tensor) -> bool:

@@ -1,5 +1,6 @@
 """The Triton kernels that decode do what their definitions do, in rows of every kind."""
 
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -166,15 +167,48 @@ def test_append_casts_keys_to_the_dtype_of_the_windows(num_new: int) -> None:
         assert torch.equal(mine.cpu(), theirs)
 
 
-@pytest.mark.parametrize(("programs", "slots"), [(1, 128), (1, 2), (10_000, 128)])
+@pytest.mark.parametrize(("multiprocessors", "slots"), [(1, 128), (1, 2), (10_000, 128)])
 def test_attend_joins_any_number_of_parts_of_any_length(
-    programs: int, slots: int, monkeypatch: pytest.MonkeyPatch
+    multiprocessors: int, slots: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from infllm_flex_ops.block_attention.kernels import attend_cached_blocks as kernels
 
-    monkeypatch.setattr(kernels, "_PROGRAMS", programs)
+    monkeypatch.setattr(kernels, "count_multiprocessors", lambda device: multiprocessors)
     monkeypatch.setattr(kernels, "_SLOTS", slots)
     _judge_attention(_attend_case(2))
+
+
+@pytest.mark.parametrize("lists", [2, 32, 128, 1000])
+def test_programs_of_attend_run_at_once(lists: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    from infllm_flex_ops.block_attention.kernels import attend_cached_blocks as kernels
+
+    selected = torch.empty(lists, 1, 1, 128, dtype=torch.int32, device="meta")
+    for multiprocessors in (20, 132):
+        monkeypatch.setattr(
+            kernels, "count_multiprocessors", lambda _, count=multiprocessors: count
+        )
+        slots, splits = kernels._split(selected, lists)
+        assert slots * splits >= 128
+        assert splits == 1 or lists * splits <= 3 * multiprocessors
+
+
+def test_multiprocessors_are_counted_once_a_device(monkeypatch: pytest.MonkeyPatch) -> None:
+    from infllm_flex_ops.device import count_multiprocessors
+
+    asked = []
+
+    def answer(device: torch.device) -> SimpleNamespace:
+        asked.append(device)
+        return SimpleNamespace(multi_processor_count=20 + device.index)
+
+    monkeypatch.setattr(torch.cuda, "get_device_properties", answer)
+    devices = [torch.device("cuda", i) for i in (98, 99)]  # of no machine: answers are kept
+    assert [count_multiprocessors(x) for x in devices * 2] == [118, 119] * 2
+    assert asked == devices
+    count = torch.compile(
+        lambda x: x + count_multiprocessors(x.device), fullgraph=True, backend="eager"
+    )
+    assert count(torch.zeros(())) == 132
 
 
 @pytest.mark.parametrize("block_size", [12, 40, 80])

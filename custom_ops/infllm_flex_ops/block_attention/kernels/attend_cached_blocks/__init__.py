@@ -11,13 +11,13 @@ from infllm_flex_ops.block_attention.kernels.attend_cached_blocks.split import (
     Tile,
     split_kernel,
 )
-from infllm_flex_ops.device import has_little_shared_memory
+from infllm_flex_ops.device import count_multiprocessors, has_little_shared_memory
 from infllm_flex_ops.sizes import ceil_div, group_size, next_power_of_2
 from infllm_flex_ops.triton_common.dependent_launch import dependent_launch, single_launch
 from infllm_flex_ops.triton_common.pages import CachedRows
 from infllm_flex_ops.triton_common.tensor_args import view
 
-_PROGRAMS = 512  # several per multiprocessor
+_PROGRAMS = 3  # per multiprocessor: three fit on Hopper, and more would make a second wave
 _MAX_SPLITS = 128  # per list; the joining kernel reads all of them at once
 _SLOTS = 128  # that a program looks up at once; up to 32 stay within a warp
 _PART = 32  # elements of a value that one joining program takes
@@ -79,7 +79,7 @@ def _attend(
     if out.numel() == 0 or rows.n == 0:
         return
     n, lists = rows.n, rows.B * Hkv * rows.n
-    slots, splits = _split(selected.shape[-1], lists)
+    slots, splits = _split(selected, lists)
     shape = Shape(group_size(q.shape[1], k.shape[1]), D, block_size, rows.page_size)
     tile, options = _choose_tile(q, k, v, shape)
     is_single = slots == 1 and block_size <= tile.BLOCK_N
@@ -134,9 +134,11 @@ def _attend(
     )
 
 
-def _split(width: int, num_lists: int) -> tuple[int, int]:
+def _split(selected: Tensor, num_lists: int) -> tuple[int, int]:
     """Choose the slots per program and the programs per list."""
-    wanted = max(1, min(_MAX_SPLITS, _PROGRAMS // num_lists))
+    programs = _PROGRAMS * count_multiprocessors(selected.device)
+    wanted = max(1, min(_MAX_SPLITS, programs // num_lists))
+    width = selected.shape[-1]
     slots = max(1, ceil_div(width, wanted))
     return slots, max(1, ceil_div(width, slots))
 
