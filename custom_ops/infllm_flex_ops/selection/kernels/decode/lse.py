@@ -3,6 +3,7 @@
 import triton
 import triton.language as tl
 
+from infllm_flex_ops.selection.kernels.decode.tiles import point_at_queries, selects_nothing
 from infllm_flex_ops.selection.kernels.kernel_args import HeadKeys
 from infllm_flex_ops.selection.kernels.online_softmax import (
     KeySpan,
@@ -16,7 +17,6 @@ from infllm_flex_ops.triton_common.pages import (
     RowPages,
     count_queries,
     entry_offset,
-    is_missing,
     row_length,
     view_keys,
     view_queries,
@@ -121,19 +121,15 @@ def cached_lse_kernel(
     SIZE: tl.constexpr = RULE.coarse_size
     STRIDE: tl.constexpr = RULE.coarse_stride
     count = count_windows(last, SIZE, STRIDE, C2)
-    column = tl.arange(0, TILE.HEADS * TILE.TOKENS)
-    group = column // TILE.TOKENS
-    row = tile * TILE.TOKENS + column % TILE.TOKENS
+    row, row_ptr, has_query = point_at_queries(q, b, h, tile, n, TILE)
     position = length - n + row
-    q_row = b * q.b + (h * TILE.G + group) * q.h + row.to(tl.int64) * q.s
-    row_ptr = q.ptr + q_row[:, None]
-    q_mask = ((group < TILE.G) & (row < n))[:, None]
+    row_ptr = row_ptr[:, None]
+    q_mask = has_query[:, None]
     loaded = q_mask  # unused in float32
     if not TILE.FP32:
         d = tl.arange(0, TILE.BLOCK_D)
-        d_mask = (d < TILE.D)[None, :]
         # Loaded together with the length, before that decides.
-        loaded = tl.load(row_ptr + d[None, :] * q.d, mask=q_mask & d_mask, other=0.0)
+        loaded = tl.load(row_ptr + d[None, :] * q.d, mask=q_mask & (d < TILE.D)[None, :], other=0.0)
     x = q_mask  # unused unless there is a single step
     if SINGLE:
         loaded_keys = C2 if pages is None else count
@@ -142,8 +138,8 @@ def cached_lse_kernel(
         if OVERLAP:
             loaded, x = issue_loads(loaded, x)
     queries = RowTensor(loaded, row_ptr, q_mask, q.d)
-    is_full = (last + 1 < dense_len) | (last < RULE.num_selected * RULE.block_size)
-    if is_missing(pages, tile * TILE.TOKENS, n) | is_full | ((run > 0) & (run * run_keys >= count)):
+    is_idle = selects_nothing(pages, tile, n, last, dense_len, RULE, TILE)
+    if is_idle | ((run > 0) & (run * run_keys >= count)):
         return
 
     num_seen = count_windows(position, SIZE, STRIDE, C2)
@@ -170,7 +166,7 @@ def cached_lse_kernel(
         m_i = tl.where(sees_none, own_m_i, m_i)
         l_i = tl.where(sees_none, own_l_i, l_i)
     at = (head.to(tl.int64) * tl.num_programs(2) + tile) * tl.num_programs(0) + run
-    partial_ptr += at * (2 * TILE.HEADS * TILE.TOKENS) + column
+    partial_ptr += at * (2 * TILE.HEADS * TILE.TOKENS) + tl.arange(0, TILE.HEADS * TILE.TOKENS)
     tl.store(partial_ptr, m_i)
     tl.store(partial_ptr + TILE.HEADS * TILE.TOKENS, l_i)
 

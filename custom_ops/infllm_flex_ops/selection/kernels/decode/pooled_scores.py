@@ -3,6 +3,7 @@
 import triton
 import triton.language as tl
 
+from infllm_flex_ops.selection.kernels.decode.tiles import selects_nothing
 from infllm_flex_ops.selection.kernels.online_softmax import count_windows
 from infllm_flex_ops.selection.kernels.pool_queries import (
     average_heads,
@@ -13,7 +14,6 @@ from infllm_flex_ops.selection.kernels.prefill.pooled_scores import rank
 from infllm_flex_ops.triton_common.dependent_launch import wait_for_previous
 from infllm_flex_ops.triton_common.pages import (
     count_queries,
-    is_missing,
     step_offset,
     view_keys,
     view_queries,
@@ -62,9 +62,8 @@ def cached_pooled_score_kernel(
     last = length - num + tl.minimum(tile * TILE.TOKENS + TILE.TOKENS, num) - 1
     first_block = tl.program_id(0) * split_blocks
     num_scored = last // RULE.block_size - RULE.local_blocks  # later blocks are forced
-    is_full = (last + 1 < dense_len) | (last < RULE.num_selected * RULE.block_size)
-    is_full = is_missing(pages, tile * TILE.TOKENS, num) | is_full
-    if is_full | (first_block >= num_scored):
+    is_idle = selects_nothing(pages, tile, num, last, dense_len, RULE, TILE)
+    if is_idle | (first_block >= num_scored):
         return
     q = view_queries(q, pages, b)
     token = tile * TILE.TOKENS + tl.arange(0, TILE.TOKENS)

@@ -4,6 +4,7 @@ import triton
 import triton.language as tl
 
 from infllm_flex_ops.selection.kernels.decode.lse import merge_runs
+from infllm_flex_ops.selection.kernels.decode.tiles import point_at_queries, selects_nothing
 from infllm_flex_ops.selection.kernels.online_softmax import count_windows
 from infllm_flex_ops.triton_common.dependent_launch import wait_for_previous
 from infllm_flex_ops.triton_common.dot_fp32 import dot_fp32
@@ -12,7 +13,6 @@ from infllm_flex_ops.triton_common.pages import (
     RowPages,
     count_queries,
     entry_offset,
-    is_missing,
     row_length,
     view_keys,
     view_queries,
@@ -55,6 +55,32 @@ def _load_windows(keys, offset, exists, TILE: tl.constexpr):
 
 
 @triton.jit
+def _load_ahead(
+    keys,
+    offset,
+    table,
+    start,
+    end,
+    C,
+    WINDOWS: tl.constexpr,
+    TILE: tl.constexpr,
+    PAGING: tl.constexpr,
+):
+    """Load the windows of the step after that from ``start`` on; ``offset`` is looked up already.
+
+    Returns:
+        The windows, and the offsets of those of the next step.
+    """
+    STEP: tl.constexpr = TILE.BLOCK_N // WINDOWS.SLOTS
+    start += STEP
+    _, exists, _ = _place_windows(keys, table, start, end, C, WINDOWS, TILE, PAGING)
+    loaded = _load_windows(keys, offset, exists, TILE)
+    start += STEP
+    _, _, offset = _place_windows(keys, table, start, end, C, WINDOWS, TILE, PAGING)
+    return loaded, offset
+
+
+@triton.jit
 def _best_windows(
     logits,
     shift,
@@ -92,6 +118,20 @@ def _best_windows(
         tail = tl.where(in_tail, weight, -1.0)
         tail = tl.max(tl.reshape(tail, [STEP, WINDOWS.SLOTS, TILE.TOKENS]), 1)
     return best, tail
+
+
+@triton.jit
+def _store_best(out_ptr, best, tail, start, num_scored, columns, has_query, WINDOWS: tl.constexpr):
+    """Store what ``_best_windows`` returned for the blocks from ``start`` on.
+
+    ``out_ptr [TOKENS]`` points to the first row of each token, of ``columns`` blocks.
+    """
+    block = start + tl.arange(0, best.shape[0])
+    mask = ((block < num_scored) & (block < columns))[:, None] & has_query[None, :]
+    out_ptr = out_ptr[None, :] + block[:, None]
+    tl.store(out_ptr, best, mask=mask)
+    if WINDOWS.TAIL > 0:
+        tl.store(out_ptr + columns + 1, tail, mask=mask & (block + 1 < columns)[:, None])
 
 
 @triton.jit(do_not_specialize=["n", "C", "C2", "columns", "runs", "run_keys", "split_blocks"])
@@ -139,29 +179,22 @@ def cached_score_kernel(
     last = length - num + tl.minimum(tile * TILE.TOKENS + TILE.TOKENS, num) - 1
     begin = tl.program_id(0) * split_blocks
     num_scored = last // RULE.block_size - RULE.local_blocks  # later blocks are forced
-    is_full = (last + 1 < dense_len) | (last < RULE.num_selected * RULE.block_size)
-    is_full = is_missing(pages, tile * TILE.TOKENS, num) | is_full
-    end = tl.where(is_full, begin, tl.minimum(begin + split_blocks, num_scored))
+    is_idle = selects_nothing(pages, tile, num, last, dense_len, RULE, TILE)
+    end = tl.where(is_idle, begin, tl.minimum(begin + split_blocks, num_scored))
     table = None
     if pages is not None:
         C = count_windows(length - 1, RULE.kernel_size, RULE.kernel_stride, C)  # those written
         q = view_queries(q, pages, b)
         table = pages.table + b * pages.row
-    column = tl.arange(0, TILE.HEADS * TILE.TOKENS)
-    group = column // TILE.TOKENS
-    row = tile * TILE.TOKENS + column % TILE.TOKENS
-    d = tl.arange(0, TILE.BLOCK_D)
-    q_row = b * q.b + (h * TILE.G + group) * q.h + row.to(tl.int64) * q.s
-    q_ptr = q.ptr + q_row[None, :]
-    q_mask = ((group < TILE.G) & (row < num))[None, :]
+    _, q_ptr, has_query = point_at_queries(q, b, h, tile, num, TILE)
+    q_ptr, q_mask = q_ptr[None, :], has_query[None, :]
     if not TILE.FP32:
-        d_mask = (d < TILE.D)[:, None]
-        loaded = tl.load(q_ptr + d[:, None] * q.d, mask=q_mask & d_mask, other=0.0)
+        d = tl.arange(0, TILE.BLOCK_D)
+        loaded = tl.load(q_ptr + d[:, None] * q.d, mask=q_mask & (d < TILE.D)[:, None], other=0.0)
     keys = view_keys(keys, pages, b, h)
     STEP: tl.constexpr = TILE.BLOCK_N // WINDOWS.SLOTS
     AHEAD: tl.constexpr = pages is not None and not TILE.FP32
-    x = q_mask  # unused in float32
-    offset = q_mask  # used in pages
+    x, offset = q_mask, q_mask  # unused in float32
     if not TILE.FP32:
         _, valid, offset = _place_windows(keys, table, begin, end, C, WINDOWS, TILE, PAGING)
         x = _load_windows(keys, offset, valid, TILE)
@@ -179,7 +212,8 @@ def cached_score_kernel(
     shift = -qk_scale_log2 * lse[None, :]
     token = tile * TILE.TOKENS + tl.arange(0, TILE.TOKENS)
     position = length - num + token
-    out_row = (head.to(tl.int64) * n + token) * columns * (2 if WINDOWS.TAIL > 0 else 1)
+    STORED: tl.constexpr = 2 if WINDOWS.TAIL > 0 else 1
+    out_ptr = scores_ptr + (head.to(tl.int64) * n + token) * columns * STORED
     ONE_LOOP: tl.constexpr = TILE.FP32 or AHEAD
     for LATER in tl.static_range(1 if ONE_LOOP else 0, 2):
         first = begin + STEP if LATER and not ONE_LOOP else begin
@@ -190,23 +224,13 @@ def cached_score_kernel(
                 q_columns = RowTensor(None, q_ptr, q_mask, q.d)
                 logits = dot_fp32(key_rows, q_columns, TILE.D, TILE.BLOCK_D)
             elif AHEAD:
-                later = start + STEP
-                _, exists, _ = _place_windows(keys, table, later, end, C, WINDOWS, TILE, PAGING)
-                upcoming = _load_windows(keys, offset, exists, TILE)
-                later += STEP
-                _, _, offset = _place_windows(keys, table, later, end, C, WINDOWS, TILE, PAGING)
+                y, offset = _load_ahead(keys, offset, table, start, end, C, WINDOWS, TILE, PAGING)
                 logits = tl.dot(x, loaded)
-                x = upcoming
+                x = y
             else:
                 y = _load_windows(keys, own, valid, TILE) if LATER else x
                 logits = tl.dot(y, loaded)
             best, tail = _best_windows(
                 logits, shift, window, valid, position, qk_scale_log2, RULE, WINDOWS, TILE
             )
-            block = start + tl.arange(0, STEP)
-            out_mask = ((block < num_scored) & (block < columns))[:, None] & (token < num)[None, :]
-            out_ptr = scores_ptr + out_row[None, :] + block[:, None]
-            tl.store(out_ptr, best, mask=out_mask)
-            if WINDOWS.TAIL > 0:
-                out_mask = out_mask & (block + 1 < columns)[:, None]
-                tl.store(out_ptr + columns + 1, tail, mask=out_mask)
+            _store_best(out_ptr, best, tail, start, num_scored, columns, token < num, WINDOWS)
