@@ -18,6 +18,7 @@ from infllm_flex_ops.triton_common.pages import CachedRows
 from infllm_flex_ops.triton_common.tensor_args import view
 
 _PROGRAMS = 3  # per multiprocessor: three fit on Hopper, and more would make a second wave
+_PROGRAMS_OF_A_SLOT = 4  # per multiprocessor, of one slot each: they take half the shared memory
 _MAX_SPLITS = 128  # per list; the joining kernel reads all of them at once
 _SLOTS = 128  # that a program looks up at once; up to 32 stay within a warp
 _PART = 32  # elements of a value that one joining program takes
@@ -136,9 +137,12 @@ def _attend(
 
 def _split(selected: Tensor, num_lists: int) -> tuple[int, int]:
     """Choose the slots per program and the programs per list."""
-    programs = _PROGRAMS * count_multiprocessors(selected.device)
-    wanted = max(1, min(_MAX_SPLITS, programs // num_lists))
     width = selected.shape[-1]
+    multiprocessors = count_multiprocessors(selected.device)
+    programs = _PROGRAMS * multiprocessors
+    if num_lists * width <= _PROGRAMS_OF_A_SLOT * multiprocessors:
+        programs = num_lists * width
+    wanted = max(1, min(_MAX_SPLITS, programs // num_lists))
     slots = max(1, ceil_div(width, wanted))
     return slots, max(1, ceil_div(width, slots))
 
