@@ -184,7 +184,7 @@ def _panel(axes: Any, some: Sequence[Point], length: int) -> None:
         best = sorted(front(mine, length), key=lambda point: point.speed_up[length])
         xs, ys = ([p.speed_up[length] for p in best], [p.kept.value for p in best])
         axes.plot(xs, ys, color=colour, linewidth=0.8, alpha=0.6)
-        for point in mine:
+        for index, point in enumerate(mine):
             x, kept = point.speed_up[length], point.kept
             error = [[kept.value - kept.low], [kept.high - kept.value]]
             axes.errorbar(x, kept.value, error, color=colour, marker="o", markersize=5, capsize=2)
@@ -192,7 +192,7 @@ def _panel(axes: Any, some: Sequence[Point], length: int) -> None:
                 point.settings,
                 (x, kept.value),
                 textcoords="offset points",
-                xytext=(5, 5),
+                xytext=(5, (5, -11)[index % 2]),  # neighbours' names do not overlap
                 fontsize=7,
                 color=colour,
             )
