@@ -117,8 +117,10 @@ def check_inputs(
     """
     if folder.result(parts[TEXT]) is None:
         text.find_folders(settings.text)
-    if folder.result(parts[BASE]) is not None:
+    prepared = folder.result(parts[BASE])
+    if prepared is not None:
         source = base.Source(settings.run.folder / "base", None)
+        base.check_links(source.folder, prepared.get(base.LINKS, {}))
         base.check(settings.base, source, longest(settings))
         return None
     source = base.find(settings.base)

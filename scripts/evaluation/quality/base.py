@@ -14,6 +14,8 @@ from infllm_flex.patch import UnsupportedModelError, patch_model
 from infllm_flex.training.atomic_folder import publish, remove_leftovers
 from infllm_flex.training.quiet import quiet_transformers
 
+LINKS = "links"  # key of what `prepare` returns, in the result of the part
+
 
 class BaseError(ValueError):
     """The base cannot be used; the message gives the reason in one line."""
@@ -73,7 +75,9 @@ def check(settings: BaseSettings, source: Source, longest: int) -> None:
         raise BaseError(f"base: {type(model).__name__} cannot be sparse: {_line(error)}") from error
 
 
-def prepare(settings: BaseSettings, source: Source, longest: int, folder: Path) -> None:
+def prepare(
+    settings: BaseSettings, source: Source, longest: int, folder: Path, as_it_is: bool
+) -> dict[str, list[int]]:
     """Write the base as a transformers folder with safetensors weights, unless it exists.
 
     Args:
@@ -81,21 +85,68 @@ def prepare(settings: BaseSettings, source: Source, longest: int, folder: Path) 
         source: The result of `find`.
         longest: Tokens of the longest sequence.
         folder: The folder to write.
+        as_it_is: Link to the base's own safetensors files, where it has some and is not quantized;
+            else, and where False, write its weights in float32.
+
+    Returns:
+        What `check_links` compares: of each file linked to, its size and time of change.
     """
-    if folder.exists():
-        return
     folder.parent.mkdir(parents=True, exist_ok=True)
     remove_leftovers(folder.parent, folder.name)
+    links = _weight_files(source) if as_it_is else []
+    if not folder.exists():
+        _write(settings, source, longest, folder, with_weights=not links)
+    for file in links:
+        (folder / file.name).unlink(missing_ok=True)
+        (folder / file.name).symlink_to(file.resolve())
+    return {file.name: _state(file) for file in links}
+
+
+def check_links(folder: Path, links: dict[str, list[int]]) -> None:
+    """Check that the weights that a folder links to are those of the run's beginning.
+
+    Raises:
+        BaseError: One is gone or has changed.
+    """
+    for name, state in links.items():
+        file = (folder / name).resolve()
+        if not file.is_file() or _state(file) != state:
+            raise BaseError(
+                f"base: {file} is gone or has changed since this run began: put it back, or choose "
+                "another run.folder"
+            )
+
+
+def _weight_files(source: Source) -> list[Path]:
+    """Return the base's safetensors files and their index; none where it is quantized."""
+    if source.gguf_file is not None:
+        return []
+    if "quantization_config" in json.loads((source.folder / "config.json").read_text()):
+        return []
+    return sorted([*source.folder.glob("*.safetensors"), *source.folder.glob("*.index.json")])
+
+
+def _state(file: Path) -> list[int]:
+    found = file.stat()
+    return [found.st_size, found.st_mtime_ns]
+
+
+def _write(
+    settings: BaseSettings, source: Source, longest: int, folder: Path, with_weights: bool
+) -> None:
     with quiet_transformers() as transformers:
         options: dict[str, Any] = {"local_files_only": True, "trust_remote_code": False}
         if source.gguf_file is not None:
             options["gguf_file"] = source.gguf_file
         config = _read_config(transformers, source)
         _set_positions(config, settings, longest)
+        tokenizer = transformers.AutoTokenizer.from_pretrained(source.folder, **options)
+        if not with_weights:
+            publish(folder, lambda aside: _save_description(config, tokenizer, aside))
+            return
         model = transformers.AutoModelForCausalLM.from_pretrained(
             source.folder, config=config, dtype=torch.float32, **options
         )
-        tokenizer = transformers.AutoTokenizer.from_pretrained(source.folder, **options)
         model.config.architectures = [type(model).__name__]
         publish(folder, lambda aside: _save(model, tokenizer, aside))
 
@@ -128,9 +179,13 @@ def _save(model: Any, tokenizer: Any, folder: Path) -> None:
             seen.add(id(value))
             tensors[name] = value.detach().contiguous()
     save_file(tensors, folder / "model.safetensors", {"format": "pt"})
-    config = json.loads(model.config.to_json_string(use_diff=True))
-    config.pop("quantization_config", None)  # the weights are float32 now
-    (folder / "config.json").write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
+    _save_description(model.config, tokenizer, folder)
+
+
+def _save_description(config: Any, tokenizer: Any, folder: Path) -> None:
+    described = json.loads(config.to_json_string(use_diff=True))
+    described.pop("quantization_config", None)  # such weights are float32 now
+    (folder / "config.json").write_text(json.dumps(described, indent=2, sort_keys=True) + "\n")
     tokenizer.save_pretrained(folder)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -18,10 +19,18 @@ from infllm_flex.training.model import load_model
 _LOGITS_AT_ONCE = 2**26
 
 
+def _weights_dtype(folder: Path, device: torch.device) -> torch.dtype:
+    described = json.loads((folder / "config.json").read_text())
+    saved = described.get("dtype", described.get("torch_dtype"))  # the latter before transformers 5
+    half = {"bfloat16": torch.bfloat16, "float16": torch.float16}
+    return half.get(saved, torch.float32) if device.type == "cuda" else torch.float32
+
+
 class Scorer:
     """A model whose next-token predictions are scored.
 
-    Products are in bfloat16 over float32 weights on a GPU, as in training.
+    Products are in bfloat16 on a GPU. Weights are in float32, as in training; on a GPU those of a
+    model that was saved in bfloat16 or float16 stay so.
 
     Args:
         folder: Folder of the model.
@@ -29,7 +38,7 @@ class Scorer:
     """
 
     def __init__(self, folder: Path, device: torch.device) -> None:
-        self.model: Any = load_model(folder).to(device).eval()
+        self.model: Any = load_model(folder, _weights_dtype(folder, device)).to(device).eval()
         self.device = device
         self._head = head_of(self.model)
 

@@ -137,9 +137,14 @@ class Worker:
     def _work(self, part: Part) -> dict[str, Any]:
         kind, _, rest = part.name.partition(":")
         if kind == "base":
-            if self.source is not None:
-                base.prepare(self.settings.base, self.source, self._longest, self._base)
-            return {}
+            if self.source is None:
+                return {}
+            as_it_is = self.settings.tuning is None
+            return {
+                base.LINKS: base.prepare(
+                    self.settings.base, self.source, self._longest, self._base, as_it_is
+                )
+            }
         if kind == "text":
             text.prepare(self.settings.text, self._base, self._text)
             store = text.open_text(self._text)

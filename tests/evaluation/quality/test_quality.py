@@ -121,6 +121,25 @@ def test_without_tuning_the_base_is_judged_as_it_is(tmp_path, base, texts):
     assert len(set(nats.values())) == len(nats)  # each attends in its own way
 
 
+def test_without_tuning_no_weights_are_copied_and_none_may_change(tmp_path, texts):
+    own = make_base(tmp_path / "own")
+    settings = settings_of(tmp_path / "run", own, texts)
+    del settings["tuning"]
+    settings["judge"] |= {"length": LENGTH, "groups": ["nats"]}
+    config = write_settings(tmp_path / "quality.yaml", settings)
+    assert run(config, "--parts", "judge:dense:0:nats")[0] == 0
+    weights = tmp_path / "run" / "base" / "model.safetensors"
+    assert weights.is_symlink()
+    assert weights.samefile(own / "model.safetensors")
+    (own / "model.safetensors").touch()
+    status, _, err = run(config, "--list")
+    assert status == 0, err
+    status, _, err = run(config)
+    assert status == 2
+    (line,) = err.splitlines()
+    assert "model.safetensors is gone or has changed since this run began" in line
+
+
 def test_an_interrupted_run_goes_on_where_it_was(config):
     process = start(config)
     deadline = time.monotonic() + 120
