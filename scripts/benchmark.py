@@ -118,8 +118,9 @@ def check(settings: BenchmarkSettings) -> None:
         print(f"testing: {' '.join(settings.run.tests)}", flush=True)
         run_tests(settings.run.tests)
     for heads in settings.shapes.pairs:
-        print(f"comparing with the float64 reference: {heads} heads", flush=True)
         for name in settings.attentions:
+            what = f"{heads} heads, {name}" if name else f"{heads} heads"
+            print(f"comparing with the float64 reference: {what}", flush=True)
             check_operators(settings.with_attention(name), heads)
 
 

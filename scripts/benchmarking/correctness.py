@@ -57,9 +57,10 @@ def run_tests(arguments: Sequence[str]) -> None:
 
 
 def check_operators(settings: BenchmarkSettings, heads: Heads) -> None:
-    """Compare selection, output and gradients with the float64 reference at a small length.
+    """Compare what the run times with the float64 reference at a small length.
 
-    Device, dtype, heads and attention settings are those of the run.
+    That is selection, and the output, gradients or decode step of the run's modes. Kernels that are
+    not timed need not be compiled. Device, dtype, heads and attention settings are the run's.
 
     Args:
         settings: The run; its ``variants`` are not checked.
@@ -73,9 +74,11 @@ def check_operators(settings: BenchmarkSettings, heads: Heads) -> None:
     qkv = make_qkv(settings, heads, S, "independent")
     selected = select_blocks(qkv.query, qkv.key, config)
     _check_selection("select_blocks", qkv, selected, config)
-    for engine in settings.engines:
-        _check_attention(qkv, selected, dataclasses.replace(config, engine=engine))
-    if any(case.mode == "decode" for case in settings.cases.values()):
+    modes = settings.timed_modes
+    for engine in settings.engines if modes - {"decode"} else ():
+        of_engine = dataclasses.replace(config, engine=engine)
+        _check_attention(qkv, selected, of_engine, "forward+backward" in modes)
+    if "decode" in modes:
         _check_decode_step(qkv, config)
     for page_size in {case.page_size for case in settings.cases.values() if case.page_size}:
         _check_paged(qkv, selected, config, page_size)
@@ -159,7 +162,7 @@ def _check_paged(qkv: QKV, selected: Tensor, config: InfLLMConfig, page_size: in
         check_error(f"paged_attention ({name})", actual, exact, plain)
 
 
-def _check_attention(qkv: QKV, selected: Tensor, config: InfLLMConfig) -> None:
+def _check_attention(qkv: QKV, selected: Tensor, config: InfLLMConfig, has_gradients: bool) -> None:
     scale, block_size = resolve_scale(qkv.query, None), config.block_size
     mask = reference.attention_mask(selected[:, :, -_QUERIES:], block_size, qkv.key.shape[2])
     mask = mask.to(qkv.query.device)
@@ -168,7 +171,6 @@ def _check_attention(qkv: QKV, selected: Tensor, config: InfLLMConfig) -> None:
 
     with torch.no_grad():
         inference = infllm_attention(*qkv, config, selected=selected)[:, :, -_QUERIES:]
-    ours = _run(qkv, lambda q, k, v: infllm_attention(q, k, v, config, selected=selected), grad_out)
     exact = _run(
         QKV(*(x.double() for x in qkv)),
         lambda q, k, v: reference.masked_attention(q[:, :, -_QUERIES:], k, v, mask, scale=scale),
@@ -179,13 +181,16 @@ def _check_attention(qkv: QKV, selected: Tensor, config: InfLLMConfig) -> None:
         lambda q, k, v: plain_attention(q[:, :, -_QUERIES:], k, v, mask),
         grad_out[:, :, -_QUERIES:],
     )
+    what = f"infllm_attention ({config.engine}, output without gradients)"
+    check_error(what, inference, exact[0], plain[0])
+    if not has_gradients:
+        return
+    ours = _run(qkv, lambda q, k, v: infllm_attention(q, k, v, config, selected=selected), grad_out)
     for name, actual, true, same in zip(
         ("output", "dq", "dk", "dv"), ours, exact, plain, strict=True
     ):
         what = f"infllm_attention ({config.engine}, {name})"
         check_error(what, actual[:, :, -len(true[0, 0]) :], true, same)
-    what = f"infllm_attention ({config.engine}, output without gradients)"
-    check_error(what, inference, exact[0], plain[0])
 
 
 def _run(

@@ -287,6 +287,15 @@ class BenchmarkSettings:
                 )
 
     @property
+    def timed_modes(self) -> set[CaseMode]:
+        """The modes of cases with lengths, of memory and of models; forward+backward without any."""
+        modes: set[CaseMode] = {case.mode for case in self.cases.values() if case.lengths}
+        modes |= {model.mode for model in self.models.values()}
+        if self.memory.lengths or not modes:
+            modes.add("forward+backward")
+        return modes
+
+    @property
     def attentions(self) -> dict[str, InfLLMConfig]:
         """All attention settings to measure by name; the name of ``attention`` is empty."""
         return {"": self.attention, **self.variants}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 
 import pytest
@@ -9,7 +10,7 @@ import torch
 
 from benchmarking import correctness, timing
 from benchmarking.results import COLUMNS
-from benchmarking.settings import BenchmarkSettings
+from benchmarking.settings import BenchmarkSettings, CaseSettings, MemorySettings
 from infllm_flex import infllm_attention, select_blocks
 from infllm_flex.strict_yaml import build_dataclass, load_yaml
 from tests.benchmarking.command import ROOT, rows_of
@@ -108,7 +109,16 @@ def spoil_attention(monkeypatch):
         return infllm_attention(*args, **kwargs) * 1.01
 
     monkeypatch.setattr(correctness, "infllm_attention", spoiled)
-    return r"infllm_attention (fused, output): error"
+    return "infllm_attention (fused, output without gradients): error"
+
+
+def spoil_training(monkeypatch):
+    def spoiled(query, *args, **kwargs):
+        out = infllm_attention(query, *args, **kwargs)
+        return out * 1.01 if query.requires_grad else out
+
+    monkeypatch.setattr(correctness, "infllm_attention", spoiled)
+    return "infllm_attention (fused, output): error"
 
 
 def spoil_choice(monkeypatch):
@@ -129,7 +139,7 @@ def spoil_scores(monkeypatch):
     return " instead of "
 
 
-@pytest.mark.parametrize("spoil", [spoil_attention, spoil_choice, spoil_scores])
+@pytest.mark.parametrize("spoil", [spoil_attention, spoil_training, spoil_choice, spoil_scores])
 def test_wrong_operators_are_not_timed(run_script, config, tmp_path, monkeypatch, spoil):
     message = spoil(monkeypatch)
     status, _, err = run_script("benchmark", "--config", config)
@@ -137,6 +147,37 @@ def test_wrong_operators_are_not_timed(run_script, config, tmp_path, monkeypatch
     assert err.startswith("error: nothing was timed: ")
     assert message in err
     assert not (tmp_path / "out.csv").exists()
+
+
+@pytest.mark.parametrize(
+    ("cases", "wrong"),
+    [
+        ({"a": "forward"}, "gradients"),
+        ({"a": "decode"}, "prompts"),
+        ({"a": "decode", "b": "forward"}, "gradients"),
+    ],
+)
+def test_what_is_not_timed_is_not_checked(settings, monkeypatch, cases, wrong):
+    """Kernels of other modes would take minutes to compile on a GPU."""
+    some = {name: CaseSettings(mode=mode, lengths=(256,)) for name, mode in cases.items()}
+    some["unused"] = CaseSettings(mode="forward+backward", lengths=())
+    settings = dataclasses.replace(
+        settings, cases=some, memory=MemorySettings(), models={}, engines=("fused",)
+    )
+    assert settings.timed_modes == set(cases.values())
+
+    def spoiled(query, *args, **kwargs):
+        assert wrong == "gradients"
+        assert not query.requires_grad
+        return infllm_attention(query, *args, **kwargs)
+
+    monkeypatch.setattr(correctness, "infllm_attention", spoiled)
+    correctness.check_operators(settings, settings.shapes.pairs[0])
+
+
+def test_a_run_of_no_cases_is_checked_with_gradients(settings):
+    none = dataclasses.replace(settings, cases={}, memory=MemorySettings(), models={})
+    assert none.timed_modes == {"forward+backward"}
 
 
 def test_failing_tests_are_not_timed(run_script, config, tmp_path):

@@ -51,7 +51,7 @@ def test_attention_settings_are_timed_side_by_side(run_script, config, tmp_path)
     }
     assert len({row["date"] for row in rows}) == 1
     assert "x default" in out
-    assert out.count("every_key") == 4
+    assert out.count("every_key") == 5  # its check, and its lines in the table
     assert run_script("plot", tmp_path / "out.csv")[0] == 0
 
 

@@ -53,7 +53,10 @@ def check_pair(run: RunSettings, pair: Pair) -> None:
         BenchmarkSettings(
             run=OperatorRun(out=Path("unused.csv"), device=run.device, dtype=run.dtype),
             shapes=ShapeSettings(heads=(str(heads),), head_dim=pair.shape.head_dim),
-            cases={"decode": CaseSettings(lengths=(), mode="decode")},
+            cases={
+                "prompt": CaseSettings(lengths=(1,), mode="forward+backward"),
+                "step": CaseSettings(lengths=(1,), mode="decode"),
+            },
             attention=config,
             engines=(cast(Any, config.engine),),
         ),
