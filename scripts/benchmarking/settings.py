@@ -288,7 +288,7 @@ class BenchmarkSettings:
 
     @property
     def timed_modes(self) -> set[CaseMode]:
-        """The modes of cases with lengths, of memory and of models; forward+backward without any."""
+        """The modes of cases with lengths, of memory and of models; if none, forward+backward."""
         modes: set[CaseMode] = {case.mode for case in self.cases.values() if case.lengths}
         modes |= {model.mode for model in self.models.values()}
         if self.memory.lengths or not modes:
