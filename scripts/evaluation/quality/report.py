@@ -52,16 +52,15 @@ def _kept(results: Results) -> str:
             cells.append(_interval(found.share if found else None) + mark)
         if any(cells):
             rows.append([*_head(results, arm), *cells])
-    if not rows and not unable:
-        return ""
     lines = [f"({number}) {remark}" for number, remark in enumerate(remarks, start=1)]
     if unable:
         lines.append(f"Left out, since dense answers less than half: {', '.join(unable)}")
-    return (
-        "Accuracy over that of the dense model, with the 95 % interval over seeds and sequences\n\n"
-        + format_table(["variant", "visible", *tasks], rows)
-        + ("\n\n" + "\n".join(lines) if lines else "")
-    )
+    found = "\n".join(lines)
+    if not rows:
+        return found
+    title = "Accuracy over that of the dense model, with the 95 % interval over seeds and sequences"
+    table = format_table(["variant", "visible", *tasks], rows)
+    return "\n\n".join(part for part in (title, table, found) if part)
 
 
 def _nats(results: Results) -> str:

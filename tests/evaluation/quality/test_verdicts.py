@@ -82,6 +82,14 @@ def test_what_is_no_better_than_a_control_is_said_to_be(settings):
     )
 
 
+def test_no_empty_table_stands_where_dense_can_do_nothing(settings):
+    answers = {arm: dict.fromkeys(("keys12", "keys200", "single"), 1) for arm in (DENSE, FINE)}
+    text = report(results_of(settings, answers, {}))
+    assert "Accuracy over that of the dense model" not in text
+    assert text.count("variant") == 1  # the table of answers
+    assert text.endswith("Left out, since dense answers less than half: keys12, keys200, single")
+
+
 def test_the_gap_is_between_models_of_the_same_training(settings):
     nats = {DENSE: 1.0, WINDOW: 1.2, FINE: 1.05, FREE: 1.1, Arm("dense", "window"): 1.4}
     results = results_of(settings, {}, nats)
