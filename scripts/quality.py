@@ -6,10 +6,10 @@
 The base is tuned densely, with every sparse setting, and with two controls that see as many tokens
 without selection, all on the same samples. Then each model answers the same questions. Without a
 section ``tuning`` the base answers as it is. Results are printed, written as CSV, and drawn.
-Finished parts are saved: the same command continues after an interruption. Several processes may
-share the folder, each with a GPU of its own (CUDA_VISIBLE_DEVICES); each takes parts that no other
-process works on. --parts limits a process to some parts. Exit status: 0 done, 1 failed, 2 settings
-that cannot be used, 128 + signal stopped.
+Finished parts are saved: the same command continues after an interruption. --processes N does N
+parts at once, spread over the GPUs; two or three on each GPU are faster than one, where they fit.
+--parts limits the work to some parts. Exit status: 0 done, 1 failed, 2 settings that cannot be
+used, 128 + signal stopped.
 """
 
 from __future__ import annotations
@@ -28,6 +28,7 @@ from evaluation.quality import base, text
 from evaluation.quality.parts import Folder, Part
 from evaluation.quality.plan import BASE, TEXT, chosen, plan
 from evaluation.quality.plot import plot_quality
+from evaluation.quality.processes import run_in_processes
 from evaluation.quality.report import report
 from evaluation.quality.results import gather, write_table
 from evaluation.quality.settings import QualitySettings
@@ -62,10 +63,17 @@ def main() -> int:
     except ValueError as error:
         print(error if isinstance(error, ConfigError) else f"error: {error}", file=sys.stderr)
         return 2
-    stop_on_signals(options.max_seconds)
     skipped: list[Part] = []
     try:
-        skipped = Worker(settings, device, source, say).do(wanted, parts)
+        if options.processes > 1:
+            stop_on_signals(None)  # --max-seconds is theirs
+            uses_gpus = device.type == "cuda"
+            status = run_in_processes(same_command(options), options.processes, uses_gpus)
+            if status:
+                return status if status > 0 else 128 - status
+        else:
+            stop_on_signals(options.max_seconds)
+            skipped = Worker(settings, device, source, say).do(wanted, parts)
     except StoppedError as stopped:
         print(stopped, file=sys.stderr)
         return stopped.status
@@ -94,9 +102,25 @@ def parse_arguments() -> argparse.Namespace:
     )
     parser.add_argument("--list", action="store_true", help="show all parts and stop")
     parser.add_argument(
+        "--processes", type=int, default=1, metavar="N", help="parts to do at once (default: 1)"
+    )
+    parser.add_argument(
         "--max-seconds", type=float, metavar="N", help="stop after N seconds, as Ctrl-C does"
     )
-    return parser.parse_intermixed_args()
+    options = parser.parse_intermixed_args()
+    if options.processes < 1:
+        parser.error(f"--processes must be at least 1, got {options.processes}")
+    return options
+
+
+def same_command(options: argparse.Namespace) -> list[str]:
+    """Return the arguments of this Python that do the same work in one process."""
+    command = [__file__, "--config", options.config, *options.overrides]
+    if options.parts:
+        command += ["--parts", options.parts]
+    if options.max_seconds is not None:
+        command += ["--max-seconds", str(options.max_seconds)]
+    return command
 
 
 def state(folder: Folder, part: Part) -> str:

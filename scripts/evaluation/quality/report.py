@@ -55,12 +55,12 @@ def _kept(results: Results) -> str:
     lines = [f"({number}) {remark}" for number, remark in enumerate(remarks, start=1)]
     if unable:
         lines.append(f"Left out, since dense answers less than half: {', '.join(unable)}")
-    found = "\n".join(lines)
+    notes = "\n".join(lines)
     if not rows:
-        return found
+        return notes
     title = "Accuracy over that of the dense model, with the 95 % interval over seeds and sequences"
     table = format_table(["variant", "visible", *tasks], rows)
-    return "\n\n".join(part for part in (title, table, found) if part)
+    return "\n\n".join(part for part in (title, table, notes) if part)
 
 
 def _nats(results: Results) -> str:

@@ -18,6 +18,7 @@ import torch
 from evaluation.quality.arms import attention_modes
 from evaluation.quality.parts import Folder
 from evaluation.quality.plan import plan
+from evaluation.quality.processes import run_in_processes
 from evaluation.quality.settings import QualitySettings
 from evaluation.quality.tuning import training_settings
 from infllm_flex.strict_yaml import build_dataclass, load_yaml
@@ -205,6 +206,47 @@ def test_processes_that_share_a_folder_do_each_part_once(config):
         errors.append(err)
     begun = [line for err in errors for line in err.splitlines() if line.endswith(" ...")]
     assert len(begun) == len(set(begun)) == 5
+
+
+def test_one_command_starts_processes_that_share_the_parts(config):
+    status, out, err = run(
+        config, "--parts", "judge:dense:0:*,judge:fine:0:nats", "--processes", "2"
+    )
+    assert status == 0, err
+    begun = [line for line in err.splitlines() if line.endswith(" ...")]
+    assert len(begun) == len(set(begun)) == 7
+    assert out.count("Accuracy at") == 1  # one table, of what all of them have done
+    assert out.count("fine ") == 1
+
+
+def test_processes_stop_together_and_leave_what_is_done(config):
+    process = start(config, "--processes", "2")
+    deadline = time.monotonic() + 120
+    while parts_of(config)["text"] is None:
+        assert process.poll() is None, process.communicate()
+        assert time.monotonic() < deadline
+        time.sleep(0.2)
+    process.send_signal(signal.SIGTERM)
+    _, err = process.communicate(timeout=60)
+    assert process.returncode == 128 + signal.SIGTERM, err
+    assert err.strip().endswith("run the same command to continue after the last finished part")
+    status, _, err = run(config, "--processes", "0")
+    assert status == 2
+    assert err.endswith("--processes must be at least 1, got 0\n")
+
+
+@pytest.mark.parametrize(
+    ("chosen", "uses_gpus", "seen"),
+    [("3,GPU-7", True, ["3", "GPU-7", "3"]), ("3", False, ["3"] * 3), ("", True, [""] * 3)],
+)
+def test_processes_are_spread_over_the_visible_gpus(monkeypatch, tmp_path, chosen, uses_gpus, seen):
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", chosen)
+    code = f"""import os, pathlib
+file = pathlib.Path({str(tmp_path)!r}) / str(os.getpid())
+file.write_text(os.environ["CUDA_VISIBLE_DEVICES"])"""
+    assert run_in_processes(["-c", code], 3, uses_gpus) == 0
+    assert sorted(path.read_text() for path in tmp_path.iterdir()) == sorted(seen)
+    assert run_in_processes(["-c", "raise SystemExit(7)"], 2, uses_gpus) == 7
 
 
 @pytest.fixture
