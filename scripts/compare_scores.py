@@ -14,6 +14,7 @@ import sys
 import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -104,9 +105,8 @@ def pair(text: str) -> Heads:
 def attentions(settings: TrainingSettings) -> dict[str, InfLLMConfig]:
     """Return the sparse attentions by name; all see as many tokens."""
     common = settings.attention
-    every_key = {"kernel_size": 1, "kernel_stride": 1, "pool_queries": True}
     return {
-        EVERY_KEY: replace(common, **every_key),
+        EVERY_KEY: replace(common, kernel_size=1, kernel_stride=1, pool_queries=True),
         MEANS: replace(common, kernel_size=32, kernel_stride=16),
         WINDOW: window_only(common),
     }
@@ -138,13 +138,13 @@ def judge_models(
             attention=attentions(settings).get(tuned, settings.attention),
             stages={long: stage},
         )
-        about = {"stage": repr(stage), "attention": repr(run.attention), "ways": ways}
-        about |= {"sequences": SEQUENCES}
+        about: Result = {"stage": repr(stage), "attention": repr(run.attention)}
+        about |= {"ways": ways, "sequences": SEQUENCES}
         saved = run.run.folder / "result.json"
         result = read_result(saved, about)
         if result is None:
             finish(run, f"{title} {tuned}")
-            result = write_result(saved, about, lambda r=run, w=ways: judge(settings, r, w))
+            result = write_result(saved, about, partial(judge, settings, run, ways))
         yield Model(heads, seed, tuned), result
 
 

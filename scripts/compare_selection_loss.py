@@ -16,6 +16,7 @@ import sys
 import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -114,7 +115,7 @@ def judge_seed(settings: TrainingSettings, seed: int, queries: int) -> Iterator[
         result = read_result(saved, about)
         if result is None:
             finish(run, f"{seed} {arm.name}")
-            result = write_result(saved, about, lambda r=run, s=stage: judge(r, s))
+            result = write_result(saved, about, partial(judge, run, stage))
         yield arm, result
 
 

@@ -123,7 +123,8 @@ def run(types: list[str], args: argparse.Namespace, versions: Row) -> Iterator[R
 
     import tests.patch.families.examine  # noqa: F401 - imported once, before the processes fork
 
-    waiting, running = list(types), {}
+    waiting = list(types)
+    running: dict[Connection, Job] = {}
     with tqdm(
         total=len(types), unit="type", dynamic_ncols=True, file=sys.stderr, disable=None
     ) as bar:

@@ -13,6 +13,7 @@ import json
 import sys
 import warnings
 from dataclasses import asdict, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -145,7 +146,7 @@ def judge_pretrained(
         "sentences. It is patched by\n   patch_model(model, ...) and not trained.",
         flush=True,
     )
-    base.prepare(bases, source, compare.length, model_folder)
+    base.prepare(bases, source, compare.length, model_folder, as_it_is=False)
     vocabulary = Vocabulary(base.load_tokenizer(model_folder))
     passwords = hide_passwords(vocabulary, manual(), compare.length, compare.facts)
     scorer: Scorer | None = None
@@ -155,7 +156,7 @@ def judge_pretrained(
         place = folder / f"{arm.name.replace(', ', '-').replace(' ', '-')}.json"
         if (known := read_result(place, about)) is None:
             scorer = scorer or Scorer(model_folder, torch.device("cpu"))
-            known = write_result(place, about, lambda s=scorer, a=arm: run_arm(s, a, passwords))
+            known = write_result(place, about, partial(run_arm, scorer, arm, passwords))
         found[arm.name] = known | {"keys": arm.keys_attended(compare.length)}
     return found
 
@@ -225,7 +226,7 @@ def judge_tiny(settings: TrainingSettings) -> dict[str, Result]:
         about = {"arm": repr(arm), "compare": asdict(settings.compare)}
         place = run.run.folder / RESULT
         known = read_result(place, about) or write_result(
-            place, about, lambda r=run, a=arm: answers_of(r, a, settings)
+            place, about, partial(answers_of, run, arm, settings)
         )
         known = known | {"keys": arm.keys_attended(long), "training": training, "short": seconds}
         found[arm.name] = known

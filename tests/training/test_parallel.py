@@ -72,12 +72,12 @@ def alone(tmp_path_factory):
     return of
 
 
-def assert_same_training(folder, alone, factor=3.0):
+def assert_same_training(folder, alone):
     whole, in_micro_batches = alone
     found = torch.tensor(checks.losses(folder / "metrics.jsonl"))
     for column in (0, 1):
         assert_within_rounding(
-            found[:, column], whole[:, column].double(), in_micro_batches[:, column], factor=factor
+            found[:, column], whole[:, column].double(), in_micro_batches[:, column], factor=3.0
         )
 
 
@@ -88,9 +88,14 @@ EXACT = [(n, name) for n, names in checks.NAMES.items() for name in names if nam
 def test_several_processes_train_like_one(results, alone, size, name):
     said, folder = results(size)
     assert said[name] == "passed"
-    # Muon orthogonalises in bfloat16, which amplifies the last bit of a gradient on some CPUs.
-    factor = 10.0 if name == "muon" else 3.0
-    assert_same_training(folder / name, alone(name), factor)
+    if name == "muon":
+        # Muon orthogonalises in bfloat16. On a CPU with AMX a gradient's last bit changes losses by
+        # 2e-4 and norms by 3e-3; a learning rate 1 % too high changes them by 14e-3 and 16e-3.
+        found = torch.tensor(checks.losses(folder / name / "metrics.jsonl"))
+        error = (found - alone(name)[0]).abs().amax(0)
+        assert (error <= torch.tensor([1e-3, 6e-3])).all(), error
+        return
+    assert_same_training(folder / name, alone(name))
 
 
 def test_bfloat16_arithmetic_over_float32_weights_stays_close(results, alone):
