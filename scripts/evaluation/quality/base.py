@@ -123,7 +123,8 @@ def _weight_files(source: Source) -> list[Path]:
         return []
     if "quantization_config" in json.loads((source.folder / "config.json").read_text()):
         return []
-    return sorted([*source.folder.glob("*.safetensors"), *source.folder.glob("*.index.json")])
+    weights = sorted(source.folder.glob("*.safetensors"))
+    return [*weights, *source.folder.glob("*.safetensors.index.json")] if weights else []
 
 
 def _state(file: Path) -> list[int]:

@@ -69,8 +69,13 @@ def test_weights_that_were_linked_to_may_not_change(saved_in_bfloat16, tmp_path)
         base.check_links(folder, links)
 
 
-def test_quantized_weights_and_gguf_files_are_not_linked_to(saved_in_bfloat16):
+def test_quantized_and_other_weights_are_not_linked_to(saved_in_bfloat16, tmp_path):
     assert base._weight_files(base.Source(saved_in_bfloat16, "model.gguf")) == []
+    other = tmp_path / "pickled"
+    other.mkdir()
+    for name in ("pytorch_model.bin", "pytorch_model.bin.index.json", "config.json"):
+        (other / name).write_text("{}")
+    assert base._weight_files(base.Source(other, None)) == []
     config = saved_in_bfloat16 / "config.json"
     described = json.loads(config.read_text()) | {"quantization_config": {"bits": 4}}
     config.write_text(json.dumps(described))
