@@ -64,6 +64,19 @@ def run(config, *arguments):
     return process.returncode, out, err
 
 
+def interrupt(process, config, part):
+    """Stop a command once a part is done, and check what it says."""
+    deadline = time.monotonic() + 120
+    while parts_of(config)[part] is None:
+        assert process.poll() is None, process.communicate()
+        assert time.monotonic() < deadline
+        time.sleep(0.2)
+    process.send_signal(signal.SIGTERM)
+    _, err = process.communicate(timeout=60)
+    assert process.returncode == 128 + signal.SIGTERM, err
+    assert err.strip().endswith("run the same command to continue after the last finished part")
+
+
 def parts_of(config):
     settings = build_dataclass(QualitySettings, load_yaml(config))
     folder, parts = Folder(settings.run.folder), plan(settings)
@@ -142,16 +155,7 @@ def test_without_tuning_no_weights_are_copied_and_none_may_change(tmp_path, text
 
 
 def test_an_interrupted_run_goes_on_where_it_was(config):
-    process = start(config)
-    deadline = time.monotonic() + 120
-    while parts_of(config)["train:dense:0"] is None:
-        assert process.poll() is None, process.communicate()
-        assert time.monotonic() < deadline
-        time.sleep(0.2)
-    process.send_signal(signal.SIGTERM)
-    _, err = process.communicate(timeout=60)
-    assert process.returncode == 128 + signal.SIGTERM, err
-    assert err.strip().endswith("run the same command to continue after the last finished part")
+    interrupt(start(config), config, "train:dense:0")
     done = {name for name, result in parts_of(config).items() if result is not None}
     assert {"base", "text", "train:dense:0"} <= done < set(parts_of(config))
     status, out, err = run(config, "--parts", "judge:dense:*,judge:fine:0:nats")
@@ -220,16 +224,7 @@ def test_one_command_starts_processes_that_share_the_parts(config):
 
 
 def test_processes_stop_together_and_leave_what_is_done(config):
-    process = start(config, "--processes", "2")
-    deadline = time.monotonic() + 120
-    while parts_of(config)["text"] is None:
-        assert process.poll() is None, process.communicate()
-        assert time.monotonic() < deadline
-        time.sleep(0.2)
-    process.send_signal(signal.SIGTERM)
-    _, err = process.communicate(timeout=60)
-    assert process.returncode == 128 + signal.SIGTERM, err
-    assert err.strip().endswith("run the same command to continue after the last finished part")
+    interrupt(start(config, "--processes", "2"), config, "text")
     status, _, err = run(config, "--processes", "0")
     assert status == 2
     assert err.endswith("--processes must be at least 1, got 0\n")
