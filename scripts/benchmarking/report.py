@@ -69,6 +69,18 @@ def by_run(rows: Iterable[Row]) -> dict[tuple[str, ...], list[dict[Method, float
 
 
 def speed_ups(rows: Iterable[Row]) -> dict[tuple[str, ...], dict[str, float]]:
+    """Return the ratios of `speed_ups_of_methods` by label.
+
+    Returns:
+        ``{values of SHAPE: {label of engine and attention settings: ratio}}``.
+    """
+    return {
+        shape: {method.label: ratio for method, ratio in ratios.items()}
+        for shape, ratios in speed_ups_of_methods(rows).items()
+    }
+
+
+def speed_ups_of_methods(rows: Iterable[Row]) -> dict[tuple[str, ...], dict[Method, float]]:
     """Compute the speed-up of each engine over the fastest dense attention, by shape.
 
     Attention over pages is compared with dense attention over pages, other attention with dense
@@ -76,9 +88,9 @@ def speed_ups(rows: Iterable[Row]) -> dict[tuple[str, ...], dict[str, float]]:
     attention counts.
 
     Returns:
-        ``{values of SHAPE: {label of engine and attention settings: ratio}}``.
+        ``{values of SHAPE: {engine with attention settings: ratio}}``.
     """
-    ratios: dict[tuple[str, ...], dict[str, float]] = {}
+    ratios: dict[tuple[str, ...], dict[Method, float]] = {}
     for shape, runs in by_run(rows).items():
         newest = {key: ms for times in reversed(runs) for key, ms in times.items()}
         for times in runs:
@@ -86,7 +98,7 @@ def speed_ups(rows: Iterable[Row]) -> dict[tuple[str, ...], dict[str, float]]:
                 dense = fastest_dense(newest, ours)
                 if dense in times:
                     ratio = times[dense] / times[ours]
-                    ratios.setdefault(shape, {}).setdefault(ours.label, ratio)
+                    ratios.setdefault(shape, {}).setdefault(ours, ratio)
     return ratios
 
 

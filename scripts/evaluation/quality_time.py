@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from benchmarking.report import Row, by_run, shape_of
+from benchmarking.report import SHAPE, Row, speed_ups_of_methods
+from evaluation.quality.arms import DENSE
+from evaluation.quality.plot import FREE_COLOUR, TRAINED_COLOUR
 from evaluation.table import format_table
 
-_DENSE = "dense"
-_TRAINED, _FREE = "#0072b2", "#d55e00"  # as in the pictures of quality.py
+_Arm = tuple[str, str]  # attention in tuning, and in evaluation
+_Answers = dict[tuple[str, str], int]  # correct ones by seed and task
 
 
 class Kept(NamedTuple):
@@ -65,11 +67,11 @@ def points(
     missing = sorted(set(tasks) - {row["task"] for row in quality})
     if missing:
         raise ValueError(f"expected answers to {', '.join(tasks)}, got none to {missing[0]}")
-    speed_ups = _speed_ups(times, default)
+    speed_ups, right = _speed_ups(times, default), _right_answers(quality, tasks)
     found = []
-    for tuned, run in dict.fromkeys((row["tuned"], row["run"]) for row in quality):
-        kept = _kept(quality, tasks, tuned, run)
-        if run in speed_ups and kept is not None and tuned in (_DENSE, run):
+    for (tuned, run), ours in right.items():
+        kept = _kept(ours, right.get((DENSE, DENSE), {}))
+        if run in speed_ups and kept is not None and tuned in (DENSE, run):
             found.append(Point(run, tuned == run, kept, speed_ups[run]))
     if not found:
         raise ValueError(
@@ -79,25 +81,27 @@ def points(
     return found
 
 
-def _kept(quality: Iterable[Row], tasks: Sequence[str], tuned: str, run: str) -> Kept | None:
-    right: dict[str, dict[tuple[str, str], int]] = {"own": {}, _DENSE: {}}
+def _right_answers(quality: Iterable[Row], tasks: Sequence[str]) -> dict[_Arm, _Answers]:
+    right: dict[_Arm, _Answers] = {}
     for row in quality:
         if row["task"] in tasks:
-            key = row["seed"], row["task"]
-            if (row["tuned"], row["run"]) == (tuned, run):
-                right["own"][key] = int(row["hits"])
-            if (row["tuned"], row["run"]) == (_DENSE, _DENSE):
-                right[_DENSE][key] = int(row["hits"])
-    seeds = sorted({seed for seed, _ in right["own"]} & {seed for seed, _ in right[_DENSE]})
-    if not seeds or run == _DENSE:
-        return None
+            mine = right.setdefault((row["tuned"], row["run"]), {})
+            mine[row["seed"], row["task"]] = int(row["hits"])
+    return right
 
-    def share(some: Sequence[str]) -> float:
-        of = [sum(n for (seed, _), n in right[whose].items() if seed in some) for whose in right]
-        return of[0] / of[1] if of[1] else math.nan
 
-    by_seed = [share([seed]) for seed in seeds]
-    return Kept(share(seeds), min(by_seed), max(by_seed))
+def _kept(ours: _Answers, dense: _Answers) -> Kept | None:
+    """Return the share over what both were asked; None where that is nothing."""
+    both = ours.keys() & dense.keys()
+
+    def share(some: Collection[tuple[str, str]]) -> float:
+        of = sum(dense[key] for key in some)
+        return sum(ours[key] for key in some) / of if of else math.nan
+
+    by_seed = [
+        share([key for key in both if key[0] == seed]) for seed in {seed for seed, _ in both}
+    ]
+    return Kept(share(both), min(by_seed), max(by_seed)) if both else None
 
 
 def _speed_ups(times: Sequence[Row], default: str) -> dict[str, dict[int, float]]:
@@ -106,15 +110,11 @@ def _speed_ups(times: Sequence[Row], default: str) -> dict[str, dict[int, float]
     if len(shapes) > 1:
         found = ", ".join("/".join(shape[:2]) for shape in sorted(shapes))
         raise ValueError(f"expected times of one pair of heads, got {found}: choose by --heads")
-    length_of = {shape_of(row): int(row["S"]) for row in forward}
     ratios: dict[str, dict[int, float]] = {}
-    for shape, runs in by_run(forward).items():
-        for run in runs:  # the newest first
-            dense = min((ms for how, ms in run.items() if how.op == "dense"), default=None)
-            for how, ms in run.items():
-                if how.op == "infllm_attention" and dense is not None:
-                    mine = ratios.setdefault(how.settings or default, {})
-                    mine.setdefault(length_of[shape], dense / ms)
+    for shape, of_shape in speed_ups_of_methods(forward).items():
+        length = int(dict(zip(SHAPE, shape, strict=True))["S"])
+        for method, ratio in of_shape.items():
+            ratios.setdefault(method.settings or default, {}).setdefault(length, ratio)
     return ratios
 
 
@@ -179,7 +179,7 @@ def plot(path: Path, some: Sequence[Point], title: str) -> None:
 
 
 def _panel(axes: Any, some: Sequence[Point], length: int) -> None:
-    for is_trained, colour in ((True, _TRAINED), (False, _FREE)):
+    for is_trained, colour in ((True, TRAINED_COLOUR), (False, FREE_COLOUR)):
         mine = [point for point in some if point.is_trained == is_trained]
         best = sorted(front(mine, length), key=lambda point: point.speed_up[length])
         xs, ys = ([p.speed_up[length] for p in best], [p.kept.value for p in best])

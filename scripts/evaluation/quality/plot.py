@@ -11,7 +11,7 @@ from evaluation.quality.results import Results
 from evaluation.quality.verdicts import closed_gap, mean_retained
 
 # Dark enough on white, and distinguishable with colour blindness.
-_TRAINED, _FREE, _CONTROL = "#0072b2", "#d55e00", "#888888"
+TRAINED_COLOUR, FREE_COLOUR, _CONTROL = "#0072b2", "#d55e00", "#888888"
 
 
 def plot_quality(results: Results, path: Path) -> None:
@@ -75,4 +75,4 @@ def _mark(axes: Any, arm: Arm, x: float, y: float) -> None:
 def _colour(arm: Arm) -> str:
     if arm.run in (WINDOW, RANDOM):
         return _CONTROL
-    return _FREE if arm.tuned == DENSE else _TRAINED
+    return FREE_COLOUR if arm.tuned == DENSE else TRAINED_COLOUR

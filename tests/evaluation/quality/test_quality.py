@@ -64,16 +64,16 @@ def run(config, *arguments):
     return process.returncode, out, err
 
 
-def interrupt(process, config, part):
-    """Stop a command once a part is done, and check what it says."""
+def interrupt(process, is_time, number=signal.SIGTERM):
+    """Send a signal to a command once it is time, and check what the command says."""
     deadline = time.monotonic() + 120
-    while parts_of(config)[part] is None:
+    while not is_time():
         assert process.poll() is None, process.communicate()
         assert time.monotonic() < deadline
-        time.sleep(0.2)
-    process.send_signal(signal.SIGTERM)
+        time.sleep(0.1)
+    process.send_signal(number)
     _, err = process.communicate(timeout=60)
-    assert process.returncode == 128 + signal.SIGTERM, err
+    assert process.returncode == 128 + number, err
     assert err.strip().endswith("run the same command to continue after the last finished part")
 
 
@@ -155,7 +155,7 @@ def test_without_tuning_no_weights_are_copied_and_none_may_change(tmp_path, text
 
 
 def test_an_interrupted_run_goes_on_where_it_was(config):
-    interrupt(start(config), config, "train:dense:0")
+    interrupt(start(config), lambda: parts_of(config)["train:dense:0"] is not None)
     done = {name for name, result in parts_of(config).items() if result is not None}
     assert {"base", "text", "train:dense:0"} <= done < set(parts_of(config))
     status, out, err = run(config, "--parts", "judge:dense:*,judge:fine:0:nats")
@@ -172,16 +172,9 @@ def test_an_interrupted_run_goes_on_where_it_was(config):
 @pytest.mark.slow
 def test_a_training_that_is_stopped_is_saved_and_goes_on(config, tmp_path):
     more = ("tuning.steps=80", "--parts", "train:dense:0")
-    process = start(config, *more)
     metrics = tmp_path / "run" / "models" / "dense-0" / "metrics.jsonl"
-    deadline = time.monotonic() + 120
-    while not (metrics.exists() and metrics.read_text()):
-        assert process.poll() is None, process.communicate()
-        assert time.monotonic() < deadline
-        time.sleep(0.1)
-    process.send_signal(signal.SIGINT)
-    _, err = process.communicate(timeout=60)
-    assert process.returncode == 128 + signal.SIGINT, err
+    process = start(config, *more)
+    interrupt(process, lambda: metrics.exists() and metrics.read_text(), signal.SIGINT)
     (saved,) = (metrics.parent / "checkpoints").glob("step*")
     assert 10 <= int(re.search(r"\d+", saved.name)[0]) < 80
     status, _, err = run(config, *more)
@@ -224,7 +217,8 @@ def test_one_command_starts_processes_that_share_the_parts(config):
 
 
 def test_processes_stop_together_and_leave_what_is_done(config):
-    interrupt(start(config, "--processes", "2"), config, "text")
+    process = start(config, "--processes", "2")
+    interrupt(process, lambda: parts_of(config)["text"] is not None)
     status, _, err = run(config, "--processes", "0")
     assert status == 2
     assert err.endswith("--processes must be at least 1, got 0\n")
