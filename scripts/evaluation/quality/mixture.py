@@ -5,18 +5,23 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Iterable
+from pathlib import Path
 from random import Random
 
 import torch
 from torch import Tensor
 
-from evaluation.quality.rows import random_window
+from evaluation.quality.names import RULER_TASKS
+from evaluation.quality.rows import Row, random_window
+from evaluation.quality.ruler_rows import RulerRows
 from evaluation.quality.settings import TuningSettings
 from evaluation.quality.tasks import TaskMaker
 from evaluation.quality.words import Vocabulary
 from infllm_flex.training.data import Batch, Sampler
 from infllm_flex.training.data.store import TokenStore
 from infllm_flex.training.settings import StageSettings
+
+_MOST_PROMPTS = 200  # of each task of RULER: more take longer to make
 
 
 class Mixture:
@@ -26,14 +31,18 @@ class Mixture:
         store: Tokens of the text.
         vocabulary: Words and values of the facts.
         tuning: Proportions of text and tasks.
+        tokenizer: Folder of the tokenizer, for RULER's prompts.
 
     Attributes:
         identity: A hash that is equal exactly for equal samples.
         vocabulary: Upper bound of token numbers, exclusive.
     """
 
-    def __init__(self, store: TokenStore, vocabulary: Vocabulary, tuning: TuningSettings) -> None:
+    def __init__(
+        self, store: TokenStore, vocabulary: Vocabulary, tuning: TuningSettings, tokenizer: Path
+    ) -> None:
         self._store, self._words, self._tuning = store, vocabulary, tuning
+        self._tokenizer = tokenizer
         what = [tuning.tasks, tuning.task_share, tuning.emphasis, tuning.questions]
         described = json.dumps([store.identity, what])
         self.identity = hashlib.sha256(described.encode()).hexdigest()
@@ -45,9 +54,12 @@ class Mixture:
         Raises:
             ValueError: The text is too short for a sample.
         """
-        sampler = MixtureSampler(
-            self._store.train.tokens, self._words, self._tuning, stage.max_length, seed
-        )
+        text, length, tuning = self._store.train.tokens, stage.max_length, self._tuning
+        tasks = tuple(task for task in tuning.tasks if task in RULER_TASKS)
+        samples = int(tuning.steps * tuning.batch_size * tuning.task_share)
+        prompts = max(1, min(_MOST_PROMPTS, samples // len(tuning.tasks)))
+        ruler = RulerRows(tasks, text, length + 1, self._tokenizer, seed, prompts)
+        sampler = MixtureSampler(text, self._words, tuning, length, seed, ruler)
         sampler.check()
         return sampler
 
@@ -61,6 +73,7 @@ class MixtureSampler:
         tuning: Proportions of text and tasks.
         length: Tokens of a sample.
         seed: Seed of the run.
+        ruler: Samples in the forms of RULER; None: ``tuning`` has none.
     """
 
     def __init__(
@@ -70,8 +83,10 @@ class MixtureSampler:
         tuning: TuningSettings,
         length: int,
         seed: int,
+        ruler: RulerRows | None = None,
     ) -> None:
         self._text, self._tuning, self._length, self._seed = text, tuning, length, seed
+        self._ruler = ruler
         self._maker = TaskMaker(vocabulary, text, length + 1, False, tuning.questions)
 
     def check(self) -> None:
@@ -81,7 +96,7 @@ class MixtureSampler:
             ValueError: The text or the length is too short for a task.
         """
         for task in self._tuning.tasks:
-            self._maker.row(task, Random(0))
+            self._row(task, Random(0))
 
     def batch(self, indices: Iterable[int]) -> Batch:
         """Return the samples of ``indices``, one per row."""
@@ -97,7 +112,13 @@ class MixtureSampler:
         if random.random() >= tuning.task_share:
             return random_window(random, self._text, self._length + 1).long(), weights
         task = random.choices(list(tuning.tasks), list(tuning.tasks.values()))[0]
-        row = self._maker.row(task, random)
+        row = self._row(task, random)
         answer = row.is_answer()
         weights[answer] += tuning.emphasis * self._length / int(answer.sum())
         return row.tokens, weights
+
+    def _row(self, task: str, random: Random) -> Row:
+        if task in RULER_TASKS:
+            assert self._ruler is not None
+            return self._ruler.row(task, random)
+        return self._maker.row(task, random)

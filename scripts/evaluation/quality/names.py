@@ -9,3 +9,7 @@ RETRIEVAL = (
 STEPS = "steps"
 SHARES = "keys12"  # whose facts are the needles of the shares
 TASKS = (*RETRIEVAL, STEPS)
+RULER_TASKS = (
+    *("niah_single_1", "niah_multikey_2", "niah_multikey_3"),
+    *("ruler_vt", "ruler_cwe", "ruler_fwe"),
+)

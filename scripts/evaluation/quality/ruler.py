@@ -45,15 +45,14 @@ def judge_ruler(
     Raises:
         SkippedError: A package is missing, or a task cannot make prompts as short.
     """
-    missing = [name for name in _NEEDED if importlib.util.find_spec(name) is None]
-    if missing:
-        raise SkippedError(f"RULER needs {', '.join(missing)}: pip install '.[quality]'")
+    if reason := missing_packages():
+        raise SkippedError(reason)
     if "ruler_vt" in settings.judge.ruler_tasks:
-        _check_variable_tracking(load_tokenizer(model), min(settings.judge.ruler_lengths))
+        check_variable_tracking(load_tokenizer(model), min(settings.judge.ruler_lengths))
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
     network = load_model(model, dtype).to(device).eval()
     tasks: dict[str, Any] = {}
-    with mode.on(network), _no_sentences():
+    with mode.on(network), no_sentences():
         for length in settings.judge.ruler_lengths:
             samples = _evaluate(settings, network, model, length, seed)
             for task, some in samples.items():
@@ -62,7 +61,13 @@ def judge_ruler(
     return {"tasks": tasks}
 
 
-def _check_variable_tracking(tokenizer: Any, length: int) -> None:
+def missing_packages() -> str:
+    """Return what RULER lacks and how to install it; empty if nothing."""
+    missing = [name for name in _NEEDED if importlib.util.find_spec(name) is None]
+    return f"RULER needs {', '.join(missing)}: pip install '.[quality]'" if missing else ""
+
+
+def check_variable_tracking(tokenizer: Any, length: int) -> None:
     """Refuse a length for which lm-eval 0.4.13 looks for a prompt of ``ruler_vt`` without end."""
     from lm_eval.tasks.ruler.vt_utils import generate_input_output
 
@@ -72,7 +77,7 @@ def _check_variable_tracking(tokenizer: Any, length: int) -> None:
 
     example = count(_EXAMPLE_REPEATS, True)
     prompt = example + count(_PROMPT_REPEATS, False) + _ANSWER_TOKENS
-    tokenized = "with this tokenizer: leave ruler_vt out of judge.ruler_tasks"
+    tokenized = "with this tokenizer: leave ruler_vt out"
     if example + _ANSWER_TOKENS > _EXAMPLE_TOKENS:
         raise SkippedError(
             f"the example of ruler_vt has {example + _ANSWER_TOKENS} tokens, more than the "
@@ -81,7 +86,7 @@ def _check_variable_tracking(tokenizer: Any, length: int) -> None:
     if prompt > length:
         raise SkippedError(
             f"the shortest prompt of ruler_vt has {prompt} tokens, more than {length}, {tokenized} "
-            "or raise judge.ruler_lengths"
+            "or make prompts longer"
         )
 
 
@@ -102,7 +107,7 @@ def _evaluate(
                 max_length=network.config.max_position_embeddings,
                 batch_size=judge.ruler_batch,
             ),
-            task_dict=_prompts(judge.ruler_tasks, length, str(base), seed, judge.ruler_items),
+            task_dict=make_prompts(judge.ruler_tasks, length, str(base), seed, judge.ruler_items),
             limit=judge.ruler_items,
             bootstrap_iters=0,
         )
@@ -111,13 +116,26 @@ def _evaluate(
 
 
 @functools.cache
-def _prompts(tasks: tuple[str, ...], length: int, tokenizer: str, seed: int, items: int) -> Any:
-    """Make the prompts of the tasks once for all models, the first ``items`` of each."""
+def make_prompts(tasks: tuple[str, ...], length: int, tokenizer: str, seed: int, items: int) -> Any:
+    """Make the prompts of the tasks once for all models, the first ``items`` of each.
+
+    Args:
+        tasks: Names of the tasks.
+        length: Most tokens of a prompt and its answer.
+        tokenizer: Folder of the tokenizer.
+        seed: Seed of the prompts.
+        items: Prompts of each task.
+
+    Returns:
+        What ``lm_eval.evaluator.evaluate`` takes; ``tasks`` has the tasks by name.
+    """
     import numpy
     from lm_eval.tasks import TaskManager
+    from lm_eval.tasks.ruler import cwe_utils
 
     random.seed(seed)
     numpy.random.seed(seed)
+    cwe_utils.RNG.seed(seed)
     manager = TaskManager(metadata={"max_seq_lengths": [length], "tokenizer": tokenizer})
     with _loops_of(items):
         return manager.load(list(tasks))
@@ -143,7 +161,7 @@ def _loops_of(items: int) -> Any:
 
 
 @contextlib.contextmanager
-def _no_sentences() -> Any:
+def no_sentences() -> Any:
     """Prevent the download of a sentence tokenizer, which only the tasks on essays use."""
     import nltk
 

@@ -3,21 +3,18 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
-from evaluation.quality.names import TASKS
+from evaluation.quality.names import RULER_TASKS, TASKS
 from infllm_flex.config import InfLLMConfig
 from infllm_flex.training.settings import SelectionLossSettings
 
 PYTHON = "python_packages"
 RESERVED = ("dense", "window", "random")
 GROUPS = ("retrieval", "nats", "generation", "shares", "ruler")
-RULER_TASKS = (
-    *("niah_single_1", "niah_multikey_2", "niah_multikey_3"),
-    *("ruler_vt", "ruler_cwe", "ruler_fwe"),
-)
 _NAME = re.compile(r"[a-z][a-z0-9_]*")
 _HUB_NAME = re.compile(r"\w[\w.-]*/\w[\w.-]*")
 
@@ -144,7 +141,8 @@ class TuningSettings:
         checkpointing: Whether to recompute activations, which saves memory.
         compile: Whether to compile each layer by torch.compile.
         workers: Processes that prepare batches.
-        tasks: Relative frequency of each task.
+        tasks: Relative frequency of each task; tasks of RULER may be among them, with prompts that
+            evaluation does not ask.
         task_share: Fraction of the sequences that are tasks; the others are plain text.
         emphasis: Weight of the mean loss over a task's answers, relative to the mean loss over all
             tokens of its sequence.
@@ -181,7 +179,7 @@ class TuningSettings:
             raise ValueError(f"task_share must be between 0 and 1, got {self.task_share}")
         if self.emphasis < 0:
             raise ValueError(f"emphasis must be at least 0, got {self.emphasis}")
-        _check_tasks(self.tasks)
+        _check_tasks(self.tasks, (*TASKS, *RULER_TASKS))
         if sum(self.tasks.values()) <= 0 or min(self.tasks.values()) < 0:
             raise ValueError(
                 f"tasks must have frequencies of at least 0, one of them above 0, got {self.tasks}"
@@ -334,7 +332,7 @@ class QualitySettings:
         return self.variants[self.control or next(iter(self.variants))].attention
 
 
-def _check_tasks(tasks: object) -> None:
-    unknown = [task for task in tasks if task not in TASKS]  # type: ignore[attr-defined]
+def _check_tasks(tasks: Iterable[str], known: tuple[str, ...] = TASKS) -> None:
+    unknown = [task for task in tasks if task not in known]
     if unknown:
-        raise ValueError(f"tasks must be among {', '.join(TASKS)}, got {unknown[0]}")
+        raise ValueError(f"tasks must be among {', '.join(known)}, got {unknown[0]}")

@@ -9,6 +9,8 @@ import torch
 
 from evaluation.quality.arms import AttentionMode, attention_modes, trained
 from evaluation.quality.mixture import Mixture
+from evaluation.quality.names import RULER_TASKS
+from evaluation.quality.ruler import missing_packages
 from evaluation.quality.settings import QualitySettings, TuningSettings
 from infllm_flex.config import InfLLMConfig
 from infllm_flex.training.loop import Outcome, train
@@ -91,6 +93,9 @@ def check_recipes(settings: QualitySettings) -> None:
     """
     if settings.tuning is None:
         return
+    reason = missing_packages()
+    if reason and any(task in RULER_TASKS for task in settings.tuning.tasks):
+        raise ValueError(f"tuning.tasks: {reason}")
     for name in trained(settings):
         mode = attention_modes(settings)[name]
         try:

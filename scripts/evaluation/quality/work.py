@@ -179,7 +179,7 @@ class Worker:
         mode, folder = attention_modes(self.settings)[name], self._model_folder(name, seed)
         recipe = training_settings(self.settings, mode, seed, self._base, folder, self.device)
         assert self.settings.tuning is not None  # else nothing is trained
-        mixture = Mixture(self._store, self._vocabulary, self.settings.tuning)
+        mixture = Mixture(self._store, self._vocabulary, self.settings.tuning, self._base)
         started = time.perf_counter()
         outcome = tune(recipe, mode, mixture, f"{name} {seed}")
         if outcome.signal:

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from random import Random
+
 import pytest
 import torch
 
 from evaluation.quality.arms import attention_modes
-from evaluation.quality.ruler import _evaluate, _loops_of, _no_sentences, _prompts
+from evaluation.quality.ruler import _evaluate, _loops_of, make_prompts, no_sentences
+from evaluation.quality.ruler_rows import RulerRows
 from evaluation.quality.settings import QualitySettings
 from infllm_flex.strict_yaml import build_dataclass, load_yaml
 from infllm_flex.training.model import load_model
@@ -28,10 +31,39 @@ def test_loops_with_a_progress_bar_end_early_inside_only():
 def test_a_task_makes_as_many_prompts_as_are_asked(tmp_path):
     pytest.importorskip("lm_eval")
     make_tokenizer().save_pretrained(tmp_path)
-    with _no_sentences():
-        found = _prompts(("niah_multikey_2",), 6000, str(tmp_path), 0, 3)
+    with no_sentences():
+        found = make_prompts(("niah_multikey_2",), 6000, str(tmp_path), 0, 3)
     (task,) = found["tasks"].values()
     assert len(list(task.test_docs())) == 3
+
+
+def test_training_rows_end_with_answers_to_prompts_that_evaluation_does_not_ask(tmp_path):
+    pytest.importorskip("lm_eval")
+    tokenizer, task, length = make_tokenizer(), "niah_multikey_2", 6000
+    tokenizer.save_pretrained(tmp_path)
+    text = torch.tensor(tokenizer(" bada" * length).input_ids)
+    rows = [
+        RulerRows((task,), text, length, tmp_path, 0, 3).row(task, Random(number))
+        for number in (*range(9), 0)
+    ]
+    assert torch.equal(rows[0].tokens, rows[-1].tokens)
+    asked = set()
+    for row in rows:
+        (question,) = row.questions
+        assert len(row.tokens) == question.answer.end == length
+        assert not question.needles
+        context = tokenizer.decode(row.tokens[: question.answer.start])
+        answer = tokenizer.decode(row.tokens[question.answer.start :])
+        facts, _, asking = context.rpartition("What is")
+        assert answer.startswith(" ")
+        assert facts.count(f"is:{answer}.") == 1
+        name = asking.split(" for ")[-1].split(" ")[0]
+        assert f" for {name} is:{answer}." in facts
+        asked.add(name)
+    assert 1 < len(asked) <= 3
+    with no_sentences():
+        judged = make_prompts((task,), length, str(tmp_path), 0, 9)["tasks"][task]
+    assert not any(name in doc["gen_prefix"] for doc in judged.test_docs() for name in asked)
 
 
 def test_prompts_that_are_continued_together_get_the_answers_they_get_alone(tmp_path):
@@ -47,7 +79,7 @@ def test_prompts_that_are_continued_together_get_the_answers_they_get_alone(tmp_
         described["judge"]["ruler_batch"] = batch
         write_settings(tmp_path / "config.yaml", described)
         settings = build_dataclass(QualitySettings, load_yaml(tmp_path / "config.yaml"))
-        with attention_modes(settings)["fine"].on(network), _no_sentences():
+        with attention_modes(settings)["fine"].on(network), no_sentences():
             (some,) = _evaluate(settings, network, base, length, 0).values()
         answers.append([sample["resps"] for sample in some])
         lengths = {len(sample["arguments"][0][0]) for sample in some}
