@@ -9,6 +9,7 @@ import io
 import itertools
 import logging
 import random
+import sys
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -143,21 +144,29 @@ def make_prompts(tasks: tuple[str, ...], length: int, tokenizer: str, seed: int,
 
 @contextlib.contextmanager
 def _loops_of(items: int) -> Any:
-    """End loops that show progress by tqdm after ``items`` turns.
+    """End the loops in which lm-eval makes prompts after ``items`` turns.
 
-    The tasks make 500 prompts each in such loops, whatever the limit of the evaluation: minutes at
-    32K tokens. Modules that hold tqdm already make all of them, of which the same are used.
+    The tasks make 500 prompts each in loops that show progress by tqdm, whatever the limit of the
+    evaluation: minutes at 32K tokens. Some modules of lm-eval are imported once and keep the tqdm
+    that they got, others are loaded again for every use.
     """
     import tqdm
 
     def some(loop: Any, *_: Any, **__: Any) -> Any:
         return itertools.islice(loop, items)
 
-    whole, tqdm.tqdm = tqdm.tqdm, some
+    def exchange(old: Any, new: Any) -> None:
+        for name, module in list(sys.modules.items()):
+            known = name == "tqdm" or name.startswith("lm_eval.tasks.ruler.")
+            if known and getattr(module, "tqdm", None) is old:
+                module.tqdm = new  # type: ignore[attr-defined]
+
+    whole = tqdm.tqdm
+    exchange(whole, some)
     try:
         yield
     finally:
-        tqdm.tqdm = whole
+        exchange(some, whole)
 
 
 @contextlib.contextmanager

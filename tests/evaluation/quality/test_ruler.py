@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from evaluation.quality.arms import attention_modes
-from evaluation.quality.ruler import _evaluate, _loops_of, make_prompts, no_sentences
+from evaluation.quality.ruler import _evaluate, make_prompts, no_sentences
 from evaluation.quality.ruler_rows import RulerRows
 from evaluation.quality.settings import QualitySettings
 from infllm_flex.strict_yaml import build_dataclass, load_yaml
@@ -16,25 +16,13 @@ from infllm_flex.training.model import load_model
 from tests.evaluation.quality.tiny import make_base, make_tokenizer, settings_of, write_settings
 
 
-def test_loops_with_a_progress_bar_end_early_inside_only():
-    import tqdm
-
-    whole = tqdm.tqdm
-    with _loops_of(3):
-        from tqdm import tqdm as shown
-
-        assert list(shown(range(500), desc="prompts")) == [0, 1, 2]
-        assert list(shown([7])) == [7]
-    assert tqdm.tqdm is whole
-
-
-def test_a_task_makes_as_many_prompts_as_are_asked(tmp_path):
+def test_a_task_makes_as_many_prompts_as_are_asked_each_time(tmp_path):
     pytest.importorskip("lm_eval")
     make_tokenizer().save_pretrained(tmp_path)
-    with no_sentences():
-        found = make_prompts(("niah_multikey_2",), 6000, str(tmp_path), 0, 3)
-    (task,) = found["tasks"].values()
-    assert len(list(task.test_docs())) == 3
+    for count in (3, 5):  # a process that trains and judges asks for two numbers
+        with no_sentences():
+            found = make_prompts(("niah_multikey_2", "ruler_fwe"), 6000, str(tmp_path), 0, count)
+        assert [len(list(task.test_docs())) for task in found["tasks"].values()] == [count] * 2
 
 
 def test_training_rows_end_with_answers_to_prompts_that_evaluation_does_not_ask(tmp_path):
