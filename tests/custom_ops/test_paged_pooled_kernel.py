@@ -35,6 +35,7 @@ from tests.paged import Rows, query_start
 require_kernels()
 pytestmark = pytest.mark.filterwarnings("ignore:.* encountered:RuntimeWarning")  # by numpy
 
+from infllm_flex_ops.selection.kernels.prefill import launch_pooled  # noqa: E402
 from tests.custom_ops.selection_launches import (  # noqa: E402
     launch_select_cached_pooled,
     launch_select_pooled,
@@ -165,6 +166,20 @@ def test_a_chunk_gets_the_bits_of_one_piece(
     args = pooled[0], rows.cache.scored, rows.block_table[1], 230, *rule
     lists = run_on_device(lambda *x: launch(select_paged_chunk_pooled, *x), *args)
     assert torch.equal(lists, expected[0])
+
+
+@pytest.mark.parametrize("page_size", [16, 64])
+def test_many_queries_over_a_rounded_copy_get_the_bits_of_few(
+    page_size: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rows = filled_rows(FLOAT8, [40, 230], page_size, D=24, dtype=DTYPES[-1])
+    pooled = pool_queries(make_qkv(9, Hq=6, D=24, dtype=DTYPES[-1])[0], 2, True)[0]
+    args = pooled, rows.cache.scored, rows.block_table[1], 230, *config_rule(rows.cache.config)
+    lists = []
+    for copy_from in (10, 9):
+        monkeypatch.setattr(launch_pooled, "_COPY_FROM", copy_from)
+        lists.append(run_on_device(lambda *x: launch(select_paged_chunk_pooled, *x), *args))
+    assert torch.equal(*lists)
 
 
 @pytest.mark.parametrize("settings", [EVERY_KEY, FLOAT8], ids=str)

@@ -26,7 +26,8 @@ def select_paged_chunk_pooled(
 ) -> Tensor:
     """Select the blocks of a row's last tokens, as ``select_blocks_pooled`` does, from pages.
 
-    On a GPU the keys are read from their pages: no copy of them is made.
+    On a GPU the keys are read from their pages. Only for 1024 and more queries in e4m3 is a copy of
+    the row's keys made, of one byte per number.
 
     Args:
         q: Pooled queries ``[Hkv, Sq, D]``, the last ``Sq`` of ``kv_len`` tokens, in the dtype of

@@ -7,6 +7,7 @@ import triton
 from torch import Tensor
 
 from infllm_flex_ops.device import has_little_shared_memory, knows_float8
+from infllm_flex_ops.pages import gather_windows
 from infllm_flex_ops.selection.kernels.kernel_args import KernelSizes, Tile
 from infllm_flex_ops.selection.kernels.prefill.plan import (
     SEGMENT_BLOCKS,
@@ -28,9 +29,13 @@ from infllm_flex_ops.selection.kernels.prefill.tiles import (
     choose_pooled_tile,
     choose_windows,
 )
+from infllm_flex_ops.selection.pool_queries import round_to_float8
 from infllm_flex_ops.selection.rule import SelectionRule
 from infllm_flex_ops.triton_common.pages import Paging, deepen_pipeline
 from infllm_flex_ops.triton_common.tensor_args import view
+
+# Queries from which keys in pages are rounded once, into a copy, and not by each tile of queries.
+_COPY_FROM = 1024
 
 
 class _Keys(NamedTuple):
@@ -68,9 +73,25 @@ def launch_paged(
 ) -> Tensor:
     """Do the same for queries ``[Hkv, Sq, D]`` of one row over pages."""
     size = rule.kernel_size
-    paging = Paging.of_windows(compressed.shape[2] * size, size, size)
+    page_size = compressed.shape[2] * size
+    if q.dtype == torch.float8_e4m3fn and q.shape[1] >= _COPY_FROM:
+        keys = _copy_rounded(compressed, table, kv_len // size, rule, page_size)
+        return launch(q[None], keys[None], kv_len, rule)[0]
+    paging = Paging.of_windows(page_size, size, size)
     keys = _Keys(compressed, kv_len // size, table, paging)
     return _launch("select_paged_chunk_pooled", q[None], keys, kv_len, rule, None)[0]
+
+
+def _copy_rounded(
+    compressed: Tensor, table: Tensor, count: int, rule: SelectionRule, page_size: int
+) -> Tensor:
+    """Copy a row's keys from its pages ``[P, Hkv, entries, D]``, in e4m3 ``[Hkv, count, D]``."""
+    shape = compressed.shape[1], count, compressed.shape[3]
+    keys = compressed.new_empty(shape, dtype=torch.float8_e4m3fn)
+    for head, out in enumerate(keys):  # one at a time, since the others take twice the memory
+        pages = compressed[:, head : head + 1]
+        out.copy_(round_to_float8(gather_windows(pages, table, count, *rule.windows, page_size))[0])
+    return keys
 
 
 def _launch(
