@@ -79,7 +79,8 @@ def _attend_forward(dtype: torch.dtype, D: int, G: int, tile_tokens: int) -> Non
     from infllm_flex_ops.block_attention.kernels import attend_blocks
 
     q, (k, v) = meta(1, 2 * G, 8192, D, dtype=dtype), (meta(1, 2, 8192, D, dtype=dtype),) * 2
-    num, idx = (meta(1, 2, 8192 // tile_tokens, *w, dtype=torch.int32) for w in ((), (128,)))
+    tiles = -(-8192 // tile_tokens)
+    num, idx = (meta(1, 2, tiles, *w, dtype=torch.int32) for w in ((), (128,)))
     membership = meta(*idx.shape, dtype=word_dtype(tile_tokens))
     attend_blocks.launch(q, k, v, num, idx, membership, 64, tile_tokens, D**-0.5)
 
@@ -166,9 +167,21 @@ def test_another_triton_compiles_every_operator_for_hopper(
 
 
 @pytest.mark.parametrize(
-    "args", [(HALF, 80, 7, 18), (BRAIN, 128, 2, 64), (BRAIN, 64, 3, 42), (BRAIN, 128, 128, 1)]
+    "args",
+    [
+        (HALF, 80, 7, 18),
+        (BRAIN, 128, 2, 64),
+        (BRAIN, 64, 3, 42),
+        (BRAIN, 128, 128, 1),
+        (BRAIN, 128, 3, 64),  # three warpgroups from here on
+        (BRAIN, 128, 4, 48),
+        (HALF, 80, 7, 27),
+        (BRAIN, 64, 8, 24),
+        (BRAIN, 128, 16, 12),
+        (BRAIN, 128, 33, 5),
+    ],
 )
-def test_tiles_of_two_warpgroups_compile_without_spills(
+def test_tiles_of_several_warpgroups_compile_without_spills(
     args: tuple[Any, ...], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     launches = record_launches(monkeypatch, lambda: _attend_forward(*args), 90)

@@ -51,6 +51,12 @@ def _attend_both_ways(
         ({"S": 3000, "Sq": 77, "Hq": 14, "Hkv": 2, "D": 80}, 18, HALF),
         ({"S": 2000, "Hq": 6, "Hkv": 2, "D": 64}, 42, HALF),
         ({"S": 4096, "Hq": 4, "Hkv": 2, "D": 128}, 64, BRAIN),
+        # Three warpgroups, the last one also with rows that do not exist.
+        ({"S": 3000, "Hq": 6, "Hkv": 2, "D": 128}, 64, BRAIN),
+        ({"S": 3000, "Sq": 333, "Hq": 8, "Hkv": 2, "D": 128, "B": 2}, 48, BRAIN),
+        ({"S": 2000, "Sq": 77, "Hq": 14, "Hkv": 2, "D": 80}, 27, HALF),
+        ({"S": 2000, "Hq": 16, "Hkv": 1, "D": 64}, 12, HALF),
+        ({"S": 2000, "Sq": 5, "Hq": 16, "Hkv": 1, "D": 128}, 9, BRAIN),
         ({"S": 9000, "Sq": 5, "Hq": 16, "Hkv": 1, "D": 40}, 8, BRAIN),
         ({"S": 700, "Hq": 128, "Hkv": 1, "D": 128}, 1, BRAIN),
         ({"S": 40, "Hq": 16, "Hkv": 1, "D": 128}, 8, BRAIN),
@@ -218,23 +224,45 @@ def test_scores_of_nan_and_inf_have_the_same_bits(poison, monkeypatch):
     _score_both_ways((1, 8, 2, 700, 3000, 128), monkeypatch, poison=poison)
 
 
-@pytest.mark.parametrize(
-    ("groups", "kv_len", "block_size", "rows"),
-    [
-        (4, 1 << 17, 64, 128),  # two warpgroups share a tile
-        (4, 1 << 17, 32, 64),  # the other kernel's rule
-        (4, 1 << 15, 32, 128),
-        (2, 1 << 15, 32, 64),
-        (16, 1 << 17, 32, 128),
-    ],
-)
-def test_a_tile_has_the_rows_that_suit_its_kernel(groups, kv_len, block_size, rows, monkeypatch):
+@pytest.fixture
+def hopper(monkeypatch):
     from infllm_flex_ops.block_attention.kernels.attend_blocks import plan
+    from infllm_flex_ops.triton_common import descriptors
 
     monkeypatch.setattr(plan, "compute_capability", lambda _: 90)
+    monkeypatch.setattr(descriptors, "compute_capability", lambda _: 90)
     monkeypatch.setattr(plan, "knows_gluon", lambda: True)
+    return plan
+
+
+@pytest.mark.parametrize(
+    ("groups", "kv_len", "block_size", "tokens"),
+    [
+        (2, 1 << 17, 64, 64),  # two warpgroups, as a word has no more bits
+        (3, 1 << 17, 64, 64),  # three warpgroups share a tile
+        (4, 1 << 17, 64, 48),
+        (7, 1 << 17, 64, 27),
+        (16, 1 << 17, 64, 12),
+        (17, 1 << 17, 64, 11),
+        (128, 1 << 17, 64, 1),
+        (4, 1 << 17, 32, 16),  # the other kernel's rule
+        (4, 1 << 15, 32, 32),
+        (2, 1 << 15, 32, 32),
+        (16, 1 << 17, 32, 8),
+    ],
+)
+def test_a_tile_has_the_rows_that_suit_its_kernel(groups, kv_len, block_size, tokens, hopper):
     k = torch.empty(1, 1, kv_len, 128, dtype=BRAIN, device="meta")
-    assert plan.choose_tile_tokens(groups, k, block_size) * groups == rows
+    assert hopper.choose_tile_tokens(groups, k, block_size) == tokens
+
+
+def test_two_warpgroups_are_enough_where_specialised_warps_do_not_attend(hopper):
+    keys = torch.empty(1, 1, 1 << 17, 130, dtype=BRAIN, device="meta")[..., :128]  # not aligned
+    assert hopper.choose_tile_tokens(4, keys, 64) == 32
+    for page, tokens in ((128, 48), (16, 32)):  # a box lies in one page
+        pages = torch.empty(9, 1, page, 128, dtype=BRAIN, device="meta")
+        assert hopper.choose_tile_tokens(4, pages, 64, 1 << 17) == tokens
+        assert hopper.choose_tile_tokens(4, pages, 64, 1 << 17, most_groups=2) == 32
 
 
 def test_a_triton_whose_gluon_is_not_known_is_named_once(monkeypatch):

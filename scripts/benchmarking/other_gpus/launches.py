@@ -54,7 +54,7 @@ def attend(G: int) -> None:
 
 
 def _lists(tokens: int) -> tuple[Tensor, Tensor, Tensor]:
-    tiles = 1, KV_HEADS, _TOKENS // tokens
+    tiles = 1, KV_HEADS, -(-_TOKENS // tokens)
     words = _meta(*tiles, _SLOTS, dtype=word_dtype(tokens))
     return _meta(*tiles, dtype=_INT), _meta(*tiles, _SLOTS, dtype=_INT), words
 

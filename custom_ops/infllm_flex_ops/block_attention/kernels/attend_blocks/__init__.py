@@ -14,6 +14,7 @@ from infllm_flex_ops.block_attention.kernels.attend_blocks.nonfinite import (
     find_nonfinite_kernel,
 )
 from infllm_flex_ops.block_attention.kernels.attend_blocks.plan import (
+    GROUP_ROWS,
     can_specialize,
     choose_tile,
     choose_tile_tokens,
@@ -174,14 +175,17 @@ def _launch_specialized(
         attend_specialized_kernel,
     )
 
+    groups = triton.cdiv(shape.G * shape.TILE_TOKENS, GROUP_ROWS)
     attend_specialized_kernel[(programs,)](
         **arguments,
         k_desc=describe_for_gluon(k, shape.BLOCK_SIZE),
         v_desc=describe_for_gluon(v, shape.BLOCK_SIZE),
         TILE=SpecializedTile(
             BLOCK_D=triton.next_power_of_2(shape.D),
-            SLOTS=6,  # of keys and values: 192 KiB with head dim 128
-            GROUP_REGISTERS=232,
+            GROUPS=groups,
+            # Of keys and values: 192 KiB with head dim 128, or 160 beside the queries.
+            SLOTS=6 if groups == 2 else 5,
+            GROUP_REGISTERS=232 if groups == 2 else 160,  # of 64 Ki, as many as groups leave
             FETCH_REGISTERS=24,
         ),
         num_warps=4,

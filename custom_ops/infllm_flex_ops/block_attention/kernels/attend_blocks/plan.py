@@ -6,13 +6,21 @@ from torch import Tensor
 from infllm_flex_ops.block_attention.kernels.tile_args import Tile
 from infllm_flex_ops.block_lists import union_lists
 from infllm_flex_ops.device import compute_capability, knows_gluon
+from infllm_flex_ops.triton_common.descriptors import can_use_tma
 
 _WIDE_KEYS = 48 << 10  # up to here tiles of 128 rows also pay for groups of 4 to 7 heads
-_GROUP_ROWS = 64  # of a warpgroup, of which two divide a tile
-_GROUP_KEYS = 64  # keys per block that two warpgroups were measured with
+GROUP_ROWS = 64  # of a warpgroup, of which two or three divide a tile
+_MOST_GROUPS = 3  # whose sums fit into the registers
+_GROUP_KEYS = 64  # keys per block that warpgroups were measured with
 
 
-def choose_tile_tokens(G: int, k: Tensor, block_size: int, kv_len: int | None = None) -> int:
+def choose_tile_tokens(
+    G: int,
+    k: Tensor,
+    block_size: int,
+    kv_len: int | None = None,
+    most_groups: int = _MOST_GROUPS,
+) -> int:
     """Choose the tokens per tile: as many as fit into the rows of a program.
 
     Args:
@@ -20,22 +28,28 @@ def choose_tile_tokens(G: int, k: Tensor, block_size: int, kv_len: int | None = 
         k: Keys ``[B, Hkv, Skv, D]``, or their pages.
         block_size: Keys per block.
         kv_len: Keys of the sequence, if ``k`` are pages.
+        most_groups: Warpgroups that may share a tile, if keys are loaded by TMA.
     """
-    kv_len = k.shape[2] if kv_len is None else kv_len
     # 64 membership bits take registers: only where they were measured.
     most = union_lists.MAX_TILE_TOKENS if compute_capability(k) == 90 else 32
-    return union_lists.choose_tile_tokens(G, _most_rows(G, k, block_size, kv_len), most)
+    # The copy engine loads boxes of one page.
+    if not can_use_tma(k) or (kv_len is not None and k.shape[2] % block_size != 0):
+        most_groups = 2
+    rows = _most_rows(G, k, block_size, kv_len or k.shape[2], most_groups)
+    return union_lists.choose_tile_tokens(G, rows, most)
 
 
-def _most_rows(G: int, k: Tensor, block_size: int, kv_len: int) -> int:
+def _most_rows(G: int, k: Tensor, block_size: int, kv_len: int, most_groups: int) -> int:
     """Rows of the largest tile worth its union.
 
-    A larger tile loads more keys at once, and each row uses fewer of them.
+    A larger tile loads more keys at once, and each row uses fewer of them. Warpgroups share the
+    loads, but each skips the blocks that none of its own tokens selected. So they take tiles as
+    large as registers and membership bits allow.
     """
     if k.element_size() > 2:
         return 16  # float32 without tensor cores: operands in registers
-    if can_specialize(k, 2 * _GROUP_ROWS, block_size):
-        return 2 * _GROUP_ROWS
+    if can_specialize(k, most_groups * GROUP_ROWS, block_size):
+        return most_groups * GROUP_ROWS
     fits = compute_capability(k) == 90 and k.shape[3] in (64, 128)
     wide = fits and (G >= 8 or (G >= 4 and kv_len <= _WIDE_KEYS))
     return 128 if wide else 64
@@ -51,7 +65,7 @@ def can_specialize(x: Tensor, tile_rows: int, block_size: int) -> bool:
     """
     block_d = triton.next_power_of_2(x.shape[3])
     fits = x.element_size() == 2 and block_d in (64, 128) and block_size == _GROUP_KEYS
-    fits = fits and _GROUP_ROWS < tile_rows <= 2 * _GROUP_ROWS
+    fits = fits and GROUP_ROWS < tile_rows <= _MOST_GROUPS * GROUP_ROWS
     return fits and compute_capability(x) == 90 and knows_gluon()
 
 

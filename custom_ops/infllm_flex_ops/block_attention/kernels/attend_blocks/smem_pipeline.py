@@ -1,6 +1,6 @@
 """The pipeline in shared memory through which blocks of keys and values pass, and its producer.
 
-Each slot has two barriers: ``full`` when a block has arrived, ``empty`` when both consumer groups
+Each slot has two barriers: ``full`` when a block has arrived, ``empty`` when all consumer groups
 have released it. The phase of both flips with every round of the pipeline.
 """
 
@@ -65,7 +65,7 @@ def fetch(
     BLOCK_SIZE: gl.constexpr,
     SLOTS: gl.constexpr,
 ):
-    """Load the listed blocks, each as soon as both consumer groups have released its slot."""
+    """Load the listed blocks, each as soon as all consumer groups have released its slot."""
     keys, values, full, empty = pipeline
     BYTES: gl.constexpr = 2 * BLOCK_SIZE * keys.shape[4] * keys.dtype.primitive_bitwidth // 8
     slot = 0

@@ -1,9 +1,9 @@
 """Attention of tiles to their lists on Hopper by specialised warps: one loads, the others compute.
 
 The rows, the arithmetic and the bits are those of ``forward.py``. One warp has the copy engine load
-the blocks of a tile's list into a pipeline in shared memory. Two warpgroups of 64 rows each take
-from it the blocks that a token of theirs selected. A whole tile shares the loads, half a tile the
-products, and while one group takes exponentials the other keeps the tensor cores busy. Triton's
+the blocks of a tile's list into a pipeline in shared memory. Two or three warpgroups of 64 rows
+each take from it the blocks that a token of theirs selected. A whole tile shares the loads, a group
+the products, and while one group takes exponentials the others keep the tensor cores busy. Triton's
 compiler does not specialise the warps of this loop on Hopper, so it is written in Gluon.
 """
 
@@ -19,6 +19,7 @@ from infllm_flex_ops.block_attention.kernels.attend_blocks.smem_pipeline import 
     fetch,
 )
 from infllm_flex_ops.block_attention.kernels.attend_blocks.warpgroup import (
+    ROWS,
     Group,
     HeadView,
     attend_rows,
@@ -30,12 +31,14 @@ class SpecializedTile(NamedTuple):
 
     Attributes:
         BLOCK_D: The head dim, padded to a power of two.
+        GROUPS: Warpgroups that compute, two or three. Three keep their queries in shared memory.
         SLOTS: Blocks of keys and values that the pipeline holds.
         GROUP_REGISTERS: Registers of a thread that computes.
         FETCH_REGISTERS: Registers of a thread that loads.
     """
 
     BLOCK_D: int
+    GROUPS: int
     SLOTS: int
     GROUP_REGISTERS: int
     FETCH_REGISTERS: int
@@ -84,8 +87,14 @@ def attend_specialized_kernel(
     empty = gl.allocate_shared_memory(gl.int64, [SLOTS, 1], mbarrier.MBarrierLayout())
     for i in gl.static_range(SLOTS):
         mbarrier.init(full.index(i), count=1)
-        mbarrier.init(empty.index(i), count=2)
+        mbarrier.init(empty.index(i), count=TILE.GROUPS)
     fence_async_shared()
+    queries = keys  # unused by two groups
+    if TILE.GROUPS > 2:
+        ROWS_SHARED: gl.constexpr = gl.NVMMASharedLayout.get_default_for(
+            [ROWS, TILE.BLOCK_D], dtype
+        )
+        queries = gl.allocate_shared_memory(dtype, [TILE.GROUPS, ROWS, TILE.BLOCK_D], ROWS_SHARED)
 
     pipeline = Pipeline(keys, values, full, empty)
     q_head = (h * SHAPE.G).to(gl.int64)
@@ -105,12 +114,24 @@ def attend_specialized_kernel(
         qk_scale_log2=qk_scale_log2,
     )
     place = KeyPlace(b, h, last, table, SHAPE.PAGE)
-    gl.warp_specialize(
-        [
-            (attend_rows, (0, pipeline, group, SHAPE, TILE)),
-            (attend_rows, (1, pipeline, group, SHAPE, TILE)),
-            (fetch, (pipeline, k_desc, v_desc, group.idx_ptr, num, place, BLOCK_SIZE, SLOTS)),
-        ],
-        [4, 1],
-        [TILE.GROUP_REGISTERS, TILE.FETCH_REGISTERS],
-    )
+    if TILE.GROUPS > 2:
+        gl.warp_specialize(
+            [
+                (attend_rows, (0, pipeline, group, queries, SHAPE, TILE)),
+                (attend_rows, (1, pipeline, group, queries, SHAPE, TILE)),
+                (attend_rows, (2, pipeline, group, queries, SHAPE, TILE)),
+                (fetch, (pipeline, k_desc, v_desc, group.idx_ptr, num, place, BLOCK_SIZE, SLOTS)),
+            ],
+            [4, 4, 1],
+            [TILE.GROUP_REGISTERS, TILE.GROUP_REGISTERS, TILE.FETCH_REGISTERS],
+        )
+    else:
+        gl.warp_specialize(
+            [
+                (attend_rows, (0, pipeline, group, queries, SHAPE, TILE)),
+                (attend_rows, (1, pipeline, group, queries, SHAPE, TILE)),
+                (fetch, (pipeline, k_desc, v_desc, group.idx_ptr, num, place, BLOCK_SIZE, SLOTS)),
+            ],
+            [4, 1],
+            [TILE.GROUP_REGISTERS, TILE.FETCH_REGISTERS],
+        )

@@ -5,6 +5,7 @@ from typing import Any, NamedTuple
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import (
+    fence_async_shared,
     mbarrier,
     warpgroup_mma,
     warpgroup_mma_wait,
@@ -26,7 +27,7 @@ class HeadView(NamedTuple):
 
 
 class Group(NamedTuple):
-    """Inputs that both warpgroups of a program read, in a kernel.
+    """Inputs that all warpgroups of a program read, in a kernel.
 
     Attributes:
         q: The queries.
@@ -71,8 +72,11 @@ def _add_logits(logits, m_i, l_i, member, key, position, Skv, qk_scale_log2, EDG
 
 
 @gluon.jit
-def _load_queries(GROUP: gl.constexpr, group, SHAPE: gl.constexpr, BLOCK_D: gl.constexpr):
-    """Load the rows of a warpgroup; rows that do not exist are zero."""
+def _load_queries(
+    GROUP: gl.constexpr, group, queries, SHAPE: gl.constexpr, TILE: gl.constexpr, DOT: gl.constexpr
+):
+    """Load a warpgroup's rows, to registers or ``queries``; rows that do not exist are zero."""
+    BLOCK_D: gl.constexpr = TILE.BLOCK_D
     LOADED: gl.constexpr = gl.BlockedLayout([1, 8], [256 // BLOCK_D, BLOCK_D // 8], [4, 1], [1, 0])
     row = GROUP * ROWS + gl.arange(0, ROWS, gl.SliceLayout(1, LOADED))
     d = gl.arange(0, BLOCK_D, gl.SliceLayout(0, LOADED))
@@ -80,11 +84,31 @@ def _load_queries(GROUP: gl.constexpr, group, SHAPE: gl.constexpr, BLOCK_D: gl.c
     exists = (row // SHAPE.G < SHAPE.TILE_TOKENS) & (s < group.Sq)
     mask = exists[:, None] & (d < SHAPE.D)[None, :]
     q_row = (row % SHAPE.G) * group.q.h + s.to(gl.int64) * group.q.s
-    return gl.load(group.q.ptr + q_row[:, None] + d[None, :] * group.q.d, mask=mask, other=0.0)
+    q = gl.load(group.q.ptr + q_row[:, None] + d[None, :] * group.q.d, mask=mask, other=0.0)
+    if TILE.GROUPS == 2:
+        q = gl.convert_layout(q, DOT)
+    else:
+        queries.index(GROUP).store(q)
+        fence_async_shared()
+        q = queries.index(GROUP)
+    return q
 
 
 @gluon.jit
-def attend_rows(GROUP: gl.constexpr, pipeline, group, SHAPE: gl.constexpr, TILE: gl.constexpr):
+def _read_word(group, i, FIRST_TOKEN: gl.constexpr, TOKENS: gl.constexpr):
+    """Read the membership bits of a listed block, of the tokens that have a row in the group."""
+    bits = gl.load(group.membership_ptr + i, mask=group.num > 0, other=0) >> FIRST_TOKEN
+    if TOKENS <= 32:
+        bits = bits.to(gl.int32)
+    if TOKENS < 32:
+        bits &= (1 << TOKENS) - 1
+    return bits
+
+
+@gluon.jit
+def attend_rows(
+    GROUP: gl.constexpr, pipeline, group, queries, SHAPE: gl.constexpr, TILE: gl.constexpr
+):
     """Attend with 64 rows of a tile to the blocks that a token of theirs selected."""
     BLOCK_D: gl.constexpr = TILE.BLOCK_D
     BLOCK_SIZE: gl.constexpr = SHAPE.BLOCK_SIZE
@@ -97,34 +121,30 @@ def attend_rows(GROUP: gl.constexpr, pipeline, group, SHAPE: gl.constexpr, TILE:
     Sq, Skv, qk_scale_log2 = group.Sq, group.Skv, group.qk_scale_log2
     dtype: gl.constexpr = group.q.ptr.dtype.element_ty
 
-    q = _load_queries(GROUP, group, SHAPE, BLOCK_D)
-    q = gl.convert_layout(q, gl.DotOperandLayout(0, LOGITS, 2))
+    q = _load_queries(GROUP, group, queries, SHAPE, TILE, gl.DotOperandLayout(0, LOGITS, 2))
 
     row = GROUP * ROWS + gl.arange(0, ROWS, gl.SliceLayout(1, LOGITS))
     n = gl.arange(0, BLOCK_SIZE, gl.SliceLayout(0, LOGITS))
-    token = row // SHAPE.G
-    s = group.start + token
-    position = Skv - Sq + s
+    # The tokens that have a row here.
+    FIRST_TOKEN: gl.constexpr = GROUP * ROWS // SHAPE.G
+    TOKENS: gl.constexpr = (GROUP * ROWS + ROWS - 1) // SHAPE.G - FIRST_TOKEN + 1
+    token = row // SHAPE.G - FIRST_TOKEN
+    position = Skv - Sq + group.start + row // SHAPE.G
     no_logits = gl.zeros([ROWS, BLOCK_SIZE], gl.float32, LOGITS)
     m_i = gl.full([ROWS], -1e30, gl.float32, gl.SliceLayout(1, LOGITS))
     l_i = gl.zeros([ROWS], gl.float32, gl.SliceLayout(1, LOGITS))
     acc = gl.zeros([ROWS, BLOCK_D], gl.float32, SUMS)
 
-    # The membership bits of the tokens that have a row here.
-    FIRST_TOKEN: gl.constexpr = GROUP * ROWS // SHAPE.G
-    TOKENS: gl.constexpr = (GROUP * ROWS + ROWS - 1) // SHAPE.G - FIRST_TOKEN + 1
-    MINE: gl.constexpr = (1 << TOKENS) - 1
-
     i = 0
     slot = 0
     phase = 0
-    bits = gl.load(group.membership_ptr, mask=num > 0, other=0)
-    while (i < num) & (((bits >> FIRST_TOKEN) & MINE) == 0):
+    bits = _read_word(group, 0, FIRST_TOKEN, TOKENS)
+    while (i < num) & (bits == 0):
         mbarrier.wait(full.index(slot), phase)
         mbarrier.arrive(empty.index(slot))
         i += 1
         slot, phase = advance(slot, phase, SLOTS)
-        bits = gl.load(group.membership_ptr + gl.minimum(i, num - 1))
+        bits = _read_word(group, gl.minimum(i, num - 1), FIRST_TOKEN, TOKENS)
     if i < num:
         mbarrier.wait(full.index(slot), phase)
         k = keys.index(slot).reshape([BLOCK_SIZE, BLOCK_D]).permute((1, 0))
@@ -142,12 +162,12 @@ def attend_rows(GROUP: gl.constexpr, pipeline, group, SHAPE: gl.constexpr, TILE:
         begin = i + 1
         slot, phase = advance(slot, phase, SLOTS)
         mbarrier.wait(full.index(slot), phase, pred=begin < num)
-        bits = gl.load(group.membership_ptr + gl.minimum(begin, num - 1))
+        bits = _read_word(group, gl.minimum(begin, num - 1), FIRST_TOKEN, TOKENS)
         for EDGE in gl.static_range(2):
             for i in range(begin, num if EDGE else num_past):
-                next_bits = gl.load(group.membership_ptr + gl.minimum(i + 1, num - 1))
+                next_bits = _read_word(group, gl.minimum(i + 1, num - 1), FIRST_TOKEN, TOKENS)
                 next_slot, next_phase = advance(slot, phase, SLOTS)
-                chosen = ((bits >> FIRST_TOKEN) & MINE) != 0
+                chosen = bits != 0
                 # The previous slot is held until the next block is taken, so take one before the
                 # pipeline runs out of slots. A block that no row selected changes no bit.
                 if chosen | (i - taken >= SLOTS - 2):

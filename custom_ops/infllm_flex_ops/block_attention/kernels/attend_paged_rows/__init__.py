@@ -46,7 +46,8 @@ def launch(
     if out.numel() == 0 or min(max_queries, num_rows) == 0:
         return
     G = group_size(q.shape[1], Hkv)
-    tile_tokens = choose_tile_tokens(G, k, block_size, max_length)
+    # Every row sees nearly all keys of a tile: no more rows than a program has.
+    tile_tokens = choose_tile_tokens(G, k, block_size, max_length, most_groups=2)
     rows = CachedRows.in_pages(q, block_table, seq_lens, query_start, max_queries, k.shape[2])
     has_nonfinite = torch.zeros(num_rows * Hkv, dtype=torch.int32, device=q.device)
     arguments: dict[str, Any] = {
