@@ -28,6 +28,7 @@ pytestmark = pytest.mark.filterwarnings("ignore:.* encountered in:RuntimeWarning
 
 from infllm_flex_ops.block_attention.kernels import attend_blocks as forward  # noqa: E402
 from infllm_flex_ops.block_attention.kernels import attend_blocks_backward as backward  # noqa: E402
+from infllm_flex_ops.block_lists.kernels.tile_blocks import launch as list_tiles  # noqa: E402
 
 
 class Case(NamedTuple):
@@ -158,6 +159,21 @@ def test_tensor_descriptors_are_as_exact_as_pointers(
     by_token = [x.transpose(1, 2).contiguous().transpose(1, 2) for x in case.qkv]
     _judge(case._replace(qkv=by_token))
     assert described
+
+
+@pytest.mark.parametrize("tile_tokens", [128, 100])
+@pytest.mark.parametrize("poison", [0.0, torch.nan], ids=["finite", "nan"])
+def test_two_membership_words_attend_as_one(tile_tokens: int, poison: float) -> None:
+    case = _case({"S": 300, "Sq": 190, "Hq": 2, "Hkv": 2, "D": 16, "B": 2}, 16, 64)
+    case.qkv[2][1, 1, 150] = poison
+    expected = run_on_device(forward.launch, *case.qkv, *case.lists, *case.rest)
+    width = -(-300 // 16)
+    lists = run_on_device(list_tiles, case.selected, 300, 16, tile_tokens, width, False)[:3]
+    assert lists[2].shape[3] == 2 * lists[1].shape[3]
+    rest = (16, tile_tokens, case.scale)
+    actual = run_on_device(forward.launch, *case.qkv, *lists, *rest)
+    for a, b in zip(actual, expected, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5, equal_nan=True)
 
 
 def test_rows_without_a_key() -> None:

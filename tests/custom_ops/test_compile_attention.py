@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from benchmarking.ahead_of_time import SHARED_LIMIT, record_launches
-from infllm_flex_ops.block_lists.membership import word_dtype
+from infllm_flex_ops.block_lists.membership import count_words, word_dtype
 from tests.custom_ops.compiled import (
     ADA_TOO,
     AMPERE_TOO,
@@ -38,6 +38,12 @@ def _tile(tile_tokens: int) -> None:
     from infllm_flex_ops.block_lists.kernels.tile_blocks import launch
 
     launch(meta(1, 2, 8192, 96, dtype=torch.int32), 8192, 64, tile_tokens, 128)
+
+
+def _tile_together(tile_tokens: int) -> None:
+    from infllm_flex_ops.block_lists.kernels.tile_blocks import launch
+
+    launch(meta(1, 2, 8192, 96, dtype=torch.int32), 8192, 64, tile_tokens, 128, False)
 
 
 def _share(tile_tokens: int) -> None:
@@ -81,7 +87,8 @@ def _attend_forward(dtype: torch.dtype, D: int, G: int, tile_tokens: int) -> Non
     q, (k, v) = meta(1, 2 * G, 8192, D, dtype=dtype), (meta(1, 2, 8192, D, dtype=dtype),) * 2
     tiles = -(-8192 // tile_tokens)
     num, idx = (meta(1, 2, tiles, *w, dtype=torch.int32) for w in ((), (128,)))
-    membership = meta(*idx.shape, dtype=word_dtype(tile_tokens))
+    words = 128 * count_words(tile_tokens)
+    membership = meta(1, 2, tiles, words, dtype=word_dtype(tile_tokens))
     attend_blocks.launch(q, k, v, num, idx, membership, 64, tile_tokens, D**-0.5)
 
 
@@ -106,6 +113,7 @@ CASES: list[Any] = [
     *case(_tile, 1, on=EACH),
     *case(_tile, 8, on=EACH),
     *case(_tile, 32, on=EACH),
+    *case(_tile_together, 128),
     *case(_share, 8, on=EACH),
     *case(_transpose, on=EACH),
     *case(_attend_cached, BRAIN, 128, 16, on=EACH),
@@ -173,6 +181,7 @@ def test_another_triton_compiles_every_operator_for_hopper(
         (BRAIN, 128, 2, 64),
         (BRAIN, 64, 3, 42),
         (BRAIN, 128, 128, 1),
+        (BRAIN, 128, 1, 128),  # two words
         (BRAIN, 128, 3, 64),  # three warpgroups from here on
         (BRAIN, 128, 4, 48),
         (HALF, 80, 7, 27),

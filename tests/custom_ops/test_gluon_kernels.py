@@ -51,6 +51,7 @@ def _attend_both_ways(
         ({"S": 3000, "Sq": 77, "Hq": 14, "Hkv": 2, "D": 80}, 18, HALF),
         ({"S": 2000, "Hq": 6, "Hkv": 2, "D": 64}, 42, HALF),
         ({"S": 4096, "Hq": 4, "Hkv": 2, "D": 128}, 64, BRAIN),
+        ({"S": 4000, "Sq": 3333, "Hq": 4, "Hkv": 4, "D": 128}, 128, BRAIN),  # two words
         # Three warpgroups, the last one also with rows that do not exist.
         ({"S": 3000, "Hq": 6, "Hkv": 2, "D": 128}, 64, BRAIN),
         ({"S": 3000, "Sq": 333, "Hq": 8, "Hkv": 2, "D": 128, "B": 2}, 48, BRAIN),
@@ -238,7 +239,9 @@ def hopper(monkeypatch):
 @pytest.mark.parametrize(
     ("groups", "kv_len", "block_size", "tokens"),
     [
+        (1, 1 << 17, 64, 128),  # two words
         (2, 1 << 17, 64, 64),  # two warpgroups, as a word has no more bits
+        (1, 1 << 17, 32, 64),
         (3, 1 << 17, 64, 64),  # three warpgroups share a tile
         (4, 1 << 17, 64, 48),
         (7, 1 << 17, 64, 27),
@@ -259,10 +262,13 @@ def test_a_tile_has_the_rows_that_suit_its_kernel(groups, kv_len, block_size, to
 def test_two_warpgroups_are_enough_where_specialised_warps_do_not_attend(hopper):
     keys = torch.empty(1, 1, 1 << 17, 130, dtype=BRAIN, device="meta")[..., :128]  # not aligned
     assert hopper.choose_tile_tokens(4, keys, 64) == 32
-    for page, tokens in ((128, 48), (16, 32)):  # a box lies in one page
+    assert hopper.choose_tile_tokens(1, keys, 64) == 64
+    for page, *tokens in ((128, 48, 128), (16, 32, 64)):  # a box lies in one page
         pages = torch.empty(9, 1, page, 128, dtype=BRAIN, device="meta")
-        assert hopper.choose_tile_tokens(4, pages, 64, 1 << 17) == tokens
-        assert hopper.choose_tile_tokens(4, pages, 64, 1 << 17, most_groups=2) == 32
+        for groups, expected, dense in zip((4, 1), tokens, (32, 64), strict=True):
+            args = (groups, pages, 64, 1 << 17)
+            assert hopper.choose_tile_tokens(*args) == expected
+            assert hopper.choose_tile_tokens(*args, most_groups=2) == dense
 
 
 def test_a_triton_whose_gluon_is_not_known_is_named_once(monkeypatch):

@@ -88,6 +88,43 @@ def test_equals_the_definition(
         assert _same(back, transpose_blocks(num, idx, num_blocks))
 
 
+@pytest.mark.parametrize("tile_tokens", [128, 100])
+@pytest.mark.parametrize(("S", "Sq"), [(300, 300), (300, 140), (90, 90), (300, 1)])
+def test_two_words_are_those_of_two_smaller_tiles(S: int, Sq: int, tile_tokens: int) -> None:
+    selected = _selected(2, 2, Sq, S, 16, 5)
+    width = _width(selected, S, 16, tile_tokens)
+    args = (selected, S, 16, tile_tokens, width, False)
+    num, idx, words, _, _ = run_on_device(launch_tiles, *args)
+    assert words.dtype == torch.int64
+    for first in range(0, Sq, tile_tokens):
+        tile = first // tile_tokens
+        for word, tokens in enumerate((64, tile_tokens - 64)):
+            begin = first + 64 * word
+            part = selected[:, :, begin : min(begin + tokens, first + tile_tokens, Sq)]
+            end = S - Sq + begin + part.shape[2]
+            for b, h in ((b, h) for b in range(2) for h in range(2)):
+                count = num[b, h, tile]
+                bits = words[b, h, tile, word * width : (word + 1) * width]
+                listed = dict(zip(idx[b, h, tile, :count].tolist(), bits.tolist(), strict=False))
+                assert not bits[count:].any()
+                expected = {}
+                if part.numel():
+                    lists = tile_blocks(part, end, 16, tokens, width, separate_full=False)
+                    n, blocks, members = (x[b, h, 0] for x in lists[:3])
+                    pairs = zip(blocks[:n].tolist(), members.tolist(), strict=False)
+                    expected = dict(pairs)
+                assert {block: x for block, x in listed.items() if x} == expected
+        chosen = selected[:, :, first : first + tile_tokens]
+        for b, h in ((b, h) for b in range(2) for h in range(2)):
+            union = sorted(set(chosen[b, h].flatten().tolist()) - {-1})
+            assert idx[b, h, tile, : num[b, h, tile]].tolist() == union
+
+
+def test_full_blocks_have_no_second_word() -> None:
+    with pytest.raises(ValueError, match="between 1 and 64, got 65"):
+        run_on_device(launch_tiles, _selected(1, 1, 70, 70, 16, 3), 70, 16, 65, 5)
+
+
 @pytest.mark.parametrize("tokens", [32, 64])
 def test_the_highest_bit_makes_the_word_negative(tokens: int) -> None:
     selected = torch.zeros(1, 1, tokens, 1, dtype=torch.int32)

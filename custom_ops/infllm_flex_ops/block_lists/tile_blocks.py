@@ -4,7 +4,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from infllm_flex_ops.block_lists.membership import word_dtype
+from infllm_flex_ops.block_lists.membership import check_tile_tokens, count_words, word_dtype
 from infllm_flex_ops.dispatch import cuda_launcher, define_operator
 from infllm_flex_ops.sizes import ceil_div
 from infllm_flex_ops.transforms import register_vmap
@@ -39,7 +39,9 @@ def tile_blocks(
         Five tensors, int32 except ``words``; lists ascend and are zero past their counts.
         ``kv_num [B, Hkv, Nq]`` and ``kv_idx [B, Hkv, Nq, width]``: the partial blocks.
         ``words [B, Hkv, Nq, width]``: bit t is set if token t of the tile selected that block;
-        int32 for tiles of up to 32 tokens, else int64.
+        int32 for tiles of up to 32 tokens, else int64. On CUDA tiles may hold up to 128 tokens if
+        full blocks are not separate: then ``words [B, Hkv, Nq, 2 * width]`` are those of the first
+        64 tokens, and after them those of the others.
         ``full_num [B, Hkv, Nq]`` and ``full_idx [B, Hkv, Nq, width]``: the full blocks. Unless they
         are separate, the counts are 0 and the width is 0.
 
@@ -47,6 +49,7 @@ def tile_blocks(
         ValueError: ``tile_tokens`` is out of range.
     """
     dtype = word_dtype(tile_tokens)
+    check_tile_tokens(tile_tokens)
     if tile_tokens == 1 and separate_full:
         return _split_own_lists(selected, kv_len, block_size, width)
     B, Hkv, Sq, _ = selected.shape
@@ -98,7 +101,8 @@ def _(
     num = selected.new_empty(B, Hkv, num_tiles)
     idx = selected.new_empty(B, Hkv, num_tiles, width)
     full_idx = selected.new_empty(B, Hkv, num_tiles, width if separate_full else 0)
-    words = torch.empty_like(idx, dtype=word_dtype(tile_tokens))
+    words_width = width * count_words(tile_tokens)
+    words = selected.new_empty(B, Hkv, num_tiles, words_width, dtype=word_dtype(tile_tokens))
     return num, idx, words, torch.empty_like(num), full_idx
 
 

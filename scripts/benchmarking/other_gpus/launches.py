@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from infllm_flex_ops.block_lists.membership import word_dtype
+from infllm_flex_ops.block_lists.membership import count_words, word_dtype
 from infllm_flex_ops.selection.rule import SelectionRule
 
 HEAD_DIM, KV_HEADS, BLOCK = 128, 2, 64
@@ -55,7 +55,7 @@ def attend(G: int) -> None:
 
 def _lists(tokens: int) -> tuple[Tensor, Tensor, Tensor]:
     tiles = 1, KV_HEADS, -(-_TOKENS // tokens)
-    words = _meta(*tiles, _SLOTS, dtype=word_dtype(tokens))
+    words = _meta(*tiles, _SLOTS * count_words(tokens), dtype=word_dtype(tokens))
     return _meta(*tiles, dtype=_INT), _meta(*tiles, _SLOTS, dtype=_INT), words
 
 

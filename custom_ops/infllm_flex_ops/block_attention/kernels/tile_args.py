@@ -98,12 +98,14 @@ class TileList(NamedTuple):
         membership: Pointer to their membership bits, or None.
         num: Blocks in the list.
         num_past: The first of them, all of whose keys lie before the tile's first token.
+        width: Slots of the list. Words of tokens beyond the 64th are as many words further on.
     """
 
     idx: Any
     membership: Any
     num: Any
     num_past: Any
+    width: Any
 
 
 class Keys(NamedTuple):
@@ -145,7 +147,8 @@ def open_list(lists, tile_in_all, Skv, SHAPE: tl.constexpr):
     if Skv < SHAPE.BLOCK_SIZE:
         num_past = 0
     start = tile_in_all * lists.width
-    return TileList(lists.idx + start, lists.membership + start, num, num_past)
+    WORDS: tl.constexpr = (SHAPE.TILE_TOKENS + 63) // 64
+    return TileList(lists.idx + start, lists.membership + start * WORDS, num, num_past, lists.width)
 
 
 @triton.jit
@@ -161,7 +164,12 @@ def read_step(
     else:
         # Clamp, so that a corrupt list cannot read out of bounds.
         block = tl.minimum(tl.maximum(tl.load(tile_list.idx + i // CHUNKS), 0), last)
-        member = ((tl.load(tile_list.membership + i // CHUNKS) >> token) & 1) != 0
+        word = tl.load(tile_list.membership + i // CHUNKS)
+        if SHAPE.TILE_TOKENS > 64:
+            second = tl.load(tile_list.membership + tile_list.width + i // CHUNKS)
+            word = tl.where(token < 64, word, second)
+            token = token % 64
+        member = ((word >> token) & 1) != 0
     inner = i % CHUNKS * TILE.BLOCK_N + tl.arange(0, TILE.BLOCK_N)
     first = block * SHAPE.BLOCK_SIZE + i % CHUNKS * TILE.BLOCK_N
     index = first + tl.arange(0, TILE.BLOCK_N)

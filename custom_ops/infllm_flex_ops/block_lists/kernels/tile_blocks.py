@@ -14,7 +14,7 @@ from infllm_flex_ops.block_lists.kernels.merge import (
     next_block,
     pass_lowest,
 )
-from infllm_flex_ops.block_lists.membership import word_dtype
+from infllm_flex_ops.block_lists.membership import check_tile_tokens, count_words, word_dtype
 
 
 class _Output(NamedTuple):
@@ -45,8 +45,9 @@ def _tile_blocks_kernel(
     lists = locate_lists(selected, Sq, K, q_offset, num_tiles, total_tiles, Hkv, TILING)
     flat, real = lists.flat, lists.real
     WORD: tl.constexpr = tl.int32 if TILING.TILE_TOKENS <= 32 else tl.int64
+    WORDS: tl.constexpr = (TILING.TILE_TOKENS + 63) // 64  # of 64 tokens each
     lane = tl.arange(0, TILING.LANES)[None, :]
-    bit = tl.where(real, tl.full([1, TILING.LANES], 1, WORD) << lane.to(WORD), 0)
+    bit = tl.where(real, tl.full([1, TILING.LANES], 1, WORD) << (lane % 64).to(WORD), 0)
     everyone = tl.sum(bit, 1)
     taken = tl.full([TILING.TILES, TILING.LANES], 0, tl.int32)
     block = next_block(lists, taken, real)
@@ -55,14 +56,18 @@ def _tile_blocks_kernel(
     lowest = tl.min(block, 1)
     while tl.min(lowest, 0) < LIST_END:
         hit = (block == lowest[:, None]) & (block < LIST_END)
-        word = tl.sum(tl.where(hit, bit, 0), 1)
+        word = tl.sum(tl.where(hit if WORDS == 1 else hit & (lane < 64), bit, 0), 1)
         is_listed = lowest < LIST_END
         if SEPARATE_FULL:
             full = (lowest < lists.num_past) & (word == everyone)
             is_listed = is_listed & (full == 0)
         slot = flat * width + num
         tl.store(out.idx + slot, lowest, mask=is_listed & (num < width))
-        tl.store(out.words + slot, word, mask=is_listed & (num < width))
+        words_slot = flat * (WORDS * width) + num
+        tl.store(out.words + words_slot, word, mask=is_listed & (num < width))
+        if WORDS > 1:
+            second = tl.sum(tl.where(hit & (lane >= 64), bit, 0), 1)
+            tl.store(out.words + words_slot + width, second, mask=is_listed & (num < width))
         num += is_listed.to(tl.int32)
         if SEPARATE_FULL:
             full_slot = flat * width + full_num
@@ -85,6 +90,8 @@ def launch(
     separate_full: bool = True,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Allocate zeroed lists and merge into them, one warp for as many tiles as its lanes hold."""
+    if separate_full:
+        check_tile_tokens(tile_tokens)
     B, Hkv, Sq, _ = selected.shape
     num_tiles = triton.cdiv(Sq, tile_tokens)
 
@@ -94,7 +101,7 @@ def launch(
     out = _Output(
         num=zeros(),
         idx=zeros(width),
-        words=zeros(width, dtype=word_dtype(tile_tokens)),
+        words=zeros(width * count_words(tile_tokens), dtype=word_dtype(tile_tokens)),
         full_num=zeros(),
         full_idx=zeros(width if separate_full else 0),
     )

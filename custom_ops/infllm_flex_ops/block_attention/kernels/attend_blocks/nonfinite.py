@@ -114,7 +114,11 @@ def attend_exact_reads_kernel(
             key = block * BLOCK_SIZE + inner
             member = 1  # without membership bits a tile is one token
             if lists.membership is not None:
-                member = (tl.load(lists.membership + slot) >> (s % SHAPE.TILE_TOKENS)) & 1
+                token = s % SHAPE.TILE_TOKENS
+                if SHAPE.TILE_TOKENS > 64:  # two words
+                    slot += (lists_of_tile + token // 64) * lists.width
+                    token = token % 64
+                member = (tl.load(lists.membership + slot) >> token) & 1
             seen = (inner < BLOCK_SIZE) & (key <= tl.where(member != 0, position, -1))
             pages = None
             if SHAPE.PAGE > 0:

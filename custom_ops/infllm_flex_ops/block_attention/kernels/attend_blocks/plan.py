@@ -36,6 +36,8 @@ def choose_tile_tokens(
     if not can_use_tma(k) or (kv_len is not None and k.shape[2] % block_size != 0):
         most_groups = 2
     rows = _most_rows(G, k, block_size, kv_len or k.shape[2], most_groups)
+    if G == 1 and rows > 2 * GROUP_ROWS:
+        most *= 2  # or one word's tokens would be the rows of one warpgroup
     return union_lists.choose_tile_tokens(G, rows, most)
 
 

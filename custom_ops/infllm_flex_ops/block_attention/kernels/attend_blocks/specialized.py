@@ -64,6 +64,7 @@ def attend_specialized_kernel(
     """Attend with one tile, of one KV head; the arguments are those of ``attend_kernel``."""
     BLOCK_SIZE: gl.constexpr = SHAPE.BLOCK_SIZE
     TILE_TOKENS: gl.constexpr = SHAPE.TILE_TOKENS
+    WORDS: gl.constexpr = (TILE_TOKENS + 63) // 64
     SLOTS: gl.constexpr = TILE.SLOTS
     tile = num_tiles - 1 - gl.program_id(0) % num_tiles  # the longest lists first
     head = gl.program_id(0) // num_tiles
@@ -102,7 +103,8 @@ def attend_specialized_kernel(
     group = Group(
         q=HeadView(q.ptr + b64 * q.b + q_head * q.h, q.h, q.s, q.d),
         idx_ptr=lists.idx + start * lists.width,
-        membership_ptr=lists.membership + start * lists.width,
+        membership_ptr=lists.membership + start * lists.width * WORDS,
+        width=lists.width,
         out=HeadView(out.ptr + b64 * out.b + q_head * out.h, out.h, out.s, out.d),
         lse_ptr=lse_ptr + head.to(gl.int64) * SHAPE.G * Sq,
         start=tile * TILE_TOKENS,

@@ -33,6 +33,7 @@ class Group(NamedTuple):
         q: The queries.
         idx_ptr: Pointer to the blocks of the tile's list.
         membership_ptr: Pointer to their membership bits.
+        width: Slots of the list.
         out: The output.
         lse_ptr: Pointer to the log-sum-exp of the query heads, ``[G, Sq]``.
         start: First token of the tile.
@@ -47,6 +48,7 @@ class Group(NamedTuple):
     q: Any
     idx_ptr: Any
     membership_ptr: Any
+    width: Any
     out: Any
     lse_ptr: Any
     start: Any
@@ -97,7 +99,8 @@ def _load_queries(
 @gluon.jit
 def _read_word(group, i, FIRST_TOKEN: gl.constexpr, TOKENS: gl.constexpr):
     """Read the membership bits of a listed block, of the tokens that have a row in the group."""
-    bits = gl.load(group.membership_ptr + i, mask=group.num > 0, other=0) >> FIRST_TOKEN
+    at = FIRST_TOKEN // 64 * group.width + i
+    bits = gl.load(group.membership_ptr + at, mask=group.num > 0, other=0) >> FIRST_TOKEN % 64
     if TOKENS <= 32:
         bits = bits.to(gl.int32)
     if TOKENS < 32:

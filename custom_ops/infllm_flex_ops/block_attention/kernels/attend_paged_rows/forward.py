@@ -69,7 +69,7 @@ def attend_rows_kernel(
     first = Skv - Sq + tile * SHAPE.TILE_TOKENS
     last = tl.minimum(first + SHAPE.TILE_TOKENS, Skv) - 1
     num = last // SHAPE.BLOCK_SIZE + 1
-    tile_list = TileList(None, None, num, (first + 1) // SHAPE.BLOCK_SIZE)
+    tile_list = TileList(None, None, num, (first + 1) // SHAPE.BLOCK_SIZE, 0)
     q_rows = RowTensor(loaded, q_ptr, rows.exists[:, None], q.d)
     query_rows = QueryRows(q_rows, rows.token, rows.position, qk_scale_log2)
     for EDGE in tl.static_range(2):
