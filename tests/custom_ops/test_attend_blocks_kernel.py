@@ -144,10 +144,7 @@ def test_tensor_descriptors_are_as_exact_as_pointers(
 
     described = []
     describe = descriptors.describe
-    for module in (forward, backward.plan):
-        monkeypatch.setattr(
-            module, "can_use_tma", lambda *xs: all(map(descriptors.is_laid_out_for_tma, xs))
-        )
+    _load_by_descriptors(monkeypatch)
     for module in (forward, backward):
         monkeypatch.setattr(module, "describe", lambda *a: described.append(a) or describe(*a))
     describe_groups = descriptors.describe_groups
@@ -263,19 +260,63 @@ def test_split_blocks_have_the_gradients_of_whole_ones(
         torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize("programs", [1, 100], ids=["one at a time", "two of three"])
+@pytest.mark.parametrize("blocks", [1, 8], ids=["one at a time", "two of three"])
 def test_heads_in_turn_have_the_bits_of_all_heads_at_once(
-    programs: int, monkeypatch: pytest.MonkeyPatch
+    blocks: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     case = _case({"S": 60, "Hq": 6, "Hkv": 3, "D": 16}, 16, 4)
     qkv, lists, rest = case.qkv, case.lists, case.rest
     out, lse = run_on_device(forward.launch, *qkv, *lists, *rest)
     state = (torch.ones_like(out), *qkv, out, lse, *lists, *rest)
     at_once = run_on_device(backward.launch, *state)
-    monkeypatch.setattr(backward.plan, "_MIN_PROGRAMS", programs)  # of 68 a head
+    monkeypatch.setattr(backward.plan, "_FIRST_BLOCKS", blocks)  # of 4 a head
     in_turn = run_on_device(backward.launch, *state)
     for a, b in zip(in_turn, at_once, strict=True):
         assert torch.equal(a, b)
+
+
+def _load_by_descriptors(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let kernels load by tensor descriptors, as on Hopper."""
+    from infllm_flex_ops.triton_common import descriptors
+
+    for module in (forward, backward.plan):
+        monkeypatch.setattr(
+            module, "can_use_tma", lambda *xs: all(map(descriptors.is_laid_out_for_tma, xs))
+        )
+
+
+@pytest.mark.skipif(not INTERPRETED, reason="needs descriptors; on Hopper long sequences cover it")
+@pytest.mark.parametrize(
+    ("shape", "tile_tokens", "first_blocks", "split_size"),
+    [
+        # One head more than have slots; all ranges by head, then two of the first together.
+        ({"S": 330, "Sq": 300, "Hq": 48, "Hkv": 3, "D": 16}, 4, 1, 256),
+        ({"S": 330, "Sq": 300, "Hq": 32, "Hkv": 2, "D": 16, "B": 2}, 4, 6, 256),
+        ({"S": 330, "Sq": 300, "Hq": 48, "Hkv": 3, "D": 16}, 4, 1, 30),  # the first block is split
+        ({"S": 300, "Hq": 21, "Hkv": 3, "D": 16}, 2, 1, 256),
+        ({"S": 300, "Hq": 6, "Hkv": 2, "D": 16}, 4, 4, 256),  # with rows of padding
+    ],
+)
+def test_ranges_are_as_exact_as_the_definition(
+    shape: dict[str, int],
+    tile_tokens: int,
+    first_blocks: int,
+    split_size: int,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    _load_by_descriptors(monkeypatch)
+    plans = []
+    make = backward.plan_backward
+    monkeypatch.setattr(backward, "plan_backward", lambda *a: plans.append(make(*a)) or plans[-1])
+    monkeypatch.setattr(backward.plan, "RANGE_BYTES", 1)  # 32 tiles
+    monkeypatch.setattr(backward.plan, "_FIRST_BLOCKS", first_blocks)
+    monkeypatch.setattr(backward.plan, "_SUM_PROGRAMS", 1)
+    monkeypatch.setattr(backward.plan, "choose_split_size", lambda *_: split_size)
+    _judge(_case(shape, 64, tile_tokens, torch.float16))
+    (made,) = plans
+    assert made.dkv.tile.IN_RANGES
+    assert made.dkv.ranges.others > 0
+    assert made.dkv.ranges.sum_heads == 2
 
 
 def test_large_logits_do_not_overflow() -> None:

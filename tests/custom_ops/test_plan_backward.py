@@ -39,7 +39,7 @@ def test_programs_cover_every_row_and_every_key(dtype, D, G, capability):
     assert made.dq.programs == heads * tiles * dq.PARTS
     chunks = -(-block_size // dkv.BLOCK_N)
     assert made.num_blocks == 21
-    assert made.dkv.programs == heads * (made.max_splits + 21) * chunks
+    assert made.dkv.programs == heads * (made.max_splits + 21) * chunks  # one range
     assert made.reduce_programs == heads * made.max_splits * 3
     assert made.row_layout.TILE_ROWS == dkv.PARTS * dkv.ROWS >= G * tokens
     assert dq.BLOCK_D == dkv.BLOCK_D >= D
@@ -81,12 +81,35 @@ def test_rows_are_loaded_by_tma_where_boxes_cut_tiles_into_tokens(
         assert layout.BOX_TOKENS == 0
 
 
-def test_few_heads_run_at_once_but_enough_programs():
-    made = make_plan(BRAIN, 128, 1, 64, S=1 << 16, Hkv=16)
-    per_head = made.dkv.programs // 16
-    assert made.heads_at_once * per_head >= 1024
-    assert (made.heads_at_once - 1) * per_head < 1024
-    assert make_plan(BRAIN, 128, 1, 64, S=640, Hkv=16).heads_at_once == 14
+@pytest.mark.parametrize(
+    ("G", "tokens", "S", "Hkv", "ranges"),
+    [
+        # A range of 2048 tokens; four of two heads have 256 blocks.
+        (16, 4, 1 << 16, 2, (2048, 512, 28, 128, 2, 2)),
+        (16, 4, 1 << 16, 16, (512, 512, 31, 32, 8, 2)),
+        (16, 4, 8192 + 2048, 2, (2560, 512, 0, 160, 2, 2)),  # too short
+        (16, 4, 8192 + 2049, 2, (2048, 512, 2, 128, 2, 2)),
+        # One head of one range has 512 blocks.
+        (1, 64, 1 << 16, 16, (0, 512, 2, 0, 256, 2)),
+        (4, 16, 8192 * 2 + 16, 32, (512, 512, 2, 128, 2, 3)),
+    ],
+)
+def test_ranges_of_16_mib_begin_with_enough_blocks(G, tokens, S, Hkv, ranges, monkeypatch):
+    monkeypatch.setattr(descriptors, "compute_capability", lambda _: 90)
+    made = make_plan(BRAIN, 128, G, tokens, S=S, Hkv=Hkv)
+    assert made.dkv.tile.IN_RANGES
+    assert made.dkv.ranges == ranges
+    _, _, others, first_blocks, _, _ = ranges
+    per_head = made.max_splits + first_blocks + others * made.num_blocks
+    assert made.dkv.programs == Hkv * per_head
+
+
+def test_other_devices_walk_one_range(monkeypatch):
+    monkeypatch.setattr(descriptors, "compute_capability", lambda _: 100)
+    made = make_plan(BRAIN, 128, 16, 4, S=1 << 16)
+    assert not made.dkv.tile.IN_RANGES
+    assert made.dkv.ranges.others == 0
+    assert made.dkv.ranges.first_tiles == 1 << 14
 
 
 def test_splits_hold_an_average_list_and_stay_bounded():

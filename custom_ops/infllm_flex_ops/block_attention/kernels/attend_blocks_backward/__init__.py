@@ -1,6 +1,6 @@
 """Triton kernels of ``attend_blocks_backward``: queries by tile, keys and values by block.
 
-There are no atomics: one program sums a gradient in a fixed order, so its bits repeat.
+No sum is atomic: a gradient is summed in a fixed order, so its bits repeat.
 """
 
 from typing import Any, NamedTuple
@@ -9,10 +9,8 @@ import torch
 import triton.language as tl
 from torch import Tensor
 
-from infllm_flex_ops.block_attention.kernels.attend_blocks_backward.dkv import (
-    KeyGradients,
-    dkv_kernel,
-)
+from infllm_flex_ops.block_attention.kernels.attend_blocks_backward.dkv import dkv_kernel
+from infllm_flex_ops.block_attention.kernels.attend_blocks_backward.dkv_args import KeyGradients
 from infllm_flex_ops.block_attention.kernels.attend_blocks_backward.dq import dq_kernel
 from infllm_flex_ops.block_attention.kernels.attend_blocks_backward.plan import (
     REDUCED_KEYS,
@@ -122,12 +120,29 @@ def launch(
     tiles = sort_by_block(lists, plan.num_blocks)
     counts = tiles.length.view(B * Hkv, plan.num_blocks)
     splits = split_long_lists(counts, plan.split_size, plan.max_splits)
-    slots = (B * Hkv * plan.max_splits, 2, block_size, D)
-    partial = torch.empty(*slots, dtype=torch.float32, device=device)
-    grads = KeyGradients(dk, dv, partial)
+    grads = _allocate_sums(plan, dk, dv)
     _launch_dkv(plan, inputs, shared, rows, tiles, splits, grads)
     _launch_reduce(plan, splits, grads)
     return dq, dk, dv
+
+
+def _allocate_sums(plan: BackwardPlan, dk: Tensor, dv: Tensor) -> KeyGradients:
+    """Allocate the sums on the way to ``dk`` and ``dv``.
+
+    Splits take ``64 + blocks / 16`` slots per head. Ranges take slots only where there are several:
+    in ``first`` at most 256 per head if all keys have queries, in ``sums`` one for each block of
+    two heads and up to 1024 more. With 64 keys of 128 dims a slot has 64 KiB.
+    """
+    heads, D, block_size = dk.shape[0] * dk.shape[1], plan.shape.D, plan.shape.BLOCK_SIZE
+    ranges, num_blocks = plan.dkv.ranges, plan.num_blocks
+    first = heads * ranges.first_blocks if ranges.others else 0
+    sums = ranges.sum_heads * num_blocks if ranges.others else 0
+    slots = (
+        torch.empty(n, 2, block_size, D, dtype=torch.float32, device=dk.device)
+        for n in (heads * plan.max_splits, first, sums)
+    )
+    flags = 1 + heads * (1 + 2 * num_blocks) if plan.dkv.tile.IN_RANGES else 0
+    return KeyGradients(dk, dv, *slots, torch.zeros(flags, dtype=torch.int32, device=dk.device))
 
 
 def _launch_dq(
@@ -161,7 +176,7 @@ def _launch_dkv(
     grads: KeyGradients,
 ) -> None:
     """Fill ``dk`` and ``dv`` of whole blocks, and ``partial`` for the splits of the others."""
-    (B, Hkv), tile = inputs.k.shape[:2], plan.dkv.tile
+    (B, Hkv), tile, ranges = inputs.k.shape[:2], plan.dkv.tile, plan.dkv.ranges
     do_desc = q_desc = None
     if plan.rows_by_tma:
         do_desc, q_desc = (
@@ -175,14 +190,16 @@ def _launch_dkv(
         tiles=tiles,
         splits=splits,
         grads=grads,
-        num_blocks=plan.num_blocks,
         max_splits=plan.max_splits,
         split_size=plan.split_size,
+        first_tiles=ranges.first_tiles,
+        range_tiles=ranges.tiles,
+        heads_at_once=ranges.heads_at_once,
+        sum_heads=ranges.sum_heads,
         heads=B * Hkv,
-        heads_at_once=plan.heads_at_once,
         TILE=tile,
         INDEX=tl.int32 if plan.fits_32_bits else tl.int64,
-        maxnreg=None if plan.rows_by_tma else 255,  # or ptxas may spill to fit more programs
+        maxnreg=plan.dkv.registers,
         **shared,
         **plan.dkv.options,
     )

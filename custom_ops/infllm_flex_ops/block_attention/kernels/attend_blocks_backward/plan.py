@@ -5,7 +5,9 @@ from typing import NamedTuple
 import triton
 from torch import Tensor
 
+from infllm_flex_ops.block_attention.kernels.attend_blocks_backward.dkv_args import KeyTile
 from infllm_flex_ops.block_attention.kernels.attend_blocks_backward.dq import RowLayout
+from infllm_flex_ops.block_attention.kernels.attend_blocks_backward.ranges import Ranges
 from infllm_flex_ops.block_attention.kernels.attend_blocks_backward.splits import (
     bound_splits,
     choose_split_size,
@@ -17,8 +19,9 @@ from infllm_flex_ops.triton_common.descriptors import can_use_tma
 
 _TMA_ROWS = 64  # rows of a step for dk and dv that loads them by TMA
 REDUCED_KEYS = 16  # keys that a program adds up over the splits of their block
-# Programs for dk and dv at once: several per multiprocessor, of as few heads as give so many.
-_MIN_PROGRAMS = 1024
+RANGE_BYTES = 16 << 20  # of queries and gradients, which stay in L2 while all blocks walk them
+_FIRST_BLOCKS = 256  # that walk the first range side by side, to occupy the device
+_SUM_PROGRAMS = 1024  # after which the slots of a head's sums are free: several times those at once
 
 
 class KernelPlan(NamedTuple):
@@ -27,6 +30,24 @@ class KernelPlan(NamedTuple):
     programs: int
     tile: Tile
     options: dict[str, int]
+
+
+class KeyPlan(NamedTuple):
+    """The launch for dk and dv.
+
+    Attributes:
+        programs: Programs.
+        tile: Compile-time sizes.
+        options: Compile options.
+        registers: Registers per thread; None: as many as ptxas chooses.
+        ranges: Ranges of tiles.
+    """
+
+    programs: int
+    tile: KeyTile
+    options: dict[str, int]
+    registers: int | None
+    ranges: Ranges
 
 
 class BackwardPlan(NamedTuple):
@@ -43,13 +64,12 @@ class BackwardPlan(NamedTuple):
         num_blocks: Blocks of keys.
         max_splits: Most splits of a head's blocks.
         split_size: Tiles per split.
-        heads_at_once: KV heads whose blocks run side by side.
         fits_32_bits: Whether offsets within a tile do.
     """
 
     shape: Shape
     dq: KernelPlan
-    dkv: KernelPlan
+    dkv: KeyPlan
     reduce_programs: int
     row_layout: RowLayout
     keys_by_tma: bool
@@ -57,7 +77,6 @@ class BackwardPlan(NamedTuple):
     num_blocks: int
     max_splits: int
     split_size: int
-    heads_at_once: int
     fits_32_bits: bool
 
 
@@ -76,11 +95,21 @@ def plan_backward(
     box_tokens = dkv_tile.ROWS // triton.next_power_of_2(G)
     max_splits = bound_splits(num_blocks)
     chunks = triton.cdiv(block_size, dkv_tile.BLOCK_N)
-    per_head = (max_splits + num_blocks) * chunks
+    offset = k.shape[2] - q.shape[2]
+    # Masks of sums would spill, and so would parts of a block.
+    in_ranges = rows_by_tma and D == dkv_tile.BLOCK_D and chunks == 1
+    ranges = _choose_ranges(q, heads, G, tokens, num_tiles, block_size, offset, in_ranges)
+    per_head = (max_splits + ranges.first_blocks + ranges.others * num_blocks) * chunks
     return BackwardPlan(
         shape=Shape(G, D, block_size, tokens),
         dq=KernelPlan(heads * num_tiles * dq_tile.PARTS, dq_tile, dq_options),
-        dkv=KernelPlan(heads * per_head, dkv_tile, dkv_options),
+        dkv=KeyPlan(
+            programs=heads * per_head,
+            tile=KeyTile(*dkv_tile, IN_RANGES=in_ranges),
+            options=dkv_options,
+            registers=None if rows_by_tma else 255,  # or ptxas may spill to fit more programs
+            ranges=ranges,
+        ),
         reduce_programs=heads * max_splits * triton.cdiv(block_size, REDUCED_KEYS),
         row_layout=RowLayout(
             TILE_ROWS=dkv_tile.PARTS * dkv_tile.ROWS,
@@ -92,8 +121,46 @@ def plan_backward(
         num_blocks=num_blocks,
         max_splits=max_splits,
         split_size=choose_split_size(num_tiles * min(width, num_blocks), num_blocks),
-        heads_at_once=triton.cdiv(_MIN_PROGRAMS, per_head),
         fits_32_bits=_fit_32_bits(q, grad_out, G, tokens),
+    )
+
+
+def _choose_ranges(
+    q: Tensor,
+    heads: int,
+    G: int,
+    tokens: int,
+    num_tiles: int,
+    block_size: int,
+    offset: int,
+    in_ranges: bool,
+) -> Ranges:
+    """Divide the tiles of a head into ranges for dk and dv, on Hopper, where it was measured.
+
+    Early tokens selected nearly all blocks that they see: few blocks, of long lists. All heads walk
+    them first, side by side, unless those of one head occupy the device.
+    """
+    tile_bytes = 2 * tokens * G * q.shape[3] * q.element_size()
+    range_tiles = max(1, RANGE_BYTES // (32 * tile_bytes)) * 32
+    range_tokens = range_tiles * tokens
+    first_tiles = max(1, _FIRST_BLOCKS * block_size // (heads * range_tokens)) * range_tiles
+    if triton.cdiv(offset + range_tokens, block_size) >= _FIRST_BLOCKS:
+        first_tiles = 0
+    if not in_ranges or num_tiles <= first_tiles + range_tiles:
+        first_tiles = num_tiles
+    num_blocks = triton.cdiv(offset + q.shape[2], block_size)
+    first_blocks = min(num_blocks, triton.cdiv(offset + first_tiles * tokens, block_size))
+    if first_tiles == 0:
+        first_blocks = 0
+    others = triton.cdiv(num_tiles - first_tiles, range_tiles)
+    sum_heads = 1 + triton.cdiv(_SUM_PROGRAMS, max(1, others * num_blocks))
+    return Ranges(
+        first_tiles=first_tiles,
+        tiles=range_tiles,
+        others=others,
+        first_blocks=first_blocks,
+        heads_at_once=triton.cdiv(_FIRST_BLOCKS, max(1, first_blocks)),
+        sum_heads=min(heads, sum_heads),
     )
 
 

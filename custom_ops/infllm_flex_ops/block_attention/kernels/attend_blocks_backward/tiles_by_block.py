@@ -25,12 +25,14 @@ class TilesByBlock(NamedTuple):
         length: Pairs of each block, int32 ``[B * Hkv, blocks]``.
         tile: Tile of each pair, int32.
         membership: Membership bits of each pair.
+        before: Pairs of each block before every 32nd tile, int32 ``[B * Hkv * blocks, words]``.
     """
 
     begin: Tensor
     length: Tensor
     tile: Tensor
     membership: Tensor
+    before: Tensor
 
 
 @triton.jit
@@ -59,9 +61,7 @@ def _rank_kernel(bitmap_ptr, before_ptr, count_ptr, row_words, CHUNK: tl.constex
 
 
 @triton.jit(do_not_specialize=["num_tiles", "num_blocks", "row_words"])
-def _place_kernel(
-    lists, tiles, bitmap_ptr, before_ptr, num_tiles, num_blocks, row_words, CHUNK: tl.constexpr
-):
+def _place_kernel(lists, tiles, bitmap_ptr, num_tiles, num_blocks, row_words, CHUNK: tl.constexpr):
     """Write one tile, and its membership bits, to the places of the blocks that it listed."""
     flat = tl.program_id(0).to(tl.int64)
     head = flat // num_tiles
@@ -75,7 +75,7 @@ def _place_kernel(
         at = row * row_words + tile // 32
         earlier = tl.load(bitmap_ptr + at, mask=listed, other=0) & ((1 << (tile % 32)) - 1)
         place = tl.load(tiles.begin + row, mask=listed, other=0) + _count_bits(earlier)
-        place += tl.load(before_ptr + at, mask=listed, other=0)
+        place += tl.load(tiles.before + at, mask=listed, other=0)
         tl.store(tiles.tile + place, tile, mask=listed)
         bits = tl.load(lists.membership + flat * lists.width + slot, mask=listed, other=0)
         tl.store(tiles.membership + place, bits, mask=listed)
@@ -103,12 +103,12 @@ def sort_by_block(lists: Lists, blocks: int) -> TilesByBlock:
         length=count,
         tile=torch.empty(idx.numel(), dtype=idx.dtype, device=device),
         membership=torch.empty(idx.numel(), dtype=membership.dtype, device=device),
+        before=before,
     )
     _place_kernel[(B * Hkv * num_tiles,)](
         lists=lists,
         tiles=tiles,
         bitmap_ptr=bitmap,
-        before_ptr=before,
         num_tiles=num_tiles,
         num_blocks=blocks,
         row_words=row_words,
