@@ -62,7 +62,8 @@ def record_launches(
     import triton
 
     from infllm_flex_ops import device
-    from infllm_flex_ops.block_attention.kernels.attend_blocks import plan
+    from infllm_flex_ops.block_attention.kernels.attend_blocks import plan as forward
+    from infllm_flex_ops.block_attention.kernels.attend_blocks_backward import plan as backward
     from infllm_flex_ops.triton_common import descriptors
 
     launches: dict[str, Launch] = {}
@@ -75,7 +76,7 @@ def record_launches(
 
     with monkeypatch.context() as patch:
         patch.setattr(triton.runtime.JITFunction, "run", run)
-        for module in (device, plan, descriptors):
+        for module in (device, forward, backward, descriptors):
             patch.setattr(module, "compute_capability", lambda _: capability)
         call()
     return list(launches.values())

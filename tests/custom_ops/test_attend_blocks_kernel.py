@@ -86,7 +86,7 @@ def _judge(case: Case) -> tuple[Any, ...]:
 
     grad_out = torch.randn(out.shape, generator=torch.Generator().manual_seed(1)).to(out.dtype)
     state = (grad_out, *qkv, plain_out, plain_lse)
-    grads = run_on_device(backward.launch, *state, *lists, *rest)
+    grads = run_on_device(backward.launch, *state, *lists, *rest, case.selected)
     plain = case.define_backward(*state)
     exact_state = (grad_out.double(), *(x.double() for x in qkv), exact_out, exact_lse)
     exact = case.define_backward(*exact_state)
@@ -285,6 +285,18 @@ def _load_by_descriptors(monkeypatch: pytest.MonkeyPatch) -> None:
         )
 
 
+def _gather(monkeypatch: pytest.MonkeyPatch, range_bytes: int) -> list[Any]:
+    """Let dk and dv gather tokens, as on Hopper, in small ranges; return the plans to come."""
+    plans: list[Any] = []
+    make = backward.plan_backward
+    monkeypatch.setattr(backward, "plan_backward", lambda *a: plans.append(make(*a)) or plans[-1])
+    monkeypatch.setattr(backward.plan, "compute_capability", lambda _: 90)
+    monkeypatch.setattr(backward.plan, "RANGE_BYTES", range_bytes)  # of 32 tokens or all
+    monkeypatch.setattr(backward.plan, "_FIRST_BLOCKS", 2)
+    monkeypatch.setattr(backward.plan, "_SUM_PROGRAMS", 1)
+    return plans
+
+
 @pytest.mark.skipif(not INTERPRETED, reason="needs descriptors; on Hopper long sequences cover it")
 @pytest.mark.parametrize(
     ("shape", "tile_tokens", "first_blocks", "split_size"),
@@ -317,6 +329,60 @@ def test_ranges_are_as_exact_as_the_definition(
     assert made.dkv.tile.IN_RANGES
     assert made.dkv.ranges.others > 0
     assert made.dkv.ranges.sum_heads == 2
+
+
+@pytest.mark.skipif(not INTERPRETED, reason="on Hopper the other tests cover it")
+@pytest.mark.parametrize(
+    ("shape", "tile_tokens", "split_size"),
+    [
+        ({"S": 200, "Sq": 101, "Hq": 6, "Hkv": 2, "D": 16, "B": 2}, 16, 256),
+        ({"S": 170, "Hq": 21, "Hkv": 3, "D": 16}, 8, 256),  # one head more than have slots
+        ({"S": 150, "Sq": 70, "Hq": 8, "Hkv": 1, "D": 64}, 8, 256),
+        ({"S": 300, "Sq": 75, "Hq": 4, "Hkv": 2, "D": 16}, 32, 256),
+        ({"S": 170, "Hq": 7, "Hkv": 1, "D": 16}, 9, 70),  # the first block is split
+    ],
+)
+@pytest.mark.parametrize("range_bytes", [1, 1 << 40], ids=["ranges", "one range"])
+def test_gathered_tokens_are_as_exact_as_the_definition(
+    shape: dict[str, int],
+    tile_tokens: int,
+    split_size: int,
+    range_bytes: int,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    plans = _gather(monkeypatch, range_bytes)
+    monkeypatch.setattr(backward.plan, "choose_split_size", lambda *_: split_size)
+    case = _case(shape, 64, tile_tokens, torch.float16)
+    case.selected[:, :, 5::9, -1:] = -1  # unused slots
+    _judge(case)
+    (made,) = plans
+    assert tile_tokens == made.dkv.tile.GATHERED
+    assert (made.dkv.ranges.others > 0) == (range_bytes == 1)
+
+
+@pytest.mark.skipif(not INTERPRETED, reason="on Hopper the other tests cover it")
+def test_gathered_tokens_stay_in_their_document(monkeypatch: pytest.MonkeyPatch) -> None:
+    plans = _gather(monkeypatch, 1)
+    case = _case({"S": 250, "Hq": 6, "Hkv": 2, "D": 16}, 64, 16, torch.float16)
+    later = torch.arange(250)[:, None] >= 128  # the second document
+    left_out = (case.selected < 0) | (later & (case.selected < 2))
+    chosen = case.selected.masked_fill(left_out, 4).sort(-1).values
+    grads = _judge(case._replace(selected=chosen.masked_fill(chosen == 4, -1)))[2]
+    assert plans[0].dkv.tile.GATHERED
+    assert grads[1].isfinite().all()
+
+
+def test_blocks_after_a_token_are_not_gathered(monkeypatch: pytest.MonkeyPatch) -> None:
+    case = _case({"S": 200, "Hq": 6, "Hkv": 2, "D": 16}, 64, 16, torch.float16)
+    own = torch.arange(200)[:, None] // 64
+    everything = torch.arange(4, dtype=torch.int32).expand(1, 2, 200, 4).contiguous()
+    case = case._replace(selected=everything.masked_fill(everything > own, -1))
+    out, lse = run_on_device(forward.launch, *case.qkv, *case.lists, *case.rest)
+    _gather(monkeypatch, 1)
+    state = (torch.ones_like(out), *case.qkv, out, lse, *case.lists, *case.rest)
+    expected = run_on_device(backward.launch, *state, case.selected)
+    actual = run_on_device(backward.launch, *state, everything)
+    assert all(torch.equal(a, b) for a, b in zip(actual, expected, strict=True))
 
 
 def test_large_logits_do_not_overflow() -> None:

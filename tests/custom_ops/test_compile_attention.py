@@ -81,6 +81,18 @@ def _attend(dtype: torch.dtype, D: int, G: int, tile_tokens: int, block_size: in
     attend_blocks_backward.launch(grad_out, q, k, v, out, lse, *lists, *rest)
 
 
+def _differentiate(dtype: torch.dtype, D: int, G: int, tile_tokens: int) -> None:
+    from infllm_flex_ops.block_attention.kernels import attend_blocks_backward
+
+    q, out, grad_out = (meta(1, 2 * G, 8192, D, dtype=dtype) for _ in range(3))
+    k, v = (meta(1, 2, 8192, D, dtype=dtype) for _ in range(2))
+    lse, selected = meta(1, 2 * G, 8192, dtype=FLOAT), meta(1, 2, 8192, 96, dtype=torch.int32)
+    num, idx = (meta(1, 2, 8192 // tile_tokens, *w, dtype=torch.int32) for w in ((), (128,)))
+    lists = num, idx, meta(*idx.shape, dtype=word_dtype(tile_tokens))
+    rest = (64, tile_tokens, D**-0.5, selected)
+    attend_blocks_backward.launch(grad_out, q, k, v, out, lse, *lists, *rest)
+
+
 def _attend_forward(dtype: torch.dtype, D: int, G: int, tile_tokens: int) -> None:
     from infllm_flex_ops.block_attention.kernels import attend_blocks
 
@@ -135,6 +147,9 @@ CASES: list[Any] = [
     *case(_attend, HALF, 80, 7, 8, on=AMPERE_TOO),
     *case(_attend, BRAIN, 128, 7, 8),
     *case(_attend, HALF, 256, 2, 32, on=ADA_TOO),
+    *case(_differentiate, BRAIN, 128, 4, 16),
+    *case(_differentiate, BRAIN, 128, 3, 16),
+    *case(_differentiate, HALF, 64, 8, 8),
     *case(_attend, BRAIN, 128, 2, 16, 36),
     *case(_attend, FLOAT, 128, 2, 16),
     *case(_attend, FLOAT, 256, 2, 16),

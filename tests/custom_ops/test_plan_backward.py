@@ -11,13 +11,15 @@ from infllm_flex_ops.triton_common import descriptors
 HALF, BRAIN, FLOAT = torch.float16, torch.bfloat16, torch.float32
 
 
-def make_plan(dtype, D, G, tokens, S=8192, B=1, Hkv=2, block_size=64, width=128, strides=None):
+def make_plan(
+    dtype, D, G, tokens, S=8192, B=1, Hkv=2, block_size=64, width=128, strides=None, slots=None
+):
     q = torch.empty(B, Hkv * G, S, D, dtype=dtype, device="meta")
     if strides is not None:
         q = torch.empty_strided(q.shape, strides, dtype=dtype, device="meta")
     k = torch.empty(B, Hkv, S, D, dtype=dtype, device="meta")
     idx = torch.empty(B, Hkv, -(-S // tokens), width, dtype=torch.int32, device="meta")
-    return plan.plan_backward(torch.empty_like(q), q, k, k, idx, block_size, tokens)
+    return plan.plan_backward(torch.empty_like(q), q, k, k, idx, block_size, tokens, slots)
 
 
 @pytest.fixture(params=[80, 90], ids=["sm_80", "sm_90"])
@@ -104,6 +106,47 @@ def test_ranges_of_16_mib_begin_with_enough_blocks(G, tokens, S, Hkv, ranges, mo
     assert made.dkv.programs == Hkv * per_head
 
 
+@pytest.fixture
+def hopper(monkeypatch):
+    for module in (plan, descriptors):
+        monkeypatch.setattr(module, "compute_capability", lambda _: 90)
+
+
+@pytest.mark.parametrize(
+    ("G", "D", "dtype", "block_size", "S", "gathers"),
+    [
+        (2, 128, BRAIN, 64, 1 << 16, True),
+        (8, 64, HALF, 64, 1 << 16, True),
+        (8, 64, HALF, 128, 1 << 16, False),
+        (1, 128, BRAIN, 64, 1 << 16, False),
+        (9, 128, BRAIN, 64, 1 << 16, False),
+        (4, 80, BRAIN, 64, 1 << 16, False),  # masks take registers
+        (4, 256, BRAIN, 64, 1 << 16, False),
+        (4, 128, FLOAT, 64, 1 << 16, False),
+        (4, 128, BRAIN, 48, 1 << 16, False),
+        (4, 128, BRAIN, 64, 1 << 18, True),
+        (4, 128, BRAIN, 64, (1 << 18) + (1 << 17), False),  # tables of more than 1 GiB
+    ],
+)
+def test_tokens_are_gathered_for_a_few_heads_per_group(G, D, dtype, block_size, S, gathers, hopper):
+    made = make_plan(dtype, D, G, 8, S=S, block_size=block_size, slots=96)
+    assert (made.dkv.tile.GATHERED == 8) == gathers
+    assert make_plan(dtype, D, G, 8, S=S, block_size=block_size).dkv.tile.GATHERED == 0
+    if gathers:
+        assert made.dkv.num_tiles == S
+        assert made.dkv.shape.TILE_TOKENS == 1
+        assert made.row_layout == (8 * G, 0, 8 * G)
+        ranges, heads = made.dkv.ranges, 2
+        assert ranges.tiles * 2 * G * D * 2 <= 16 << 20
+        per_head = made.max_splits + ranges.first_blocks + ranges.others * made.num_blocks
+        assert made.dkv.programs == heads * per_head
+
+
+def test_other_devices_gather_no_tokens(monkeypatch):
+    monkeypatch.setattr(plan, "compute_capability", lambda _: 100)
+    assert make_plan(BRAIN, 128, 4, 16, slots=96).dkv.tile.GATHERED == 0
+
+
 def test_other_devices_walk_one_range(monkeypatch):
     monkeypatch.setattr(descriptors, "compute_capability", lambda _: 100)
     made = make_plan(BRAIN, 128, 16, 4, S=1 << 16)
@@ -114,9 +157,9 @@ def test_other_devices_walk_one_range(monkeypatch):
 
 def test_splits_hold_an_average_list_and_stay_bounded():
     long = make_plan(BRAIN, 128, 16, 4, S=1 << 20, width=400)
-    assert long.split_size == (1 << 18) * 400 // (1 << 14)
+    assert long.dkv.split_size == (1 << 18) * 400 // (1 << 14)
     assert long.max_splits == 64 + (1 << 14) // 16
-    assert make_plan(BRAIN, 128, 16, 4).split_size == 256 * 8192 // 1024
+    assert make_plan(BRAIN, 128, 16, 4).dkv.split_size == 256 * 8192 // 1024
 
 
 def test_offsets_of_a_tile_beyond_32_bits_are_noticed():

@@ -50,7 +50,7 @@ def attend(G: int) -> None:
     tokens = attend_blocks_backward.choose_tile_tokens(query, key)
     lse = _meta(1, KV_HEADS * G, _TOKENS, dtype=torch.float32)
     tensors = grad_out, query, key, value, out, lse
-    attend_blocks_backward.launch(*tensors, *_lists(tokens), rest[0], tokens, rest[1])
+    attend_blocks_backward.launch(*tensors, *_lists(tokens), rest[0], tokens, rest[1], selected)
 
 
 def _lists(tokens: int) -> tuple[Tensor, Tensor, Tensor]:

@@ -76,7 +76,8 @@ def differentiate(
     """List the blocks of every tile, and sum the gradients over them."""
     tile_tokens = union_lists.fit_unit(tile_tokens or choose_tile_tokens(q, k), unit)
     lists = union_lists.list_blocks(selected, k.shape[2], block_size, tile_tokens)
-    return launch(grad_out, q, k, v, out, lse, *lists, block_size, tile_tokens, scale)
+    rest = (block_size, tile_tokens, scale, selected)
+    return launch(grad_out, q, k, v, out, lse, *lists, *rest)
 
 
 def launch(
@@ -92,24 +93,27 @@ def launch(
     block_size: int,
     tile_tokens: int,
     scale: float,
+    selected: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Walk the lists by tile for dq, and sorted by block for dk and dv."""
+    """Walk the lists by tile for dq, and sorted by block for dk and dv.
+
+    With ``selected``, from which the lists were built, dk and dv may walk the tokens' own lists.
+    """
     (B, Hkv, Skv, D), device = k.shape, q.device
     dq = torch.empty_like(out)
     dk, dv = (torch.empty(B, Hkv, Skv, D, dtype=x.dtype, device=x.device) for x in (k, v))
     if dq.numel() == 0:
         return dq, dk.zero_(), dv.zero_()
-    plan = plan_backward(grad_out, q, k, v, idx, block_size, tile_tokens)
+    slots = None if selected is None else selected.shape[3]
+    plan = plan_backward(grad_out, q, k, v, idx, block_size, tile_tokens, slots)
     lists = Lists(num.contiguous(), idx.contiguous(), membership.contiguous(), idx.shape[3])
     inputs = Inputs(grad_out, q, k, v, out, lse.contiguous())
     shared = {
         "inputs": Inputs(*map(view, inputs[:-1]), inputs.lse),
         "Sq": q.shape[2],
         "Skv": Skv,
-        "num_tiles": num.shape[2],
         "scale": scale,
         "Hkv": Hkv,
-        "SHAPE": plan.shape,
     }
     per_row = (B * Hkv, num.shape[2], plan.row_layout.TILE_ROWS)
     rows = RowSums(
@@ -117,13 +121,23 @@ def launch(
         torch.zeros(per_row, dtype=torch.float32, device=device),
     )
     _launch_dq(plan, inputs, shared, lists, rows, dq)
+    if selected is not None and plan.dkv.tile.GATHERED:
+        lists = _list_tokens(selected, Skv, block_size)
     tiles = sort_by_block(lists, plan.num_blocks)
     counts = tiles.length.view(B * Hkv, plan.num_blocks)
-    splits = split_long_lists(counts, plan.split_size, plan.max_splits)
+    splits = split_long_lists(counts, plan.dkv.split_size, plan.max_splits)
     grads = _allocate_sums(plan, dk, dv)
     _launch_dkv(plan, inputs, shared, rows, tiles, splits, grads)
     _launch_reduce(plan, splits, grads)
     return dq, dk, dv
+
+
+def _list_tokens(selected: Tensor, Skv: int, block_size: int) -> Lists:
+    """Take the tokens' own lists for tiles of one token, without blocks that begin after them."""
+    Sq, K = selected.shape[2:]
+    own = torch.arange(Skv - Sq, Skv, device=selected.device)[:, None] // block_size
+    num = ((selected >= 0) & (selected <= own)).sum(-1, dtype=torch.int32)
+    return Lists(num, selected.contiguous(), None, K)
 
 
 def _allocate_sums(plan: BackwardPlan, dk: Tensor, dv: Tensor) -> KeyGradients:
@@ -159,6 +173,8 @@ def _launch_dq(
         lists=lists,
         **rows._asdict(),
         dq_ptr=dq,
+        num_tiles=lists.num.shape[2],
+        SHAPE=plan.shape,
         TILE=tile,
         ROW_LAYOUT=plan.row_layout,
         **shared,
@@ -191,12 +207,14 @@ def _launch_dkv(
         splits=splits,
         grads=grads,
         max_splits=plan.max_splits,
-        split_size=plan.split_size,
+        num_tiles=plan.dkv.num_tiles,
+        split_size=plan.dkv.split_size,
         first_tiles=ranges.first_tiles,
         range_tiles=ranges.tiles,
         heads_at_once=ranges.heads_at_once,
         sum_heads=ranges.sum_heads,
         heads=B * Hkv,
+        SHAPE=plan.dkv.shape,
         TILE=tile,
         INDEX=tl.int32 if plan.fits_32_bits else tl.int64,
         maxnreg=plan.dkv.registers,

@@ -3,6 +3,8 @@
 A block that many tiles listed, as all list the first, is split among several programs: each sums
 the gradients of ``split_size`` tiles into a slot of its own, and ``reduce_kernel`` adds the slots
 in order. Other blocks walk the sequence range by range. No sum is atomic, so the bits repeat.
+
+Where a tile holds many tokens, a block takes instead those that selected it, as tiles of one token.
 """
 
 import triton
@@ -14,6 +16,7 @@ from infllm_flex_ops.block_attention.kernels.attend_blocks_backward.dkv_args imp
     Queries,
 )
 from infllm_flex_ops.block_attention.kernels.attend_blocks_backward.dkv_by_tile import add_tiles
+from infllm_flex_ops.block_attention.kernels.attend_blocks_backward.dkv_by_token import add_tokens
 from infllm_flex_ops.block_attention.kernels.attend_blocks_backward.ranges import (
     Problem,
     Ranges,
@@ -50,6 +53,25 @@ def _load_keys(k, v, b, h, key, valid, SHAPE: tl.constexpr, TILE: tl.constexpr):
         v=RowTensor(v_loaded, v_row, valid[:, None], v.d),
         position=key,
     )
+
+
+@triton.jit
+def _count_rows(num_tiles, SHAPE: tl.constexpr, TILE: tl.constexpr):
+    """Count the rows of a head for which the dq kernel keeps numbers, without boxes."""
+    rows = num_tiles * (TILE.PARTS * TILE.ROWS)
+    if TILE.GATHERED:
+        rows = tl.cdiv(num_tiles, TILE.GATHERED) * (TILE.GATHERED * SHAPE.G)
+    return rows
+
+
+@triton.jit
+def _store_gradients(grads, first, key, valid, dk, dv, SHAPE: tl.constexpr, TILE: tl.constexpr):
+    """Write the gradients of keys; ``first`` is the head's first among those of all heads."""
+    d = tl.arange(0, TILE.BLOCK_D)
+    mask = valid[:, None] & (d < SHAPE.D)[None, :]
+    out = ((first + key)[:, None]) * SHAPE.D + d[None, :]
+    tl.store(grads.dk + out, dk, mask=mask)
+    tl.store(grads.dv + out, dv, mask=mask)
 
 
 _VARYING = ["Sq", "Skv", "num_tiles", "max_splits", "split_size"]
@@ -94,8 +116,7 @@ def dkv_kernel(
     CHUNKS: tl.constexpr = (BLOCK_SIZE + TILE.BLOCK_N - 1) // TILE.BLOCK_N
     offset, num_blocks = Skv - Sq, tl.cdiv(Skv, BLOCK_SIZE)
     first_blocks = tl.minimum(num_blocks, tl.cdiv(offset + first_tiles * TOKENS, BLOCK_SIZE))
-    if first_tiles == 0:
-        first_blocks = 0
+    first_blocks = tl.where(first_tiles > 0, first_blocks, 0)
     others = tl.cdiv(num_tiles - first_tiles, range_tiles)
     ranges = Ranges(first_tiles, range_tiles, others, first_blocks, heads_at_once, sum_heads)
     problem = Problem(heads, num_tiles, num_blocks, max_splits, split_size)
@@ -110,8 +131,9 @@ def dkv_kernel(
         valid = (inner < BLOCK_SIZE) & (key < Skv)
         keys = _load_keys(k, v, b, h, key, valid, SHAPE, TILE)
         if not TILE.USE_TMA:
-            row_lse += head * num_tiles * (TILE.PARTS * TILE.ROWS)
-            row_delta += head * num_tiles * (TILE.PARTS * TILE.ROWS)
+            rows = _count_rows(num_tiles, SHAPE, TILE)
+            row_lse += head * rows
+            row_delta += head * rows
         queries = Queries(
             q=_group_view(q, b, h, SHAPE),
             do=_group_view(grad_out, b, h, SHAPE),
@@ -135,11 +157,16 @@ def dkv_kernel(
         for LATER in tl.static_range(2):
             block_tiles = BlockTiles(
                 tile=tiles.tile + begin,
-                membership=tiles.membership + begin,
+                membership=None if TILE.GATHERED else tiles.membership + begin,
                 begin=num_edges if LATER else 0,
                 end=count if LATER else num_edges,
             )
-            dk, dv = add_tiles(dk, dv, keys, queries, block_tiles, SHAPE, TILE, INDEX, not LATER)
+            if TILE.GATHERED:
+                dk, dv = add_tokens(dk, dv, keys, queries, block_tiles, SHAPE, TILE, not LATER)
+            else:
+                dk, dv = add_tiles(
+                    dk, dv, keys, queries, block_tiles, SHAPE, TILE, INDEX, not LATER
+                )
         if task.number < 0:
             store_sums(grads.partial, task.split, inner, dk * scale, dv, SHAPE, TILE)
         else:
@@ -149,10 +176,6 @@ def dkv_kernel(
                     dk, dv, grads, task, block, own_tile, inner, ranges, problem, SHAPE, TILE
                 )
             if is_last:
-                d = tl.arange(0, TILE.BLOCK_D)
-                mask = valid[:, None] & (d < SHAPE.D)[None, :]
-                out = ((head * Skv + key)[:, None]) * SHAPE.D + d[None, :]
-                tl.store(grads.dk + out, dk * scale, mask=mask)
-                tl.store(grads.dv + out, dv, mask=mask)
+                _store_gradients(grads, head * Skv, key, valid, dk * scale, dv, SHAPE, TILE)
     if TILE.IN_RANGES:
         finish(grads.flags, task, own_tile, ranges, problem)

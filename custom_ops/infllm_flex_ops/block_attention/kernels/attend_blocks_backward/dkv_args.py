@@ -14,6 +14,8 @@ class KeyTile(NamedTuple):
         FP32: Multiply float32 exactly, without tensor cores.
         USE_TMA: Load queries and gradients by TMA.
         IN_RANGES: Blocks may walk the sequence range by range; then a program takes a whole block.
+        GATHERED: Tokens of a tile of the dq kernel, if a step here takes the rows of single tokens
+            that selected the block; else 0.
     """
 
     PARTS: int
@@ -23,6 +25,7 @@ class KeyTile(NamedTuple):
     FP32: bool
     USE_TMA: bool
     IN_RANGES: bool
+    GATHERED: int = 0
 
 
 class KeyGradients(NamedTuple):
@@ -98,11 +101,11 @@ class BlockKeys(NamedTuple):
 
 
 class BlockTiles(NamedTuple):
-    """Tiles that listed one block, in a kernel.
+    """Tiles that listed one block, in a kernel. A tile may be one token.
 
     Attributes:
         tile: Pointer to the first of them.
-        membership: Pointer to its membership bits.
+        membership: Pointer to its membership bits; None for tokens.
         begin: First tile to take.
         end: One past the last tile to take.
     """

@@ -14,7 +14,7 @@ from infllm_flex_ops.block_attention.kernels.attend_blocks_backward.splits impor
 )
 from infllm_flex_ops.block_attention.kernels.tile_args import Shape, Tile
 from infllm_flex_ops.block_lists import union_lists
-from infllm_flex_ops.device import has_little_shared_memory
+from infllm_flex_ops.device import compute_capability, has_little_shared_memory
 from infllm_flex_ops.triton_common.descriptors import can_use_tma
 
 _TMA_ROWS = 64  # rows of a step for dk and dv that loads them by TMA
@@ -22,6 +22,12 @@ REDUCED_KEYS = 16  # keys that a program adds up over the splits of their block
 RANGE_BYTES = 16 << 20  # of queries and gradients, which stay in L2 while all blocks walk them
 _FIRST_BLOCKS = 256  # that walk the first range side by side, to occupy the device
 _SUM_PROGRAMS = 1024  # after which the slots of a head's sums are free: several times those at once
+
+
+# Heads per group whose tokens dk and dv gather. Tiles of more heads hold few tokens, most of which
+# selected the block. One head has a token per row, each to be looked up.
+_GATHERED_HEADS = range(2, 9)
+_GATHERED_BYTES = 1 << 30  # at most, of a table with a bit for each token and block, and its counts
 
 
 class KernelPlan(NamedTuple):
@@ -37,16 +43,22 @@ class KeyPlan(NamedTuple):
 
     Attributes:
         programs: Programs.
+        shape: Compile-time sizes of the problem; tiles of one token if tokens are gathered.
         tile: Compile-time sizes.
         options: Compile options.
         registers: Registers per thread; None: as many as ptxas chooses.
+        num_tiles: Tiles of a head.
+        split_size: Tiles per split.
         ranges: Ranges of tiles.
     """
 
     programs: int
+    shape: Shape
     tile: KeyTile
     options: dict[str, int]
     registers: int | None
+    num_tiles: int
+    split_size: int
     ranges: Ranges
 
 
@@ -63,7 +75,6 @@ class BackwardPlan(NamedTuple):
         rows_by_tma: Whether the dkv kernel loads queries and gradients by TMA.
         num_blocks: Blocks of keys.
         max_splits: Most splits of a head's blocks.
-        split_size: Tiles per split.
         fits_32_bits: Whether offsets within a tile do.
     """
 
@@ -76,14 +87,31 @@ class BackwardPlan(NamedTuple):
     rows_by_tma: bool
     num_blocks: int
     max_splits: int
-    split_size: int
     fits_32_bits: bool
 
 
 def plan_backward(
-    grad_out: Tensor, q: Tensor, k: Tensor, v: Tensor, idx: Tensor, block_size: int, tokens: int
+    grad_out: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    idx: Tensor,
+    block_size: int,
+    tokens: int,
+    slots: int | None = None,
 ) -> BackwardPlan:
-    """Plan the launches for lists ``idx [B, Hkv, num_tiles, width]`` of tiles of ``tokens``."""
+    """Plan the launches.
+
+    Args:
+        grad_out: Gradient of the output.
+        q: Queries ``[B, Hq, Sq, D]``.
+        k: Keys.
+        v: Values.
+        idx: Lists ``[B, Hkv, num_tiles, width]`` of the tiles.
+        block_size: Keys per block.
+        tokens: Tokens per tile.
+        slots: Slots of a token's own list; None if it is not known.
+    """
     B, Hkv, num_tiles, width = idx.shape
     D, G = q.shape[3], q.shape[1] // Hkv
     heads, num_blocks = B * Hkv, triton.cdiv(k.shape[2], block_size)
@@ -95,19 +123,22 @@ def plan_backward(
     box_tokens = dkv_tile.ROWS // triton.next_power_of_2(G)
     max_splits = bound_splits(num_blocks)
     chunks = triton.cdiv(block_size, dkv_tile.BLOCK_N)
-    offset = k.shape[2] - q.shape[2]
+    shape, offset = Shape(G, D, block_size, tokens), k.shape[2] - q.shape[2]
     # Masks of sums would spill, and so would parts of a block.
     in_ranges = rows_by_tma and D == dkv_tile.BLOCK_D and chunks == 1
-    ranges = _choose_ranges(q, heads, G, tokens, num_tiles, block_size, offset, in_ranges)
+    ranges = _choose_ranges(q, shape, heads, num_tiles, offset, in_ranges)
     per_head = (max_splits + ranges.first_blocks + ranges.others * num_blocks) * chunks
-    return BackwardPlan(
-        shape=Shape(G, D, block_size, tokens),
+    plan = BackwardPlan(
+        shape=shape,
         dq=KernelPlan(heads * num_tiles * dq_tile.PARTS, dq_tile, dq_options),
         dkv=KeyPlan(
             programs=heads * per_head,
+            shape=shape,
             tile=KeyTile(*dkv_tile, IN_RANGES=in_ranges),
             options=dkv_options,
             registers=None if rows_by_tma else 255,  # or ptxas may spill to fit more programs
+            num_tiles=num_tiles,
+            split_size=choose_split_size(num_tiles * min(width, num_blocks), num_blocks),
             ranges=ranges,
         ),
         reduce_programs=heads * max_splits * triton.cdiv(block_size, REDUCED_KEYS),
@@ -120,27 +151,65 @@ def plan_backward(
         rows_by_tma=rows_by_tma,
         num_blocks=num_blocks,
         max_splits=max_splits,
-        split_size=choose_split_size(num_tiles * min(width, num_blocks), num_blocks),
         fits_32_bits=_fit_32_bits(q, grad_out, G, tokens),
+    )
+    if slots is None or not _can_gather(q, shape, heads * num_blocks):
+        return plan
+    return _gather(plan, q, heads, offset, slots)
+
+
+def _can_gather(q: Tensor, shape: Shape, blocks: int) -> bool:
+    """Whether dk and dv gather the tokens that selected a block, on Hopper, where measured.
+
+    A tile of many tokens holds some that did not select a block, whose rows would be masked.
+    """
+    fits = q.element_size() == 2 and shape.D in (16, 32, 64, 128) and shape.BLOCK_SIZE == 64
+    fits = fits and shape.G in _GATHERED_HEADS and compute_capability(q) == 90
+    return fits and 2 * blocks * triton.cdiv(q.shape[2], 32) * 4 <= _GATHERED_BYTES
+
+
+def _gather(plan: BackwardPlan, q: Tensor, heads: int, offset: int, slots: int) -> BackwardPlan:
+    """Let dk and dv take single tokens, each with a list of ``slots``, instead of tiles."""
+    shape, Sq = plan.shape._replace(TILE_TOKENS=1), q.shape[2]
+    tile = KeyTile(
+        PARTS=1,
+        ROWS=64,
+        BLOCK_N=64,
+        BLOCK_D=shape.D,
+        FP32=False,
+        USE_TMA=False,
+        IN_RANGES=True,
+        GATHERED=plan.shape.TILE_TOKENS,
+    )
+    ranges = _choose_ranges(q, shape, heads, Sq, offset, in_ranges=True)
+    per_head = plan.max_splits + ranges.first_blocks + ranges.others * plan.num_blocks
+    tile_rows = shape.G * plan.shape.TILE_TOKENS
+    return plan._replace(
+        dkv=KeyPlan(
+            programs=heads * per_head,
+            shape=shape,
+            tile=tile,
+            options={"num_warps": 4, "num_stages": 2},
+            registers=255,
+            num_tiles=Sq,
+            split_size=choose_split_size(Sq * min(slots, plan.num_blocks), plan.num_blocks),
+            ranges=ranges,
+        ),
+        row_layout=RowLayout(TILE_ROWS=tile_rows, BOX_TOKENS=0, BOX_ROWS=tile_rows),
+        rows_by_tma=False,
     )
 
 
 def _choose_ranges(
-    q: Tensor,
-    heads: int,
-    G: int,
-    tokens: int,
-    num_tiles: int,
-    block_size: int,
-    offset: int,
-    in_ranges: bool,
+    q: Tensor, shape: Shape, heads: int, num_tiles: int, offset: int, in_ranges: bool
 ) -> Ranges:
     """Divide the tiles of a head into ranges for dk and dv, on Hopper, where it was measured.
 
     Early tokens selected nearly all blocks that they see: few blocks, of long lists. All heads walk
     them first, side by side, unless those of one head occupy the device.
     """
-    tile_bytes = 2 * tokens * G * q.shape[3] * q.element_size()
+    G, D, block_size, tokens, _ = shape
+    tile_bytes = 2 * tokens * G * D * q.element_size()
     range_tiles = max(1, RANGE_BYTES // (32 * tile_bytes)) * 32
     range_tokens = range_tiles * tokens
     first_tiles = max(1, _FIRST_BLOCKS * block_size // (heads * range_tokens)) * range_tiles

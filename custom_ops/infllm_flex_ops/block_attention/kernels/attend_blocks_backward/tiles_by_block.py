@@ -24,14 +24,14 @@ class TilesByBlock(NamedTuple):
         begin: First pair of each block, int64 ``[B * Hkv, blocks]``.
         length: Pairs of each block, int32 ``[B * Hkv, blocks]``.
         tile: Tile of each pair, int32.
-        membership: Membership bits of each pair.
+        membership: Membership bits of each pair; None for tiles of one token.
         before: Pairs of each block before every 32nd tile, int32 ``[B * Hkv * blocks, words]``.
     """
 
     begin: Tensor
     length: Tensor
     tile: Tensor
-    membership: Tensor
+    membership: Tensor | None
     before: Tensor
 
 
@@ -77,8 +77,9 @@ def _place_kernel(lists, tiles, bitmap_ptr, num_tiles, num_blocks, row_words, CH
         place = tl.load(tiles.begin + row, mask=listed, other=0) + _count_bits(earlier)
         place += tl.load(tiles.before + at, mask=listed, other=0)
         tl.store(tiles.tile + place, tile, mask=listed)
-        bits = tl.load(lists.membership + flat * lists.width + slot, mask=listed, other=0)
-        tl.store(tiles.membership + place, bits, mask=listed)
+        if lists.membership is not None:
+            bits = tl.load(lists.membership + flat * lists.width + slot, mask=listed, other=0)
+            tl.store(tiles.membership + place, bits, mask=listed)
 
 
 def sort_by_block(lists: Lists, blocks: int) -> TilesByBlock:
@@ -102,7 +103,7 @@ def sort_by_block(lists: Lists, blocks: int) -> TilesByBlock:
         begin=count.cumsum(0, dtype=torch.int64) - count,
         length=count,
         tile=torch.empty(idx.numel(), dtype=idx.dtype, device=device),
-        membership=torch.empty(idx.numel(), dtype=membership.dtype, device=device),
+        membership=None if membership is None else torch.empty_like(membership).view(-1),
         before=before,
     )
     _place_kernel[(B * Hkv * num_tiles,)](
