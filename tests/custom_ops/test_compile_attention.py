@@ -147,9 +147,6 @@ CASES: list[Any] = [
     *case(_attend, HALF, 80, 7, 8, on=AMPERE_TOO),
     *case(_attend, BRAIN, 128, 7, 8),
     *case(_attend, HALF, 256, 2, 32, on=ADA_TOO),
-    *case(_differentiate, BRAIN, 128, 4, 16),
-    *case(_differentiate, BRAIN, 128, 3, 16),
-    *case(_differentiate, HALF, 64, 8, 8),
     *case(_attend, BRAIN, 128, 2, 16, 36),
     *case(_attend, FLOAT, 128, 2, 16),
     *case(_attend, FLOAT, 256, 2, 16),
@@ -213,3 +210,14 @@ def test_tiles_of_several_warpgroups_compile_without_spills(
     used = compile_launch(launches[0], 90)
     assert used.stack == 0
     assert used.shared <= SHARED_LIMIT[90]
+
+
+@pytest.mark.parametrize(
+    "args", [(BRAIN, 128, 4, 16), (BRAIN, 128, 3, 16), (BRAIN, 128, 2, 32), (HALF, 64, 8, 8)]
+)
+def test_gathered_tokens_compile_without_spills(
+    args: tuple[Any, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    launches = record_launches(monkeypatch, lambda: _differentiate(*args), 90)
+    assert args[3] == launches[-2].arguments["TILE"].GATHERED
+    assert_no_spills(monkeypatch, _differentiate, args, 90)
