@@ -15,6 +15,7 @@ from infllm_flex.patch import discovery
 from infllm_flex.patch.dense_context import dense_context
 from infllm_flex.patch.discovery import AttentionModule
 from infllm_flex.patch.example_run import Example, record_example
+from infllm_flex.patch.head_dims import read_head_dim
 from infllm_flex.patch.head_groups import check_kv_heads, count_heads
 from infllm_flex.patch.layer_state import get_layer
 from infllm_flex.patch.module_names import Names, resolve_modules
@@ -93,7 +94,9 @@ def patch_model(
     model_configs = [
         getattr(m, "config", None) for m in (model, *(f.module for f in layers.values()))
     ]
-    resolved = resolve_config(config, overrides, model_configs, _device_of(model))
+    sparse = (found.module for found in layers.values() if found.skip_reason is None)
+    head_dim = next((dim for dim in map(read_head_dim, sparse) if dim is not None), None)
+    resolved = resolve_config(config, overrides, model_configs, _device_of(model), head_dim)
     discovery.attach(model, layers, resolved.config, num_key_value_heads)
     for layer in discovery.patched_layers(model).values():
         layer.origin = resolved.origin

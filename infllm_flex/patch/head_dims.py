@@ -1,4 +1,4 @@
-"""Head sizes that sparse attention cannot serve, read from a layer before it runs."""
+"""Head sizes, read from a layer before it runs, and those that sparse attention cannot serve."""
 
 from __future__ import annotations
 
@@ -26,9 +26,14 @@ def unsupported_head_dims(key_dim: int, value_dim: int) -> str | None:
     return None
 
 
+def read_head_dim(module: object) -> int | None:
+    """Head size of queries and keys by the attributes of a layer or config; None if none tells."""
+    return _first(module, _KEY_NAMES)
+
+
 def head_dim_skip_reason(module: nn.Module) -> str | None:
     """The same for a layer, by its attributes and projections; None where these do not tell."""
-    key_dim = _first(module, _KEY_NAMES)
+    key_dim = read_head_dim(module)
     if key_dim is None:
         return None
     value_dim = _first(module, _VALUE_NAMES)
@@ -37,7 +42,7 @@ def head_dim_skip_reason(module: nn.Module) -> str | None:
     return unsupported_head_dims(key_dim, value_dim)
 
 
-def _first(module: nn.Module, names: tuple[str, ...]) -> int | None:
+def _first(module: object, names: tuple[str, ...]) -> int | None:
     found = (getattr(module, name, None) for name in names)
     return next((size for size in found if isinstance(size, int) and size > 0), None)
 

@@ -13,7 +13,9 @@ from infllm_flex.patch.unsupported import require_module
 
 
 @contextmanager
-def attend_through(model: nn.Module, attend: LayerAttend) -> Iterator[None]:
+def attend_through(
+    model: nn.Module, attend: LayerAttend, *, leave_others: bool = False
+) -> Iterator[None]:
     """Replace the attention of every layer by another function inside the block, at any length.
 
     Context parallelism needs this because no process holds a whole sequence; other selections of
@@ -24,16 +26,20 @@ def attend_through(model: nn.Module, attend: LayerAttend) -> Iterator[None]:
         attend: Maps a layer's number, from 0, to its function. The function takes queries, keys and
             values after the rotary embedding, and the factor on the dot products (None for the
             default one). It returns the output, as `infllm_attention` does.
+        leave_others: Leave layers that cannot be sparse, such as those with a sliding window, as
+            they are.
 
     Raises:
         ValueError: ``model`` is not patched, or one of its layers cannot be sparse.
     """
     layers = _registered_layers(model)
     for name, module in huggingface.attention_layers(model).items():
-        if (reason := huggingface.find_skip_reason(module)) is not None:
+        reason = huggingface.find_skip_reason(module)
+        if reason is not None and not leave_others:
             raise ValueError(f"the attention of {name} cannot be replaced: {reason}")
     for number, layer in enumerate(layers.values()):
-        layer.attend = attend(number)
+        if layer.skip_reason is None:
+            layer.attend = attend(number)
     try:
         yield
     finally:

@@ -17,6 +17,12 @@ Settings = InfLLMConfig | Mapping[str, Any] | str | os.PathLike[str] | None
 GIVEN = "given to patch_model"
 OWN = "the model's sparse_config"
 RULE = "for models without a sparse_config: every key scored, docs/choosing-settings.md"
+RULE_WIDE = (
+    "for models without a sparse_config, head dim above 128: means of 8 keys scored, "
+    "docs/choosing-settings.md"
+)
+
+_MOST_POOLED = 128  # head dim up to which the mean query of a group finds what its heads look for
 
 # Settings of the scoring. A user who names one of them does not want the rule's scoring.
 _SCORING = ("kernel_size", "kernel_stride", "lse", "use_nope", "pool_queries", "score_dtype")
@@ -34,6 +40,7 @@ def resolve_config(
     overrides: Mapping[str, Any],
     model_configs: list[object],
     device: torch.device | None,
+    head_dim: int | None = None,
 ) -> Resolved:
     """Read settings in any of their forms, then apply overrides by name.
 
@@ -42,15 +49,16 @@ def resolve_config(
         overrides: Single settings that take precedence.
         model_configs: Configs whose ``sparse_config`` is used when ``settings`` is None, in order.
         device: Device of the model.
+        head_dim: Head dim of its attention layers, if known.
 
     Raises:
         TypeError: ``settings`` is none of these.
         ValueError: An unknown name (the error shows the nearest known one) or an invalid value.
         NotImplementedError: ``use_nope``.
     """
-    config, origin = _read(settings, model_configs, device)
+    config, origin = _read(settings, model_configs, device, head_dim)
     if overrides:
-        if origin == RULE and any(name in overrides for name in _SCORING):
+        if origin in (RULE, RULE_WIDE) and any(name in overrides for name in _SCORING):
             config, origin = InfLLMConfig(), GIVEN
         config = InfLLMConfig.from_dict({**dataclasses.asdict(config), **overrides})
     if config.use_nope:
@@ -61,41 +69,47 @@ def resolve_config(
     return Resolved(config, origin)
 
 
-def settings_by_rule(device: torch.device | None) -> InfLLMConfig:
+def settings_by_rule(has_float8: bool, head_dim: int | None) -> Resolved:
     """Settings for a model that was trained with dense attention and has no settings of its own.
 
-    A window of 32 keys hides single keys, which small models look for. The mean query of a group
-    against every key finds them without training. float8 is for speed on GPUs that multiply it.
+    Means of 32 keys hide single keys, which such models look for. Up to a head dim of 128 the mean
+    query of a group against every key finds them. With 256 it misses half of them in the one model
+    that was measured, and each head against means of 8 keys finds them.
 
     Args:
-        device: Device of the model; None where it has no parameters.
+        has_float8: Whether the device multiplies float8, which is for speed.
+        head_dim: Head dim of the attention layers; None where it is not known.
     """
-    has_float8 = device is not None and device_capability(device) >= FLOAT8_CAPABILITY
-    return score_every_key(has_float8)
+    if head_dim is not None and head_dim > _MOST_POOLED:
+        return Resolved(InfLLMConfig(kernel_size=8, kernel_stride=4), RULE_WIDE)
+    dtype = "float8" if has_float8 else "same"
+    pooled = InfLLMConfig(kernel_size=1, kernel_stride=1, pool_queries=True, score_dtype=dtype)
+    return Resolved(pooled, RULE)
 
 
-def score_every_key(has_float8: bool) -> InfLLMConfig:
-    """Make the settings of the rule.
-
-    Args:
-        has_float8: Whether the device multiplies float8.
-    """
-    score_dtype = "float8" if has_float8 else "same"
-    return InfLLMConfig(kernel_size=1, kernel_stride=1, pool_queries=True, score_dtype=score_dtype)
-
-
-def read_own(model_config: object, device: torch.device | None) -> Resolved:
+def read_own(model_config: object, device: torch.device | None, head_dim: int | None) -> Resolved:
     """The settings in a model config's ``sparse_config``, else those of the rule.
+
+    Args:
+        model_config: The config.
+        device: Device of the model; None where it has no parameters.
+        head_dim: Head dim of its attention layers, if known.
 
     Raises:
         ValueError: ``sparse_config`` is no valid mapping of settings.
     """
     if getattr(model_config, "sparse_config", None) is not None:
         return Resolved(InfLLMConfig.from_model_config(model_config), OWN)
-    return Resolved(settings_by_rule(device), RULE)
+    has_float8 = device is not None and device_capability(device) >= FLOAT8_CAPABILITY
+    return settings_by_rule(has_float8, head_dim)
 
 
-def _read(settings: Settings, model_configs: list[object], device: torch.device | None) -> Resolved:
+def _read(
+    settings: Settings,
+    model_configs: list[object],
+    device: torch.device | None,
+    head_dim: int | None,
+) -> Resolved:
     if isinstance(settings, InfLLMConfig):
         return Resolved(settings, GIVEN)
     if isinstance(settings, Mapping):
@@ -109,5 +123,5 @@ def _read(settings: Settings, model_configs: list[object], device: torch.device 
         )
     for model_config in model_configs:
         if getattr(model_config, "sparse_config", None) is not None:
-            return read_own(model_config, device)
-    return Resolved(settings_by_rule(device), RULE)
+            return read_own(model_config, device, head_dim)
+    return read_own(None, device, head_dim)

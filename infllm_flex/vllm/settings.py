@@ -7,7 +7,8 @@ from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 from infllm_flex.config import InfLLMConfig
-from infllm_flex.patch.settings import RULE, score_every_key
+from infllm_flex.patch.head_dims import read_head_dim
+from infllm_flex.patch.settings import settings_by_rule
 
 KEY = "infllm"  # in vLLM's additional_config
 STAY_DENSE = f"to serve the model densely, pass --additional-config '{{\"{KEY}\": false}}'"
@@ -52,7 +53,7 @@ def read_settings(
     if own is None and given is None:
         return None
     if own is None and given is True:
-        return Served(score_every_key(has_float8()), RULE)
+        return Served(*settings_by_rule(has_float8(), read_head_dim(model_config)))
     config = InfLLMConfig.from_model_config(model_config)
     if given is None or given is True:
         return Served(config, "the model's sparse_config")

@@ -77,3 +77,24 @@ def test_a_model_that_cannot_hand_over_every_layer_says_so():
         attend_through(model, lambda layer: lambda *_: None),
     ):
         pass
+
+
+def test_layers_that_cannot_be_handed_over_may_stay():
+    model = ifx.patch_model(build(gemma2(), attn_implementation="eager"), SETTINGS)
+    with ifx.dense(model):
+        dense = logits(model, LONG)
+    sparse, calls = logits(model, LONG), []
+
+    def attend_in(layer):
+        def attend(query, key, value, scale):
+            calls.append(layer)
+            return F.scaled_dot_product_attention(
+                query, key, value, is_causal=True, scale=scale, enable_gqa=True
+            )
+
+        return attend
+
+    with attend_through(model, attend_in, leave_others=True):
+        torch.testing.assert_close(logits(model, LONG), dense)
+    assert calls == [1]
+    assert torch.equal(logits(model, LONG), sparse)

@@ -10,6 +10,7 @@ import types
 import pytest
 import torch
 from torch import nn
+from transformers import LlamaConfig
 
 import infllm_flex as ifx
 from tests.patch.models import LONG, SETTINGS, SHORT, build, logits
@@ -45,6 +46,23 @@ def test_without_settings_the_models_own_are_used_else_those_of_the_rule():
     model.config.sparse_config = SETTINGS
     assert layer_config(ifx.patch_model(model)) == CONFIG
     assert layer_config(ifx.patch_model(model, topk=7)).topk == 7
+
+
+@pytest.mark.parametrize(("head_dim", "windows"), [(128, (1, 1)), (256, (8, 4))])
+def test_wide_heads_score_means_of_few_keys_each(head_dim, windows):
+    """A model with head dim 256 lost half of its answers to pooled queries."""
+    config = LlamaConfig(
+        vocab_size=64, hidden_size=32, intermediate_size=32, num_hidden_layers=1,
+        num_attention_heads=2, num_key_value_heads=1, head_dim=head_dim,
+    )  # fmt: skip
+    model = ifx.patch_model(build(config), topk=7)
+    found = layer_config(model)
+    assert (found.kernel_size, found.kernel_stride, found.topk) == (*windows, 7)
+    assert found.pool_queries == (head_dim == 128)
+    assert ("head dim above 128" in ifx.describe(model)[0].origin) == (head_dim == 256)
+    assert layer_config(ifx.patch_model(build(config), lse="exact")) == ifx.InfLLMConfig(
+        lse="exact"
+    )
 
 
 def test_overrides_go_on_top():

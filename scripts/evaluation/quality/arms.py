@@ -53,7 +53,7 @@ class AttentionMode:
             if self.attend is None:
                 yield
             else:
-                with attend_through(model, self.attend):
+                with attend_through(model, self.attend, leave_others=True):
                     yield
         finally:
             unpatch_model(model)
