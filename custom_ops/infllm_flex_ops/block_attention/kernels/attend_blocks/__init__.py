@@ -183,7 +183,7 @@ def _launch_specialized(
         TILE=SpecializedTile(
             BLOCK_D=triton.next_power_of_2(shape.D),
             GROUPS=groups,
-            # Of keys and values: 192 KiB with head dim 128, or 160 beside the queries.
+            # Slots of keys and values: 192 KiB with head dim 128, or 160 beside the queries.
             SLOTS=6 if groups == 2 else 5,
             GROUP_REGISTERS=232 if groups == 2 else 160,  # of 64 Ki, as many as groups leave
             FETCH_REGISTERS=24,

@@ -46,7 +46,7 @@ class Problem(NamedTuple):
 
 
 class Task(NamedTuple):
-    """What a program does, in a kernel.
+    """The work of a program, in a kernel.
 
     Attributes:
         head: KV head, counted over all batch rows.
