@@ -45,8 +45,8 @@ def _most_rows(G: int, k: Tensor, block_size: int, kv_len: int, most_groups: int
     """Rows of the largest tile worth its union.
 
     A larger tile loads more keys at once, and each row uses fewer of them. Warpgroups share the
-    loads, but each skips the blocks that none of its own tokens selected. So they take tiles as
-    large as registers and membership bits allow.
+    loads, but each skips the blocks that none of its own tokens selected. Their tiles are as large
+    as registers and membership bits allow.
     """
     if k.element_size() > 2:
         return 16  # float32 without tensor cores: operands in registers

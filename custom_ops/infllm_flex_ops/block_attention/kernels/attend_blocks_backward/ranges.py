@@ -4,8 +4,8 @@ Ranges keep the rows that all blocks read at about the same time in L2. The prog
 them from the end of the sequence to its beginning. Each adds the sums of the program before it,
 which it waits for.
 
-Programs number themselves by a ticket, in the order in which they start. So a program waits only
-for smaller tickets, whose programs run already or have ended, whatever order the hardware starts
+Programs number themselves by a ticket, in the order in which they start. A program waits for
+smaller tickets only, whose programs run already or have ended, whatever order the hardware starts
 them in. The smallest ticket of those that run waits for nobody, so none waits forever.
 """
 
@@ -71,7 +71,7 @@ class Task(NamedTuple):
 def take_task(flags_ptr, ranges, problem, CHUNKS: tl.constexpr, IN_RANGES: tl.constexpr):
     """Take the next task: the splits, the first range of all heads, the other ranges by head.
 
-    Of the other ranges the last comes first. None waits for one that is taken later.
+    The last of the other ranges comes first. None waits for one that is taken later.
     """
     heads, num_tiles, num_blocks, max_splits, _ = problem
     program = tl.program_id(0)
