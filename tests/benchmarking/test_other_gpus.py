@@ -153,8 +153,9 @@ def test_clocks_follow_from_the_published_peaks():
         assert card.source
 
 
+@pytest.mark.parametrize("group", [16, 4, 1])
 @pytest.mark.parametrize("capability", [80, 90])
-def test_every_launch_of_a_stage_is_recorded(capability, monkeypatch):
+def test_every_launch_of_a_stage_is_recorded(capability, group, monkeypatch):
     pytest.importorskip("triton")
     from benchmarking.ahead_of_time import record_launches
     from benchmarking.other_gpus import launches
@@ -162,7 +163,7 @@ def test_every_launch_of_a_stage_is_recorded(capability, monkeypatch):
     kernels = {
         launch.kernel.__name__.lstrip("_")
         for stage in (launches.select, launches.attend, launches.decode)
-        for launch in record_launches(monkeypatch, lambda stage=stage: stage(16), capability)
+        for launch in record_launches(monkeypatch, lambda stage=stage: stage(group), capability)
     }
     attend = "attend_specialized_kernel" if capability == 90 else "attend_kernel"
     assert {attend, "dq_kernel", "dkv_kernel", "tile_blocks_kernel", "lse_kernel"} <= kernels

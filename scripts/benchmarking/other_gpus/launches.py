@@ -45,7 +45,7 @@ def attend(G: int) -> None:
     selected = _meta(1, KV_HEADS, _TOKENS, _SELECTED, dtype=_INT)
     rest = BLOCK, HEAD_DIM**-0.5
     tokens = attend_blocks.choose_tile_tokens(G, key, BLOCK)
-    tile_blocks.launch(selected, _TOKENS, BLOCK, tokens, _SLOTS)
+    tile_blocks.launch(selected, _TOKENS, BLOCK, tokens, _SLOTS, separate_full=False)
     attend_blocks.launch(query, key, value, *_lists(tokens), rest[0], tokens, rest[1])
     tokens = attend_blocks_backward.choose_tile_tokens(query, key)
     lse = _meta(1, KV_HEADS * G, _TOKENS, dtype=torch.float32)
