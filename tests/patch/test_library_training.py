@@ -43,9 +43,8 @@ def test_autocast_leaves_the_choice_of_blocks_in_float32(monkeypatch):
         assert torch.equal(real(*inputs), selected)
 
 
-def test_attention_can_be_handed_over_for_a_block():
-    model = ifx.patch_model(build(), SETTINGS)
-    calls = []
+def attend_densely(calls):
+    """Attend to everything, and note the layers that are handed over."""
 
     def attend_in(layer):
         def attend(query, key, value, scale):
@@ -56,10 +55,16 @@ def test_attention_can_be_handed_over_for_a_block():
 
         return attend
 
+    return attend_in
+
+
+def test_attention_can_be_handed_over_for_a_block():
+    model = ifx.patch_model(build(), SETTINGS)
+    calls = []
     with ifx.dense(model):
         dense = logits(model, LONG)
     sparse = logits(model, LONG)
-    with attend_through(model, attend_in):
+    with attend_through(model, attend_densely(calls)):
         assert torch.equal(logits(model, LONG), dense)
     assert calls == [0, 1]
     assert torch.equal(logits(model, LONG), sparse)
@@ -84,17 +89,7 @@ def test_layers_that_cannot_be_handed_over_may_stay():
     with ifx.dense(model):
         dense = logits(model, LONG)
     sparse, calls = logits(model, LONG), []
-
-    def attend_in(layer):
-        def attend(query, key, value, scale):
-            calls.append(layer)
-            return F.scaled_dot_product_attention(
-                query, key, value, is_causal=True, scale=scale, enable_gqa=True
-            )
-
-        return attend
-
-    with attend_through(model, attend_in, leave_others=True):
+    with attend_through(model, attend_densely(calls), leave_others=True):
         torch.testing.assert_close(logits(model, LONG), dense)
     assert calls == [1]
     assert torch.equal(logits(model, LONG), sparse)

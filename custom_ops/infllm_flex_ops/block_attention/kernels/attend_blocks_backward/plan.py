@@ -22,8 +22,6 @@ REDUCED_KEYS = 16  # keys that a program adds up over the splits of their block
 RANGE_BYTES = 16 << 20  # of queries and gradients, which stay in L2 while all blocks walk them
 _FIRST_BLOCKS = 256  # that walk the first range side by side, to occupy the device
 _SUM_PROGRAMS = 1024  # after which the slots of a head's sums are free: several times those at once
-
-
 # Heads per group whose tokens dk and dv gather. Tiles of more heads hold few tokens, most of which
 # selected the block. One head has a token per row, each to be looked up.
 _GATHERED_HEADS = range(2, 9)
