@@ -43,15 +43,21 @@ def _compress(dtype: torch.dtype, D: int) -> None:
 
 
 def _select(
-    dtype: torch.dtype, D: int, G: int, S: int = 8192, size: int = 32, block_size: int = 64
+    dtype: torch.dtype,
+    D: int,
+    G: int,
+    S: int = 8192,
+    size: int = 32,
+    block_size: int = 64,
+    stride: int = 16,
 ) -> None:
     from infllm_flex_ops.selection.kernels.prefill.launch import launch
 
-    q = meta(1, 2 * G, S, D, dtype=dtype)
+    q, sizes = meta(1, 2 * G, S, D, dtype=dtype), (size, stride, 4 * size, 4 * stride)
     compressed, coarse = (
-        meta(1, 2, (S - w) // s + 1, D, dtype=dtype) for w, s in ((size, 16), (4 * size, 64))
+        meta(1, 2, (S - w) // s + 1, D, dtype=dtype) for w, s in (sizes[:2], sizes[2:])
     )
-    rule = SelectionRule(size, 16, 4 * size, 64, block_size, 1, 2048 // block_size, 96)
+    rule = SelectionRule(*sizes, block_size, 1, 2048 // block_size, 96)
     launch(q, compressed, coarse, S, rule, D**-0.5)
 
 
@@ -97,14 +103,14 @@ def _select_cached(
     block_size: int = 64,
     S: int = 32768,
     key_dtype: torch.dtype | None = None,
+    sizes: tuple[int, int, int, int] = (32, 16, 128, 64),
 ) -> None:
     from infllm_flex_ops.selection.kernels import append_windows
     from infllm_flex_ops.selection.kernels.decode.launch import launch
 
     q, k = meta(1, 2 * G, n, D, dtype=dtype), meta(1, 2, S, D, dtype=key_dtype or dtype)
-    windows = [meta(1, 2, S // stride, D, dtype=dtype) for stride in (16, 64)]
+    windows = [meta(1, 2, S // stride, D, dtype=dtype) for stride in sizes[1::2]]
     ends = [meta(1, dtype=torch.int64) for _ in range(2)]
-    sizes = (32, 16, 128, 64)
     append_windows.launch(k, *windows, *ends, None, None, n, *sizes)
     rule = SelectionRule(*sizes, block_size, 1, 2048 // block_size, 96)
     launch(q, *windows, *ends, rule, 8192, 128, D**-0.5)
@@ -121,6 +127,8 @@ CASES: list[Any] = [
     *case(_select, BRAIN, 128, 1),
     *case(_select, HALF, 80, 2),
     *case(_select, BRAIN, 128, 16, 8192, 96, 32),
+    *case(_select, BRAIN, 256, 4, 8192, 8, 64, 4, on=EACH),  # as `patch_model` takes for wide heads
+    *case(_select, FLOAT, 256, 4, 8192, 8, 64, 4),
     *case(_select, FLOAT, 128, 16, on=NONE),
     *case(_select, FLOAT, 256, 3, on=AMPERE_TOO),
     *case(_select, BRAIN, 128, 4, 1 << 18),  # picks from a few segments
@@ -153,6 +161,7 @@ CASES: list[Any] = [
     *case(_select_cached, BRAIN, 64, 4, 1, 48),
     *case(_select_cached, BRAIN, 128, 16, 1, 64, 32768, FLOAT),  # as autocast leaves a cache
     *case(_select_cached, HALF, 256, 4, 1, 64, 32768, FLOAT),
+    *case(_select_cached, BRAIN, 256, 4, 1, 64, 32768, None, (8, 4, 32, 16), on=EACH),
     *case(_select_cached, FLOAT, 64, 4),
     *case(_select_cached, FLOAT, 256, 3, 5, on=AMPERE_TOO),
 ]
