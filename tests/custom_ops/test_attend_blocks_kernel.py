@@ -285,11 +285,17 @@ def _load_by_descriptors(monkeypatch: pytest.MonkeyPatch) -> None:
         )
 
 
-def _gather(monkeypatch: pytest.MonkeyPatch, range_bytes: int) -> list[Any]:
-    """Let dk and dv gather tokens, as on Hopper, in small ranges; return the plans to come."""
+def _record_plans(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
+    """Return the list of the backward's plans to come."""
     plans: list[Any] = []
     make = backward.plan_backward
     monkeypatch.setattr(backward, "plan_backward", lambda *a: plans.append(make(*a)) or plans[-1])
+    return plans
+
+
+def _gather(monkeypatch: pytest.MonkeyPatch, range_bytes: int) -> list[Any]:
+    """Let dk and dv gather tokens, as on Hopper, in small ranges; return the plans to come."""
+    plans = _record_plans(monkeypatch)
     monkeypatch.setattr(backward.plan, "compute_capability", lambda _: 90)
     monkeypatch.setattr(backward.plan, "RANGE_BYTES", range_bytes)  # of 32 tokens or all
     monkeypatch.setattr(backward.plan, "_FIRST_BLOCKS", 2)
@@ -317,9 +323,7 @@ def test_ranges_are_as_exact_as_the_definition(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     _load_by_descriptors(monkeypatch)
-    plans = []
-    make = backward.plan_backward
-    monkeypatch.setattr(backward, "plan_backward", lambda *a: plans.append(make(*a)) or plans[-1])
+    plans = _record_plans(monkeypatch)
     monkeypatch.setattr(backward.plan, "RANGE_BYTES", 1)  # 32 tiles
     monkeypatch.setattr(backward.plan, "_FIRST_BLOCKS", first_blocks)
     monkeypatch.setattr(backward.plan, "_SUM_PROGRAMS", 1)

@@ -93,8 +93,8 @@ def check_recipes(settings: QualitySettings) -> None:
     """
     if settings.tuning is None:
         return
-    reason = missing_packages()
-    if reason and any(task in RULER_TASKS for task in settings.tuning.tasks):
+    asks_ruler = any(task in RULER_TASKS for task in settings.tuning.tasks)
+    if asks_ruler and (reason := missing_packages()):
         raise ValueError(f"tuning.tasks: {reason}")
     for name in trained(settings):
         mode = attention_modes(settings)[name]
