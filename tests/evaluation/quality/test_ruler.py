@@ -7,6 +7,7 @@ from random import Random
 import pytest
 import torch
 
+from evaluation.quality import tuning
 from evaluation.quality.arms import attention_modes
 from evaluation.quality.ruler import _evaluate, make_prompts, no_sentences
 from evaluation.quality.ruler_rows import RulerRows
@@ -52,6 +53,17 @@ def test_training_rows_end_with_answers_to_prompts_that_evaluation_does_not_ask(
     with no_sentences():
         judged = make_prompts((task,), length, str(tmp_path), 0, 9)["tasks"][task]
     assert not any(name in doc["gen_prefix"] for doc in judged.test_docs() for name in asked)
+
+
+def test_a_recipe_without_the_packages_of_its_tasks_says_so_before_any_work(tmp_path, monkeypatch):
+    monkeypatch.setattr(tuning, "missing_packages", lambda: "RULER needs nltk: pip install")
+    described = settings_of(tmp_path / "run", make_base(tmp_path / "base"), tmp_path)
+    path = write_settings(tmp_path / "config.yaml", described)
+    tuning.check_recipes(build_dataclass(QualitySettings, load_yaml(path)))
+    described["tuning"]["tasks"] = {"single": 1, "ruler_vt": 1}
+    write_settings(path, described)
+    with pytest.raises(ValueError, match=r"tuning\.tasks: RULER needs nltk: pip install"):
+        tuning.check_recipes(build_dataclass(QualitySettings, load_yaml(path)))
 
 
 def test_prompts_that_are_continued_together_get_the_answers_they_get_alone(tmp_path):
