@@ -8,7 +8,7 @@ from typing import Any
 
 from evaluation.quality.arms import DENSE, RANDOM, WINDOW, Arm
 from evaluation.quality.results import Results
-from evaluation.quality.verdicts import closed_gap, mean_retained
+from evaluation.quality.verdicts import closed_gap, mean_of_retrieval
 
 # Dark enough on white, and distinguishable with colour blindness.
 TRAINED_COLOUR, FREE_COLOUR, _CONTROL = "#0072b2", "#d55e00", "#888888"
@@ -28,7 +28,7 @@ def plot_quality(results: Results, path: Path) -> None:
     answers, nats, times = figure.subplots(1, 3)
     dense_seconds = results.seconds(Arm(DENSE, DENSE))
     for arm in results.arms("retrieval"):
-        share, visible = mean_retained(results, arm), results.visible(arm)
+        share, visible = mean_of_retrieval(results, arm), results.visible(arm)
         if arm.run == DENSE or share is None:
             continue
         _mark(answers, arm, visible, share)

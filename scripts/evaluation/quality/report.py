@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from evaluation.quality.arms import DENSE, Arm
 from evaluation.quality.nats import buckets
-from evaluation.quality.results import Results
+from evaluation.quality.results import Results, group_of
 from evaluation.quality.statistics import Interval
-from evaluation.quality.verdicts import ABLE, closed_gap, retained_accuracy
+from evaluation.quality.verdicts import ABLE, closed_gap, mean_of_ruler, retained_accuracy
 from evaluation.table import format_table
 
 
@@ -39,6 +39,7 @@ def _kept(results: Results) -> str:
     remarks: list[str] = []
     dense = Arm(DENSE, DENSE)
     tasks = [task for task in results.tasks() if results.accuracy(task, dense) >= ABLE]
+    ruler = ["mean of RULER"] if any(group_of(task) == "ruler" for task in tasks) else []
     unable = [task for task in results.tasks() if results.accuracy(task, dense) < ABLE]
     for arm in _that_answer(results):
         cells = []
@@ -50,6 +51,8 @@ def _kept(results: Results) -> str:
                     remarks.append(found.remark)
                 mark = f" ({remarks.index(found.remark) + 1})"
             cells.append(_interval(found.share if found else None) + mark)
+        if ruler:
+            cells.append(_interval(mean_of_ruler(results, arm)))
         if any(cells):
             rows.append([*_head(results, arm), *cells])
     lines = [f"({number}) {remark}" for number, remark in enumerate(remarks, start=1)]
@@ -59,7 +62,7 @@ def _kept(results: Results) -> str:
     if not rows:
         return notes
     title = "Accuracy over that of the dense model, with the 95 % interval over seeds and sequences"
-    table = format_table(["variant", "visible", *tasks], rows)
+    table = format_table(["variant", "visible", *tasks, *ruler], rows)
     return "\n\n".join(part for part in (title, table, notes) if part)
 
 

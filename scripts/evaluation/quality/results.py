@@ -19,6 +19,7 @@ from evaluation.quality.plan import judge_name
 from evaluation.quality.settings import QualitySettings
 
 GENERATED = f"{STEPS}_generated"
+GENERATED_WHOLE = f"{GENERATED}_whole"  # programs of which every line is right
 COLUMNS = (
     *("variant", "tuned", "run", "task", "seed", "length", "visible"),
     *("items", "hits", "value", "hits_by_depth", "seconds"),
@@ -63,7 +64,7 @@ class Results:
             if group == "ruler"
             for task in result["tasks"]
         }
-        generated = [GENERATED] if self.arms("generation") else []
+        generated = [GENERATED, GENERATED_WHOLE] if self.arms("generation") else []
         return [*found, *generated, *sorted(ruler)]
 
     def hits(self, task: str, *some: Arm) -> list[Tensor] | None:
@@ -128,7 +129,7 @@ def gather(settings: QualitySettings, folder: Folder, parts: Sequence[Part]) -> 
 
 def group_of(task: str) -> str:
     """Return the group of a task."""
-    if task == GENERATED:
+    if task in (GENERATED, GENERATED_WHOLE):
         return "generation"
     return "ruler" if "@" in task else "retrieval"
 
@@ -164,10 +165,9 @@ def _cells(results: Results, group: str, result: dict[str, Any]) -> list[dict[st
             for task, values in result["tasks"].items()
         ]
     if group == "generation":
-        whole = [[int(all(row))] for row in result["hits"]]
         return [
-            {"task": GENERATED, **_counts(result["hits"], None)},
-            {"task": f"{GENERATED}_whole", **_counts(whole, None)},
+            {"task": task, **_counts(_hits(result, task) or [], None)}
+            for task in (GENERATED, GENERATED_WHOLE)
         ]
     if group == "nats":
         return [
@@ -197,6 +197,8 @@ def _counts(rows: list[list[int]], depths: list[list[int]] | None) -> dict[str, 
 def _hits(result: dict[str, Any], task: str) -> list[list[int]] | None:
     if task == GENERATED:
         return result["hits"]
+    if task == GENERATED_WHOLE:
+        return [[int(all(row))] for row in result["hits"]]
     return result["tasks"][task]["hits"] if task in result["tasks"] else None
 
 

@@ -30,6 +30,17 @@ def retained(ours: Tensor, dense: Tensor) -> Interval:
     return bootstrap(torch.stack([ours, dense], -1), lambda m: m[..., 0] / m[..., 1], nested=True)
 
 
+def mean_retained(ours: Tensor, dense: Tensor) -> Interval:
+    """Return the mean over tasks of the accuracy of a sparse model over that of the dense one.
+
+    Args:
+        ours: Correct answers ``[seeds, sequences, tasks]``.
+        dense: Correct answers of the dense model, ``[seeds, sequences, tasks]``.
+    """
+    columns = torch.stack([ours, dense], -1).flatten(-2)
+    return bootstrap(columns, lambda m: (m[..., 0::2] / m[..., 1::2]).mean(-1), nested=True)
+
+
 def gap_closed(ours: Tensor, dense: Tensor, window: Tensor) -> Interval:
     """Return the fraction of the gap in nats between window and dense that a sparse model closes.
 

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
+import torch
+
 from evaluation.quality.arms import DENSE, RANDOM, WINDOW, Arm
 from evaluation.quality.nats import buckets
-from evaluation.quality.results import Results
-from evaluation.quality.statistics import Interval, gap_closed, retained
+from evaluation.quality.results import Results, group_of
+from evaluation.quality.statistics import Interval, gap_closed, mean_retained, retained
 
 ABLE = 0.5  # least accuracy of the dense model on a task that counts
 PASSED = 0.9  # retained accuracy from which an arm passes a task
@@ -62,7 +64,7 @@ def closed_gap(results: Results, arm: Arm) -> Interval | None:
     return None if found is None or arm in (_DENSE, window) else gap_closed(*found)
 
 
-def mean_retained(results: Results, arm: Arm) -> float | None:
+def mean_of_retrieval(results: Results, arm: Arm) -> float | None:
     """Return the mean retained accuracy over the retrieval tasks that the dense model can do."""
     shares = [
         found.share.value
@@ -71,6 +73,21 @@ def mean_retained(results: Results, arm: Arm) -> float | None:
         and (found := retained_accuracy(results, arm, task))
     ]
     return sum(shares) / len(shares) if shares else None
+
+
+def mean_of_ruler(results: Results, arm: Arm) -> Interval | None:
+    """Return the mean retained accuracy over the RULER tasks that the dense model can do."""
+    pairs = [
+        found
+        for task in results.tasks()
+        if group_of(task) == "ruler"
+        and results.accuracy(task, _DENSE) >= ABLE
+        and (found := results.hits(task, arm, _DENSE))
+    ]
+    if arm == _DENSE or not pairs:
+        return None
+    ours, dense = (torch.stack(several, -1) for several in zip(*pairs, strict=True))
+    return mean_retained(ours, dense)
 
 
 def _share(results: Results, arm: Arm, task: str) -> Interval | None:

@@ -7,7 +7,7 @@ import math
 import pytest
 import torch
 
-from evaluation.quality.statistics import bootstrap, gap_closed, retained
+from evaluation.quality.statistics import bootstrap, gap_closed, mean_retained, retained
 
 
 def test_a_mean_has_the_interval_of_the_normal_distribution():
@@ -49,6 +49,17 @@ def test_the_interval_of_a_share_is_that_of_the_delta_method():
     assert found.value == pytest.approx(ratio)
     assert found.low == pytest.approx(ratio - 1.96 * spread, abs=0.15 * spread)
     assert found.high == pytest.approx(ratio + 1.96 * spread, abs=0.15 * spread)
+
+
+def test_a_mean_over_unrelated_tasks_has_a_narrower_interval():
+    random = torch.Generator().manual_seed(4)
+    dense = (torch.rand(1, 400, 16, generator=random) < 0.9).float()
+    ours = dense * (torch.rand(1, 400, 16, generator=random) < 0.8)
+    found = mean_retained(ours, dense)
+    alone = [retained(ours[..., task], dense[..., task]) for task in range(16)]
+    assert found.value == pytest.approx(sum(one.value for one in alone) / 16)
+    widths = sum((one.high - one.low) ** 2 for one in alone) ** 0.5 / 16
+    assert found.high - found.low == pytest.approx(widths, rel=0.15)
 
 
 def test_the_gap_closed_is_one_at_dense_and_zero_at_the_window():

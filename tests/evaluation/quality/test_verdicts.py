@@ -11,7 +11,7 @@ from evaluation.quality.plot import plot_quality
 from evaluation.quality.report import report
 from evaluation.quality.results import Results, write_table
 from evaluation.quality.settings import QualitySettings
-from evaluation.quality.verdicts import closed_gap, retained_accuracy
+from evaluation.quality.verdicts import closed_gap, mean_of_ruler, retained_accuracy
 from infllm_flex.strict_yaml import build_dataclass, load_yaml
 from tests.evaluation.quality.tiny import make_base, make_texts, settings_of, write_settings
 
@@ -88,6 +88,38 @@ def test_no_empty_table_stands_where_dense_can_do_nothing(settings):
     assert "Accuracy over that of the dense model" not in text
     assert text.count("variant") == 1  # the table of answers
     assert text.endswith("Left out, since dense answers less than half: keys12, keys200, single")
+
+
+def test_the_mean_of_ruler_leaves_out_what_dense_cannot_do(settings):
+    answers = {DENSE: (10, 8, 4), FINE: (9, 8, 4), WINDOW: (1, 2, 4)}
+    names = ("niah_single_1@256", "ruler_vt@256", "ruler_cwe@256")
+    found = {
+        (arm, seed, "ruler"): {"tasks": {n: rows(r) for n, r in zip(names, right, strict=True)}}
+        for arm, right in answers.items()
+        for seed in settings.run.seeds
+    }
+    results = Results(settings, found)
+    assert mean_of_ruler(results, FINE) == pytest.approx((0.95, 0.95, 0.95))
+    assert mean_of_ruler(results, WINDOW) == pytest.approx((0.175, 0.175, 0.175))
+    assert mean_of_ruler(results, DENSE) is None
+    assert mean_of_ruler(results, FREE) is None  # not judged
+    text = report(results)
+    assert "mean of RULER" in text
+    assert "0.950 [0.950 0.950]" in text
+    assert "mean of RULER" not in report(results_of(settings, {DENSE: {"keys12": 9}}, {}))
+
+
+def test_a_generated_program_is_right_where_all_its_lines_are(settings):
+    lines = {DENSE: [[1, 1], [1, 1]], FINE: [[1, 1], [1, 0]]}
+    found = {
+        (arm, seed, "generation"): {"hits": hits}
+        for arm, hits in lines.items()
+        for seed in settings.run.seeds
+    }
+    results = Results(settings, found)
+    assert results.accuracy("steps_generated", FINE) == 0.75
+    assert results.accuracy("steps_generated_whole", FINE) == 0.5
+    assert retained_accuracy(results, FINE, "steps_generated_whole").share.value == 0.5
 
 
 def test_the_gap_is_between_models_of_the_same_training(settings):
