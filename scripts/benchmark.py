@@ -96,7 +96,7 @@ def benchmark(settings: BenchmarkSettings) -> None:
             for case, heads, S in shapes_of(settings):
                 batch = settings.with_batch_of(case).shapes.batch
                 shape = f"batch {batch}, {heads} heads, {S} tokens"
-                progress.begin(f"{case.mode}, {case.inputs} queries, {shape}")
+                progress.begin(f"{case.row_mode}, {case.inputs} queries, {shape}")
                 key, absent = time_shape(settings, case, heads, S, results)
                 reasons[key] = absent
             verdicts += measure_memory(settings, results, progress)
@@ -148,7 +148,7 @@ def time_shape(
     """
     run, settings = settings.run, settings.with_batch_of(case)
     shape = shape_cells(settings, heads, S) | {"inputs": case.inputs}
-    key = results.shape_key(mode=case.mode, **shape)
+    key = results.shape_key(mode=case.row_mode, **shape)
     try:
         subjects, unavailable = make_subjects(settings, heads, S, case)
         for name, reason in unavailable.items():
@@ -164,10 +164,11 @@ def time_shape(
         for part, timing in parts.items():
             if part == "forward" != case.mode and subject.backward is not None:
                 continue  # this forward saves tensors for backward, unlike that of mode `forward`
-            mode = part if subject.backward is not None else case.mode
+            mode = part if subject.backward is not None else case.row_mode
             cells: dict[str, Any] = dict(zip(("ms_p20", "ms_p50", "ms_p80"), timing, strict=True))
             of_subject = settings.with_attention(subject.settings)
-            work = work_of(subject.op, mode if mode == "decode" else part, of_subject, heads, S)
+            of_part = "decode" if case.mode == "decode" else part
+            work = work_of(subject.op, of_part, of_subject, heads, S)
             if work is not None:
                 cells["tflops"] = work.flops / timing.p50 / 1e9
                 if settings.floor is not None:

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import functools
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -19,7 +19,7 @@ from benchmarking.paged import PagedAttention
 from benchmarking.paged_dense import paged_dense_subjects
 from benchmarking.report import DECODE_PAGED
 from benchmarking.settings import BenchmarkSettings, CaseSettings, Heads
-from benchmarking.timing import Subject
+from benchmarking.timing import Subject, in_turn
 from infllm_flex.config import InfLLMConfig
 from infllm_flex.decoding import CompressedKeys, decode_attention, select_cached
 
@@ -41,7 +41,8 @@ def decode_subjects(
 
     Where the case has pages, the whole step and dense attention over pages, too.
 
-    On a GPU every subject is captured in a CUDA graph, as in serving.
+    On a GPU every subject is captured in a CUDA graph, as in serving. Where the case has several
+    layers, the graph holds a step for each, over tensors of its own.
 
     Args:
         settings: The run.
@@ -53,37 +54,48 @@ def decode_subjects(
     Returns:
         The subjects, and the dense attentions that are not available here, with the reason.
     """
-    qkv = make_qkv(settings, heads, S + 1, case.inputs, num_queries=1)
-    prepare = _capture if qkv.key.is_cuda else _not_captured
+    layers = _layers(make_qkv(settings, heads, S + 1, case.inputs, num_queries=1), case.layers)
+    is_cuda = layers[0].key.is_cuda
+
+    def prepare(runs: Sequence[Callable[[], Tensor]]) -> Callable[[], Any]:
+        return _capture(in_turn(runs)) if is_cuda else in_turn(runs)
+
     subjects: list[Subject] = []
     unavailable: dict[str, str] = {}
     for name, config in settings.attentions.items():
-        step = _Step(qkv, config)
+        steps = [_Step(qkv, config) for qkv in layers]
+        select = prepare([step.select for step in steps])
+        everything = prepare([step.everything for step in steps])
         subjects += [
-            Subject("select_blocks", "", prepare(step.select), settings=name),
-            Subject("infllm_attention", VARIANT, prepare(step.everything), settings=name),
+            Subject("select_blocks", "", select, settings=name),
+            Subject("infllm_attention", VARIANT, everything, settings=name),
         ]
         if case.page_size:
-            paged = PagedAttention(qkv, config, case.page_size)
-            run = prepare(paged.run)
+            paged = [PagedAttention(qkv, config, case.page_size) for qkv in layers]
+            run = prepare([one.run for one in paged])
             subjects.append(Subject("infllm_attention", DECODE_PAGED, run, settings=name))
-            pages = paged.pages
+            pages = [one.pages for one in paged]
     if case.page_size:
         dense_subjects, unavailable = paged_dense_subjects(
-            qkv, pages, case.baselines, prepare, has_packages=qkv.key.is_cuda
+            layers, pages, case.baselines, prepare, has_packages=is_cuda
         )
         subjects += dense_subjects
-    for name, backend in _BACKENDS[qkv.key.device.type].items():
-        if qkv.key.is_cuda and case.baselines and name not in case.baselines:
+    for name, backend in _BACKENDS[layers[0].key.device.type].items():
+        if is_cuda and case.baselines and name not in case.baselines:
             continue
         try:
             with warnings.catch_warnings():  # a backend warns before it raises
                 warnings.simplefilter("ignore")
-                dense = prepare(functools.partial(_dense, qkv, backend))
+                dense = prepare([functools.partial(_dense, qkv, backend) for qkv in layers])
             subjects.append(Subject("dense", name, dense))
         except RuntimeError as error:
             unavailable[name] = f"not supported: {str(error).splitlines()[0]}"
-    return subjects, unavailable
+    return [replace(subject, repeats=case.layers) for subject in subjects], unavailable
+
+
+def _layers(qkv: QKV, count: int) -> list[QKV]:
+    """Return the tensors, and copies of them for further layers."""
+    return [qkv, *(QKV(*(x.clone() for x in qkv)) for _ in range(count - 1))]
 
 
 class _Step:
@@ -112,10 +124,6 @@ def _dense(qkv: QKV, backend: SDPBackend | None) -> Tensor:
     is_grouped = qkv.query.shape[1] != qkv.key.shape[1]
     with nullcontext() if backend is None else sdpa_kernel(backend):
         return F.scaled_dot_product_attention(*qkv, enable_gqa=is_grouped)
-
-
-def _not_captured(run: Callable[[], Tensor]) -> Callable[[], Any]:
-    return run
 
 
 @dataclass(frozen=True)

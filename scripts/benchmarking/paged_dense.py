@@ -11,7 +11,7 @@ from __future__ import annotations
 import functools
 import inspect
 import warnings
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import nullcontext
 from typing import Any, NamedTuple
 
@@ -25,7 +25,7 @@ from benchmarking.inputs import QKV
 from benchmarking.packages import UnavailableError, attempt, import_installed
 from benchmarking.paged import Pages
 from benchmarking.report import DENSE_PAGED
-from benchmarking.timing import Subject
+from benchmarking.timing import Subject, in_turn
 from infllm_flex import reference
 from infllm_flex_ops.sizes import group_size
 
@@ -58,10 +58,10 @@ class _Candidate(NamedTuple):
 
 
 def paged_dense_subjects(
-    qkv: QKV,
-    pages: Pages,
+    layers: Sequence[QKV],
+    pages: Sequence[Pages],
     names: Collection[str] = (),
-    capture: Callable[[Attend], Callable[[], Any]] | None = None,
+    prepare: Callable[[Sequence[Attend]], Callable[[], Any]] = in_turn,
     *,
     has_packages: bool,
 ) -> tuple[list[Subject], dict[str, str]]:
@@ -70,22 +70,26 @@ def paged_dense_subjects(
     FlashAttention 3 is timed over one piece, too: a package may have been built without pages.
 
     Args:
-        qkv: The tensors from which the pages were filled.
-        pages: The pages.
+        layers: The tensors from which the pages were filled, of each layer; all equal.
+        pages: The pages of each layer.
         names: The attentions to prepare; empty: all.
-        capture: Turns an attention into what is timed, such as a CUDA graph; None: it is timed.
+        prepare: Turns the attentions of all layers into what is timed, such as a CUDA graph.
         has_packages: Whether to try the packages, which need a GPU, beside the gathers.
 
     Returns:
         The subjects, and the reason for each of the others, as `packages.attempt` gives it.
     """
     subjects, unavailable = [], {}
-    exact = _Expected(qkv)
-    candidates = [*_gathers(pages), *(_packages(qkv, pages) if has_packages else ())]
-    for candidate in candidates:
+    exact = _Expected(layers[0])
+    candidates = [
+        [*_gathers(own), *(_packages(qkv, own) if has_packages else ())]
+        for qkv, own in zip(layers, pages, strict=True)
+    ]
+    for candidate, *others in zip(*candidates, strict=True):
         if names and candidate.name not in names:
             continue
-        run, reason = attempt(functools.partial(_prepare, candidate, exact, capture))
+        several = [candidate, *others]
+        run, reason = attempt(functools.partial(_prepare, several, exact, prepare))
         if run is None:
             unavailable[candidate.name] = reason
         else:
@@ -108,13 +112,16 @@ def _packages(qkv: QKV, pages: Pages) -> Iterator[_Candidate]:
 
 
 def _prepare(
-    candidate: _Candidate, exact: _Expected, capture: Callable[[Attend], Callable[[], Any]] | None
+    layers: Sequence[_Candidate],
+    exact: _Expected,
+    prepare: Callable[[Sequence[Attend]], Callable[[], Any]],
 ) -> Callable[[], Any]:
     with warnings.catch_warnings(), torch.no_grad():  # a backend warns before it raises
         warnings.simplefilter("ignore")
-        attend = torch.no_grad()(candidate.prepare())
-        exact.check(attend())
-        return attend if capture is None else capture(attend)
+        attentions = [torch.no_grad()(candidate.prepare()) for candidate in layers]
+        for attend in attentions:
+            exact.check(attend())
+        return prepare(attentions)
 
 
 class _Expected:

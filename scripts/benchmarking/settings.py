@@ -126,6 +126,8 @@ class CaseSettings:
             head of one token. ``variant`` gives the blocks that a tile loads per selected block.
         page_size: Also time attention over a cache in pages of this many tokens, each token dense
             or sparse by its position, and dense attention over these pages; 0: do not.
+        layers: Decode steps that are timed together, each over its own cache, as the layers of a
+            model run them; the time of one is reported.
     """
 
     lengths: tuple[int, ...]
@@ -135,10 +137,14 @@ class CaseSettings:
     baselines: tuple[str, ...] = ()
     tile_rows: tuple[int, ...] = ()
     page_size: int = 0
+    layers: int = 1
 
     def __post_init__(self) -> None:
         for length in self.lengths:
             check_range("lengths", length, 1, _LONGEST)
+        check_range("layers", self.layers, 1, 1000)
+        if self.layers > 1 and self.mode != "decode":
+            raise ValueError(f"layers must be 1 where mode is {self.mode}, got {self.layers}")
         if self.batch is not None:
             check_range("batch", self.batch, 1, 65_536)
         for rows in self.tile_rows:
@@ -148,6 +154,11 @@ class CaseSettings:
             raise ValueError(
                 "page_size must be 0 where mode is forward+backward: pages do not train"
             )
+
+    @property
+    def row_mode(self) -> str:
+        """The mode in the CSV, which says of how many layers a step is one."""
+        return self.mode if self.layers == 1 else f"{self.mode}_of_{self.layers}_layers"
 
 
 @dataclass(frozen=True, kw_only=True)

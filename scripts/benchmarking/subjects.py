@@ -69,7 +69,7 @@ def make_subjects(
     ]
     if case.page_size:
         over_pages, without_pages = paged_dense_subjects(
-            qkv, pages, case.baselines, has_packages=qkv.key.is_cuda
+            [qkv], [pages], case.baselines, has_packages=qkv.key.is_cuda
         )
         subjects += over_pages
         unavailable |= without_pages

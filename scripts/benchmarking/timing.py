@@ -27,6 +27,7 @@ class Subject:
         backward: Runs its backward, given the output of ``forward``; None: there is none.
         settings: Name of its attention settings among the run's ``variants``; empty: those of
             ``attention``, or an operation without attention settings.
+        repeats: How often ``forward`` does the operation; times are those of one.
     """
 
     op: str
@@ -34,6 +35,7 @@ class Subject:
     forward: Callable[[], Any]
     backward: Callable[[Any], object] | None = None
     settings: str = ""
+    repeats: int = 1
 
 
 class Timing(NamedTuple):
@@ -94,11 +96,22 @@ def time_in_rotation(
             for turn in range(len(subjects)):
                 index = (done + turn) % len(subjects)
                 for part, milliseconds in clock(subjects[index]).items():
-                    samples[index][part].append(milliseconds)
+                    samples[index][part].append(milliseconds / subjects[index].repeats)
             done += 1
     finally:
         gc.enable()
     return [{part: summarize(values) for part, values in parts.items()} for parts in samples]
+
+
+def in_turn(runs: Sequence[Callable[[], Any]]) -> Callable[[], Any]:
+    """Return a function that runs all of them and returns what the last one returns."""
+    if len(runs) == 1:
+        return runs[0]
+
+    def run() -> Any:
+        return [one() for one in runs][-1]
+
+    return run
 
 
 def summarize(milliseconds: Sequence[float]) -> Timing:

@@ -80,6 +80,7 @@ def test_a_csv_of_something_else_is_left_alone(run_script, config, tmp_path):
             "expected one of forward, forward+backward, decode, got backward",
         ),
         ("cases.short.batch=0", "cases.short.batch: must be between 1 and"),
+        ("cases.short.layers=2", "cases.short.layers: must be 1 where mode is forward, got 2"),
         ("attention.dense_len=512", "got a length of 256, below attention.dense_len = 512"),
         ("run.out=results.txt", "run.out: must name a .csv file, got results.txt"),
         ("engines=[]", "engines: must name at least one engine, none twice, got []"),
@@ -273,6 +274,20 @@ def test_a_decode_step_is_timed_beside_dense_over_the_same_cache(run_script, con
         (80 + 160) / 512, 1e-4
     )
     assert "decode" in out
+
+
+def test_steps_of_several_layers_have_rows_of_their_own(run_script, config, tmp_path):
+    case = "cases={step: {lengths: [256], mode: decode, layers: 3, page_size: 32}}"
+    floor = "floor={tflops: 1, terabytes: 0.01}"
+    status, out, err = run_script("benchmark", "--config", config, case, floor)
+    assert status == 0, err
+    rows = rows_of(tmp_path / "out.csv")
+    assert {row["mode"] for row in rows} == {"decode_of_3_layers"}
+    assert {row["op"] for row in rows} >= {"infllm_attention", "dense", "dense_paged"}
+    # The floor is that of one step: 256 keys and values of 2 heads, 16 float32 numbers each.
+    [dense] = [row for row in rows if row["op"] == "dense"]
+    assert float(dense["ms_floor"]) == pytest.approx(1e3 * 2 * 256 * 2 * 16 * 4 / 0.01e12, 1e-3)
+    assert "decode_of_3_layers" in out
 
 
 def test_pages_are_timed_beside_one_piece(run_script, config, tmp_path):

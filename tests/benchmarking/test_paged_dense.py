@@ -38,7 +38,7 @@ def inputs(n):
 def over_pages(n, *, has_packages=True, **options):
     qkv = inputs(n)
     pages = PagedAttention(qkv, small_config(), PAGE).pages
-    return paged_dense_subjects(qkv, pages, has_packages=has_packages, **options)
+    return paged_dense_subjects([qkv], [pages], has_packages=has_packages, **options)
 
 
 def dense(qkv):
@@ -177,6 +177,22 @@ def test_every_dense_attention_over_pages_attends_to_all_tokens(packages, n):
         torch.testing.assert_close(subject.forward(), dense(inputs(n)))
 
 
+def test_each_layer_attends_to_its_own_pages(packages):
+    layers = [inputs(1), QKV(*(x.clone() for x in inputs(1)))]
+    pages = [PagedAttention(qkv, small_config(), PAGE).pages for qkv in layers]
+    runs = {}
+    subjects, reasons = paged_dense_subjects(
+        layers, pages, prepare=lambda some: runs.setdefault(len(runs), some), has_packages=True
+    )
+    assert reasons == {}
+    assert len(runs) == len(subjects) == 5
+    pages[0].both.zero_()  # a layer that read another's pages would change with them
+    layers[0].key.zero_()
+    for first, second in runs.values():
+        assert not torch.allclose(first(), dense(inputs(1)))
+        torch.testing.assert_close(second(), dense(inputs(1)))
+
+
 def test_without_packages_only_gathers_are_tried(packages):
     subjects, reasons = over_pages(1, has_packages=False)
     assert [subject.variant for subject in subjects] == ["sdpa_gathered"]
@@ -237,10 +253,10 @@ def test_a_wrong_row_is_not_timed(packages, monkeypatch, row):
 
 
 def test_attention_that_cannot_be_captured_is_not_timed(packages):
-    def capture(run):
+    def capture(runs):
         raise RuntimeError("operation not permitted when stream is capturing\nmore")
 
-    subjects, reasons = over_pages(1, names=["flashinfer_paged"], capture=capture)
+    subjects, reasons = over_pages(1, names=["flashinfer_paged"], prepare=capture)
     assert subjects == []
     assert reasons == {
         "flashinfer_paged": "not supported: operation not permitted when stream is capturing"
@@ -248,7 +264,7 @@ def test_attention_that_cannot_be_captured_is_not_timed(packages):
 
 
 def test_what_is_captured_is_timed(packages):
-    subjects, _ = over_pages(1, names=["sdpa_gathered"], capture=lambda run: len)
+    subjects, _ = over_pages(1, names=["sdpa_gathered"], prepare=lambda runs: len)
     assert subjects[0].forward is len
 
 

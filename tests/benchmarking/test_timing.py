@@ -9,7 +9,7 @@ import infllm_flex_ops
 from benchmarking.dense import _dense_flex
 from benchmarking.inputs import QKV
 from benchmarking.stages import engine_steps
-from benchmarking.timing import Limits, Subject, time_in_rotation
+from benchmarking.timing import Limits, Subject, in_turn, time_in_rotation
 from infllm_flex import infllm_attention, select_blocks
 from infllm_flex_ops.block_lists import union_lists
 from tests.inputs import make_qkv as draw_qkv
@@ -47,3 +47,16 @@ def test_everything_runs_by_turns_in_a_rotating_order():
     timings = time_in_rotation(subjects, torch.device("cpu"), Limits(1, 3, 100, 0))
     assert "".join(order) == "abc" + "abc" + "bca" + "cab"
     assert [set(parts) for parts in timings] == [{"forward"}] * 3
+
+
+def test_the_time_of_one_of_several_layers_is_reported():
+    done = []
+    run = in_turn([lambda layer=layer: done.append(layer) or layer for layer in range(4)])
+    assert run() == 3
+    assert done == [0, 1, 2, 3]
+    subject = Subject("step", "", run, repeats=4)
+    limits = Limits(0, 1, 1, 0)
+    [timing] = time_in_rotation(
+        [subject], torch.device("cpu"), limits, clock=lambda subject: {"forward": 8.0}
+    )
+    assert timing["forward"] == (2.0, 2.0, 2.0)
