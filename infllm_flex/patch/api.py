@@ -55,10 +55,11 @@ def patch_model(
             attention of torchtune, litgpt, torchtitan or x-transformers, or by calls of
             ``torch.nn.functional.scaled_dot_product_attention`` with ``is_causal=True`` or a causal
             mask.
-        config: Settings, as a config, a mapping, or the path of a YAML file. With None, the model's
-            own ``config.sparse_config`` is used. A model without one scores every key by pooled
-            queries, in float8 if it is on a GPU that multiplies float8 (docs/choosing-settings.md
-            says why).
+        config: All settings, as a config, a mapping, or the path of a YAML file; what a mapping or
+            file does not name has the default of InfLLMConfig. With None, the model's own
+            ``config.sparse_config`` is used. A model without one scores every key by pooled
+            queries, in float8 if it is on a GPU that multiplies float8, and means of 8 keys where
+            its head dim is above 128 (docs/choosing-settings.md says why).
         attention_modules: The attention layers, instead of a search for them: names as in
             ``named_modules``, in which ``*`` stands for anything between dots, classes, or modules.
         num_key_value_heads: Key/value heads of a model that expands them before attention, if

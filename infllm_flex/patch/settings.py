@@ -56,17 +56,34 @@ def resolve_config(
         ValueError: An unknown name (the error shows the nearest known one) or an invalid value.
         NotImplementedError: ``use_nope``.
     """
-    config, origin = _read(settings, model_configs, device, head_dim)
-    if overrides:
-        if origin in (RULE, RULE_WIDE) and any(name in overrides for name in _SCORING):
-            config, origin = InfLLMConfig(), GIVEN
-        config = InfLLMConfig.from_dict({**dataclasses.asdict(config), **overrides})
-    if config.use_nope:
+    resolved = override(_read(settings, model_configs, device, head_dim), overrides)
+    if resolved.config.use_nope:
         raise NotImplementedError(
             "use_nope=True scores blocks by queries and keys from before the rotary embedding, "
             "which models do not hand to their attention function; set use_nope=False"
         )
-    return Resolved(config, origin)
+    return resolved
+
+
+def override(resolved: Resolved, overrides: Mapping[str, Any]) -> Resolved:
+    """Apply single settings by name.
+
+    Whoever changes how blocks are scored does not want the rule's scoring: then the settings that
+    are not named are the defaults of InfLLMConfig.
+
+    Args:
+        resolved: The settings.
+        overrides: Single settings that take precedence.
+
+    Raises:
+        ValueError: An unknown name or an invalid value.
+    """
+    if not overrides:
+        return resolved
+    config, origin = resolved
+    if origin in (RULE, RULE_WIDE) and any(name in overrides for name in _SCORING):
+        config, origin = InfLLMConfig(), GIVEN
+    return Resolved(InfLLMConfig.from_dict({**dataclasses.asdict(config), **overrides}), origin)
 
 
 def settings_by_rule(has_float8: bool, head_dim: int | None) -> Resolved:

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 from infllm_flex.config import InfLLMConfig
 from infllm_flex.patch.head_dims import read_head_dim
-from infllm_flex.patch.settings import settings_by_rule
+from infllm_flex.patch.settings import OWN, Resolved, override, settings_by_rule
 
 KEY = "infllm"  # in vLLM's additional_config
 STAY_DENSE = f"to serve the model densely, pass --additional-config '{{\"{KEY}\": false}}'"
@@ -27,9 +26,9 @@ def read_settings(
     """Read what a model is to be served with.
 
     Args:
-        additional_config: vLLM's setting of this name. Its value under ``infllm`` is a mapping of
-            settings that take precedence over the model's own; true for those of
-            ``patch_model(model)``; or false.
+        additional_config: vLLM's setting of this name. Its value under ``infllm`` is true for the
+            settings of ``patch_model(model)``; a mapping for those of ``patch_model(model,
+            **mapping)``; or false.
         model_config: The model's config, for its ``sparse_config``.
         has_float8: Asks whether the device multiplies float8.
 
@@ -52,10 +51,10 @@ def read_settings(
             )
     if own is None and given is None:
         return None
-    if own is None and given is True:
-        return Served(*settings_by_rule(has_float8(), read_head_dim(model_config)))
-    config = InfLLMConfig.from_model_config(model_config)
+    if own is None:
+        resolved = settings_by_rule(has_float8(), read_head_dim(model_config))
+    else:
+        resolved = Resolved(InfLLMConfig.from_model_config(model_config), OWN)
     if given is None or given is True:
-        return Served(config, "the model's sparse_config")
-    config = InfLLMConfig.from_dict({**dataclasses.asdict(config), **given})
-    return Served(config, f"additional_config[{KEY!r}]")
+        return Served(*resolved)
+    return Served(override(resolved, given).config, f"additional_config[{KEY!r}]")

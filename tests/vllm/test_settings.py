@@ -3,8 +3,9 @@
 from types import SimpleNamespace
 
 import pytest
+from transformers import LlamaConfig, LlamaForCausalLM
 
-from infllm_flex import InfLLMConfig
+from infllm_flex import InfLLMConfig, describe, patch_model
 from infllm_flex.vllm.announcement import describe_served
 from infllm_flex.vllm.settings import read_settings
 
@@ -35,9 +36,24 @@ def test_given_settings_take_precedence_one_by_one():
     assert "additional_config" in origin
 
 
-def test_given_settings_are_enough():
-    assert read({"infllm": {}}, PLAIN).config == InfLLMConfig()
-    assert read({"infllm": OWN}, PLAIN).config == InfLLMConfig(**OWN)
+@pytest.mark.parametrize(
+    "given",
+    [{}, OWN, {"topk": 80}, {"kernel_size": 8, "kernel_stride": 4}, {"lse": "exact", "topk": 80}],
+    ids=str,
+)
+@pytest.mark.parametrize("head_dim", [64, 256])
+def test_given_settings_mean_what_they_mean_to_patch_model(given, head_dim):
+    model_config = LlamaConfig(
+        vocab_size=8,
+        hidden_size=2 * head_dim,
+        intermediate_size=8,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+    )
+    model = patch_model(LlamaForCausalLM(model_config), **given)
+    [patched, *_] = describe(model)
+    assert read({"infllm": given}, model_config).config == patched.config
 
 
 @pytest.mark.parametrize(("has_float8", "score_dtype"), [(False, "same"), (True, "float8")])
@@ -69,7 +85,8 @@ def test_bad_settings_are_an_error_of_one_line(given, message):
 
 
 def test_the_log_says_what_is_served_and_what_it_costs():
-    first, second = describe_served(read({"infllm": {}}, PLAIN), page_size=128)
+    windows = {"kernel_size": 32, "kernel_stride": 16}
+    first, second = describe_served(read({"infllm": windows}, PLAIN), page_size=128)
     for part in ("additional_config", "from 8191 on", "96 blocks of 64", "3.9% to pages of 128"):
         assert part in first
     assert "6144 to 8190" in second  # dense here, sparse in training
