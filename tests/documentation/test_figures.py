@@ -19,6 +19,9 @@ _DECIMAL = re.compile(r"(?<![\w.])\d+\.\d+(?![\w.]*\d)")
 _MEASURED = re.compile(r"(?<![\w.,-])\d+(?:\.\d+)?(?:x\b| ?(?:%|ms\b|µs\b|GB/s\b))")
 
 
+_OURS = ("auto", "fused", "decode")
+
+
 class Figures(NamedTuple):
     """The numbers of a paragraph or table, and where the comment below says they are from."""
 
@@ -60,11 +63,17 @@ def _rows(file: Path) -> list[dict[str, str]]:
 
 
 def speed_up(rows: list[dict[str, str]], wanted: dict[str, str]) -> float:
-    """Median of the fastest dense attention over ours, of the first run that has both."""
-    chosen = [row for row in rows if row["ms_p50"] and _fits(row, wanted)]
+    """Median of the fastest dense attention over ours, of the first run that has both.
+
+    Without ``settings``, ours has those of ``attention:``.
+    """
+    settings = wanted.get("settings", "")
+    shape = {name: value for name, value in wanted.items() if name != "settings"}
+    chosen = [row for row in rows if row["ms_p50"] and _fits(row, shape)]
     for ours in chosen:
         dense = [r for r in chosen if r["op"] == "dense" and r["date"] == ours["date"]]
-        if ours["op"] == "infllm_attention" and ours["variant"] in ("auto", "decode") and dense:
+        is_ours = ours["op"] == "infllm_attention" and ours["variant"] in _OURS
+        if is_ours and ours.get("settings", "") == settings and dense:
             return min(float(row["ms_p50"]) for row in dense) / float(ours["ms_p50"])
     raise LookupError(f"no rows for {wanted}")
 
