@@ -49,14 +49,15 @@ def main() -> int:
     warnings.showwarning = lambda message, *_, **__: print(f"warning: {message}", file=sys.stderr)
     try:
         settings = read_settings(options)
+        if options.print_config:
+            print(to_yaml(settings), end="")
+            return 0
+        check_device(settings)
         common = environment(settings)
         steps = steps_to_do(settings, common)
     except (ConfigError, ValueError) as error:
         print(error, file=sys.stderr)
         return 2
-    if options.print_config:
-        print(to_yaml(settings), end="")
-        return 0
     try:
         return measure(settings, steps, common)
     except KeyboardInterrupt:
@@ -90,7 +91,7 @@ def read_settings(options: argparse.Namespace) -> ModelBenchmark:
 
     Raises:
         ConfigError: The file or an override is wrong.
-        ValueError: A case is unknown, or the device is missing.
+        ValueError: A case is unknown.
     """
     settings = build_dataclass(ModelBenchmark, load_yaml(options.config, options.overrides))
     if options.cases is not None:
@@ -105,9 +106,17 @@ def read_settings(options: argparse.Namespace) -> ModelBenchmark:
     if options.max_seconds is not None:
         run = dataclasses.replace(settings.run, max_seconds=options.max_seconds)
         settings = dataclasses.replace(settings, run=run)
+    return settings
+
+
+def check_device(settings: ModelBenchmark) -> None:
+    """Check that the device is there.
+
+    Raises:
+        ValueError: It is not.
+    """
     if settings.run.device == "cuda" and not torch.cuda.is_available():
         raise ValueError("run.device: cuda is not available here; set run.device=cpu")
-    return settings
 
 
 def environment(settings: ModelBenchmark) -> dict[str, str]:

@@ -1,5 +1,6 @@
 """Command lines: where settings may stand, and what a wrong one is answered."""
 
+import os
 import re
 import runpy
 import subprocess
@@ -33,6 +34,23 @@ def test_settings_before_and_after_an_option_count():
     done = subprocess.run([*command, "run.rounds=9"], capture_output=True, text=True, check=True)
     for line in ("threads: 3", "seed: 7", "rounds: 9"):
         assert f"  {line}\n" in done.stdout
+
+
+@pytest.mark.parametrize("name", ["benchmark", "benchmark_models"])
+def test_settings_for_a_gpu_are_shown_without_one(name):
+    config = {"benchmark": "bench_h200.yaml", "benchmark_models": "bench_models.yaml"}[name]
+    command = [sys.executable, ROOT / "scripts" / f"{name}.py", "--print-config"]
+    command += ["--config", ROOT / "configs" / config, "run.warmup=8"]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert "device: cuda\n" in done.stdout
+    assert "warmup: 8\n" in done.stdout
+
+
+def test_what_names_its_interpreter_can_be_run():
+    scripts = [path for path in (ROOT / "scripts").iterdir() if path.is_file()]
+    named = [path for path in scripts if path.read_text().startswith("#!")]
+    assert len(named) > 10
+    assert [path.name for path in named if not os.access(path, os.X_OK)] == []
 
 
 # Options that a command cannot do without, beside --config.
