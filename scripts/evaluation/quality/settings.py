@@ -35,8 +35,8 @@ class RunSettings:
     folder: Path
     seeds: tuple[int, ...] = (0, 1, 2)
     device: Literal["auto", "cpu", "cuda"] = "auto"
-    table: Path = Path("docs/results/quality.csv")
-    plot: Path = Path("docs/results/quality.png")
+    table: Path = Path("runs/results/quality.csv")
+    plot: Path = Path("runs/results/quality.png")
     commit: str = ""
 
     def __post_init__(self) -> None:
