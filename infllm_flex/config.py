@@ -22,6 +22,20 @@ class InfLLMConfig:
 
     Lengths and sizes are in tokens; ``*_blocks`` and ``topk`` are in blocks of ``block_size`` keys.
 
+    A sparse query sees at most ``window_size + topk * block_size`` tokens, 6144 by default. These
+    visible tokens are ``num_selected = topk + window_size / block_size`` blocks, the budget. The
+    first blocks of the sequence, those of the window and the query's own count toward it.
+
+    Settings constrain each other. ``kernel_size`` and ``block_size`` are multiples of
+    ``kernel_stride``, and ``window_size`` is one of ``block_size``. ``topk`` is at least
+    ``init_blocks + 1``. With ``pool_queries``, ``kernel_size`` equals ``kernel_stride`` and ``lse``
+    is ``"coarse"``. Without it, ``score_dtype`` is ``"same"``.
+
+    ``describe(model)`` shows the settings of a patched model, in a row for each attention layer:
+    ``name`` of the module, ``patched_through`` (the adapter), ``sparse`` (True or False),
+    ``status`` (the same in words, with a reason), ``config`` (these settings; None unless the layer
+    is sparse), and ``origin`` (where the settings come from).
+
     Attributes:
         kernel_size: Pooling window of the compressed keys.
         kernel_stride: Step between pooling windows. The coarse keys use four times both.

@@ -22,8 +22,8 @@ class DataSettings:
             ``datasets``.
         pattern: Pattern of the names of the files to read, in all subfolders.
         text_field: Key or column of the text in ``.jsonl`` and ``.parquet`` files and data sets.
-        tokenizer: ``bytes`` for one token per byte, ``model`` for the tokenizer in ``model.path``,
-            or a local folder.
+        tokenizer: ``bytes`` for one token per byte, ``model`` for the tokenizer of ``model.path``
+            or ``model.hub``, or a local folder.
         packing: ``stream`` concatenates the bytes of all files in memory and splits them anywhere.
             ``documents`` packs whole documents that do not attend to each other.
         held_out_percent: Percentage to hold out from training: of the files, chosen by a hash of
