@@ -16,7 +16,7 @@ _Result = TypeVar("_Result")
 def constant_to_graphs(function: _Function) -> _Function:
     """Have compilers call a function while they trace, and keep its result as a constant.
 
-    API: the attribute ``_dynamo_marked_constant``, seen in 2.11 to 2.13.
+    API: the attribute ``_dynamo_marked_constant``, seen in 2.11 to 2.14.
     If it goes: graph breaks, an error with ``fullgraph=True``.
     Instead: ``torch.compiler.assume_constant_result``, which imports Dynamo for seconds.
     """
@@ -27,7 +27,7 @@ def constant_to_graphs(function: _Function) -> _Function:
 def is_compiled(function: Any) -> bool:
     """Whether a function came out of ``torch.compile``.
 
-    API: the attribute ``_torchdynamo_orig_callable``, seen in 2.11 to 2.13.
+    API: the attribute ``_torchdynamo_orig_callable``, seen in 2.11 to 2.14.
     If it goes: an error for a compiled forward that was set on an instance, at its first call.
     Instead: nothing public.
     """
@@ -37,7 +37,7 @@ def is_compiled(function: Any) -> bool:
 def is_traced_otherwise() -> bool:
     """Whether ``torch.fx.symbolic_trace`` is running.
 
-    API: ``torch.fx._symbolic_trace.is_fx_symbolic_tracing``, seen in 2.11 to 2.13.
+    API: ``torch.fx._symbolic_trace.is_fx_symbolic_tracing``, seen in 2.11 to 2.14.
     If it goes: AttributeError in every ``patch_model``.
     Instead: nothing public; ``torch.jit.is_tracing`` is the public question for the other tracer.
     """
@@ -47,7 +47,7 @@ def is_traced_otherwise() -> bool:
 def graph_break(message: str) -> None:
     """End the graph that is being compiled, with a reason for the log.
 
-    API: ``torch._dynamo.graph_break``, seen in 2.11 to 2.13.
+    API: ``torch._dynamo.graph_break``, seen in 2.11 to 2.14.
     If it goes: an error at compiled calls of a layer that must not be compiled.
     Instead: nothing public.
     """
@@ -57,7 +57,7 @@ def graph_break(message: str) -> None:
 def mark_static_address(x: Tensor) -> None:
     """Promise compilers that a tensor keeps its memory, so that CUDA graphs need no copy of it.
 
-    API: ``torch._dynamo.mark_static_address``, seen in 2.11 to 2.13.
+    API: ``torch._dynamo.mark_static_address``, seen in 2.11 to 2.14.
     If it goes: AttributeError when a static cache is made.
     Instead: nothing public.
     """
@@ -67,7 +67,7 @@ def mark_static_address(x: Tensor) -> None:
 def recompile_limit(count: int, strict: bool = False) -> AbstractContextManager[Any]:
     """Allow ``count`` graphs per function; if ``strict``, raise instead of running uncompiled.
 
-    API: ``torch._dynamo.config.patch``, ``recompile_limit``, seen in 2.11 to 2.13.
+    API: ``torch._dynamo.config.patch``, ``recompile_limit``, seen in 2.11 to 2.14.
     If it goes: AttributeError at the first call of the Flex engine.
     Instead: ``torch.compile(recompile_limit=...)`` of 2.13, when no older one is served.
     """
@@ -79,7 +79,7 @@ def without_side_effect_check(function: Callable[..., _Result], *args: Any) -> _
     """Call a function whose side effect Dynamo would refuse inside a checkpointed region.
 
     API: ``torch._dynamo.utils._disable_side_effect_safety_checks_for_current_subtracer``, seen in
-    2.11 to 2.13.
+    2.11 to 2.14.
     If it goes: an error when a patched model of no known library is compiled.
     Instead: nothing public.
     """

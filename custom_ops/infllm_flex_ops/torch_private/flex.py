@@ -25,7 +25,7 @@ def block_mask(
 ) -> BlockMask:
     """Make a mask of lists in both directions.
 
-    API: the undocumented constructor of ``BlockMask``, seen in 2.11 to 2.13.
+    API: the undocumented constructor of ``BlockMask``, seen in 2.11 to 2.14.
     If it goes: TypeError in every call of the Flex engine.
     Instead: ``BlockMask.from_kv_blocks``, when it takes the lists of tiles by block as well.
 
@@ -63,7 +63,7 @@ def flex_options(is_divisible: bool, tile: tuple[int, int] | None = None) -> dic
     which FlexAttention would otherwise have to assume.
 
     API: ``BACKEND``, ``IS_DIVISIBLE``, ``SPARSE_Q_BLOCK_SIZE`` and ``SPARSE_KV_BLOCK_SIZE`` of
-    ``kernel_options``, seen in 2.11 to 2.13.
+    ``kernel_options``, seen in 2.11 to 2.14.
     If it goes: slower kernels, or gradients of another mask.
     Instead: the sizes of the mask itself, once pytorch#176025 is fixed.
 

@@ -11,7 +11,7 @@ from torch import nn
 def forward_pre_hooks(module: nn.Module) -> list[Callable[..., Any]]:
     """List the hooks that run before the forward of a module.
 
-    API: ``Module._forward_pre_hooks``, seen in 2.11 to 2.13.
+    API: ``Module._forward_pre_hooks``, seen in 2.11 to 2.14.
     If it goes: AttributeError in every ``patch_model`` of a transformers model.
     Instead: nothing public; handles of ``register_forward_pre_hook`` are lost in a copied model.
     """
@@ -21,7 +21,7 @@ def forward_pre_hooks(module: nn.Module) -> list[Callable[..., Any]]:
 def forward_hooks(module: nn.Module) -> list[Callable[..., Any]]:
     """List the hooks that run after the forward of a module.
 
-    API: ``Module._forward_hooks``, seen in 2.11 to 2.13.
+    API: ``Module._forward_hooks``, seen in 2.11 to 2.14.
     If it goes: AttributeError at the first call of a forward that was set on an instance.
     Instead: nothing public, as for `forward_pre_hooks`.
     """
@@ -31,7 +31,7 @@ def forward_hooks(module: nn.Module) -> list[Callable[..., Any]]:
 def remove_forward_pre_hooks(module: nn.Module, is_ours: Callable[[Any], bool]) -> None:
     """Remove hooks before the forward, which in a copied model have no handles.
 
-    API: ``Module._forward_pre_hooks`` and ``_forward_pre_hooks_with_kwargs``, seen in 2.11 to 2.13.
+    API: ``Module._forward_pre_hooks`` and ``_forward_pre_hooks_with_kwargs``, seen in 2.11 to 2.14.
     If it goes: AttributeError in every ``unpatch_model``.
     Instead: nothing public.
     """
@@ -45,7 +45,7 @@ def remove_forward_hooks(module: nn.Module, is_ours: Callable[[Any], bool]) -> N
     """Remove hooks after the forward, which in a copied model have no handles.
 
     API: ``Module._forward_hooks``, ``_forward_hooks_with_kwargs`` and
-    ``_forward_hooks_always_called``, seen in 2.11 to 2.13.
+    ``_forward_hooks_always_called``, seen in 2.11 to 2.14.
     If it goes: AttributeError in every ``unpatch_model``.
     Instead: nothing public.
     """
@@ -59,7 +59,7 @@ def remove_forward_hooks(module: nn.Module, is_ours: Callable[[Any], bool]) -> N
 def replace_child(copied: nn.Module, name: str, child: nn.Module) -> None:
     """Replace a child of a shallow copy of a module, and leave the original its own.
 
-    API: ``Module._modules``, seen in 2.11 to 2.13.
+    API: ``Module._modules``, seen in 2.11 to 2.14.
     If it goes: the original loses its child.
     Instead: nothing public; ``setattr`` writes to the dict that both modules hold.
     """

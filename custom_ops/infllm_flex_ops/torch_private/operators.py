@@ -12,7 +12,7 @@ from torch import Tensor
 def are_transforms_active() -> bool:
     """Whether a transform of ``torch.func`` is running, so that an operator must be dispatched.
 
-    API: ``torch._C._are_functorch_transforms_active``, seen in 2.11 to 2.13.
+    API: ``torch._C._are_functorch_transforms_active``, seen in 2.11 to 2.14.
     If it goes: AttributeError at every decode step on the CPU.
     Instead: nothing public.
     """
@@ -22,7 +22,7 @@ def are_transforms_active() -> bool:
 def below_autograd() -> AbstractContextManager[None]:
     """Call an operator without the kernel that gives it gradients, from inside that kernel.
 
-    API: ``torch._C._AutoDispatchBelowAutograd``, seen in 2.11 to 2.13.
+    API: ``torch._C._AutoDispatchBelowAutograd``, seen in 2.11 to 2.14.
     If it goes: AttributeError at every call of an operator with gradients.
     Instead: nothing public; ``register_autograd`` uses it, too.
     """
@@ -32,7 +32,7 @@ def below_autograd() -> AbstractContextManager[None]:
 def forward_mode_enabled() -> AbstractContextManager[None]:
     """Leave forward-mode AD on where an autograd function would switch it off.
 
-    API: ``torch.autograd.forward_ad._set_fwd_grad_enabled``, seen in 2.11 to 2.13.
+    API: ``torch.autograd.forward_ad._set_fwd_grad_enabled``, seen in 2.11 to 2.14.
     If it goes: ImportError at every gradient of an operator.
     Instead: nothing public.
     """
@@ -44,7 +44,7 @@ def forward_mode_enabled() -> AbstractContextManager[None]:
 def single_level_function() -> type[Any]:
     """Return the base of autograd functions that serve one level of ``torch.func`` at a time.
 
-    API: ``torch.autograd.function._SingleLevelFunction``, seen in 2.11 to 2.13.
+    API: ``torch.autograd.function._SingleLevelFunction``, seen in 2.11 to 2.14.
     If it goes: AttributeError at import.
     Instead: ``register_autograd``, when it serves ``torch.func``.
     """
@@ -54,7 +54,7 @@ def single_level_function() -> type[Any]:
 def single_level_functions_allowed() -> AbstractContextManager[None]:
     """Allow a function of `single_level_function` inside a transform of ``torch.func``.
 
-    API: ``torch._functorch.utils.enable_single_level_autograd_function``, seen in 2.11 to 2.13.
+    API: ``torch._functorch.utils.enable_single_level_autograd_function``, seen in 2.11 to 2.14.
     If it goes: ImportError at gradients inside ``torch.func``.
     Instead: ``register_autograd``, when it serves ``torch.func``.
     """
@@ -66,7 +66,7 @@ def single_level_functions_allowed() -> AbstractContextManager[None]:
 def assert_async(condition: Tensor, message: str) -> None:
     """Raise on the device, without waiting for it, unless the condition holds.
 
-    API: ``torch._assert_async``, seen in 2.11 to 2.13.
+    API: ``torch._assert_async``, seen in 2.11 to 2.14.
     If it goes: AttributeError in every compiled call with padding or packing.
     Instead: ``torch._check_tensor_all`` is private, too; a public assertion would wait.
     """
