@@ -15,12 +15,11 @@ from infllm_flex.patch import discovery
 from infllm_flex.patch.dense_context import dense_context
 from infllm_flex.patch.discovery import AttentionModule
 from infllm_flex.patch.example_run import Example, record_example
-from infllm_flex.patch.head_dims import read_head_dim
-from infllm_flex.patch.head_groups import check_kv_heads, count_heads
+from infllm_flex.patch.head_groups import Heads, check_kv_heads, read_heads
 from infllm_flex.patch.layer_state import get_layer
 from infllm_flex.patch.module_names import Names, resolve_modules
 from infllm_flex.patch.report import describe_switch
-from infllm_flex.patch.settings import Settings, resolve_config
+from infllm_flex.patch.settings import Settings, pays_from, resolve_config
 from infllm_flex.patch.unsupported import (
     reject_scripted,
     reject_unsupported,
@@ -59,7 +58,8 @@ def patch_model(
             file does not name has the default of InfLLMConfig. With None, the model's own
             ``config.sparse_config`` is used. A model without one scores every key by pooled
             queries, in float8 if it is on a GPU that multiplies float8, and means of 8 keys where
-            its head dim is above 128 (docs/choosing-settings.md says why).
+            its head dim is above 128. It is sparse from 32768 tokens on, with one query head to a
+            key/value head from 131072 on (docs/choosing-settings.md says why).
         attention_modules: The attention layers, instead of a search for them: names as in
             ``named_modules``, in which ``*`` stands for anything between dots, classes, or modules.
         num_key_value_heads: Key/value heads of a model that expands them before attention, if
@@ -71,7 +71,7 @@ def patch_model(
             the first forward raises an UnsupportedModelError.
         overrides: Single settings by name, which take precedence over ``config``. If one of them
             changes how blocks are scored, such as ``kernel_size``, and the model has no
-            ``sparse_config``, the other settings are the defaults of InfLLMConfig.
+            ``sparse_config``, all others but ``dense_len`` are the defaults of InfLLMConfig.
 
     Returns:
         The same ``model``.
@@ -95,16 +95,24 @@ def patch_model(
     model_configs = [
         getattr(m, "config", None) for m in (model, *(f.module for f in layers.values()))
     ]
-    sparse = (found.module for found in layers.values() if found.skip_reason is None)
-    head_dim = next((dim for dim in map(read_head_dim, sparse) if dim is not None), None)
-    resolved = resolve_config(config, overrides, model_configs, _device_of(model), head_dim)
+    heads = _heads_of(model, layers, num_key_value_heads)
+    resolved = resolve_config(config, overrides, model_configs, _device_of(model), heads)
     discovery.attach(model, layers, resolved.config, num_key_value_heads)
     for layer in discovery.patched_layers(model).values():
         layer.origin = resolved.origin
     _log_decisions(model, layers)
     _log_how_to_save(model)
-    _log_where_it_pays(model, layers, num_key_value_heads)
+    _log_where_it_pays(_device_of(model), heads, resolved.config.dense_len)
     return model
+
+
+def _heads_of(
+    model: nn.Module, layers: Mapping[str, AttentionModule], kv_heads: int | None
+) -> Heads:
+    """The heads of the first sparse layer that says what its head dim is, else of the first."""
+    sparse = (found.module for found in layers.values() if found.skip_reason is None)
+    all_heads = [read_heads(module, model, kv_heads) for module in sparse]
+    return next((heads for heads in all_heads if heads.head_dim is not None), all_heads[0])
 
 
 def _device_of(model: nn.Module) -> torch.device | None:
@@ -190,21 +198,12 @@ def _log_how_to_save(model: nn.Module) -> None:
         )
 
 
-def _log_where_it_pays(
-    model: nn.Module, layers: Mapping[str, AttentionModule], num_key_value_heads: int | None
-) -> None:
+def _log_where_it_pays(device: torch.device | None, heads: Heads, dense_len: int) -> None:
     """Log from which length sparse attention is faster than dense, if ``dense_len`` is less."""
-    module = next(found.module for found in layers.values() if found.skip_reason is None)
-    query_heads, kv_heads = count_heads(module, model, num_key_value_heads)
-    device = _device_of(model)
-    if device is None:
+    if device is None or device.type not in ("cpu", "cuda"):
         return
-    if device.type == "cpu":
-        where, length = "on a CPU", 16384
-    elif device.type == "cuda" and query_heads is not None and query_heads == kv_heads:
-        where, length = "with one query head to a KV head on a GPU", 131072
-    else:
-        return
-    config = get_layer(module).config  # type: ignore[union-attr]
-    if config.dense_len < length:
-        _log.info("%s sparse attention is measured to be faster from %d tokens on", where, length)
+    where, length = ("a CPU", 16384) if device.type == "cpu" else ("a GPU", pays_from(heads))
+    if dense_len < length:
+        _log.info(
+            "on %s sparse attention is measured to be faster from %d tokens on", where, length
+        )

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from infllm_flex.patch.errors import UnsupportedModelError
+from infllm_flex.patch.head_dims import read_head_dim
 from infllm_flex.patch.layer_state import PatchedLayer
 from infllm_flex.validation import assert_in_graph
 
@@ -33,6 +34,18 @@ _CONFIG_NAMES = ("config", "cfg", "args", "params")
 _RUNS = "runs"  # aabb: repeat_interleave, expand
 _CYCLES = "cycles"  # abab: repeat
 _DISTINCT = "distinct"  # abcd: not expanded
+
+
+class Heads(NamedTuple):
+    """The heads of attention layers; None where it is not known.
+
+    Attributes:
+        head_dim: Head size of queries and keys.
+        per_group: Query heads to a key/value head.
+    """
+
+    head_dim: int | None = None
+    per_group: int | None = None
 
 
 class Regrouped(NamedTuple):
@@ -82,6 +95,23 @@ def count_heads(
     if found is not None and query_heads is not None and query_heads % found:
         found = None
     return query_heads, found
+
+
+def read_heads(module: nn.Module, model: nn.Module, kv_heads: int | None = None) -> Heads:
+    """The heads of a layer, as `count_heads` reads them."""
+    query_heads, found = count_heads(module, model, kv_heads)
+    return _heads(module, query_heads, found)
+
+
+def read_heads_of_config(model_config: object) -> Heads:
+    """The heads of a model, by its config alone."""
+    query_heads = _first_number([model_config], _QUERY_NAMES)
+    return _heads(model_config, query_heads, _first_number([model_config], _KV_NAMES))
+
+
+def _heads(place: object, query_heads: int | None, kv_heads: int | None) -> Heads:
+    per_group = query_heads // kv_heads if query_heads and kv_heads else None
+    return Heads(read_head_dim(place), per_group)
 
 
 def _configs(module: nn.Module) -> list[Any]:

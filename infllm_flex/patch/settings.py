@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 import torch
 
 from infllm_flex.config import InfLLMConfig
+from infllm_flex.patch.head_groups import Heads
 from infllm_flex_ops.device import FLOAT8_CAPABILITY, device_capability
 
 Settings = InfLLMConfig | Mapping[str, Any] | str | os.PathLike[str] | None
@@ -23,6 +24,8 @@ RULE_WIDE = (
 )
 
 _MOST_POOLED = 128  # head dim up to which the mean query of a group finds what its heads look for
+# Tokens from which sparse attention is measured to be faster than dense on a GPU.
+_PAYS, _PAYS_ALONE = 32768, 131072  # the second with one query head to a key/value head
 
 # Settings of the scoring. A user who names one of them does not want the rule's scoring.
 _SCORING = ("kernel_size", "kernel_stride", "lse", "use_nope", "pool_queries", "score_dtype")
@@ -40,7 +43,7 @@ def resolve_config(
     overrides: Mapping[str, Any],
     model_configs: list[object],
     device: torch.device | None,
-    head_dim: int | None = None,
+    heads: Heads = Heads(),  # noqa: B008 (a tuple)
 ) -> Resolved:
     """Read settings in any of their forms, then apply overrides by name.
 
@@ -49,14 +52,14 @@ def resolve_config(
         overrides: Single settings that take precedence.
         model_configs: Configs whose ``sparse_config`` is used when ``settings`` is None, in order.
         device: Device of the model.
-        head_dim: Head dim of its attention layers, if known.
+        heads: Heads of its attention layers.
 
     Raises:
         TypeError: ``settings`` is none of these.
         ValueError: An unknown name (the error shows the nearest known one) or an invalid value.
         NotImplementedError: ``use_nope``.
     """
-    resolved = override(_read(settings, model_configs, device, head_dim), overrides)
+    resolved = override(_read(settings, model_configs, device, heads), overrides)
     if resolved.config.use_nope:
         raise NotImplementedError(
             "use_nope=True scores blocks by queries and keys from before the rotary embedding, "
@@ -68,8 +71,8 @@ def resolve_config(
 def override(resolved: Resolved, overrides: Mapping[str, Any]) -> Resolved:
     """Apply single settings by name.
 
-    Whoever changes how blocks are scored does not want the rule's scoring: then the settings that
-    are not named are the defaults of InfLLMConfig.
+    Whoever changes how blocks are scored does not want the rule's scoring: then all settings that
+    are not named are the defaults of InfLLMConfig, but ``dense_len``, which does not depend on it.
 
     Args:
         resolved: The settings.
@@ -82,35 +85,45 @@ def override(resolved: Resolved, overrides: Mapping[str, Any]) -> Resolved:
         return resolved
     config, origin = resolved
     if origin in (RULE, RULE_WIDE) and any(name in overrides for name in _SCORING):
-        config, origin = InfLLMConfig(), GIVEN
+        config, origin = InfLLMConfig(dense_len=config.dense_len), GIVEN
     return Resolved(InfLLMConfig.from_dict({**dataclasses.asdict(config), **overrides}), origin)
 
 
-def settings_by_rule(has_float8: bool, head_dim: int | None) -> Resolved:
+def settings_by_rule(has_float8: bool, heads: Heads) -> Resolved:
     """Settings for a model that was trained with dense attention and has no settings of its own.
 
     Means of 32 keys hide single keys, which such models look for. Up to a head dim of 128 the mean
     query of a group against every key finds them. With 256 it misses half of them in the one model
-    that was measured, and each head against means of 8 keys finds them.
+    that was measured, and each head against means of 8 keys finds them. Sequences are dense where
+    dense attention is faster.
 
     Args:
         has_float8: Whether the device multiplies float8, which is for speed.
-        head_dim: Head dim of the attention layers; None where it is not known.
+        heads: Heads of the attention layers.
     """
-    if head_dim is not None and head_dim > _MOST_POOLED:
-        return Resolved(InfLLMConfig(kernel_size=8, kernel_stride=4), RULE_WIDE)
+    length = pays_from(heads)
+    if heads.head_dim is not None and heads.head_dim > _MOST_POOLED:
+        wide = InfLLMConfig(kernel_size=8, kernel_stride=4, dense_len=length)
+        return Resolved(wide, RULE_WIDE)
     dtype = "float8" if has_float8 else "same"
-    pooled = InfLLMConfig(kernel_size=1, kernel_stride=1, pool_queries=True, score_dtype=dtype)
+    pooled = InfLLMConfig(
+        kernel_size=1, kernel_stride=1, pool_queries=True, score_dtype=dtype, dense_len=length
+    )
     return Resolved(pooled, RULE)
 
 
-def read_own(model_config: object, device: torch.device | None, head_dim: int | None) -> Resolved:
+def pays_from(heads: Heads) -> int:
+    """Tokens from which sparse attention is measured to be faster than dense on a GPU."""
+    return _PAYS_ALONE if heads.per_group == 1 else _PAYS
+
+
+def read_own(model_config: object, device: torch.device | None, heads: Heads) -> Resolved:
     """The settings in a model config's ``sparse_config``, else those of the rule.
 
     Args:
         model_config: The config.
         device: Device of the model; None where it has no parameters.
-        head_dim: Head dim of its attention layers, if known.
+        heads: Heads of its attention layers.
 
     Raises:
         ValueError: ``sparse_config`` is no valid mapping of settings.
@@ -118,14 +131,14 @@ def read_own(model_config: object, device: torch.device | None, head_dim: int | 
     if getattr(model_config, "sparse_config", None) is not None:
         return Resolved(InfLLMConfig.from_model_config(model_config), OWN)
     has_float8 = device is not None and device_capability(device) >= FLOAT8_CAPABILITY
-    return settings_by_rule(has_float8, head_dim)
+    return settings_by_rule(has_float8, heads)
 
 
 def _read(
     settings: Settings,
     model_configs: list[object],
     device: torch.device | None,
-    head_dim: int | None,
+    heads: Heads,
 ) -> Resolved:
     if isinstance(settings, InfLLMConfig):
         return Resolved(settings, GIVEN)
@@ -140,5 +153,5 @@ def _read(
         )
     for model_config in model_configs:
         if getattr(model_config, "sparse_config", None) is not None:
-            return read_own(model_config, device, head_dim)
-    return read_own(None, device, head_dim)
+            return read_own(model_config, device, heads)
+    return read_own(None, device, heads)

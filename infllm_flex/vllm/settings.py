@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 from infllm_flex.config import InfLLMConfig
-from infllm_flex.patch.head_dims import read_head_dim
+from infllm_flex.patch.head_groups import read_heads_of_config
 from infllm_flex.patch.settings import OWN, Resolved, override, settings_by_rule
 
 KEY = "infllm"  # in vLLM's additional_config
@@ -52,7 +52,7 @@ def read_settings(
     if own is None and given is None:
         return None
     if own is None:
-        resolved = settings_by_rule(has_float8(), read_head_dim(model_config))
+        resolved = settings_by_rule(has_float8(), read_heads_of_config(model_config))
     else:
         resolved = Resolved(InfLLMConfig.from_model_config(model_config), OWN)
     if given is None or given is True:

@@ -31,7 +31,7 @@ def test_tells_of_a_dense_block():
 
 def test_a_model_built_with_the_implementation():
     rows = ifx.describe(build(attn_implementation="infllm_flex"))
-    assert rows[0].status == "sparse from 8192 tokens on: 96 blocks of 64"
+    assert rows[0].status == "sparse from 32768 tokens on: 96 blocks of 64"
     assert rows[0].config.pool_queries
     assert "models without a sparse_config" in rows[0].origin
 

@@ -37,12 +37,13 @@ def test_settings_come_as_config_mapping_path_or_text(tmp_path):
 
 def test_without_settings_the_models_own_are_used_else_those_of_the_rule():
     model = build()
-    every_key = {"kernel_size": 1, "kernel_stride": 1, "pool_queries": True}
+    every_key = {"kernel_size": 1, "kernel_stride": 1, "pool_queries": True, "dense_len": 32768}
     has_float8 = model.device.type == "cuda" and torch.cuda.get_device_capability() >= (8, 9)
     by_rule = ifx.InfLLMConfig(**every_key, score_dtype="float8" if has_float8 else "same")
     assert layer_config(ifx.patch_model(model)) == by_rule
     assert layer_config(ifx.patch_model(model, topk=7)) == dataclasses.replace(by_rule, topk=7)
-    assert layer_config(ifx.patch_model(model, lse="exact")) == ifx.InfLLMConfig(lse="exact")
+    exact = ifx.InfLLMConfig(lse="exact", dense_len=32768)
+    assert layer_config(ifx.patch_model(model, lse="exact")) == exact
     model.config.sparse_config = SETTINGS
     assert layer_config(ifx.patch_model(model)) == CONFIG
     assert layer_config(ifx.patch_model(model, topk=7)).topk == 7
@@ -60,9 +61,8 @@ def test_wide_heads_score_means_of_few_keys_each(head_dim, windows):
     assert (found.kernel_size, found.kernel_stride, found.topk) == (*windows, 7)
     assert found.pool_queries == (head_dim == 128)
     assert ("head dim above 128" in ifx.describe(model)[0].origin) == (head_dim == 256)
-    assert layer_config(ifx.patch_model(build(config), lse="exact")) == ifx.InfLLMConfig(
-        lse="exact"
-    )
+    exact = ifx.InfLLMConfig(lse="exact", dense_len=32768)
+    assert layer_config(ifx.patch_model(build(config), lse="exact")) == exact
 
 
 def test_overrides_go_on_top():
@@ -158,6 +158,22 @@ def test_a_model_inside_another_module_is_found():
     assert [row.name for row in ifx.describe(wrapper)] == [
         f"policy.model.layers.{layer}.self_attn" for layer in range(2)
     ]
+
+
+@pytest.mark.parametrize(
+    ("heads", "kv_heads", "dense_len"), [(4, 2, 32768), (4, 1, 32768), (4, 4, 131072)]
+)
+@pytest.mark.parametrize("overrides", [{}, {"topk": 80}, {"kernel_size": 32}])
+def test_models_without_settings_are_sparse_where_it_pays(heads, kv_heads, dense_len, overrides):
+    config = LlamaConfig(
+        vocab_size=64, hidden_size=32, intermediate_size=32, num_hidden_layers=1,
+        num_attention_heads=heads, num_key_value_heads=kv_heads,
+    )  # fmt: skip
+    model = build(config)
+    [row, *_] = ifx.describe(ifx.patch_model(model, **overrides))
+    assert row.config.dense_len == dense_len
+    [row, *_] = ifx.describe(ifx.patch_model(model, dense_len=100, **overrides))
+    assert row.config.dense_len == 100
 
 
 def test_what_is_sparse_is_logged_and_from_where_it_pays(caplog):

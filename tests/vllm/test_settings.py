@@ -41,15 +41,15 @@ def test_given_settings_take_precedence_one_by_one():
     [{}, OWN, {"topk": 80}, {"kernel_size": 8, "kernel_stride": 4}, {"lse": "exact", "topk": 80}],
     ids=str,
 )
-@pytest.mark.parametrize("head_dim", [64, 256])
-def test_given_settings_mean_what_they_mean_to_patch_model(given, head_dim):
+@pytest.mark.parametrize(("head_dim", "kv_heads"), [(64, 1), (256, 1), (64, 2)])
+def test_given_settings_mean_what_they_mean_to_patch_model(given, head_dim, kv_heads):
     model_config = LlamaConfig(
         vocab_size=8,
         hidden_size=2 * head_dim,
         intermediate_size=8,
         num_hidden_layers=1,
         num_attention_heads=2,
-        num_key_value_heads=1,
+        num_key_value_heads=kv_heads,
     )
     model = patch_model(LlamaForCausalLM(model_config), **given)
     [patched, *_] = describe(model)
@@ -59,7 +59,7 @@ def test_given_settings_mean_what_they_mean_to_patch_model(given, head_dim):
 @pytest.mark.parametrize(("has_float8", "score_dtype"), [(False, "same"), (True, "float8")])
 def test_a_user_may_ask_for_the_settings_that_patch_model_takes(has_float8, score_dtype):
     config, origin = read({"infllm": True}, PLAIN, has_float8)
-    assert config == InfLLMConfig(**EVERY_KEY, score_dtype=score_dtype)
+    assert config == InfLLMConfig(**EVERY_KEY, score_dtype=score_dtype, dense_len=32768)
     assert "without a sparse_config" in origin
     assert read({"infllm": True}, TRAINED) == read({}, TRAINED)
 
@@ -87,9 +87,9 @@ def test_bad_settings_are_an_error_of_one_line(given, message):
 def test_the_log_says_what_is_served_and_what_it_costs():
     windows = {"kernel_size": 32, "kernel_stride": 16}
     first, second = describe_served(read({"infllm": windows}, PLAIN), page_size=128)
-    for part in ("additional_config", "from 8191 on", "96 blocks of 64", "3.9% to pages of 128"):
+    for part in ("additional_config", "from 32767 on", "96 blocks of 64", "3.9% to pages of 128"):
         assert part in first
-    assert "6144 to 8190" in second  # dense here, sparse in training
+    assert "6144 to 32766" in second  # dense here, sparse in training
 
 
 def test_the_log_says_that_every_key_is_scored():

@@ -65,7 +65,7 @@ def test_a_user_may_decline_a_models_settings(trained_folder):
 
 
 def test_a_user_may_ask_for_the_settings_of_patch_model(folder):
-    # Every key is scored from 8192 tokens on, which these prompts do not reach.
+    # Every key is scored from 32768 tokens on, which these prompts do not reach.
     with engine(folder, True, block_size=64) as llm:
         assert backends_of(llm) == {"InfLLMBackend"}
         (config,) = {layer.impl.config for layer in layers_of(llm).values()}

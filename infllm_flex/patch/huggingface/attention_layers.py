@@ -11,7 +11,8 @@ import torch
 from torch import nn
 
 from infllm_flex.config import InfLLMConfig
-from infllm_flex.patch.head_dims import head_dim_skip_reason, read_head_dim
+from infllm_flex.patch.head_dims import head_dim_skip_reason
+from infllm_flex.patch.head_groups import read_heads
 from infllm_flex.patch.huggingface import transformers_private
 from infllm_flex.patch.huggingface.cache_hook import install_cache_hook
 from infllm_flex.patch.huggingface.config_view import PATCHED_NAMES, PREVIOUS_NAMES, is_view
@@ -181,7 +182,7 @@ def get_or_make_layer(module: nn.Module) -> PatchedLayer:
                 "for a single graph, call infllm_flex.patch_model(model) before torch.compile"
             )
         device = next((weight.device for weight in module.parameters()), None)
-        config, origin = read_own(module.config, device, read_head_dim(module))
+        config, origin = read_own(module.config, device, read_heads(module, module))
         skip_reason = NOT_PATCHED if is_view(module.config) else find_skip_reason(module)
         layer = make_layer(module, config, skip_reason, origin=origin)
         set_layer(module, layer)
