@@ -6,7 +6,7 @@ from torch import nn
 from transformers import BertConfig, BertModel, BloomConfig, FalconConfig, StaticCache
 
 import infllm_flex as ifx
-from tests.patch.models import CACHE, LONG, SETTINGS, build, logits, tokens
+from tests.patch.models import CACHE, EVERYTHING, LONG, SETTINGS, SHORT, build, logits, tokens
 
 
 @pytest.fixture
@@ -160,3 +160,27 @@ def test_inside_dense_everything_is_served(model):
             logits(model, LONG, attention_mask=padded(LONG)),
             logits(plain, LONG, attention_mask=padded(LONG)),
         )
+
+
+class TestFlagAfterPatching:
+    """``is_causal`` may change after patching, as models that embed text do."""
+
+    @pytest.mark.parametrize("length", [SHORT, LONG])
+    def test_a_layer_that_is_causal_no_more(self, length):
+        model, plain = ifx.patch_model(build("qwen3"), EVERYTHING), build("qwen3")
+        for layer in (*model.model.layers, *plain.model.layers):
+            layer.self_attn.is_causal = False
+        if length == SHORT:
+            assert torch.equal(logits(model, length), logits(plain, length))
+            return
+        with pytest.raises(NotImplementedError, match="cannot serve attention that is not causal"):
+            logits(model, length)
+        with ifx.dense(model):
+            assert torch.equal(logits(model, length), logits(plain, length))
+
+    def test_the_keyword_precedes_the_flag(self):
+        model = ifx.patch_model(build(), SETTINGS)
+        causal = logits(model, LONG)
+        for layer in model.model.layers:
+            layer.self_attn.is_causal = False
+        assert torch.equal(logits(model, LONG, is_causal=True), causal)

@@ -116,7 +116,9 @@ def _unsupported_arguments(call: AttentionCall) -> str | None:
             return meaning
     if call.kwargs.get("output_attentions"):
         return "attention weights (output_attentions=True)"
-    if call.kwargs.get("is_causal") is False:
+    is_causal = call.kwargs.get("is_causal")
+    # transformers lets the keyword precede the layer's attribute, which may change after patching.
+    if not (getattr(call.module, "is_causal", True) if is_causal is None else is_causal):
         return "attention that is not causal"
     if call.dropout > 0:
         return f"attention dropout ({call.dropout:g})"
