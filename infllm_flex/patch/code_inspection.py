@@ -1,6 +1,6 @@
 """Read from the code of a module's class how it attends, without running it.
 
-`calls_sdpa` and `other_attention` read the names in compiled code. `never_causal` reads source
+`calls_sdpa` and `other_attention` read the names in compiled code. The others read source
 text, because a model with an encoder and a decoder must be patched without a list of its layers;
 the first forward would otherwise refuse the encoder.
 """
@@ -11,7 +11,7 @@ import ast
 import functools
 import inspect
 import textwrap
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from types import CodeType, FunctionType
 from typing import Any
 
@@ -22,7 +22,7 @@ from infllm_flex.patch.class_swap import original_class
 
 _SDPA = "scaled_dot_product_attention"
 _OTHERS = ("softmax", "flex_attention", "flash_attn_func", "multi_head_attention_forward")
-_MASK_AT, _CAUSAL_AT = 3, 5  # positions of attn_mask and is_causal among SDPA's arguments
+_POSITIONS = {"attn_mask": 3, "is_causal": 5}  # among SDPA's arguments
 
 
 def calls_sdpa(module: nn.Module) -> bool:
@@ -48,8 +48,27 @@ def never_causal(module: nn.Module) -> bool:
 
     False where the code does not tell, or its source is not available.
     """
+    return _all_calls(module, lambda call: not _may_have(call, module, "attn_mask", "is_causal"))
+
+
+def causal_by_mask_alone(module: nn.Module) -> bool:
+    """Whether no SDPA call in the module's code sets ``is_causal``. False if it does not tell."""
+    return _all_calls(module, lambda call: not _may_have(call, module, "is_causal"))
+
+
+def learns_mask(module: nn.Module) -> bool:
+    """Whether the mask of every SDPA call comes from a parameter or submodule: a learned bias.
+
+    A mask that is itself stored as a parameter may be causal.
+    """
+    functions = _sdpa_functions(original_class(module))
+    pairs = [(function, call) for function in functions for call in _sdpa_calls(function)]
+    return bool(pairs) and all(_has_learned_mask(f, call, module) for f, call in pairs)
+
+
+def _all_calls(module: nn.Module, holds: Callable[[ast.Call], bool]) -> bool:
     calls = [call for f in _sdpa_functions(original_class(module)) for call in _sdpa_calls(f)]
-    return bool(calls) and not any(_may_be_causal(call, module) for call in calls)
+    return bool(calls) and all(map(holds, calls))
 
 
 def mentions(module: nn.Module, word: str) -> bool:
@@ -113,13 +132,18 @@ def _sdpa_names(function: FunctionType) -> set[str]:
 
 
 @functools.cache
-def _sdpa_calls(function: FunctionType) -> tuple[ast.Call, ...]:
-    """The SDPA calls in the source of a function; none where the source is not available."""
+def _nodes(function: FunctionType) -> tuple[ast.AST, ...]:
+    """The syntax of a function; nothing where its source is not available."""
     try:
-        tree = ast.parse(textwrap.dedent(inspect.getsource(function)))
+        return tuple(ast.walk(ast.parse(textwrap.dedent(inspect.getsource(function)))))
     except (OSError, TypeError, SyntaxError):
         return ()
-    calls = (node for node in ast.walk(tree) if isinstance(node, ast.Call))
+
+
+@functools.cache
+def _sdpa_calls(function: FunctionType) -> tuple[ast.Call, ...]:
+    """The SDPA calls in the source of a function; none where the source is not available."""
+    calls = (node for node in _nodes(function) if isinstance(node, ast.Call))
     return tuple(call for call in calls if _called_name(call) in _sdpa_names(function))
 
 
@@ -127,17 +151,20 @@ def _called_name(call: ast.Call) -> str | None:
     return getattr(call.func, "attr", getattr(call.func, "id", None))
 
 
-def _may_be_causal(call: ast.Call, module: nn.Module) -> bool:
+def _may_have(call: ast.Call, module: nn.Module, *arguments: str) -> bool:
+    """Whether an SDPA call may give one of some arguments a value other than None and False."""
     if any(isinstance(argument, ast.Starred) for argument in call.args):
         return True
-    given: dict[str | None, ast.expr] = {word.arg: word.value for word in call.keywords}
-    if None in given:  # **kwargs
+    if any(word.arg is None for word in call.keywords):  # **kwargs
         return True
-    for name, position in (("attn_mask", _MASK_AT), ("is_causal", _CAUSAL_AT)):
-        argument = given.get(name, call.args[position] if len(call.args) > position else None)
-        if argument is not None and _value(argument, module) not in (None, False):
-            return True
-    return False
+    given = (_argument(call, name) for name in arguments)
+    return any(x is not None and _value(x, module) not in (None, False) for x in given)
+
+
+def _argument(call: ast.Call, name: str) -> ast.expr | None:
+    position = _POSITIONS[name]
+    by_position = call.args[position] if len(call.args) > position else None
+    return next((word.value for word in call.keywords if word.arg == name), by_position)
 
 
 def _value(expression: ast.expr, module: nn.Module) -> Any:
@@ -148,3 +175,61 @@ def _value(expression: ast.expr, module: nn.Module) -> Any:
         value = getattr(module, expression.attr, True)
         return value if isinstance(value, bool) else True
     return True
+
+
+def _has_learned_mask(function: FunctionType, call: ast.Call, module: nn.Module) -> bool:
+    mask = _argument(call, "attn_mask")
+    known: set[str] = set()
+    queue = [] if mask is None else [mask]
+    while queue:
+        source = queue.pop()
+        name = _root(source)
+        assigned = [] if name is None else _assigned(function, name)
+        if assigned and name not in known:
+            queue += assigned
+        elif not assigned and any(_is_learned(node, module) for node in ast.walk(source)):
+            return True
+        known.add(str(name))
+    return False
+
+
+def _root(expression: ast.expr) -> str | None:
+    """The variable that an expression reshapes, indexes or converts; None for any other."""
+    while True:
+        if isinstance(expression, ast.Name):
+            return expression.id
+        if isinstance(expression, ast.Call) and isinstance(expression.func, ast.Attribute):
+            expression = expression.func.value
+        elif isinstance(expression, ast.Subscript):
+            expression = expression.value
+        else:
+            return None
+
+
+def _assigned(function: FunctionType, name: str) -> list[ast.expr]:
+    """The expressions that a function assigns to a variable, alone."""
+    found: list[ast.expr] = []
+    for node in _nodes(function):
+        targets = node.targets if isinstance(node, ast.Assign) else [getattr(node, "target", None)]
+        if name in (getattr(target, "id", None) for target in targets):
+            value = getattr(node, "value", None)
+            found += [value] if isinstance(value, ast.expr) else []
+    return found
+
+
+def _is_learned(node: ast.AST, module: nn.Module) -> bool:
+    """Whether a node of an expression gives a parameter to a call, or calls a trained submodule."""
+    if not isinstance(node, ast.Call):
+        return False
+    called = _own(node.func, module)
+    if isinstance(called, nn.Module):
+        return next(called.parameters(), None) is not None
+    given = (_own(x, module) for x in (*node.args, *(word.value for word in node.keywords)))
+    return any(isinstance(x, nn.Parameter) and x.is_floating_point() for x in given)
+
+
+def _own(expression: ast.expr, module: nn.Module) -> Any:
+    """The attribute of the module that an expression reads; None for any other expression."""
+    if isinstance(expression, ast.Attribute) and getattr(expression.value, "id", None) == "self":
+        return getattr(module, expression.attr, None)
+    return None

@@ -16,11 +16,12 @@ from typing import NamedTuple
 from torch import nn
 
 from infllm_flex.config import InfLLMConfig
-from infllm_flex.patch import huggingface, sdpa_adapter
+from infllm_flex.patch import code_inspection, huggingface, sdpa_adapter
 from infllm_flex.patch.class_swap import Overrides, restore_class, swap_class, swapped_adapter
 from infllm_flex.patch.forward_hooks import install_forward_hooks, remove_forward_hooks
 from infllm_flex.patch.head_dims import head_dim_skip_reason
 from infllm_flex.patch.head_groups import count_heads
+from infllm_flex.patch.huggingface import causality
 from infllm_flex.patch.layer_state import (
     NOT_PATCHED,
     PatchedLayer,
@@ -29,6 +30,7 @@ from infllm_flex.patch.layer_state import (
     set_layer,
 )
 from infllm_flex.patch.library_adapters import find_library_adapter
+from infllm_flex.patch.skip_reasons import OTHER_ATTENTION, TOWER
 
 TRANSFORMERS = "transformers"
 
@@ -82,7 +84,38 @@ def find_layers(
         elif named is not None or _attends(module, seen):
             reason = _sdpa_skip_reason(module, named, seen) or head_dim_skip_reason(module)
             found[name] = AttentionModule(module, sdpa_adapter.NAME, reason, sdpa_adapter.overrides)
-    return found if named is not None else _innermost(found)
+    if named is not None:
+        return found
+    found = _innermost(found)
+    for name in _towers(model, found, seen):
+        found[name] = found[name]._replace(skip_reason=TOWER)
+    return found
+
+
+def _towers(
+    model: nn.Module,
+    found: Mapping[str, AttentionModule],
+    seen: Mapping[nn.Module, str | None] | None,
+) -> list[str]:
+    """Layers that no cache reaches, in a model whose language model has one.
+
+    Code that passes ``is_causal`` to SDPA is trusted, and so is an example of the user.
+    """
+    without = causality.find_without_cache(model, found)
+    others = (layer.skip_reason for name, layer in found.items() if name not in without)
+    if all(reason in OTHER_ATTENTION for reason in others):
+        return []
+    return [
+        name
+        for name, layer in found.items()
+        if name in without and layer.skip_reason is None and _may_be_tower(layer, seen is not None)
+    ]
+
+
+def _may_be_tower(layer: AttentionModule, was_seen: bool) -> bool:
+    if layer.adapter == sdpa_adapter.NAME:
+        return not was_seen and code_inspection.causal_by_mask_alone(layer.module)
+    return layer.adapter == TRANSFORMERS
 
 
 def _attends(module: nn.Module, seen: Mapping[nn.Module, str | None] | None) -> bool:

@@ -10,7 +10,12 @@ from infllm_flex.patch import code_inspection
 from infllm_flex.patch.class_swap import runs_own_forward
 from infllm_flex.patch.layer_state import PatchedLayer, get_layer
 from infllm_flex.patch.sdpa_interception import run_intercepted
-from infllm_flex.patch.skip_reasons import FORWARD_ON_INSTANCE, NOT_CAUSAL, OWN_INDEXER
+from infllm_flex.patch.skip_reasons import (
+    FORWARD_ON_INSTANCE,
+    LEARNED_MASK,
+    NOT_CAUSAL,
+    OWN_INDEXER,
+)
 
 NAME = "F.scaled_dot_product_attention"
 
@@ -27,6 +32,8 @@ def find_skip_reason(module: nn.Module) -> str | None:
     """
     if code_inspection.never_causal(module):
         return NOT_CAUSAL
+    if code_inspection.learns_mask(module):
+        return LEARNED_MASK
     if code_inspection.mentions(module, "alibi") and _alibi_is_on(module):
         return "ALiBi"
     if getattr(module, "indexer", None) is not None:

@@ -8,6 +8,12 @@ from __future__ import annotations
 from collections.abc import Iterable
 
 NOT_CAUSAL = "not causal"
+CROSS_ATTENTION = "cross-attention"
+OTHER_SEQUENCE = "keys of another sequence, and no cache"
+UNDECLARED = "neither is_causal nor a cache"
+TOWER = "no cache, unlike the language model"
+# Reasons of layers that do not attend causally to their own sequence.
+OTHER_ATTENTION = (NOT_CAUSAL, CROSS_ATTENTION, OTHER_SEQUENCE, UNDECLARED, TOWER)
 SINKS = "learned attention sinks"
 OWN_INDEXER = "the model's own sparse indexer"
 OTHER_KEYS = "keys of another model"
@@ -27,6 +33,7 @@ def soft_capped(cap: float) -> str:
     return f"logits soft-capped at {cap:g}"
 
 
+_ONLY_CAUSAL = "only causal self-attention can be sparse"
 _DENSE = "such a model stays dense"
 _NOTHING_ADDED = f"sparse attention adds nothing to its logits: {_DENSE}"
 _SPARSE_ALREADY = "the model selects its keys itself: it is sparse already"
@@ -34,7 +41,12 @@ _SPARSE_ALREADY = "the model selects its keys itself: it is sparse already"
 _ADVICE = {
     "sliding window": "a window over the keys stays dense; where the model may attend to all of "
     "them, build it with sliding_window=None, or with 'full_attention' among its layer_types",
-    NOT_CAUSAL: "only causal self-attention can be sparse",
+    NOT_CAUSAL: _ONLY_CAUSAL,
+    CROSS_ATTENTION: _ONLY_CAUSAL,
+    OTHER_SEQUENCE: _ONLY_CAUSAL,
+    UNDECLARED: "an encoder stays dense; set is_causal = True on a layer that is causal, before "
+    "patching",
+    TOWER: "a vision or audio tower stays dense",
     "logits soft-capped": "sparse attention caps no logits; where the model may do without, set "
     "the cap to None in its config",
     SINKS: f"sparse attention has no sinks: {_DENSE}",

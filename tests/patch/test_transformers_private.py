@@ -14,7 +14,9 @@ from transformers import AutoConfig, DynamicCache, EncoderDecoderCache, LlamaCon
 from transformers.cache_utils import Cache, DynamicLayer
 from transformers.masking_utils import AttentionMaskInterface
 from transformers.modeling_utils import AttentionInterface
+from transformers.models.bart import modeling_bart
 from transformers.models.llama import modeling_llama
+from transformers.models.mllama import modeling_mllama
 
 from infllm_flex.patch.huggingface import transformers_private as private
 from infllm_flex.patch.huggingface.config_view import ConfigView
@@ -68,6 +70,19 @@ def test_passes_keyword():
 def test_makes_masks():
     assert private.makes_masks([inspect.unwrap(modeling_llama.LlamaModel.forward)])
     assert not private.makes_masks([ATTENTION, None])
+
+
+def test_takes_other_states():
+    for cls in (modeling_mllama.MllamaTextCrossAttention, modeling_bart.BartAttention):
+        assert private.takes_other_states(inspect.signature(cls.forward).parameters)
+    assert not private.takes_other_states(inspect.signature(ATTENTION).parameters)
+
+
+def test_is_model():
+    model = build()
+    assert private.is_model(model)
+    assert private.is_model(model.model)
+    assert not private.is_model(model.model.layers[0])
 
 
 # The name of the attention function in a config.

@@ -14,6 +14,7 @@ from infllm_flex.patch.huggingface.masks import LazyMask, materialize
 from infllm_flex.patch.huggingface.sequence_info import NO_INFO, SequenceInfo, read_sequence_info
 from infllm_flex.patch.huggingface.transformers_private import is_paged, is_static
 from infllm_flex.patch.layer_state import PatchedLayer
+from infllm_flex.patch.skip_reasons import OTHER_ATTENTION
 
 # The output ``[B, Sq, Hq, D]``, and the attention weights where they are returned.
 Output = tuple[Tensor, Tensor | None]
@@ -125,6 +126,7 @@ class AttentionCall:
 
     def read_sequence_info(self) -> SequenceInfo:
         """Read about the call's sequences, from it or from the forward of the model around it."""
-        if self.query.shape[2] == 1 or not getattr(self.module, "is_causal", True):
+        is_causal = getattr(self.module, "is_causal", True)
+        if self.query.shape[2] == 1 or not is_causal or self.layer.skip_reason in OTHER_ATTENTION:
             return NO_INFO
         return read_sequence_info(self.query, self.key, self.mask, self.kwargs, self.layer)

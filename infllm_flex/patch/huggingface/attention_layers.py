@@ -13,7 +13,7 @@ from torch import nn
 from infllm_flex.config import InfLLMConfig
 from infllm_flex.patch.head_dims import head_dim_skip_reason
 from infllm_flex.patch.head_groups import read_heads
-from infllm_flex.patch.huggingface import transformers_private
+from infllm_flex.patch.huggingface import causality, transformers_private
 from infllm_flex.patch.huggingface.cache_hook import install_cache_hook
 from infllm_flex.patch.huggingface.config_view import PATCHED_NAMES, PREVIOUS_NAMES, is_view
 from infllm_flex.patch.huggingface.instance_forward import unreached_reason
@@ -21,7 +21,6 @@ from infllm_flex.patch.layer_state import NOT_PATCHED, PatchedLayer, get_layer, 
 from infllm_flex.patch.settings import read_own
 from infllm_flex.patch.skip_reasons import (
     LEARNED_MASK,
-    NOT_CAUSAL,
     OTHER_KEYS,
     OWN_INDEXER,
     POSITION_BIAS,
@@ -62,10 +61,8 @@ def _undecorated_forward(module: nn.Module) -> Callable[..., Any]:
 def find_skip_reason(module: nn.Module) -> str | None:
     """Why an attention layer cannot be sparse, in a few words; None when it can."""
     config: Any = module.config
-    if not (getattr(module, "is_causal", True) and getattr(config, "is_causal", True)):
-        return NOT_CAUSAL
-    if getattr(module, "is_cross_attention", False):
-        return "cross-attention"
+    if (reason := causality.find_skip_reason(module)) is not None:
+        return reason
     if (window := _window(module)) is not None:
         return sliding_window(window)
     if _has_no_keys(config):

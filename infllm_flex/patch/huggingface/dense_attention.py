@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from infllm_flex.patch.huggingface.attention_call import AttentionCall, Output
 from infllm_flex.patch.huggingface.documents import Sequences, find_sequences
@@ -14,7 +14,7 @@ from infllm_flex.patch.huggingface.sequence_info import (
 )
 from infllm_flex.patch.huggingface.speculation import Speculation
 from infllm_flex.patch.layer_state import PatchedLayer
-from infllm_flex.patch.skip_reasons import CHUNKED
+from infllm_flex.patch.skip_reasons import CHUNKED, OTHER_ATTENTION
 from infllm_flex.validation import is_recorded, require_rows
 
 _CHUNKS = (
@@ -50,7 +50,7 @@ def attend_by_previous(call: AttentionCall, sequences: Sequences | None) -> Outp
     """Attend by the layer's previous function, within ``sequences`` if there are several."""
     mask = _dense_mask(call.mask, sequences, call.layer)
     if call.previous == "eager":
-        mask = _additive_mask(call.module, call.query, call.key, mask)
+        mask = _additive_mask(call, mask)
     return call.layer.dense_attention[call.previous](
         call.module,
         call.query,
@@ -84,16 +84,16 @@ def _dense_mask(
     return isolated
 
 
-def _additive_mask(
-    module: nn.Module, query: Tensor, key: Tensor, attention_mask: Tensor | None
-) -> Tensor | None:
+def _additive_mask(call: AttentionCall, attention_mask: Tensor | None) -> Tensor | None:
     """Make the floating point mask of ``eager_mask`` from that of ``sdpa_mask``.
 
     While patched, a model that was eager gets ``sdpa_mask``, so that a long causal sequence needs
     no ``[S, S]`` mask. Short sequences get theirs here.
     """
+    query, key = call.query, call.key
     if attention_mask is None:
-        if not getattr(module, "is_causal", True):
+        is_causal = getattr(call.module, "is_causal", True)
+        if not is_causal or call.layer.skip_reason in OTHER_ATTENTION:
             return None
         q_len, kv_len = query.shape[2], key.shape[2]
         # A single query is the last token. Several queries without a mask start at the first key.

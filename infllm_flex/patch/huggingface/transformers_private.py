@@ -9,6 +9,7 @@ Importing this file does not import transformers.
 from __future__ import annotations
 
 import re
+import sys
 from collections.abc import Callable, Iterable, Mapping
 from types import FunctionType
 from typing import Any, NamedTuple
@@ -20,6 +21,7 @@ from infllm_flex.patch.code_inspection import names
 
 REGISTRY = "ALL_ATTENTION_FUNCTIONS"  # name of the registry in the code of attention layers
 _MAKES_MASKS = re.compile(r"create_\w*mask")
+_OTHER_STATES = re.compile(r"(cross|encoder|key_value)\w*states")
 # Names of the cache among the arguments of attention layers, by version and family.
 _CACHE_NAMES = ("cache", "past_key_values", "layer_past", "past_key_value")
 
@@ -85,6 +87,28 @@ def makes_masks(forwards: Iterable[Any]) -> bool:
     """
     functions = (f for f in forwards if isinstance(f, FunctionType))
     return any(_MAKES_MASKS.search(name) for f in functions for name in names(f.__code__))
+
+
+def takes_other_states(arguments: Iterable[str]) -> bool:
+    """Whether a forward with arguments of these names can take keys from another sequence.
+
+    API: arguments named ``encoder_hidden_states``, ``cross_attention_states`` and
+    ``key_value_states``, seen in 5.4 to 5.24.
+    If it goes: cross-attention without ``is_causal`` is patched as self-attention.
+    Instead: nothing public.
+    """
+    return any(_OTHER_STATES.fullmatch(name) for name in arguments)
+
+
+def is_model(module: Any) -> bool:
+    """Whether a module is a model of transformers, or a part that transformers treats as one.
+
+    API: ``PreTrainedModel``, seen in 5.4 to 5.24.
+    If it goes: vision and audio towers are patched where their layers say that they are causal.
+    Instead: it is public; only the look-up without an import is not.
+    """
+    utils = sys.modules.get("transformers.modeling_utils")
+    return utils is not None and isinstance(module, utils.PreTrainedModel)
 
 
 # The name of the attention function in a config.
