@@ -329,6 +329,36 @@ def test_forward_hooks():
     assert torch_private.forward_hooks(nn.Identity()) == []
 
 
+def test_code_that_calls():
+    codes = []
+
+    def keep(module, _):
+        codes.append(torch_private.code_that_calls(module, inspect.currentframe().f_back))
+
+    module = nn.Identity()
+    module.register_forward_pre_hook(keep)
+    module(1)
+    keep(module, None)
+    assert inspect.iscode(codes[0])
+    assert codes[1] is None  # not called by a module
+
+
+def test_is_being_called():
+    found = []
+
+    def keep(module, _):
+        frame = inspect.currentframe().f_back
+        code = torch_private.code_that_calls(module, frame)
+        found.append((code, torch_private.is_being_called(module, code, frame)))
+        found.append((code, torch_private.is_being_called(module, code, frame.f_back)))
+
+    module = nn.Identity()
+    module.register_forward_pre_hook(keep)
+    nn.Sequential(module)(1)
+    assert [called for _, called in found] == [True, False]
+    assert not torch_private.is_being_called(module, found[0][0], inspect.currentframe())
+
+
 def test_remove_forward_pre_hooks():
     module, x = _copied_module(), torch.ones(1)
     assert module(x).item() == 20.0

@@ -8,9 +8,11 @@ collectives, numpy and ``.data`` bypass it. `infllm_flex.patch.forward_hooks` ha
 
 from __future__ import annotations
 
+import sys
 import threading
 import weakref
 from collections.abc import Callable
+from types import CodeType, FrameType
 from typing import Any, TypeVar, cast
 
 import torch
@@ -32,6 +34,7 @@ class _Running:
 
     def __init__(self) -> None:
         self.forward: ForwardContext | None = None
+        self.recomputed: ForwardContext | None = None
         self.unhooked: ForwardContext | None = None
 
 
@@ -47,17 +50,22 @@ _threads = _Threads()
 class ForwardContext:
     """A forward that is running, or whose layers are recomputed in the backward pass.
 
+    PyTorch does not call the hook that ends a forward after a KeyboardInterrupt and its like. A
+    forward that was left so stays in its thread until `drop_ended_forwards`; it holds no model and
+    no cache.
+
     Attributes:
-        owner: The module whose forward it is; None in a model without hooks.
         enclosing: The forward that it is part of.
+        previous: The forward that its thread goes back to.
+        code: The code that called the hook with which it began; None where that is unknown.
+        inner_hooks: Numbers of the hooks of the models inside ``owner``.
+        owner_ref: Returns ``owner``.
         positions: The text's ``position_ids`` as the caller gave them, ``[1 or B, S]``; None where
             the model makes its own.
         bounds: ``cu_seq_lens_q`` as the caller gave them.
         num_documents: The most documents that a row of ``positions`` holds, where their count was
             begun with the forward (`begin_count`).
         counts_up: Whether the model is known to make positions that only count up.
-        cache: The cache that the caller gave to ``owner``; None for one that ``owner`` makes, which
-            is empty.
         sparse_from: Least number of tokens at which a layer of ``owner`` is sparse.
         is_recomputable: Whether a backward pass may run its layers again.
         is_traced: Whether it began inside a graph, which then holds all answers of its own.
@@ -78,19 +86,32 @@ class ForwardContext:
             positions = enclosing.positions
         if bounds is None and enclosing is not None:
             bounds = enclosing.bounds
-        self.owner = owner
+        self.owner_ref = _nothing if owner is None else weakref.ref(owner)
+        self._cache = _nothing if cache is None else _weakly(cache)
         self.enclosing = enclosing
+        self.previous = enclosing
+        self.code: CodeType | None = None
+        self.inner_hooks: frozenset[int] = frozenset()
         self.positions: Tensor | None = positions
         self.bounds: Tensor | None = bounds
         self.num_documents: HostRead | None = None
         self.counts_up = counts_up and positions is None
-        self.cache = cache
         self.sparse_from = sparse_from
         self.is_recomputable = torch.is_grad_enabled()
         self.is_traced = torch.compiler.is_compiling()
         self.layers: set[int] = set()
         self._answers: dict[tuple[Any, ...], tuple[list[Any], Any]] = {}
         self._answers_in_graph: list[tuple[object, Tensor, Any]] = []
+
+    @property
+    def owner(self) -> nn.Module | None:
+        """The module whose forward it is; None in a model without hooks."""
+        return self.owner_ref()
+
+    @property
+    def cache(self) -> Any:
+        """The cache that the caller gave to ``owner``; None for one that ``owner`` makes, empty."""
+        return self._cache()
 
     def begin_count(self) -> None:
         """Begin to count the documents of ``positions``, once for a model and those inside it.
@@ -178,6 +199,14 @@ def _nothing() -> None:
     return None
 
 
+def _weakly(x: Any) -> Callable[[], Any]:
+    """A function that returns ``x`` as long as others hold it."""
+    try:
+        return weakref.ref(x)
+    except TypeError:  # a tuple, for example
+        return lambda: x
+
+
 def set_current_forward(forward: ForwardContext | None) -> None:
     """Begin a forward in this thread, or go back to the enclosing one."""
     _threads.running.forward = forward
@@ -186,6 +215,40 @@ def set_current_forward(forward: ForwardContext | None) -> None:
 def current_forward() -> ForwardContext | None:
     """The innermost forward that runs in this thread."""
     return _threads.running.forward
+
+
+def drop_ended_forwards(frame: FrameType | None) -> None:
+    """Forget the forwards of this thread that a KeyboardInterrupt, or its like, has ended.
+
+    Args:
+        frame: The innermost frame of the stack on which forwards may be running.
+    """
+    running = _threads.running
+    forward = running.forward
+    while forward is not None and forward.code is not None and forward is not running.recomputed:
+        owner = forward.owner_ref()
+        if owner is not None and torch_private.is_being_called(owner, forward.code, frame):
+            break
+        forward = forward.previous
+    running.forward = forward
+
+
+def enclosing_forward(hook: int) -> ForwardContext | None:
+    """The innermost forward around the model whose forward begins.
+
+    A graph, and what follows it after a graph break, cannot see which forwards have ended. There
+    the forward of a model around this one is taken to be running.
+
+    Args:
+        hook: Number of the model's hook.
+    """
+    forward = _threads.running.forward
+    compiling = torch.compiler.is_compiling()
+    while forward is not None and hook not in forward.inner_hooks:
+        if not compiling and forward.code is not None:
+            break  # `drop_ended_forwards` has seen it run
+        forward = forward.previous
+    return forward
 
 
 class RecomputedForward:
@@ -197,14 +260,16 @@ class RecomputedForward:
 
     def __init__(self) -> None:
         self._forward = current_forward()
-        self._before: list[ForwardContext | None] = []
+        self._before: list[tuple[ForwardContext | None, ForwardContext | None]] = []
 
     def __enter__(self) -> None:
-        self._before.append(current_forward())
-        _threads.running.forward = self._forward
+        running = _threads.running
+        self._before.append((running.forward, running.recomputed))
+        running.forward = running.recomputed = self._forward
 
     def __exit__(self, *error: object) -> None:
-        _threads.running.forward = self._before.pop()
+        running = _threads.running
+        running.forward, running.recomputed = self._before.pop()
 
 
 def is_backward() -> bool:
@@ -220,7 +285,11 @@ def begin_unhooked_forward() -> None:
     A model that only names us as its attn_implementation has no hooks, but makes its masks before
     its layers run.
     """
-    if current_forward() is None and not torch.compiler.is_compiling():
+    if torch.compiler.is_compiling():
+        return
+    if _threads.running.forward is not None:
+        drop_ended_forwards(sys._getframe())
+    if _threads.running.forward is None:
         _threads.running.unhooked = ForwardContext()
 
 
@@ -237,6 +306,8 @@ def forward_of(tensors: tuple[object, ...], layer: object = None) -> ForwardCont
             forward = getattr(x, _ATTRIBUTE, None)
             if forward is not None:
                 return cast(ForwardContext, forward)
+    if current_forward() is not None and not torch.compiler.is_compiling():
+        drop_ended_forwards(sys._getframe())
     running = current_forward()
     if running is not None or layer is None or torch.compiler.is_compiling():
         return running
@@ -256,7 +327,7 @@ def recall(
     return answer() if forward is None else forward.recall(question, tensors, answer)
 
 
-def recall_on_device(question: object, tensor: Tensor, answer: Callable[[], Tensor]) -> Tensor:
+def recall_on_device(question: object, tensor: Tensor, answer: Callable[[], _Answer]) -> _Answer:
     """Recall an answer that stays on the device, in eager code and in graphs.
 
     A graph of one layer computes its own answer: what another graph returned may lie in memory that
@@ -268,3 +339,17 @@ def recall_on_device(question: object, tensor: Tensor, answer: Callable[[], Tens
     if not torch.compiler.is_compiling():
         return forward.recall(question, (tensor,), answer)
     return forward.recall_in_graph(question, tensor, answer) if forward.is_traced else answer()
+
+
+def is_first_to_ask(question: object, tensor: Tensor) -> bool:
+    """Whether no other layer of the running forward has asked this about a tensor.
+
+    True wherever that is unknown: outside any forward, in a graph of one layer, and in a graph for
+    training, which may recompute layers apart from each other and computes equal answers once.
+    """
+    forward = current_forward()
+    if forward is None or (forward.is_recomputable and torch.compiler.is_compiling()):
+        return True
+    askers: list[None] = recall_on_device(question, tensor, list)
+    askers.append(None)
+    return len(askers) == 1

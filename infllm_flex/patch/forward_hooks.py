@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import inspect
+import itertools
+import sys
 from typing import Any
 
 import torch
@@ -11,6 +13,8 @@ from torch import Tensor, nn
 from infllm_flex.patch.forward_context import (
     ForwardContext,
     current_forward,
+    drop_ended_forwards,
+    enclosing_forward,
     set_current_forward,
 )
 from infllm_flex.patch.huggingface.cache_hook import (
@@ -27,6 +31,7 @@ from infllm_flex.patch.layer_state import get_layer
 from infllm_flex.validation import has_values, is_recorded
 from infllm_flex_ops import torch_private
 
+_numbers = itertools.count()
 _GIVEN = ("attention_mask", "position_ids", "cu_seq_lens_q", "cu_seq_lens_k")
 
 
@@ -53,6 +58,8 @@ def install_forward_hooks(model: nn.Module) -> None:
         if takes_cache(opening.names) and remove_cache_hook(module):
             opening.layers.append(module)
     for module, opening in openings.items():
+        inner = {openings[part].number for part in module.modules() if part in openings}
+        opening.inner_hooks = frozenset(inner - {opening.number})
         module.register_forward_pre_hook(opening, with_kwargs=True)
         module.register_forward_hook(_close, always_call=True)
 
@@ -87,6 +94,8 @@ class _Opening:
         is_known: Whether the model is one of transformers.
         sparse_from: Least number of tokens at which one of its layers is sparse.
         layers: Attention layers that take the cache from the forward, not from a hook.
+        number: The hook's own number, and that of its copies.
+        inner_hooks: Numbers of the hooks of the models inside.
     """
 
     def __init__(self, names: tuple[str, ...], is_known: bool, sparse_from: int) -> None:
@@ -94,6 +103,8 @@ class _Opening:
         self.is_known = is_known
         self.sparse_from = sparse_from
         self.layers: list[nn.Module] = []
+        self.number = next(_numbers)
+        self.inner_hooks: frozenset[int] = frozenset()
 
     def __call__(
         self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
@@ -110,15 +121,24 @@ class _Opening:
         # The models of transformers make positions that count up, unless another hook adds some.
         counts_up = self.is_known and positions is None
         counts_up = counts_up and len(torch_private.forward_pre_hooks(module)) == 1
+        caller = None if compiling else sys._getframe(1)
+        running = current_forward()
+        if running is not None and caller is not None:
+            drop_ended_forwards(caller.f_back)
+            running = current_forward()
         forward = ForwardContext(
             module,
-            current_forward(),
+            None if running is None else enclosing_forward(self.number),
             _of_text(positions),
             given.get("cu_seq_lens_q"),
             counts_up,
             find_cache(given),
             self.sparse_from,
         )
+        forward.previous = running
+        forward.inner_hooks = self.inner_hooks
+        if caller is not None:
+            forward.code = torch_private.code_that_calls(module, caller)
         set_current_forward(forward)
         if not compiling:
             paged = is_paged(forward.cache)
@@ -157,5 +177,7 @@ def _own(name: str, value: Any) -> Any:
 
 def _close(module: nn.Module, args: Any, output: Any) -> None:
     forward = current_forward()
-    if forward is not None and forward.owner is module:
-        set_current_forward(forward.enclosing)
+    while forward is not None and forward.owner_ref() is not module:
+        forward = forward.previous  # ended, or never begun
+    if forward is not None:
+        set_current_forward(forward.previous)

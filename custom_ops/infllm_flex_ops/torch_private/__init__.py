@@ -22,8 +22,10 @@ from infllm_flex_ops.torch_private.compilers import (
 )
 from infllm_flex_ops.torch_private.flex import NO_LISTS, block_mask, flex_options
 from infllm_flex_ops.torch_private.modules import (
+    code_that_calls,
     forward_hooks,
     forward_pre_hooks,
+    is_being_called,
     remove_forward_hooks,
     remove_forward_pre_hooks,
     replace_child,
@@ -50,6 +52,7 @@ __all__ = [
     "assert_async",
     "below_autograd",
     "block_mask",
+    "code_that_calls",
     "constant_to_graphs",
     "current_backward",
     "current_node_number",
@@ -58,6 +61,7 @@ __all__ = [
     "forward_mode_enabled",
     "forward_pre_hooks",
     "graph_break",
+    "is_being_called",
     "is_compiled",
     "is_fake",
     "is_traced_otherwise",

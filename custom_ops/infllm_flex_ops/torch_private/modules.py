@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from types import CodeType, FrameType
 from typing import Any
 
 from torch import nn
@@ -54,6 +55,36 @@ def remove_forward_hooks(module: nn.Module, is_ours: Callable[[Any], bool]) -> N
             del module._forward_hooks[key]
             module._forward_hooks_with_kwargs.pop(key, None)
             module._forward_hooks_always_called.pop(key, None)
+
+
+def code_that_calls(module: nn.Module, frame: FrameType) -> CodeType | None:
+    """Return the code of the frame that calls a hook of a module, for `is_being_called`.
+
+    API: a frame of ``Module._call_impl`` that lasts as long as the call, and has the module as
+    ``self``, seen in 2.11 to 2.14.
+    If it goes: None. A forward that was interrupted is then told by its module alone.
+    Instead: nothing public; hooks with ``always_call`` are not called after a KeyboardInterrupt.
+    """
+    return frame.f_code if frame.f_locals.get("self") is module else None
+
+
+def is_being_called(module: nn.Module, code: CodeType, frame: FrameType | None) -> bool:
+    """Whether a call of a module is on a stack.
+
+    API: as for `code_that_calls`, seen in 2.11 to 2.14.
+    If it goes: as there.
+    Instead: as there.
+
+    Args:
+        module: The module.
+        code: The result of `code_that_calls`.
+        frame: The innermost frame of the stack.
+    """
+    while frame is not None:
+        if frame.f_code is code and frame.f_locals.get("self") is module:
+            return True
+        frame = frame.f_back
+    return False
 
 
 def replace_child(copied: nn.Module, name: str, child: nn.Module) -> None:
