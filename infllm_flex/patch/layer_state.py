@@ -37,7 +37,6 @@ class PatchedLayer(DenseSwitch):
         dense_attention: A transformers layer's possible previous attention functions, by the name
             of their implementation. Empty for layers whose own SDPA call is intercepted.
         skip_reason: Why the layer stays dense; None for a layer that turns sparse.
-        reads_positions: Whether this layer checks ``position_ids`` on behalf of all others.
         was_packed_by_model: Whether it was ever trained on documents that only the model around it
             knew of.
         last_batch_was_packed: Whether the last batch read held several sequences in a row. It only
@@ -56,7 +55,6 @@ class PatchedLayer(DenseSwitch):
     config: InfLLMConfig
     dense_attention: Mapping[str, Callable[..., Any]] = field(default_factory=dict)
     skip_reason: str | None = None
-    reads_positions: bool = True
     was_packed_by_model: bool = False
     last_batch_was_packed: bool = False
     open_contexts: OpenContexts = field(default_factory=OpenContexts, compare=False)

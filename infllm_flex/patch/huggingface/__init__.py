@@ -58,8 +58,7 @@ def attach(model: nn.Module, layers: Mapping[nn.Module, str | None], config: Inf
     register()
     install_views(model, sparse)
     for module, reason in layers.items():
-        layer = make_layer(module, config, reason, reads_positions=module is sparse[0])
-        set_layer(module, layer)
+        set_layer(module, make_layer(module, config, reason))
     for module in sparse:
         install_cache_hook(module)
 

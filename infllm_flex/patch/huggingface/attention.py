@@ -18,7 +18,7 @@ from infllm_flex.patch.huggingface.attention_call import (
 )
 from infllm_flex.patch.huggingface.attention_layers import get_or_make_layer
 from infllm_flex.patch.huggingface.cache_hook import KEYWORD, take_cache
-from infllm_flex.patch.huggingface.cached_attention import attend_cached
+from infllm_flex.patch.huggingface.cached_attention import assert_padding_only, attend_cached
 from infllm_flex.patch.huggingface.dense_attention import attend_by_previous, attend_dense
 from infllm_flex.patch.huggingface.documents import find_sequences
 from infllm_flex.patch.huggingface.instance_forward import record_call
@@ -135,10 +135,13 @@ def attend_overridden(call: AttentionCall) -> Output:
 
 def attend_decode(call: AttentionCall) -> Output:
     """Attend sparsely from new tokens to a cache."""
+    given = materialize(call.mask)
     call.drop_unused_slots()
     reject_unsupported_decode(call)
-    mask = materialize(call.mask)
-    out = attend_cached(call.layer, call.cached, call.query, call.key, call.value, mask, call.scale)
+    query, mask = call.query, materialize(call.mask)
+    if given is not None:
+        query = assert_padding_only(call.cached, query, given, call.length)
+    out = attend_cached(call.layer, call.cached, query, call.key, call.value, mask, call.scale)
     return out.transpose(1, 2).contiguous(), None
 
 

@@ -15,7 +15,7 @@ from infllm_flex.patch.causal_masks import (
     is_causal_after_padding,
     visible_keys,
 )
-from infllm_flex.patch.forward_context import recall_on_device
+from infllm_flex.patch.forward_context import is_first_to_ask, recall_on_device
 from infllm_flex.patch.huggingface.cache_updates import compressed_keys_of
 from infllm_flex.patch.huggingface.masks import LazyMask
 from infllm_flex.patch.huggingface.transformers_private import is_static, plain_mask_arguments
@@ -24,8 +24,8 @@ from infllm_flex.validation import assert_in_graph
 
 FEW = 16  # queries; more of them gain from sharing the blocks that neighbours select
 _MASK = (
-    "sparse attention over a cache serves rows that are padded on the left, the same at every "
-    "step, and no other attention_mask"
+    "sparse attention over a cache serves rows that are padded on the left, and no other "
+    "attention_mask"
 )
 
 
@@ -47,31 +47,47 @@ def attend_cached(
         key: ``[B, Hkv, S, D]``, as the cache returned them, cut to the slots in use where their
             number is known.
         value: ``[B, Hkv, S, D]``, likewise.
-        attention_mask: The mask of ``sdpa_mask``; None where every query sees all before it.
+        attention_mask: The mask of ``sdpa_mask``, which `assert_padding_only` has checked; None
+            where every query sees all before it.
         scale: Factor on the dot products.
 
     Returns:
         ``[B, Hq, n, D]``.
     """
-    n, start = query.shape[2], None
+    n = query.shape[2]
     static = is_static(cached)
     by_step = _is_step(query, key, value, static)
-    preallocated = by_step and static
-    if attention_mask is not None:
-        start = _row_starts(attention_mask)
-        if layer.reads_positions:
-            end = cached.cumulative_length if preallocated else key.shape[2]
-            is_causal = is_causal_after_padding(attention_mask, start, end)
-            query = assert_in_graph(query, is_causal, _MASK)
     if not by_step:
         padding = None if attention_mask is None else visible_keys(attention_mask)[:, 0, -1]
         padding = padding if padding is None else padding.expand(query.shape[0], -1)
         return attend_chunk(query, key, value, layer.config, scale=scale, attention_mask=padding)
-    if preallocated:
+    if static:
         keys = cached.infllm_state.compressed_keys
     else:
+        start = None if attention_mask is None else _row_starts(attention_mask)
         keys = compressed_keys_of(cached, key, n, start, layer.config)
     return decode_attention(query, key, value, keys, scale=scale)
+
+
+def assert_padding_only(cached: Any, query: Tensor, mask: Tensor, length: int) -> Tensor:
+    """Assert on the device that a mask over a cache is causal after padding on the left.
+
+    The first layer of a forward that asks about a mask checks it.
+
+    Args:
+        cached: The layer of the cache.
+        query: ``[B, Hq, n, D]``.
+        mask: The mask of ``sdpa_mask``, ``[B, 1, n, S]``, with all slots of the cache.
+        length: Slots in use, where the cache is not preallocated.
+
+    Returns:
+        ``query``, whose values depend on the check.
+    """
+    if not is_first_to_ask("padding only", mask):
+        return query
+    end = cached.cumulative_length if is_static(cached) else length
+    is_causal = is_causal_after_padding(mask, _row_starts(mask), end)
+    return assert_in_graph(query, is_causal, _MASK)
 
 
 def update_static_state(

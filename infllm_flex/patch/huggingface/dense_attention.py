@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from infllm_flex.patch.forward_context import is_first_to_ask
 from infllm_flex.patch.huggingface.attention_call import AttentionCall, Output
 from infllm_flex.patch.huggingface.documents import Sequences, find_sequences
 from infllm_flex.patch.huggingface.masks import LazyMask, materialize
@@ -32,7 +33,7 @@ def attend_dense(call: AttentionCall) -> Output:
     recorded = is_recorded(call.query)
     positions = info.positions_only if _is_plain(call.mask) else None
     if recorded and positions is not None:
-        if call.layer.reads_positions:  # all layers get the same positions: one checks them
+        if is_first_to_ask("one document per row", positions):
             call.query = assert_single_document(call.query, positions)
         return attend_by_previous(call, None)
     speculation = None
