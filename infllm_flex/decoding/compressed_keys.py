@@ -86,7 +86,7 @@ class CompressedKeys:
                 longer than the slots appended.
             num_new: New slots, 0 or more, the same in all rows.
             start: Slot of each row's first token, ``[B]``, for rows padded on the left. None keeps
-                the last value. A value may grow only while its row holds nothing but padding.
+                the last value. A row whose value changes is compressed anew.
             end: Filled slots, the new ones included, of any shape that broadcasts to ``[B]``. None
                 adds ``num_new`` to the last value.
 

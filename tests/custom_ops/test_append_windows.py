@@ -47,7 +47,7 @@ def test_counters_move_on_or_become_what_is_given():
     append_windows(*args)
     assert args[3].tolist() == [0, 13]
     assert args[4].tolist() == [100, 80]
-    other = arguments(num_new=20, start=(7, 7), end=(50, 50))
+    other = arguments(num_new=20, end=(50, 50))
     other[5:7] = torch.tensor([0, 13]), torch.tensor([100, 80])
     append_windows(*other)
     for ours, theirs in zip(other[1:5], args[1:5], strict=True):
@@ -57,6 +57,20 @@ def test_counters_move_on_or_become_what_is_given():
     assert args[3].tolist() == [0, 13]
     assert (other[3] == 2).all()
     assert (other[4] == 90).all()
+
+
+@pytest.mark.parametrize("num_new", [1, 20])
+def test_all_windows_of_a_row_that_begins_elsewhere_are_written_again(num_new):
+    args, fresh = arguments(num_new=99, end=(99, 99)), arguments(start=(0, 40), end=(100, 100))
+    append_windows(*args)
+    args[4] -= num_new - 1
+    args[5], args[7] = torch.tensor([0, 40]), num_new
+    append_windows(*args)
+    append_windows(*fresh)
+    for ours, theirs, size, stride in ((args[1], fresh[1], 8, 4), (args[2], fresh[2], 32, 16)):
+        for row, length in enumerate((100, 60)):
+            count = (length - size) // stride + 1
+            assert torch.equal(ours[row, :, :count], theirs[row, :, :count])
 
 
 @pytest.mark.parametrize("coarse", [True, False])

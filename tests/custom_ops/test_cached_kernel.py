@@ -53,7 +53,13 @@ def test_append_writes_what_the_definition_writes(num_new: int, D: int, dtype: t
 
 @pytest.mark.parametrize(
     ("num_new", "Hkv", "new_start", "new_end"),
-    [(3, 1, None, [200]), (40, 2, [0, 3], [200]), (4, 9, [0, 3], [200, 190]), (90, 9, [2], None)],
+    [
+        (3, 1, None, [200]),
+        (40, 2, [0, 3], [200]),
+        (4, 9, [0, 3], [200, 190]),
+        (90, 9, [2], None),
+        (1, 2, [5, 40], None),
+    ],
 )
 def test_append_takes_counters_over(
     num_new: int, Hkv: int, new_start: list[int] | None, new_end: list[int] | None

@@ -28,7 +28,8 @@ def append_windows(
     A window has the bits that ``compress_keys`` gives it in a row of its own, of keys cast to the
     dtype of ``compressed``. Windows that end before the new slots are not touched, and nothing is
     written beyond the last complete window. After a cache was cropped, the windows that lost a
-    token are written again when their last token is.
+    token are written again when their last token is. All windows of a row whose ``start`` changes
+    are written again.
 
     Args:
         k: Cache of keys ``[B, Hkv, S, D]`` that holds the new ones.
@@ -50,6 +51,7 @@ def append_windows(
         ValueError: The cache or its windows are too short for ``end``. This is checked on the CPU
             only; other devices leave out what does not fit.
     """
+    starts = start.tolist()
     if new_start is not None:
         start.copy_(new_start)
     if new_end is not None:
@@ -59,12 +61,14 @@ def append_windows(
     levels = [(compressed, kernel_size, kernel_stride)]
     if coarse is not None:
         levels.append((coarse, coarse_size, coarse_stride))
-    for b, (row_start, row_end) in enumerate(zip(start.tolist(), end.tolist(), strict=True)):
+    rows = zip(starts, start.tolist(), end.tolist(), strict=True)
+    for b, (old_start, row_start, row_end) in enumerate(rows):
         if row_end > k.shape[2]:
             raise ValueError(f"k must hold {row_end} slots in row {b}, got {k.shape[2]}")
         length = row_end - row_start
+        before = length - num_new if row_start == old_start else 0
         for windows, size, stride in levels:
-            written = max(0, (length - num_new - size) // stride + 1)
+            written = max(0, (before - size) // stride + 1)
             complete = max(0, (length - size) // stride + 1)
             if complete <= written:
                 continue

@@ -114,6 +114,7 @@ def _append_kernel(
     coarse,
     start_ptr,
     end_ptr,
+    old_start_ptr,
     new_start_ptr,
     new_end_ptr,
     stride_start,
@@ -131,7 +132,7 @@ def _append_kernel(
     TILE: tl.constexpr,
     OVERLAP: tl.constexpr,
 ):
-    """Serve a row. If its ``end`` grows, one program serves it: no other may read the counter."""
+    """Serve a row. If it reads a counter that it writes, one program serves it."""
     b = tl.program_id(1).to(tl.int64)
     wait_for_previous(OVERLAP)
     if HAS_START:
@@ -142,6 +143,10 @@ def _append_kernel(
         end = tl.load(new_end_ptr + b * stride_end).to(tl.int64)
     else:
         end = tl.load(end_ptr + b) + num_new
+    if HAS_START:
+        # A row that begins elsewhere is compressed anew.
+        moved = tl.load(old_start_ptr + b) != start
+        num_new = tl.where(moved, end - start, num_new)
     tl.debug_barrier()  # every warp has read the counters that one of them now writes
     if tl.program_id(0) == 0:
         tl.store(start_ptr + b, start)
@@ -198,10 +203,11 @@ def launch(
     B, Hkv, S, D = k.shape
     if not B:
         return
-    programs = 1
+    programs, old_start = 1, start
     if num_new > kernel_stride:  # more than a step
         programs = ceil_div((num_new // kernel_stride + 1) * Hkv, _WINDOWS)
         new_end = end + num_new if new_end is None else new_end
+        old_start = start if new_start is None else start.clone()
     new_start = start if new_start is None else new_start.expand(B)
     has_end = new_end is not None
     new_end = end if new_end is None else new_end.expand(B)
@@ -213,6 +219,7 @@ def launch(
         coarse=view(coarse),
         start_ptr=start,
         end_ptr=end,
+        old_start_ptr=old_start,
         new_start_ptr=new_start,
         new_end_ptr=new_end,
         stride_start=new_start.stride(0),
