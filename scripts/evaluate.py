@@ -81,7 +81,7 @@ def evaluate(
 ) -> None:
     """Run the model once, and judge selection by the inputs of its layers."""
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
-    model = patch_model(load_model(folder, dtype).to(device).eval(), None, **overrides)
+    model = patch_model(load_model(folder, dtype, "--model").to(device).eval(), None, **overrides)
     config = next(iter(model_configs(model)))
     with recorded_inputs(model) as inputs, torch.no_grad():
         model(tokens.to(device), use_cache=False)

@@ -37,6 +37,7 @@ from evaluation.switch_rules import (
 from evaluation.table import format_table
 from infllm_flex.config import InfLLMConfig
 from infllm_flex.patch import describe, patch_model
+from infllm_flex.training.model_weights import load_weights
 from infllm_flex.training.quiet import quiet_transformers
 
 _HEADER = ("positions", "against by sequence", "nats per token", "|log p| mean", "largest")
@@ -89,14 +90,18 @@ def load(folder: Path | None, package: str) -> tuple[Any, Any]:
     """Load the model in float32 and its tokenizer."""
     settings = BaseSettings(folder=folder) if folder else BaseSettings(package=package)
     source = base.find(settings)
+    model = load_weights(
+        source.folder,
+        "--model" if folder else "--package",
+        dtype=torch.float32,
+        gguf_file=source.gguf_file,
+    )
     options: dict[str, Any] = {"local_files_only": True}
     if source.gguf_file is not None:
         options["gguf_file"] = source.gguf_file
     with quiet_transformers() as transformers:
-        model = transformers.AutoModelForCausalLM.from_pretrained(
-            source.folder, dtype=torch.float32, **options
-        )
-        return model.eval(), transformers.AutoTokenizer.from_pretrained(source.folder, **options)
+        tokenizer = transformers.AutoTokenizer.from_pretrained(source.folder, **options)
+    return model.eval(), tokenizer
 
 
 def tokenize(text: str, path: Path, tokenizer: Any, length: int) -> torch.Tensor:

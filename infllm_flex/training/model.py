@@ -13,6 +13,7 @@ from infllm_flex.config import InfLLMConfig
 from infllm_flex.patch import describe, unpatch_model
 from infllm_flex.training.data import BYTE_VALUES
 from infllm_flex.training.model_config import read_config
+from infllm_flex.training.model_weights import load_weights
 from infllm_flex.training.quiet import quiet_transformers
 from infllm_flex.training.settings import ModelSettings, TinyModelSettings
 
@@ -31,7 +32,7 @@ def build_model(settings: ModelSettings, length: int) -> Any:
             config = _tiny_llama(transformers, settings.tiny, length)
             model = transformers.LlamaForCausalLM(config).to(dtype)
     else:
-        model = load_model(settings.path, dtype)
+        model = load_model(settings.path, dtype, "model.path")
     return _with_architecture(model).train()
 
 
@@ -78,20 +79,24 @@ def decoder_layers(model: Any) -> list[nn.Module]:
     return list(layers)
 
 
-def load_model(folder: Path, dtype: torch.dtype = torch.float32) -> Any:
+def load_model(
+    folder: Path, dtype: torch.dtype = torch.float32, setting: str = "model folder"
+) -> Any:
     """Load a causal LM from a local folder: safetensors only, no download, no code of the folder.
 
     The model is dense even if it has a ``sparse_config``; stages and scripts patch it.
+
+    Args:
+        folder: The model folder.
+        dtype: Dtype of the weights.
+        setting: Name of the setting or option of the folder, for messages.
+
+    Raises:
+        ValueError: The folder cannot be read, or its tensors do not match the model.
     """
     with quiet_transformers() as transformers:
-        model = transformers.AutoModelForCausalLM.from_pretrained(
-            folder,
-            config=read_config(transformers, Path(folder)),
-            dtype=dtype,
-            local_files_only=True,
-            use_safetensors=True,
-            trust_remote_code=False,
-        )
+        config = read_config(transformers, Path(folder))
+    model = load_weights(folder, setting, config=config, dtype=dtype, use_safetensors=True)
     patched = any(row.patched_through for row in describe(model))
     return unpatch_model(model) if patched else model
 

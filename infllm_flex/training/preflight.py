@@ -14,6 +14,7 @@ from infllm_flex.training.loss import LanguageLoss
 from infllm_flex.training.memory_estimate import estimate_memory
 from infllm_flex.training.model import build_meta_model, decoder_layers
 from infllm_flex.training.model_config import find_model
+from infllm_flex.training.model_weights import check_weights
 from infllm_flex.training.parallel import World, check_processes, pick_device
 from infllm_flex.training.settings import StageSettings, TrainingSettings
 from infllm_flex.training.stage_attention import fit_positions, stage_attention, warn_if_not_sparse
@@ -30,7 +31,8 @@ def check_run(settings: TrainingSettings, world: World) -> Any:
         The model on the meta device, prepared for the last stage.
 
     Raises:
-        ValueError: The model does not support a stage, or settings contradict each other.
+        ValueError: The model does not support a stage, its folder lacks weights, or settings
+            contradict each other.
         UnsupportedModelError: A stage is sparse, and the model has no layer that can be.
     """
     if settings.model.float8:
@@ -46,6 +48,8 @@ def check_run(settings: TrainingSettings, world: World) -> Any:
         fit_positions(model, name, stage.max_length, stage.rope_theta)
         with stage_attention(model, stage, settings.attention, world):
             pass
+    if settings.model.path is not None:
+        check_weights(settings.model.path, "model.path")
     return model
 
 

@@ -12,6 +12,7 @@ from evaluation.quality.settings import BaseSettings
 from evaluation.selection import judge_selection, recorded_inputs
 from infllm_flex.config import InfLLMConfig
 from infllm_flex.patch import patch_model
+from infllm_flex.training.model_weights import load_weights
 from infllm_flex.training.quiet import quiet_transformers
 
 _SAMPLES = 8  # tokens whose dense attention is computed, which nothing here reads
@@ -66,10 +67,10 @@ def trained_model(package: str, length: int) -> tuple[Any, Tensor]:
         "trust_remote_code": False,
         "gguf_file": source.gguf_file,
     }
+    model = load_weights(
+        source.folder, "base.package", dtype=torch.float32, gguf_file=source.gguf_file
+    )
     with quiet_transformers() as transformers:
-        model = transformers.AutoModelForCausalLM.from_pretrained(
-            source.folder, dtype=torch.float32, **options
-        )
         tokenizer = transformers.AutoTokenizer.from_pretrained(source.folder, **options)
     ids = tokenizer("\n".join(topics.values())).input_ids[:length]
     if len(ids) < length:

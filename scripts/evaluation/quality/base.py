@@ -12,6 +12,7 @@ import torch
 from evaluation.quality.settings import BaseSettings
 from infllm_flex.patch import UnsupportedModelError, patch_model
 from infllm_flex.training.atomic_folder import publish, remove_leftovers
+from infllm_flex.training.model_weights import load_weights
 from infllm_flex.training.quiet import quiet_transformers
 
 LINKS = "links"  # key of what `prepare` returns, in the result of the part
@@ -145,8 +146,12 @@ def _write(
         if not with_weights:
             publish(folder, lambda aside: _save_description(config, tokenizer, aside))
             return
-        model = transformers.AutoModelForCausalLM.from_pretrained(
-            source.folder, config=config, dtype=torch.float32, **options
+        model = load_weights(
+            source.folder,
+            "base",
+            config=config,
+            dtype=torch.float32,
+            gguf_file=source.gguf_file,
         )
         model.config.architectures = [type(model).__name__]
         publish(folder, lambda aside: _save(model, tokenizer, aside))
