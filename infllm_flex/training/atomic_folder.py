@@ -30,7 +30,7 @@ def publish(target: Path, write: Callable[[Path], None], replace: bool = False) 
     """
     temporary = _temporary_folder(target, uuid.uuid4().hex)
     try:
-        temporary.mkdir(mode=0o700, parents=True)
+        temporary.mkdir(parents=True)
         write(temporary)
         names = sorted(path.name for path in temporary.iterdir())
         _finish(temporary, target, _sync_and_describe(temporary, names), replace)
@@ -54,7 +54,7 @@ def publish_from_all_ranks(target: Path, write: Callable[[Path], Iterable[str]])
     """
     temporary = _temporary_folder(target, all_gather_text(uuid.uuid4().hex)[0])
     try:
-        on_first_rank(lambda: temporary.mkdir(mode=0o700, parents=True))
+        on_first_rank(lambda: temporary.mkdir(parents=True))
         own_files = on_all_ranks(lambda: _sync_and_describe(temporary, write(temporary)))
         files: Files = {}
         for part in all_gather_text(json.dumps(own_files)):
@@ -91,7 +91,11 @@ def _temporary_folder(target: Path, nonce: str) -> Path:
 
 def _sync_and_describe(folder: Path, names: Iterable[str]) -> Files:
     files = {}
+    # safetensors makes files that only their owner can read. Others may read what they may read of
+    # the folder, which mkdir has made by the umask.
+    mode = folder.stat().st_mode & 0o666
     for name in names:
+        (folder / name).chmod(mode)
         _sync(folder / name)
         files[name] = describe_file(folder / name)
     return files

@@ -12,7 +12,7 @@ import torch
 
 from infllm_flex.patch import LayerAttend
 from infllm_flex.training.collectives import on_all_ranks, on_first_rank
-from infllm_flex.training.data import Batch, Corpus, Text, batches, open_text
+from infllm_flex.training.data import Batch, Corpus, Text, batches, open_text, token_unit
 from infllm_flex.training.layer_transforms import run_layers
 from infllm_flex.training.metrics import MetricsFile, Progress
 from infllm_flex.training.model_config import find_model
@@ -120,6 +120,7 @@ class _Trainer:
         self._settings, self._world, self._text = settings, world, text
         self._attend = attend
         self._folder = settings.run.folder
+        self._unit = token_unit(text)
         self._state = TrainingState(settings, self._folder / CHECKPOINTS, text, world)
 
     def run(self, stop_signal: StopSignal, title: str, show: bool) -> Outcome:
@@ -132,7 +133,13 @@ class _Trainer:
                 metrics = MetricsFile(self._folder / METRICS, state.done, board)
                 stack.callback(metrics.close)
             progress = stack.enter_context(
-                Progress(title, settings.total_steps, state.done, show and self._world.is_first)
+                Progress(
+                    title,
+                    settings.total_steps,
+                    state.done,
+                    self._unit,
+                    show and self._world.is_first,
+                )
             )
             stopped = self._any_signal(stop_signal)
             while (position := position_of(settings.stages, state.done)) and not stopped:
@@ -179,7 +186,7 @@ class _Trainer:
                         "step": state.done,
                         "stage": start.name,
                         "loss": loss,
-                        "bits_per_byte": loss / math.log(2),
+                        f"bits_per_{self._unit}": loss / math.log(2),
                         "gradient_norm": norm,
                         "learning_rate": position.learning_rate,
                         "tokens_per_second": round(progress.tokens_per_second),

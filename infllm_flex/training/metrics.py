@@ -69,11 +69,13 @@ class Progress:
         title: Label of the bar.
         total: Steps of the whole run.
         done: Steps finished before.
+        unit: Unit of a token, for the bits of the loss.
         show: Whether to draw the bar.
     """
 
-    def __init__(self, title: str, total: int, done: int, show: bool = True) -> None:
+    def __init__(self, title: str, total: int, done: int, unit: str, show: bool = True) -> None:
         self._bar: Any = None
+        self._unit = unit
         self._tokens, self._started = 0, time.perf_counter()
         if not show:
             return
@@ -122,6 +124,6 @@ class Progress:
         self._tokens += tokens
         if self._bar is not None:
             bits = loss / math.log(2)
-            text = f"{bits:.2f} bits/byte, {self.tokens_per_second:,.0f} tokens/s"
+            text = f"{bits:.2f} bits/{self._unit}, {self.tokens_per_second:,.0f} tokens/s"
             self._bar.set_postfix_str(text, refresh=False)
             self._bar.update()

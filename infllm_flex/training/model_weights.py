@@ -12,7 +12,11 @@ from infllm_flex.training.quiet import quiet_loggers, quiet_transformers
 
 _NAMED = 3  # tensors that a message names
 # The report of tensors that do not match, which errors here replace, and what it comes with.
-_REPORTING = ("transformers.modeling_utils", "transformers.integrations.tensor_parallel")
+_REPORTING = (
+    "transformers.modeling_utils",
+    "transformers.integrations.tensor_parallel",
+    "transformers.distributed.tensor_parallel",
+)
 
 
 def load_weights(folder: Path, setting: str, **options: Any) -> Any:

@@ -100,6 +100,8 @@ def _differences(settings: TrainingSettings, path: Path) -> list[str]:
     settings = _reproducible_part(settings)
     sections = ("model", "attention", "data", "stages", "optim")
     differing = [name for name in sections if getattr(settings, name) != getattr(saved, name)]
+    if "stages" not in differing and list(settings.stages) != list(saved.stages):
+        differing.append("the order of stages")
     if settings.run.seed != saved.run.seed:
         differing.append("run.seed")
     return differing

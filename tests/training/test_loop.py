@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import signal
 import warnings
 from dataclasses import replace
@@ -23,6 +24,7 @@ from infllm_flex.training.settings import (
     OptimSettings,
     RunSettings,
 )
+from tests.tiny_model import write_tiny_model
 from tests.training.runs import (
     ATTENTION,
     LONG,
@@ -120,6 +122,26 @@ def test_the_loss_falls_and_the_checkpoint_is_a_model_folder(tmp_path, texts):
     )
     train(second, show=False)
     assert metrics(second)[0]["loss"] < lines[0]["loss"] - 1
+
+
+def test_bits_are_named_by_what_a_token_is(tmp_path, capfd):
+    folder = write_tiny_model(tmp_path / "model")
+    lines = write_lines(tmp_path / "a.jsonl", ["one text, two texts " * 20] * 4)
+    data = DataSettings(source=str(lines), packing="documents", held_out_percent=0)
+    model = ModelSettings(path=folder)
+    for tokenizer, unit in (("model", "token"), ("bytes", "byte"), (str(folder), "token")):
+        run = settings(
+            tmp_path / f"run-{unit}-{len(tokenizer)}",
+            tmp_path,
+            model=model,
+            data=replace(data, tokenizer=tokenizer),
+            stages={"only": stage(steps=1)},
+        )
+        train(run)
+        (line,) = metrics(run)
+        assert [name for name in line if name.startswith("bits")] == [f"bits_per_{unit}"]
+        assert line[f"bits_per_{unit}"] == pytest.approx(line["loss"] / math.log(2))
+        assert f"bits/{unit}" in capfd.readouterr().err
 
 
 def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_last_checkpoint(

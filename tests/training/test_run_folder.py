@@ -21,6 +21,7 @@ from tests.training.runs import (
     TINY,
     metrics,
     settings,
+    stage,
     weights_hash,
 )
 
@@ -41,6 +42,15 @@ def test_a_folder_with_another_run_or_other_files_is_refused_before_any_work(tmp
     with pytest.raises(ConfigError, match="is a file, expected a folder"):
         train(settings(tmp_path / "file", texts), show=False)
     assert os.listdir(tmp_path / "thesis") == ["thesis.tex"]
+
+
+def test_a_run_is_not_resumed_with_its_stages_in_another_order(tmp_path, texts):
+    stages = {"a": stage(), "b": stage(), "c": stage(steps=2)}
+    run = settings(tmp_path / "run", texts, stages=stages)
+    train(run, show=False)
+    other = replace(run, stages={name: stages[name] for name in ("a", "c", "b")})
+    with pytest.raises(ConfigError, match=r"different settings \(the order of stages\): "):
+        train(other, resume=True, show=False)
 
 
 def fails_before_its_first_step(run, patch):

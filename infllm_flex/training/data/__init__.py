@@ -12,6 +12,7 @@ from infllm_flex.training.data.text import (
     Text,
     check_vocabulary,
     open_text,
+    token_unit,
 )
 
 __all__ = [
@@ -32,4 +33,5 @@ __all__ = [
     "held_out_windows",
     "load_corpus",
     "open_text",
+    "token_unit",
 ]

@@ -88,6 +88,11 @@ def open_text(
     return DocumentText(store)
 
 
+def token_unit(text: Text) -> str:
+    """The unit of a token of the text, ``"byte"`` or ``"token"``."""
+    return "byte" if text.vocabulary == BYTE_VALUES else "token"
+
+
 def check_vocabulary(text: Text, vocab_size: int) -> None:
     """Check that the tokens of the text are in a model's vocabulary; warn if they are bytes.
 
@@ -103,7 +108,7 @@ def check_vocabulary(text: Text, vocab_size: int) -> None:
             f"data.tokenizer: it has {text.vocabulary} tokens, the model has {vocab_size}: "
             "set data.tokenizer to model"
         )
-    if text.vocabulary == BYTE_VALUES and vocab_size > 2 * BYTE_VALUES:
+    if token_unit(text) == "byte" and vocab_size > 2 * BYTE_VALUES:
         warnings.warn(
             f"data.tokenizer: bytes are not the {vocab_size} tokens that the model was trained "
             "with: set data.tokenizer to model and data.packing to documents",
