@@ -8,6 +8,7 @@ With torchrun's --max-restarts, a run that lost a process continues from its new
 
 Exit status: 0 success; 1 failure during the run; 2 unusable settings (nothing was loaded);
 130 or 143 stopped by Ctrl-C or SIGTERM after saving, the same command with --resume continues.
+torchrun's own status is 1 after any signal; --shutdown-timeout is the time it leaves for saving.
 """
 
 from __future__ import annotations

@@ -28,7 +28,7 @@ from evaluation.quality import base, text
 from evaluation.quality.parts import Folder, Part
 from evaluation.quality.plan import BASE, TEXT, chosen, plan
 from evaluation.quality.plot import plot_quality
-from evaluation.quality.processes import run_in_processes
+from evaluation.quality.processes import run_in_processes, stop_with_parent
 from evaluation.quality.report import report
 from evaluation.quality.results import gather, write_table
 from evaluation.quality.settings import QualitySettings
@@ -73,6 +73,7 @@ def main() -> int:
                 return status if status > 0 else 128 - status
         else:
             stop_on_signals(options.max_seconds)
+            stop_with_parent()
             skipped = Worker(settings, device, source, say).do(wanted, parts)
     except StoppedError as stopped:
         print(stopped, file=sys.stderr)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -125,11 +125,7 @@ def _read_parquet(path: Path, name: str, field: str) -> Iterator[Chunks]:
                 f"{name}: no column {field!r} (data.text_field), "
                 f"the columns are {', '.join(file.schema_arrow.names)}"
             )
-        number = 0
-        for rows in file.iter_batches(batch_size=_ROWS, columns=[field]):
-            for value in rows.column(0):
-                number += 1
-                yield iter([value.as_py()]) if value.is_valid else _row(None, name, number, field)
+        yield from _rows(file.iter_batches(batch_size=_ROWS, columns=[field]), name, field)
     except (pyarrow.ArrowException, OSError) as error:
         raise DataError(f"{name}: not a readable .parquet file: {error}") from error
 
@@ -148,9 +144,20 @@ def _read_dataset(path: Path, name: str, field: str) -> Iterator[Chunks]:
             f"{name}: no column {field!r} (data.text_field), "
             f"the columns are {', '.join(rows.column_names)}"
         )
-    for number, row in enumerate(rows.select_columns([field]), start=1):
-        yield _row(row[field], name, number, field)
+    tables = rows.select_columns([field]).with_format("arrow")
+    yield from _rows(tables.iter(_ROWS), name, field)
 
 
-def _row(value: Any, name: str, number: int, field: str) -> Chunks:
-    yield _text_of(value, f"{name}: row {number}", field)
+def _rows(tables: Iterable[Any], name: str, field: str) -> Iterator[Chunks]:
+    """The rows of Arrow tables or record batches, whose only column is the text."""
+    values = (value for table in tables for value in table.column(0))
+    for number, value in enumerate(values, start=1):
+        yield _scalar(value, f"{name}: row {number}", field)
+
+
+def _scalar(value: Any, where: str, field: str) -> Chunks:
+    try:
+        text = value.as_py()
+    except UnicodeDecodeError as error:
+        raise DamagedError(f"{where}: not UTF-8: {error.reason}") from error
+    yield _text_of(text, where, field)

@@ -109,6 +109,48 @@ def test_a_parquet_file_is_read_row_by_row(tmp_path):
         read(path)
 
 
+@pytest.mark.parametrize("kind", ["string", "large_string", "dictionary"])
+def test_a_parquet_row_that_is_not_utf_8_is_damaged(tmp_path, kind):
+    pyarrow = pytest.importorskip("pyarrow")
+    from pyarrow import parquet
+
+    values = pyarrow.array([b"one", b"tw\xff", b"three"], pyarrow.binary())
+    column = values.cast(
+        pyarrow.large_string() if kind == "large_string" else pyarrow.string(), safe=False
+    )
+    if kind == "dictionary":
+        column = column.dictionary_encode()
+    path = tmp_path / "a.parquet"
+    parquet.write_table(pyarrow.table({"text": column}), path)
+    one, error, three = read(path)
+    assert (one, three) == ("one", "three")
+    assert str(error) == "a.parquet: row 2: not UTF-8: invalid start byte"
+
+
+def test_a_row_of_a_data_set_that_is_not_utf_8_is_damaged(tmp_path):
+    datasets = pytest.importorskip("datasets")
+    pyarrow = pytest.importorskip("pyarrow")
+    column = pyarrow.array([b"one", b"\xff", b"three"], pyarrow.binary())
+    table = pyarrow.table({"text": column.cast(pyarrow.string(), safe=False)})
+    datasets.Dataset(table).save_to_disk(tmp_path / "set")
+    one, error, three = read(tmp_path / "set")
+    assert (one, three) == ("one", "three")
+    assert str(error) == "set: row 2: not UTF-8: invalid start byte"
+
+
+@pytest.mark.parametrize("values", [[7, 8], [["a"], ["b"]], [{"a": 1}, {"a": 2}], [b"x", b"y"]])
+def test_parquet_rows_of_another_type_are_damaged(tmp_path, values):
+    pyarrow = pytest.importorskip("pyarrow")
+    from pyarrow import parquet
+
+    path = tmp_path / "a.parquet"
+    parquet.write_table(pyarrow.table({"text": values}), path)
+    name = type(values[0]).__name__
+    assert [str(error) for error in read(path)] == [
+        f"a.parquet: row {number}: expected text under 'text', got {name}" for number in (1, 2)
+    ]
+
+
 def test_a_data_set_on_disk_is_read_row_by_row(tmp_path):
     datasets = pytest.importorskip("datasets")
     path = tmp_path / "set"
