@@ -36,6 +36,7 @@ from benchmarking.settings import (
 from benchmarking.subjects import make_subjects
 from benchmarking.timing import Limits, time_in_rotation
 from benchmarking.work import work_of
+from commands.standard_output import run_command
 from evaluation.table import format_table
 from infllm_flex.strict_yaml import ConfigError, build_dataclass, load_yaml, to_yaml
 
@@ -275,4 +276,4 @@ class Progress:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(run_command(main))

@@ -35,6 +35,7 @@ from benchmarking.whole_models.rows import COLUMNS, MEASURED, Done, word_for
 from benchmarking.whole_models.settings import ModelBenchmark
 from benchmarking.whole_models.steps import Step, free_memory, longest_by_model, steps_of, time_step
 from benchmarking.whole_models.tables import tables
+from commands.standard_output import run_command
 from evaluation.quality.base import BaseError
 from evaluation.table import format_table
 from evaluation.tile_overlap import tile_inflation, trained_model
@@ -254,4 +255,4 @@ def report(settings: ModelBenchmark, out: CsvFile) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(run_command(main))

@@ -22,6 +22,7 @@ import torch
 
 from benchmarking.results import describe_environment
 from benchmarking.settings import Heads
+from commands.standard_output import run_command
 from evaluation.quickstart_arms import window_only
 from evaluation.saved_results import Result, read_result, write_result
 from evaluation.table import format_table
@@ -190,4 +191,4 @@ def write_rows(path: Path, found: dict[Model, Result]) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(run_command(main))

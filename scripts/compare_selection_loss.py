@@ -23,6 +23,7 @@ from typing import Any, Literal
 import torch
 
 from benchmarking.results import describe_environment
+from commands.standard_output import run_command
 from evaluation.saved_results import Result, read_result, write_result
 from evaluation.table import format_table
 from evaluation.tiny_task import SEQUENCES, ask, counts, finish, share, write_csv
@@ -168,4 +169,4 @@ def write_rows(path: Path, found: dict[tuple[Arm, int], Result], queries: int) -
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(run_command(main))

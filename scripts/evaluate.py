@@ -18,6 +18,7 @@ from typing import Any
 
 import torch
 
+from commands.standard_output import run_command
 from evaluation.overrides import parse_overrides
 from evaluation.selection import SelectionReport, judge_selection, recorded_inputs
 from evaluation.table import format_table
@@ -119,4 +120,4 @@ def row(name: str, report: SelectionReport) -> list[str]:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(run_command(main))

@@ -27,6 +27,8 @@ from multiprocessing.connection import Connection
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 
+from commands.standard_output import run_command
+
 ROOT = Path(__file__).resolve().parents[1]
 CSV = ROOT / "docs/results/families.csv"
 TABLE = ROOT / "docs/models.md"
@@ -211,4 +213,4 @@ def _examine(model_type: str, gigabytes: float, connection: Connection) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(run_command(main))

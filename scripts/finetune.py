@@ -18,6 +18,7 @@ import sys
 import warnings
 from pathlib import Path
 
+from commands.standard_output import run_command
 from infllm_flex.strict_yaml import ConfigError, build_dataclass, load_yaml, to_yaml
 from infllm_flex.training.checkpoints import export_newest
 from infllm_flex.training.collectives import RankError
@@ -135,4 +136,4 @@ def ignore_warning(*_: object, **__: object) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(run_command(main))

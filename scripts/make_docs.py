@@ -11,6 +11,7 @@ import argparse
 import sys
 from pathlib import Path
 
+from commands.standard_output import run_command
 from generated_docs.api import api_page
 from generated_docs.private_apis import private_apis_page
 from generated_docs.settings import settings_page
@@ -51,4 +52,4 @@ def read(path: Path) -> str | None:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(run_command(main))

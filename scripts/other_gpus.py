@@ -40,6 +40,7 @@ from benchmarking.other_gpus.prediction import (
 from benchmarking.other_gpus.resources import CAPABILITIES, STAGES, KernelUse, measure
 from benchmarking.results import describe_environment, read_results
 from benchmarking.settings import BenchmarkSettings, Heads
+from commands.standard_output import run_command
 from evaluation.table import format_table
 from infllm_flex.strict_yaml import build_dataclass, load_yaml
 
@@ -178,4 +179,4 @@ def other_table(rows: Iterable[dict[str, Any]]) -> tuple[list[str], list[list[st
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(run_command(main))

@@ -6,7 +6,7 @@
 Writes NAME_speed_up.png and NAME_stages.png beside the CSV and replaces earlier ones. Where a shape
 was measured several times, the newest rows count.
 
-Exit status: 0 done, 2 a file that is no such CSV or holds nothing to draw.
+Exit status: 0 done, 1 matplotlib is missing, 2 a file that is no such CSV or holds nothing to draw.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from pathlib import Path
 
 from benchmarking.plots import plot_speed_up, plot_stages
 from benchmarking.results import read_results
+from commands.standard_output import run_command
 
 
 def main() -> int:
@@ -32,6 +33,9 @@ def main() -> int:
             path = csv.with_name(f"{csv.stem}_{name}.png")
             plot(path, rows)
             print(path)
+    except ImportError:
+        print("no plot: pip install '.[plot]'", file=sys.stderr)
+        return 1
     except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
@@ -39,4 +43,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(run_command(main))

@@ -7,7 +7,8 @@ Joins a CSV of scripts/quality.py and one of scripts/benchmark.py by the names o
 Prints a table, in which * marks settings that no other one beats in quality and speed, and draws
 NAME_time.png beside the first CSV. Seeds are shown from the worst to the best.
 
-Exit status: 0 done, 2 files that are no such CSVs or have nothing in common.
+Exit status: 0 done, 1 matplotlib is missing, 2 files that are no such CSVs or have nothing
+in common.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ import sys
 from pathlib import Path
 
 from benchmarking.results import read_results
+from commands.standard_output import run_command
 from evaluation.quality_time import plot, points, table
 
 
@@ -58,6 +60,9 @@ def main() -> int:
         )
         plot(path, found, title)
         print(path)
+    except ImportError:
+        print("no plot: pip install '.[plot]'", file=sys.stderr)
+        return 1
     except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
@@ -80,4 +85,4 @@ def _read_quality(path: Path) -> list[dict[str, str]]:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(run_command(main))

@@ -24,6 +24,7 @@ from types import FrameType
 
 import torch
 
+from commands.standard_output import run_command
 from evaluation.quality import base, text
 from evaluation.quality.parts import Folder, Part
 from evaluation.quality.plan import BASE, TEXT, chosen, plan
@@ -194,4 +195,4 @@ def say(line: str) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(run_command(main))

@@ -20,6 +20,7 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
+from commands.standard_output import run_command
 from evaluation.bars import plot_bars
 from evaluation.pairs import PairsSampler, PairsText, right_answers
 from evaluation.passwords import hide_passwords, judge_passwords
@@ -292,4 +293,4 @@ def show(
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(run_command(main))

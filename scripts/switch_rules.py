@@ -22,6 +22,7 @@ from typing import Any
 import torch
 
 from benchmarking.results import describe_environment
+from commands.standard_output import run_command
 from evaluation.overrides import parse_overrides
 from evaluation.quality import base
 from evaluation.quality.settings import BaseSettings
@@ -158,4 +159,4 @@ def add_rows(path: Path, rows: list[Row], length: int, config: InfLLMConfig) -> 
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(run_command(main))

@@ -17,6 +17,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+from commands.standard_output import run_command
 from infllm_flex.strict_yaml import build_dataclass, load_yaml
 from infllm_flex.training.data import batches, open_text
 from infllm_flex.training.model_config import find_model
@@ -90,4 +91,4 @@ def _seconds(action: Callable[[], Any], repeats: int) -> float:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(run_command(main))

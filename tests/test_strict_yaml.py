@@ -214,7 +214,15 @@ def test_an_override_sets_what_the_file_would(build):
         ("name.first=x", "name.first: name is a, not a section"),
         ("steps", "expected key=value or section.key=value"),
         ("optim..steps=1", "expected key=value or section.key=value"),
-        ("optim.steps=[1", "optim.steps: '[1' is not a YAML value"),
+        (
+            "optim.steps=[1",
+            "optim.steps: '[1' is not a YAML value; as text: 'optim.steps=\"[1\"'",
+        ),
+        ("name=*.txt", "name: '*.txt' is not a YAML value; as text: 'name=\"*.txt\"'"),
+        ("name='x", 'name: "\'x" is not a YAML value'),
+        ("optim.steps=1_", "optim.steps: expected an integer, got 1_"),
+        ("optim.steps=1__0", "optim.steps: expected an integer, got 1__0"),
+        ("optim.learning_rate=1_.5", "optim.learning_rate: expected a number, got 1_.5"),
     ],
 )
 def test_a_wrong_override_is_reported_as_it_was_written(complaints, override, complaint):

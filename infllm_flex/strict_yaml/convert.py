@@ -10,8 +10,8 @@ from typing import Any, Literal, Union, get_args, get_origin
 
 from infllm_flex.strict_yaml.document import Node
 
-_INTEGER = re.compile(r"[-+]?(0|[1-9][0-9_]*)")
-_NUMBER = re.compile(r"[-+]?([0-9][0-9_]*)?\.?[0-9]*([eE][-+]?[0-9]+)?")
+_INTEGER = re.compile(r"[-+]?(0|[1-9](_?[0-9])*)")
+_NUMBER = re.compile(r"[-+]?([0-9](_?[0-9])*)?\.?[0-9]*([eE][-+]?[0-9]+)?")
 _LARGEST = 2**63 - 1
 _BOOLEANS = {"true": True, "yes": True, "on": True, "false": False, "no": False, "off": False}
 

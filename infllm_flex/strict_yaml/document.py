@@ -200,7 +200,8 @@ def _apply(override: str, top: Node, mistakes: list[Mistake]) -> None:
     try:
         parsed = yaml.compose(text, Loader=yaml.SafeLoader)
     except (yaml.YAMLError, RecursionError):
-        mistakes.append(Mistake(where, key, f"{text!r} is not a YAML value"))
+        quoted = "" if set(text) & set("'\"\\") else f"; as text: '{key}=\"{text}\"'"
+        mistakes.append(Mistake(where, key, f"{text!r} is not a YAML value{quoted}"))
         return
     section = top
     for depth, name in enumerate(names[:-1], start=1):

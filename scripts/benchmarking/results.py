@@ -104,17 +104,20 @@ def check_header(path: Path, known: Collection[tuple[str, ...]]) -> tuple[str, .
         known: The headers that it may have.
 
     Raises:
-        ValueError: The file cannot be read, or has another header.
+        ValueError: The file cannot be read, has another header, or its last line is cut.
     """
     try:
         with path.open(newline="") as file:
             columns = tuple(next(csv.reader(file), []))
+            rest = file.read()
     except (OSError, UnicodeDecodeError) as error:
         raise ValueError(f"{path} cannot be read as a CSV: {error}") from error
     if columns not in known:
         raise ValueError(
             f"{path} has other columns than this benchmark writes; move it away or name another"
         )
+    if rest and not rest.endswith("\n"):
+        raise ValueError(f"{path}: its last line is cut: complete or remove it")
     return columns
 
 

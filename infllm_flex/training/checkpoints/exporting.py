@@ -56,12 +56,20 @@ def export(checkpoint: Path, target: Path, origin: Path | None = None) -> Path:
         CheckpointError: This version does not read the checkpoint's format.
         OSError: The disk is full or not writable; ``target`` is unchanged.
     """
+    from safetensors import SafetensorError
+
     read_state(checkpoint)
     if target.exists() and not is_exported(target):
         raise FileExistsError(f"{target} holds other files: choose another folder")
     target.parent.mkdir(parents=True, exist_ok=True)
     remove_leftovers(target.parent, re.escape(target.name))
-    publish(target, lambda folder: _write(folder, checkpoint, origin), replace=True)
+    try:
+        publish(target, lambda folder: _write(folder, checkpoint, origin), replace=True)
+    except (OSError, SafetensorError) as error:  # the latter for a full disk
+        raise OSError(
+            f"{target} was not written: {error}; {checkpoint} is kept: make "
+            "room and run this again, a training with --resume"
+        ) from error
     return target
 
 

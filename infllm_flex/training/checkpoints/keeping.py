@@ -35,7 +35,13 @@ def save(folder: Path, checkpoint: Checkpoint, keep: int) -> Path:
     """
     target = path_of(folder, checkpoint.step)
     on_first_rank(lambda: _remove_existing(target))
-    publish_from_all_ranks(target, lambda temporary: write(temporary, checkpoint))
+    try:
+        publish_from_all_ranks(target, lambda temporary: write(temporary, checkpoint))
+    except OSError as error:
+        raise OSError(
+            f"{target} was not written: {error.strerror or error}; earlier checkpoints in {folder} "
+            "are kept: make room there, then add --resume"
+        ) from error
     damage = _find_damage(target)
     if damage:
         raise OSError(f"{target} was written but does not read back the same: {damage}")

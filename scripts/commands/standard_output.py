@@ -1,0 +1,39 @@
+"""End a command whose standard output nobody reads to the end, as in ``| head -1``."""
+
+from __future__ import annotations
+
+import io
+import sys
+from collections.abc import Callable
+
+
+class _Output(io.FileIO):
+    """Standard output that drops what no process reads any more."""
+
+    def write(self, data: object) -> int:
+        try:
+            return super().write(data)  # type: ignore[arg-type]  # a buffer
+        except BrokenPipeError:
+            return memoryview(data).nbytes  # type: ignore[arg-type]
+
+
+def run_command(main: Callable[[], int]) -> int:
+    """Run a command; its work and its exit status do not depend on who reads its output.
+
+    Args:
+        main: The command.
+
+    Returns:
+        Its exit status.
+    """
+    before = sys.stdout
+    sys.stdout = io.TextIOWrapper(
+        io.BufferedWriter(_Output(before.fileno(), "w", closefd=False)),
+        encoding=before.encoding,
+        errors=before.errors,
+        line_buffering=before.isatty(),
+    )
+    try:
+        return main()
+    finally:
+        sys.stdout.flush()

@@ -1,0 +1,36 @@
+"""Commands whose output is not read to the end."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+
+import pytest
+
+from tests.checkout import environment
+
+COMMAND = """
+import sys
+from commands.standard_output import run_command
+def main():
+    print("first", flush=True)
+    sys.stdin.readline()
+    for _ in range(LINES):
+        print("x" * 100)
+    sys.stderr.write("worked\\n")
+    return 3
+sys.exit(run_command(main))
+"""
+
+
+@pytest.mark.parametrize("lines", [1, 5000])
+def test_work_and_status_do_not_depend_on_who_reads(lines):
+    command = [sys.executable, "-c", COMMAND.replace("LINES", str(lines))]
+    pipes = dict.fromkeys(("stdin", "stdout", "stderr"), subprocess.PIPE)
+    with subprocess.Popen(command, env=environment(), text=True, **pipes) as process:
+        assert process.stdout.readline() == "first\n"
+        process.stdout.close()
+        process.stdin.write("\n")
+        process.stdin.close()
+        assert process.stderr.read() == "worked\n"
+        assert process.wait(30) == 3
