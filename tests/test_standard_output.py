@@ -9,6 +9,7 @@ import pytest
 
 from tests.checkout import environment
 
+IMPORTS = "import os, sys\nfrom commands.standard_output import run_command"
 COMMAND = """
 import sys
 from commands.standard_output import run_command
@@ -34,3 +35,27 @@ def test_work_and_status_do_not_depend_on_who_reads(lines):
         process.stdin.close()
         assert process.stderr.read() == "worked\n"
         assert process.wait(30) == 3
+
+
+def test_a_closed_output_is_no_error():
+    code = f"{IMPORTS}\nsys.exit(run_command(lambda: 7))"
+    command = ["sh", "-c", '"$0" -c "$1" >&-', sys.executable, code]
+    assert subprocess.run(command, env=environment(), check=False).returncode == 7
+
+
+@pytest.mark.parametrize("unbuffered", ["", "1"])
+def test_unbuffered_output_is_seen_at_once(unbuffered):
+    code = (
+        f"{IMPORTS}\n"
+        "def main():\n    print('seen')\n    os._exit(3)\n"  # without a flush
+        "sys.exit(run_command(main))"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        env=environment() | {"PYTHONUNBUFFERED": unbuffered},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 3
+    assert done.stdout == ("seen\n" if unbuffered else "")

@@ -27,11 +27,16 @@ def run_command(main: Callable[[], int]) -> int:
         Its exit status.
     """
     before = sys.stdout
+    if not isinstance(before, io.TextIOWrapper):  # closed, or replaced by a caller
+        return main()
+    raw = _Output(before.fileno(), "w", closefd=False)
     sys.stdout = io.TextIOWrapper(
-        io.BufferedWriter(_Output(before.fileno(), "w", closefd=False)),
+        # PYTHONUNBUFFERED asks for no buffer.
+        raw if before.write_through else io.BufferedWriter(raw),
         encoding=before.encoding,
         errors=before.errors,
-        line_buffering=before.isatty(),
+        line_buffering=before.line_buffering,
+        write_through=before.write_through,
     )
     try:
         return main()
