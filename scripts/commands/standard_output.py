@@ -27,7 +27,8 @@ def run_command(main: Callable[[], int]) -> int:
         Its exit status.
     """
     before = sys.stdout
-    if not isinstance(before, io.TextIOWrapper):  # closed, or replaced by a caller
+    if sys.__stdout__ is not before or not isinstance(before, io.TextIOWrapper):
+        # Closed, or replaced by a caller.
         return main()
     raw = _Output(before.fileno(), "w", closefd=False)
     sys.stdout = io.TextIOWrapper(
@@ -42,3 +43,4 @@ def run_command(main: Callable[[], int]) -> int:
         return main()
     finally:
         sys.stdout.flush()
+        sys.stdout = before
