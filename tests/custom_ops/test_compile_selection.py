@@ -112,6 +112,8 @@ def _select_cached(
     windows = [meta(1, 2, S // stride, D, dtype=dtype) for stride in sizes[1::2]]
     ends = [meta(1, dtype=torch.int64) for _ in range(2)]
     append_windows.launch(k, *windows, *ends, None, None, n, *sizes)
+    padded = [meta(1, dtype=torch.int64) for _ in range(2)]  # a start and an end given for each row
+    append_windows.launch(k, *windows, *ends, *padded, n, *sizes)
     rule = SelectionRule(*sizes, block_size, 1, 2048 // block_size, 96)
     launch(q, *windows, *ends, rule, 8192, 128, D**-0.5)
 
