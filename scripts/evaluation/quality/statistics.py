@@ -27,7 +27,7 @@ def retained(ours: Tensor, dense: Tensor) -> Interval:
         ours: Correct answers ``[seeds, sequences]``.
         dense: Correct answers of the dense model ``[seeds, sequences]``, on the same sequences.
     """
-    return bootstrap(torch.stack([ours, dense], -1), lambda m: m[..., 0] / m[..., 1], nested=True)
+    return mean_retained(ours[..., None], dense[..., None])
 
 
 def mean_retained(ours: Tensor, dense: Tensor) -> Interval:
