@@ -164,18 +164,6 @@ def test_is_traced_otherwise():
     assert found == [True, False]
 
 
-def test_graph_break():
-    def function(x):
-        if torch.compiler.is_compiling():
-            torch_private.graph_break("for a reason of ours")
-        return x + 1
-
-    assert torch.compile(function, backend="eager")(torch.ones(1)).item() == 2.0
-    torch._dynamo.reset()
-    with pytest.raises(torch._dynamo.exc.Unsupported, match="for a reason of ours"):
-        torch.compile(function, backend="eager", fullgraph=True)(torch.ones(1))
-
-
 def test_mark_static_address():
     x = torch.ones(1)
     torch_private.mark_static_address(x)

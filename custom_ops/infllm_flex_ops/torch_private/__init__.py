@@ -13,7 +13,6 @@ from infllm_flex_ops.torch_private.autograd import (
 )
 from infllm_flex_ops.torch_private.compilers import (
     constant_to_graphs,
-    graph_break,
     is_compiled,
     is_traced_otherwise,
     mark_static_address,
@@ -60,7 +59,6 @@ __all__ = [
     "forward_hooks",
     "forward_mode_enabled",
     "forward_pre_hooks",
-    "graph_break",
     "is_being_called",
     "is_compiled",
     "is_fake",

@@ -44,16 +44,6 @@ def is_traced_otherwise() -> bool:
     return torch.fx._symbolic_trace.is_fx_symbolic_tracing()
 
 
-def graph_break(message: str) -> None:
-    """End the graph that is being compiled, with a reason for the log.
-
-    API: ``torch._dynamo.graph_break``, seen in 2.11 to 2.14.
-    If it goes: an error at compiled calls of a layer that must not be compiled.
-    Instead: nothing public.
-    """
-    torch._dynamo.graph_break(message)
-
-
 def mark_static_address(x: Tensor) -> None:
     """Promise compilers that a tensor keeps its memory, so that CUDA graphs need no copy of it.
 

@@ -28,7 +28,6 @@ from infllm_flex.patch.skip_reasons import (
     sliding_window,
     soft_capped,
 )
-from infllm_flex_ops import torch_private
 
 # Layer types that attend to all keys. "hybrid": beside a state space model in the same layer.
 _FULL = ("full_attention", "hybrid")
@@ -172,17 +171,19 @@ def get_or_make_layer(module: nn.Module) -> PatchedLayer:
     rule. A layer built from the config view of a patched model stays dense: nobody patched it.
     """
     layer = get_layer(module)
-    if layer is None:
-        if torch.compiler.is_compiling():
-            # Reading settings cannot be traced. This message is shorter than Dynamo's own.
-            torch_private.graph_break(
-                "for a single graph, call infllm_flex.patch_model(model) before torch.compile"
-            )
-        device = next((weight.device for weight in module.parameters()), None)
-        config, origin = read_own(module.config, device, read_heads(module, module))
-        skip_reason = NOT_PATCHED if is_view(module.config) else find_skip_reason(module)
-        layer = make_layer(module, config, skip_reason, origin=origin)
-        set_layer(module, layer)
-        if layer.skip_reason is None:
-            install_cache_hook(module)  # works from the next call on; the first needs no state
+    return _make_own_layer(module) if layer is None else layer
+
+
+@torch.compiler.disable(
+    reason="for a single graph, call infllm_flex.patch_model(model) before torch.compile"
+)
+def _make_own_layer(module: nn.Module) -> PatchedLayer:
+    """Read the settings and the code of a layer, which cannot be traced."""
+    device = next((weight.device for weight in module.parameters()), None)
+    config, origin = read_own(module.config, device, read_heads(module, module))
+    skip_reason = NOT_PATCHED if is_view(module.config) else find_skip_reason(module)
+    layer = make_layer(module, config, skip_reason, origin=origin)
+    set_layer(module, layer)
+    if layer.skip_reason is None:
+        install_cache_hook(module)  # works from the next call on; the first needs no state
     return layer
