@@ -123,6 +123,27 @@ def selection_rule(config: InfLLMConfig, num_selected: int | None = None) -> Sel
     )
 
 
+def count_score_products(config: InfLLMConfig, num_heads: int, num_kv_heads: int) -> float:
+    """Count the dot products by which a query is scored, per token of its past.
+
+    Args:
+        config: Sparsity settings.
+        num_heads: ``Hq``.
+        num_kv_heads: ``Hkv``.
+
+    Returns:
+        Products of all heads: of each query head, or of each group's mean query, with the
+        compressed keys, and with the coarse keys where these normalise the scores.
+    """
+    return (num_kv_heads if config.pool_queries else num_heads) * count_scored_keys(config)
+
+
+def count_scored_keys(config: InfLLMConfig) -> float:
+    """Count the compressed keys, and the coarse keys that normalise, per token of a sequence."""
+    coarse = 1 / config.coarse_stride if config.uses_coarse_keys else 0.0
+    return 1 / config.kernel_stride + coarse
+
+
 def compress_for_pooled(key: Tensor, config: InfLLMConfig) -> Tensor:
     """Make the compressed keys that pooled queries are multiplied with.
 

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from infllm_flex.config import InfLLMConfig
+from infllm_flex.selection import count_score_products
 from infllm_flex.training.settings import StageSettings
 
 # Peak dense bfloat16 FLOP/s from the data sheets; the first matching name counts.
@@ -71,6 +72,8 @@ class FlopCounter:
         self._sparse, self._attention = stage.attention == "sparse", attention
         config = model.config
         self._heads = config.num_attention_heads
+        kv_heads = getattr(config, "num_key_value_heads", None) or self._heads
+        self._score_products = count_score_products(attention, self._heads, kv_heads)
         self._head_dim = getattr(config, "head_dim", None) or config.hidden_size // self._heads
         self._layers = config.num_hidden_layers
         self._per_token = 6 * _weights_per_token(model)
@@ -91,13 +94,11 @@ class FlopCounter:
         # Query s attends to s + 1 tokens, if it is sparse up to the budget.
         full = max(dense, min(length, config.budget_tokens))
         pairs = full * full / 2 + (length - full) * config.budget_tokens
-        keys_per_token = 1 / config.kernel_stride + 1 / config.coarse_stride
-        scored_pairs = (length * length - dense * dense) / 2 * keys_per_token
-        # Attention has two products per pair, each computed once forward and twice backward.
-        # Selection has one product per pair, forward only.
-        per_product = 2 * self._heads * self._head_dim
-        attention = self._layers * per_product * (6 * pairs + scored_pairs)
-        return length * self._per_token + attention
+        # Attention has two products per pair and head, each computed once forward and twice
+        # backward. Scores have theirs forward only.
+        products = 6 * self._heads * pairs
+        products += self._score_products * (length * length - dense * dense) / 2
+        return length * self._per_token + self._layers * 2 * self._head_dim * products
 
 
 def _weights_per_token(model: Any) -> int:

@@ -7,6 +7,8 @@ from typing import NamedTuple
 from benchmarking.report import DENSE_PAGED
 from benchmarking.settings import BenchmarkSettings, FloorSettings, Heads
 from infllm_flex.config import InfLLMConfig
+from infllm_flex.selection import count_score_products, count_scored_keys
+from infllm_flex_ops.sizes import ceil_div
 
 _PRODUCTS = {"forward": 2.0, "backward": 5.0, "forward+backward": 7.0}
 _PASSES = {"forward": 1, "backward": 3, "forward+backward": 4}
@@ -55,8 +57,7 @@ def work_of(op: str, mode: str, settings: BenchmarkSettings, heads: Heads, S: in
     rows = 2 * B * (heads.query + heads.kv) * S * D * element  # q, k, v and the output
     if op == "select_blocks":
         queries_and_keys = rows / 2
-        scores = _scores(config, heads, B * S * D * _scored_keys(config, S) / 2)
-        return scores + Work(0.0, queries_and_keys)
+        return _scores(config, heads, B * D * S * S / 2) + Work(0.0, queries_and_keys)
     if op == "infllm_attention":
         select = work_of("select_blocks", "forward", settings, heads, S)
         attend = work_of("attend", mode, settings, heads, S)
@@ -76,8 +77,8 @@ def _work_of_step(op: str, settings: BenchmarkSettings, heads: Heads, S: int) ->
     B, D, config = settings.shapes.batch, settings.shapes.head_dim, settings.attention
     element = 4 if settings.run.dtype == "float32" else 2
     key_bytes = B * heads.kv * D * element
-    scored = _scored_keys(config, S)
-    select = _scores(config, heads, B * D * scored) + Work(0.0, key_bytes * scored)
+    select = _scores(config, heads, B * D * S)
+    select += Work(0.0, key_bytes * S * count_scored_keys(config))
 
     def attend(num_keys: int) -> Work:
         keys_and_values = 2.0 * num_keys
@@ -91,14 +92,9 @@ def _work_of_step(op: str, settings: BenchmarkSettings, heads: Heads, S: int) ->
     }.get(op)
 
 
-def _scored_keys(config: InfLLMConfig, S: int) -> float:
-    """Count the keys that score the last query: compressed keys, and coarse keys to normalise."""
-    return (1.25 if config.uses_coarse_keys else 1.0) * S / config.kernel_stride
-
-
-def _scores(config: InfLLMConfig, heads: Heads, products: float) -> Work:
-    """Return the work of scores with ``products`` per head; pooled queries have one per group."""
-    flops = 2.0 * products * (heads.kv if config.pool_queries else heads.query)
+def _scores(config: InfLLMConfig, heads: Heads, pairs: float) -> Work:
+    """Return the work of scores over ``pairs`` of a query, a token of its past and an element."""
+    flops = 2.0 * pairs * count_score_products(config, heads.query, heads.kv)
     return Work(flops, 0.0, flops if config.score_dtype == "float8" else 0.0)
 
 
@@ -106,7 +102,7 @@ def visible_pairs(config: InfLLMConfig, S: int) -> float:
     """Count the pairs of a token and a visible key, per head."""
     block, budget = config.block_size, config.num_selected
     pairs = 0.0
-    for own in range(-(-S // block)):
+    for own in range(ceil_div(S, block)):
         tokens = min(block, S - own * block)
         pairs += tokens * min(own, budget - 1) * block + tokens * (tokens + 1) / 2
     return pairs

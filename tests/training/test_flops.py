@@ -56,6 +56,28 @@ def test_flops_of_sparse_attention_follow_from_the_budget_and_the_scores(model):
     assert attention_alone(always_dense, 256) == layers_times_width * 12 * 256 * 256 / 2
 
 
+@pytest.mark.parametrize(
+    ("settings", "heads", "keys_per_token"),
+    [
+        # 4 query heads in groups of 2: pooled queries are half as many.
+        ({"kernel_size": 1, "kernel_stride": 1, "pool_queries": True}, 2, 1),
+        ({"kernel_size": 4, "kernel_stride": 4, "pool_queries": True}, 2, 1 / 4),
+        ({"lse": "exact"}, 4, 1 / 2),
+    ],
+)
+def test_scores_count_the_queries_and_keys_that_are_multiplied(
+    model, settings, heads, keys_per_token
+):
+    attention = replace(ATTENTION, **settings)
+    work = FlopCounter(model, stage(attention="sparse", max_length=256), attention)
+    budget = attention.budget_tokens
+    seen = budget * budget / 2 + (256 - budget) * budget
+    scored = heads * 256 * 256 / 2 * keys_per_token
+    head_dim = 16
+    expected = 3 * head_dim * 2 * (6 * 4 * seen + scored)
+    assert work.flops([256]) - 256 * work._per_token == expected
+
+
 def test_by_position_the_first_queries_of_a_long_document_count_as_dense(model):
     by_position = replace(ATTENTION, dense_by="position")  # dense up to 63 tokens, a budget of 24
     work = FlopCounter(model, stage(attention="sparse"), by_position)
