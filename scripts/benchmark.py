@@ -23,10 +23,11 @@ from typing import Any
 import torch
 
 from benchmarking.correctness import IncorrectError, check_operators, run_tests
+from benchmarking.environment import describe_environment, prepare_device
 from benchmarking.memory import limit_mib, peak_mib
 from benchmarking.models import model_subjects
 from benchmarking.report import Reasons, model_ratio, speed_table, verdict
-from benchmarking.results import Results, check_columns, describe_environment
+from benchmarking.results import Results, check_columns
 from benchmarking.settings import (
     BenchmarkSettings,
     CaseSettings,
@@ -36,6 +37,7 @@ from benchmarking.settings import (
 from benchmarking.subjects import make_subjects
 from benchmarking.timing import Limits, time_in_rotation
 from benchmarking.work import work_of
+from commands.messages import show_warnings
 from commands.standard_output import run_command
 from evaluation.table import format_table
 from infllm_flex.strict_yaml import ConfigError, build_dataclass, load_yaml, to_yaml
@@ -44,17 +46,18 @@ from infllm_flex.strict_yaml import ConfigError, build_dataclass, load_yaml, to_
 def main() -> int:
     """Run the command and return its exit status."""
     options = parse_arguments()
-    warnings.showwarning = lambda message, *_, **__: print(f"warning: {message}", file=sys.stderr)
+    show_warnings()
     try:
         settings = build_dataclass(BenchmarkSettings, load_yaml(options.config, options.overrides))
         if settings.run.out.exists():
             check_columns(settings.run.out, has_variants=bool(settings.variants))
+        if options.print_config:
+            print(to_yaml(settings), end="")
+            return 0
+        prepare_device(settings.run.device, settings.run.threads)
     except (ConfigError, ValueError) as error:
         print(error, file=sys.stderr)
         return 2
-    if options.print_config:
-        print(to_yaml(settings), end="")
-        return 0
     try:
         benchmark(settings)
     except KeyboardInterrupt:
@@ -83,13 +86,9 @@ def parse_arguments() -> argparse.Namespace:
 def benchmark(settings: BenchmarkSettings) -> None:
     """Test the operators, measure, and print the results."""
     run = settings.run
-    if run.device == "cuda" and not torch.cuda.is_available():
-        raise ValueError("run.device: cuda is not available here; set run.device=cpu")
-    if run.threads:
-        torch.set_num_threads(run.threads)
     check(settings)
-    environment = describe_environment(torch.device(run.device))
-    with Results(run.out, environment, has_variants=bool(settings.variants)) as results:
+    about = describe_environment(torch.device(run.device))
+    with Results(run.out, about, has_variants=bool(settings.variants)) as results:
         progress = Progress(count_steps(settings))
         verdicts: list[str] = []
         reasons: dict[tuple[str, ...], dict[str, str]] = {}

@@ -19,7 +19,6 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import sys
-import warnings
 from collections.abc import Sequence
 from typing import Any
 
@@ -27,7 +26,8 @@ import torch
 from torch import Tensor
 
 from benchmarking.correctness import IncorrectError
-from benchmarking.results import CsvFile, describe_environment
+from benchmarking.environment import describe_environment, prepare_device
+from benchmarking.results import CsvFile
 from benchmarking.whole_models.checks import attention_of, check_pair
 from benchmarking.whole_models.clock import Deadline, OutOfTimeError
 from benchmarking.whole_models.pairs import Pair, build_pair
@@ -35,6 +35,7 @@ from benchmarking.whole_models.rows import COLUMNS, MEASURED, Done, word_for
 from benchmarking.whole_models.settings import ModelBenchmark
 from benchmarking.whole_models.steps import Step, free_memory, longest_by_model, steps_of, time_step
 from benchmarking.whole_models.tables import tables
+from commands.messages import show_warnings
 from commands.standard_output import run_command
 from evaluation.quality.base import BaseError
 from evaluation.table import format_table
@@ -47,14 +48,14 @@ from infllm_flex.strict_yaml import ConfigError, build_dataclass, load_yaml, to_
 def main() -> int:
     """Run the command and return its exit status."""
     options = parse_arguments()
-    warnings.showwarning = lambda message, *_, **__: print(f"warning: {message}", file=sys.stderr)
+    show_warnings()
     try:
         settings = read_settings(options)
         if options.print_config:
             print(to_yaml(settings), end="")
             return 0
-        check_device(settings)
-        common = environment(settings)
+        device = prepare_device(settings.run.device, settings.run.threads)
+        common = common_cells(device)
         steps = steps_to_do(settings, common)
     except (ConfigError, ValueError) as error:
         print(error, file=sys.stderr)
@@ -110,24 +111,11 @@ def read_settings(options: argparse.Namespace) -> ModelBenchmark:
     return settings
 
 
-def check_device(settings: ModelBenchmark) -> None:
-    """Check that the device is there.
-
-    Raises:
-        ValueError: It is not.
-    """
-    if settings.run.device == "cuda" and not torch.cuda.is_available():
-        raise ValueError("run.device: cuda is not available here; set run.device=cpu")
-
-
-def environment(settings: ModelBenchmark) -> dict[str, str]:
+def common_cells(device: torch.device) -> dict[str, str]:
     """Return the cells for device, versions, commit and date."""
     import transformers
 
-    if settings.run.threads:
-        torch.set_num_threads(settings.run.threads)
-    described = describe_environment(torch.device(settings.run.device))
-    return described | {"transformers": transformers.__version__}
+    return describe_environment(device) | {"transformers": transformers.__version__}
 
 
 def steps_to_do(settings: ModelBenchmark, common: dict[str, str]) -> list[Step]:

@@ -20,7 +20,7 @@ from typing import Any
 
 import torch
 
-from benchmarking.results import describe_environment
+from benchmarking.environment import describe_environment
 from benchmarking.settings import Heads
 from commands.standard_output import run_command
 from evaluation.quickstart_arms import window_only

@@ -22,7 +22,7 @@ from typing import Any, Literal
 
 import torch
 
-from benchmarking.results import describe_environment
+from benchmarking.environment import describe_environment
 from commands.standard_output import run_command
 from evaluation.saved_results import Result, read_result, write_result
 from evaluation.table import format_table

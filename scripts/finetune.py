@@ -15,9 +15,9 @@ from __future__ import annotations
 
 import argparse
 import sys
-import warnings
 from pathlib import Path
 
+from commands.messages import show_warnings
 from commands.standard_output import run_command
 from infllm_flex.strict_yaml import ConfigError, build_dataclass, load_yaml, to_yaml
 from infllm_flex.training.checkpoints import export_newest
@@ -35,7 +35,7 @@ def main() -> int:
     options = parse_arguments()
     is_first = is_first_process()
     resume = options.resume or was_restarted()
-    warnings.showwarning = show_warning if is_first else ignore_warning
+    show_warnings(is_first)
     try:
         settings = build_dataclass(TrainingSettings, load_yaml(options.config, options.overrides))
         if options.export:
@@ -124,15 +124,6 @@ def plan(settings: TrainingSettings) -> str:
             )
         lines.append(line + "\n")
     return "".join(lines)
-
-
-def show_warning(message: Warning | str, *_: object, **__: object) -> None:
-    """Print a warning as one line, without its source line."""
-    print(f"warning: {message}", file=sys.stderr)
-
-
-def ignore_warning(*_: object, **__: object) -> None:
-    """Ignore a warning, which the first process prints."""
 
 
 if __name__ == "__main__":

@@ -25,6 +25,7 @@ from typing import Any
 import torch
 
 from benchmarking.checkout import ROOT
+from benchmarking.environment import describe_environment
 from benchmarking.other_gpus.cards import H100, H200, OTHERS, Card
 from benchmarking.other_gpus.prediction import (
     ATTEND,
@@ -38,7 +39,7 @@ from benchmarking.other_gpus.prediction import (
     inflation_of,
 )
 from benchmarking.other_gpus.resources import CAPABILITIES, STAGES, KernelUse, measure
-from benchmarking.results import describe_environment, read_results
+from benchmarking.results import read_results
 from benchmarking.settings import BenchmarkSettings, Heads
 from commands.standard_output import run_command
 from evaluation.table import format_table

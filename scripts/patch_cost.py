@@ -14,7 +14,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import copy
-import inspect
+import sys
 import time
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -28,6 +28,8 @@ import infllm_flex as ifx
 import infllm_flex.decoding.attention as decoding_attention
 import infllm_flex_ops
 from benchmarking.timing import Limits, Subject, time_in_rotation
+from benchmarking.whole_models.runs import cache_keyword
+from commands.standard_output import run_command
 from evaluation.table import format_table
 
 WIDTH, HEADS = 128, 4
@@ -102,8 +104,8 @@ MODELS: dict[str, Callable[[int, int, int], nn.Module]] = {
 }
 
 
-def main() -> None:
-    """Print the four tables."""
+def main() -> int:
+    """Print the four tables; return the exit status."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -114,6 +116,7 @@ def main() -> None:
     print_decode(rounds)
     print_compiled(rounds)
     print_patching()
+    return 0
 
 
 def call(model: nn.Module) -> Callable[[Tensor], Any]:
@@ -187,14 +190,11 @@ def decode_subject(model: Any, name: str, rounds: int) -> Subject:
     capacity = PROMPT + rounds + 100
     dynamic = name == "dynamic"
     cache: Any = DynamicCache() if dynamic else StaticCache(model.config, max_cache_len=capacity)
-
-    keyword = (
-        "cache" if "cache" in inspect.signature(model.forward).parameters else "past_key_values"
-    )
+    argument = {cache_keyword(model): cache}
 
     @torch.no_grad()
     def run(tokens: int = 1) -> None:
-        model(inputs_embeds=torch.zeros(1, tokens, WIDTH), **{keyword: cache})
+        model(inputs_embeds=torch.zeros(1, tokens, WIDTH), **argument)
 
     run(PROMPT)
     return Subject("step", name, run)
@@ -256,4 +256,4 @@ def print_patching() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(run_command(main))

@@ -17,6 +17,7 @@ from pathlib import Path
 
 from benchmarking.plots import plot_speed_up, plot_stages
 from benchmarking.results import read_results
+from commands.messages import NO_PLOT
 from commands.standard_output import run_command
 
 
@@ -34,7 +35,7 @@ def main() -> int:
             plot(path, rows)
             print(path)
     except ImportError:
-        print("no plot: pip install '.[plot]'", file=sys.stderr)
+        print(NO_PLOT, file=sys.stderr)
         return 1
     except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)

@@ -19,6 +19,7 @@ import sys
 from pathlib import Path
 
 from benchmarking.results import read_results
+from commands.messages import NO_PLOT
 from commands.standard_output import run_command
 from evaluation.quality_time import plot, points, table
 
@@ -61,7 +62,7 @@ def main() -> int:
         plot(path, found, title)
         print(path)
     except ImportError:
-        print("no plot: pip install '.[plot]'", file=sys.stderr)
+        print(NO_PLOT, file=sys.stderr)
         return 1
     except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)

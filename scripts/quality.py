@@ -19,11 +19,11 @@ import os
 import signal
 import sys
 import threading
-import warnings
 from types import FrameType
 
 import torch
 
+from commands.messages import NO_PLOT, say, show_warnings
 from commands.standard_output import run_command
 from evaluation.quality import base, text
 from evaluation.quality.parts import Folder, Part
@@ -47,7 +47,7 @@ _LESS_MEMORY = (
 
 def main() -> int:
     """Run the command and return its exit status."""
-    warnings.showwarning = lambda message, *_, **__: say(f"warning: {message}")
+    show_warnings()
     options = parse_arguments()
     try:
         settings = build_dataclass(QualitySettings, load_yaml(options.config, options.overrides))
@@ -184,14 +184,9 @@ def show(settings: QualitySettings, folder: Folder, parts: list[Part], skipped: 
     try:
         plot_quality(results, settings.run.plot)
     except ImportError:
-        print("no plot: pip install '.[plot]'")
+        print(NO_PLOT)
     else:
         print(f"Plot: {settings.run.plot}")
-
-
-def say(line: str) -> None:
-    """Print a line of progress."""
-    print(line, file=sys.stderr, flush=True)
 
 
 if __name__ == "__main__":

@@ -11,7 +11,6 @@ import argparse
 import importlib.util
 import json
 import sys
-import warnings
 from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
@@ -20,6 +19,7 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
+from commands.messages import NO_PLOT, show_warnings
 from commands.standard_output import run_command
 from evaluation.bars import plot_bars
 from evaluation.pairs import PairsSampler, PairsText, right_answers
@@ -59,7 +59,7 @@ class StoppedError(Exception):
 
 def main() -> int:
     """Run the command and return its exit status."""
-    warnings.showwarning = lambda message, *_, **__: print(f"warning: {message}", file=sys.stderr)
+    show_warnings()
     options = parse_arguments()
     try:
         settings = build_dataclass(TrainingSettings, load_yaml(options.config, options.overrides))
@@ -285,9 +285,15 @@ def show(
     (folder / "table.txt").write_text(text + "\n")
     numbers = {"pretrained": pretrained, "tiny": tiny}
     (folder / "results.json").write_text(json.dumps(numbers, indent=2) + "\n")
+    print(f"\n{text}\n")
     picture = folder / "quickstart.png"
-    plot_bars(picture, rows, "What sparse attention attends to, and what it keeps")
-    print(f"\n{text}\n\nPicture: {picture}   Models: {folder}/*/model/")
+    try:
+        plot_bars(picture, rows, "What sparse attention attends to, and what it keeps")
+    except ImportError:
+        print(NO_PLOT)
+    else:
+        print(f"Picture: {picture}")
+    print(f"Models: {folder}/*/model/")
     print(NOTE)
     print(f"CPU-seconds by part: {times(pretrained, tiny)}; this run in all {cpu_seconds():.0f}.")
 

@@ -21,7 +21,7 @@ from typing import Any
 
 import torch
 
-from benchmarking.results import describe_environment
+from benchmarking.environment import describe_environment
 from commands.standard_output import run_command
 from evaluation.overrides import parse_overrides
 from evaluation.quality import base

@@ -53,6 +53,13 @@ def test_what_names_its_interpreter_can_be_run():
     assert [path.name for path in named if not os.access(path, os.X_OK)] == []
 
 
+def test_every_command_ends_as_usual_where_nobody_reads_its_output():
+    commands = [path for path in (ROOT / "scripts").glob("*.py") if "__main__" in path.read_text()]
+    assert len(commands) > 10
+    end = "sys.exit(run_command(main))\n"
+    assert [path.name for path in commands if not path.read_text().endswith(end)] == []
+
+
 # Options that a command cannot do without, beside --config.
 NEEDED = {
     "compare_scores.py": ["--table", "unused.csv"],

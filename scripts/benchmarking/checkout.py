@@ -8,7 +8,7 @@ from pathlib import Path
 ROOT = Path(__file__).parents[2]
 
 
-def environment() -> dict[str, str]:
+def python_environment() -> dict[str, str]:
     """This process's environment, in which Python imports the packages of this checkout first."""
     roots = [ROOT, ROOT / "custom_ops", ROOT / "scripts", os.environ.get("PYTHONPATH", "")]
     return os.environ | {"PYTHONPATH": os.pathsep.join(str(root) for root in roots if str(root))}

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import torch
 
-from benchmarking.checkout import ROOT, environment
+from benchmarking.checkout import ROOT, python_environment
 from benchmarking.inputs import QKV, make_qkv, with_gradients
 from benchmarking.settings import BenchmarkSettings, Heads
 from infllm_flex.attention import infllm_attention
@@ -75,7 +75,9 @@ def _cuda_peak(settings: BenchmarkSettings, heads: Heads, S: int) -> float:
 def _process_peak(config: Path, heads: Heads, S: int, attends: bool) -> int:
     job = json.dumps({"config": str(config), "heads": heads, "length": S, "attends": attends})
     command = [sys.executable, "-m", __name__, job]
-    ended = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env=environment())
+    ended = subprocess.run(
+        command, capture_output=True, text=True, cwd=ROOT, env=python_environment()
+    )
     if ended.returncode:
         last_lines = "\n".join(ended.stderr.splitlines()[-3:])
         raise RuntimeError(

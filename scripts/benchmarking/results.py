@@ -3,18 +3,11 @@
 from __future__ import annotations
 
 import csv
-import datetime
-import importlib.metadata
-import platform
-import subprocess
 from collections.abc import Collection
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
-import torch
-
-from benchmarking.checkout import ROOT
 from benchmarking.report import shape_of
 
 if TYPE_CHECKING:
@@ -26,8 +19,6 @@ COLUMNS = (
     *("device", "torch", "triton", "commit", "date"),
 )
 _EARLIER = tuple(name for name in COLUMNS if name != "settings")  # files of before `variants`
-# Changes here that are not committed mark a row `+changes`.
-_MEASURED = ("infllm_flex", "custom_ops", "scripts/benchmarking", "scripts/evaluation")
 
 
 class CsvFile:
@@ -154,53 +145,5 @@ def read_results(path: Path) -> list[dict[str, str]]:
         return [{"settings": "", **row} for row in csv.DictReader(file)]
 
 
-def describe_environment(device: torch.device) -> dict[str, str]:
-    """Return the cells for device, versions, commit and date."""
-    now = datetime.datetime.now(datetime.timezone.utc)
-    return {
-        "device": _device_name(device),
-        "torch": torch.__version__,
-        "triton": _version("triton"),
-        "commit": _commit(),
-        "date": now.isoformat(timespec="seconds"),
-    }
-
-
 def _format(value: Any) -> str:
     return f"{value:.5g}" if isinstance(value, float) else str(value)
-
-
-def _device_name(device: torch.device) -> str:
-    if device.type == "cuda":
-        return torch.cuda.get_device_name(device)
-    name = platform.processor() or platform.machine()
-    cpuinfo = Path("/proc/cpuinfo")
-    if cpuinfo.exists():
-        for line in cpuinfo.read_text().splitlines():
-            if line.startswith("model name"):
-                name = line.partition(":")[2].strip()
-                break
-    return f"{name}, {torch.get_num_threads()} threads"
-
-
-def _version(package: str) -> str:
-    try:
-        return importlib.metadata.version(package)
-    except importlib.metadata.PackageNotFoundError:
-        return ""
-
-
-def _commit() -> str:
-    """Return the commit, marked where the measured code has changes that are not in it."""
-    try:
-        commit = _git("rev-parse", "--short=10", "HEAD").strip()
-        changed = _git("status", "--porcelain", "--", *_MEASURED).strip()
-    except (OSError, subprocess.CalledProcessError):
-        return "unknown"
-    return f"{commit}+changes" if changed else commit
-
-
-def _git(*arguments: str) -> str:
-    return subprocess.run(
-        ["git", *arguments], cwd=ROOT, capture_output=True, text=True, check=True
-    ).stdout

@@ -1,1 +1,1 @@
-"""How the commands of this folder end."""
+"""Output and messages that the commands of this folder share."""

@@ -210,8 +210,8 @@ def test_what_was_measured_before_ctrl_c_is_kept(run_script, config, tmp_path, m
 def test_a_missing_gpu_is_said_in_one_line(run_script, config, monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     status, _, err = run_script("benchmark", "--config", config, "run.device=cuda")
-    assert status == 1
-    assert err == "error: run.device: cuda is not available here; set run.device=cpu\n"
+    assert status == 2
+    assert err == "run.device: cuda is not available here; set run.device=cpu\n"
 
 
 def test_models_and_memory_are_held_to_their_limits(run_script, config, tmp_path):

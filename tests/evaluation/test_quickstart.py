@@ -95,6 +95,15 @@ def test_each_kind_of_attention_is_in_the_table_the_numbers_and_the_picture(run,
     assert [path.stat().st_mtime_ns for path in sorted(folder.glob("*/re*.json"))] == times
 
 
+def test_without_matplotlib_the_tables_are_shown_all_the_same(run, monkeypatch, tmp_path):
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+    status, out, err = run()
+    assert status == 0, err
+    assert (tmp_path / "out" / "table.txt").read_text() in out
+    assert "\nno plot: pip install '.[plot]'\n" in out
+    assert not (tmp_path / "out" / "quickstart.png").exists()
+
+
 def test_a_pretrained_model_is_judged_dense_sparse_and_by_the_window(
     run, quickstart, model_folder, monkeypatch, tmp_path
 ):

@@ -171,5 +171,5 @@ def pick_device(name: str) -> torch.device:
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
     if name == "cuda" and not torch.cuda.is_available():
-        raise ValueError("run.device: cuda is not available here; use cpu or auto")
+        raise ValueError("run.device: cuda is not available here; set run.device=cpu")
     return torch.device(name)

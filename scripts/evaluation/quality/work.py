@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-from benchmarking.results import describe_environment
+from benchmarking.environment import describe_environment
 from evaluation.quality import base, text
 from evaluation.quality.arms import Arm, arms, attention_modes
 from evaluation.quality.generation import judge_generation
