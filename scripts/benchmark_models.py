@@ -7,8 +7,8 @@
 Weights are random, made on the device; the dense and the patched model share them. Before a model
 is timed its attention is checked. Every measurement is appended to the CSV `run.out` at once, and
 the same command continues a run that was stopped: what the CSV holds of this code, these versions
-and this device is not measured again. Without memory for a measurement, or support, a word stands
-in its cell.
+and this device is not measured again. A measurement that fails, for want of memory or support, has
+the reason in its cell.
 
 Exit status: 0 done or out of time, 1 wrong attention or another failure, 2 settings that cannot be
 used (nothing was run), 130 stopped by Ctrl-C (earlier measurements are kept).
@@ -30,12 +30,18 @@ from benchmarking.environment import describe_environment, prepare_device
 from benchmarking.results import CsvFile
 from benchmarking.whole_models.checks import attention_of, check_pair
 from benchmarking.whole_models.clock import Deadline, OutOfTimeError
+from benchmarking.whole_models.measurements import (
+    Measurement,
+    free_memory,
+    longest_by_model,
+    measurements_of,
+    time_pair,
+)
 from benchmarking.whole_models.pairs import Pair, build_pair
-from benchmarking.whole_models.rows import COLUMNS, MEASURED, Done, word_for
+from benchmarking.whole_models.rows import COLUMNS, MEASURED, Done, reason_for
 from benchmarking.whole_models.settings import ModelBenchmark
-from benchmarking.whole_models.steps import Step, free_memory, longest_by_model, steps_of, time_step
 from benchmarking.whole_models.tables import tables
-from commands.messages import show_warnings
+from commands.messages import say, show_warnings
 from commands.standard_output import run_command
 from evaluation.quality.base import BaseError
 from evaluation.table import format_table
@@ -56,12 +62,12 @@ def main() -> int:
             return 0
         device = prepare_device(settings.run.device, settings.run.threads)
         common = common_cells(device)
-        steps = steps_to_do(settings, common)
+        measurements = measurements_to_make(settings, common)
     except (ConfigError, ValueError) as error:
         print(error, file=sys.stderr)
         return 2
     try:
-        return measure(settings, steps, common)
+        return measure(settings, measurements, common)
     except KeyboardInterrupt:
         print(f"stopped; earlier measurements are in {settings.run.out}", file=sys.stderr)
         return 130
@@ -118,32 +124,34 @@ def common_cells(device: torch.device) -> dict[str, str]:
     return describe_environment(device) | {"transformers": transformers.__version__}
 
 
-def steps_to_do(settings: ModelBenchmark, common: dict[str, str]) -> list[Step]:
+def measurements_to_make(settings: ModelBenchmark, common: dict[str, str]) -> list[Measurement]:
     """Return the measurements that the CSV does not hold yet.
 
     Raises:
         ValueError: The CSV has other columns.
     """
     done = Done(settings.run.out, common)
-    steps = list(steps_of(settings))
-    missing = [step for step in steps if not done.holds(step.cells(settings.run))]
-    if len(missing) < len(steps):
-        print(f"{len(steps) - len(missing)} measurements are in {settings.run.out} already")
+    wanted = list(measurements_of(settings))
+    missing = [one for one in wanted if not done.holds(one.cells(settings.run))]
+    if len(missing) < len(wanted):
+        print(f"{len(wanted) - len(missing)} measurements are in {settings.run.out} already")
     return missing
 
 
-def measure(settings: ModelBenchmark, steps: Sequence[Step], common: dict[str, str]) -> int:
+def measure(
+    settings: ModelBenchmark, measurements: Sequence[Measurement], common: dict[str, str]
+) -> int:
     """Make the measurements, print the tables, and return the exit status."""
     deadline = Deadline(settings.run.max_seconds)
     with CsvFile(settings.run.out, COLUMNS, common) as out:
         measurer = Measurer(settings, out, deadline)
         number = 0
         try:
-            for number, step in enumerate(steps, 1):
-                print(f"[{number}/{len(steps)}] {step}", file=sys.stderr, flush=True)
-                measurer.measure(step)
+            for number, measurement in enumerate(measurements, 1):
+                say(f"[{number}/{len(measurements)}] {measurement}")
+                measurer.measure(measurement)
         except OutOfTimeError:
-            left = len(steps) - number + 1
+            left = len(measurements) - number + 1
             print(f"out of time, {left} measurements are left; the same command makes them")
         finally:
             report(settings, out)
@@ -169,67 +177,73 @@ class Measurer:
         self._built: object = None
         self._refusal = ""  # why nothing of the pair is measured
 
-    def measure(self, step: Step) -> None:
-        """Make one measurement; what fails is a word in its rows.
+    def measure(self, measurement: Measurement) -> None:
+        """Make one measurement; its rows hold the reason where it fails.
 
         Raises:
             OutOfTimeError: The deadline came first.
         """
         self._deadline.check()
         try:
-            word = self._carry_out(step)
+            reason = self._carry_out(measurement)
         except BaseError as error:
-            word = f"not installed: {error}"
+            reason = f"not installed: {error}"
         except (RuntimeError, ValueError, NotImplementedError) as error:
-            word = word_for(error)
-        if word:
-            print(f"warning: {step}: {word}", file=sys.stderr)
-            cells = step.cells(self._settings.run) | {"result": word}
+            reason = reason_for(error)
+        if reason:
+            say(f"warning: {measurement}: {reason}")
+            cells = measurement.cells(self._settings.run) | {"result": reason}
             for attention in ("dense", "sparse"):
                 self._out.add(**cells, attention=attention)
         free_memory()
 
-    def _carry_out(self, step: Step) -> str:
+    def _carry_out(self, measurement: Measurement) -> str:
         """Make one measurement; return why its models cannot be measured, or nothing."""
-        if step.activations == "trained":
-            assert step.shape.package is not None  # the settings were checked
-            model, ids = trained_model(step.shape.package, step.length)
-            self._add_overlap(step, model, step.shape.attention, input_ids=ids)
+        if measurement.activations == "trained":
+            assert measurement.shape.package is not None  # the settings were checked
+            model, ids = trained_model(measurement.shape.package, measurement.length)
+            self._add_overlap(measurement, model, measurement.shape.attention, input_ids=ids)
             return ""
-        if self._built != step.pair:
-            self._build(step)
+        if self._built != measurement.pair:
+            self._build(measurement)
         pair, run = self._pair, self._settings.run
         if pair is None:
             return self._refusal
-        if step.case.phase == "overlap":
-            embeds = pair.embeddings(1, step.length, run.seed)
-            self._add_overlap(step, pair.sparse, None, inputs_embeds=embeds)
+        if measurement.case.phase == "overlap":
+            embeds = pair.embeddings(1, measurement.length, run.seed)
+            self._add_overlap(measurement, pair.sparse, None, inputs_embeds=embeds)
         else:
-            time_step(run, step, pair, self._out, self._deadline)
+            time_pair(run, measurement, pair, self._out, self._deadline)
         return ""
 
     def _add_overlap(
-        self, step: Step, model: Any, attention: InfLLMConfig | None, **inputs: Tensor
+        self, measurement: Measurement, model: Any, attention: InfLLMConfig | None, **inputs: Tensor
     ) -> None:
         """Write a row for every size of tiles."""
         if attention is not None:
             patch_model(model, attention)
-        cells = step.cells(self._settings.run) | {"attention": "sparse", "result": MEASURED}
+        cells = measurement.cells(self._settings.run) | {"attention": "sparse", "result": MEASURED}
         for tokens, ratio in tile_inflation(model, attention_of(model), **inputs).items():
             self._out.add(**cells, tile_tokens=tokens, inflation=ratio)
 
-    def _build(self, step: Step) -> None:
-        """Build and check the models of a step."""
-        self._pair, self._built, self._refusal = None, step.pair, ""
+    def _build(self, measurement: Measurement) -> None:
+        """Build and check the models of a measurement."""
+        self._pair, self._built, self._refusal = None, measurement.pair, ""
         free_memory()
         run, lengths = self._settings.run, longest_by_model(self._settings)
         try:
-            pair = build_pair(run, step.shape, step.layers, step.activations, lengths[step.model])
+            pair = build_pair(
+                run,
+                measurement.shape,
+                measurement.layers,
+                measurement.activations,
+                lengths[measurement.model],
+            )
             check_pair(run, pair)
         except IncorrectError as error:
             self.found_wrong, self._refusal = True, f"wrong: {error}"
         except (RuntimeError, ValueError, NotImplementedError) as error:
-            self._refusal = word_for(error)
+            self._refusal = reason_for(error)
         else:
             self._pair = pair
 

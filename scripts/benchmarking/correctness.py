@@ -24,7 +24,7 @@ from infllm_flex.selection import select_blocks
 from infllm_flex.validation import resolve_scale
 from infllm_flex_ops.sizes import group_size
 
-_QUERIES = 40  # the last queries of the sequence; the reference is too slow for all of them
+CHECKED_QUERIES = 40  # the last queries of the sequence; the reference is too slow for all of them
 # Two scores may rank either way within this relative difference, because kernels sum in another
 # order and read rounded means. Sums of exponentials: relative to the score. Dot products of pooled
 # queries: relative to the largest score of the row.
@@ -91,7 +91,7 @@ def _check_selection(op: str, qkv: QKV, selected: Tensor, config: InfLLMConfig) 
     block that it selects instead. Only the last queries of ``selected [B, Hkv, n, K]``, the last of
     the sequence, are checked.
     """
-    num_queries = min(_QUERIES, selected.shape[2])
+    num_queries = min(CHECKED_QUERIES, selected.shape[2])
     query, key = qkv.query[:1, :, -num_queries:].cpu(), qkv.key[:1].cpu()
     ours, S = selected[0, :, -num_queries:].cpu(), key.shape[2]
     G, scale = group_size(query.shape[1], key.shape[1]), resolve_scale(query, None)
@@ -151,7 +151,7 @@ def _check_paged(qkv: QKV, selected: Tensor, config: InfLLMConfig, page_size: in
     """Check attention over pages for the last query, and for the last ones as a chunk."""
     config = dataclasses.replace(config, dense_len=-1)
     scale = resolve_scale(qkv.query, None)
-    for name, n in (("decoding", 1), ("a chunk", _QUERIES)):
+    for name, n in (("decoding", 1), ("a chunk", CHECKED_QUERIES)):
         query, key, value = qkv.query[:, :, -n:], qkv.key, qkv.value
         out = PagedAttention(QKV(query, key, value), config, page_size).run()
         actual = out.unflatten(0, (len(key), n)).transpose(1, 2)
@@ -164,22 +164,24 @@ def _check_paged(qkv: QKV, selected: Tensor, config: InfLLMConfig, page_size: in
 
 def _check_attention(qkv: QKV, selected: Tensor, config: InfLLMConfig, has_gradients: bool) -> None:
     scale, block_size = resolve_scale(qkv.query, None), config.block_size
-    mask = reference.attention_mask(selected[:, :, -_QUERIES:], block_size, qkv.key.shape[2])
+    mask = reference.attention_mask(selected[:, :, -CHECKED_QUERIES:], block_size, qkv.key.shape[2])
     mask = mask.to(qkv.query.device)
     grad_out = torch.zeros_like(qkv.query)
-    grad_out[:, :, -_QUERIES:] = torch.randn_like(grad_out[:, :, -_QUERIES:])
+    grad_out[:, :, -CHECKED_QUERIES:] = torch.randn_like(grad_out[:, :, -CHECKED_QUERIES:])
 
     with torch.no_grad():
-        inference = infllm_attention(*qkv, config, selected=selected)[:, :, -_QUERIES:]
+        inference = infllm_attention(*qkv, config, selected=selected)[:, :, -CHECKED_QUERIES:]
     exact = _run(
         QKV(*(x.double() for x in qkv)),
-        lambda q, k, v: reference.masked_attention(q[:, :, -_QUERIES:], k, v, mask, scale=scale),
-        grad_out[:, :, -_QUERIES:].double(),
+        lambda q, k, v: reference.masked_attention(
+            q[:, :, -CHECKED_QUERIES:], k, v, mask, scale=scale
+        ),
+        grad_out[:, :, -CHECKED_QUERIES:].double(),
     )
     plain = _run(
         qkv,
-        lambda q, k, v: plain_attention(q[:, :, -_QUERIES:], k, v, mask),
-        grad_out[:, :, -_QUERIES:],
+        lambda q, k, v: plain_attention(q[:, :, -CHECKED_QUERIES:], k, v, mask),
+        grad_out[:, :, -CHECKED_QUERIES:],
     )
     what = f"infllm_attention ({config.engine}, output without gradients)"
     check_error(what, inference, exact[0], plain[0])
@@ -200,7 +202,7 @@ def _run(
     leaves = with_gradients(qkv)
     out = attend(*leaves)
     gradients = torch.autograd.grad(out, leaves, grad_out)
-    return [out.detach()[:, :, -_QUERIES:], *gradients]
+    return [out.detach()[:, :, -CHECKED_QUERIES:], *gradients]
 
 
 def plain_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""Try what other packages bring, and say in a word why something cannot be timed."""
+"""Try the functions of other packages; where one cannot be timed, give the reason."""
 
 from __future__ import annotations
 

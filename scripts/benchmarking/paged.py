@@ -1,4 +1,4 @@
-"""Attention over a key/value cache in pages, beside the same over one in one piece."""
+"""Attention over a key/value cache in pages, for comparison with a cache in one piece."""
 
 from __future__ import annotations
 

@@ -20,7 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from benchmarking.correctness import check_error, plain_attention
+from benchmarking.correctness import CHECKED_QUERIES, check_error, plain_attention
 from benchmarking.inputs import QKV
 from benchmarking.packages import UnavailableError, attempt, import_installed
 from benchmarking.paged import Pages
@@ -29,7 +29,6 @@ from benchmarking.timing import Subject, in_turn
 from infllm_flex import reference
 from infllm_flex_ops.sizes import group_size
 
-_QUERIES = 40  # the last queries of a row, whose output is compared with the float64 reference
 _WORKSPACE = 512 << 20  # bytes; FlashInfer's documentation recommends 128 MiB for common batches
 _FLASH_3 = ("flash_attn_interface", "fa3_fwd_interface")  # modules of FlashAttention 3
 _BACKENDS: dict[str, dict[str, SDPBackend | None]] = {
@@ -147,7 +146,7 @@ class _Expected:
 
     def _of_row(self, row: int) -> tuple[Tensor, Tensor]:
         query, key, value = (x[row : row + 1].detach() for x in self._qkv)
-        query, S = query[:, :, -_QUERIES:], key.shape[2]
+        query, S = query[:, :, -CHECKED_QUERIES:], key.shape[2]
         position = torch.arange(S - query.shape[2], S, device=key.device)[:, None]
         mask = (torch.arange(S, device=key.device) <= position).expand(1, key.shape[1], -1, -1)
         exact = reference.masked_attention(query, key, value, mask, scale=query.shape[-1] ** -0.5)

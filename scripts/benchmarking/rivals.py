@@ -14,7 +14,12 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from benchmarking.correctness import IncorrectError, check_error, plain_attention
+from benchmarking.correctness import (
+    CHECKED_QUERIES,
+    IncorrectError,
+    check_error,
+    plain_attention,
+)
 from benchmarking.dense import Baseline
 from benchmarking.inputs import QKV
 from benchmarking.packages import UnavailableError, attempt, import_installed
@@ -25,7 +30,6 @@ from infllm_flex.selection import select_blocks
 from infllm_flex_ops.block_lists import union_lists
 from infllm_flex_ops.sizes import group_size
 
-_QUERIES = 40  # the last queries, whose output is compared with the float64 reference
 _WORKSPACE = 128 << 20  # bytes, as FlashInfer's documentation recommends
 _ROWS = 64  # queries, folded with the heads of a group, that share a list in cuDNN's kernel
 
@@ -106,7 +110,7 @@ def _check(prepared: Prepared, qkv: QKV, config: InfLLMConfig) -> None:
     """
     query, key, value = (x.detach() for x in qkv)
     out = prepared.attend()
-    n = min(_QUERIES, query.shape[2])
+    n = min(CHECKED_QUERIES, query.shape[2])
     if prepared.seen is None:
         selected = select_blocks(query, key, config)[:, :, -n:]
         mask = reference.attention_mask(selected, config.block_size, key.shape[2])
@@ -267,7 +271,7 @@ def _union_mask(qkv: QKV, config: InfLLMConfig, tokens: int) -> Tensor:
     used = torch.arange(idx.shape[-1], device=idx.device) < num[..., None]
     blocks = torch.zeros(*idx.shape[:3], S // size + 1, dtype=torch.bool, device=idx.device)
     blocks.scatter_(-1, idx.masked_fill(~used, S // size).long(), True)
-    n = min(_QUERIES, S)
+    n = min(CHECKED_QUERIES, S)
     tiles = torch.arange(S - n, S, device=idx.device) // tokens
     return blocks[:, :, tiles, :-1].repeat_interleave(size, -1)
 

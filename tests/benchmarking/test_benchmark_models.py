@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from benchmarking.whole_models import checks, clock, steps
-from benchmarking.whole_models.rows import COLUMNS, word_for
+from benchmarking.whole_models import checks, clock, measurements
+from benchmarking.whole_models.rows import COLUMNS, reason_for
 from benchmarking.whole_models.settings import ModelBenchmark
 from benchmarking.whole_models.tables import layers_of, tables
 from infllm_flex.patch import UnsupportedModelError
@@ -87,7 +87,7 @@ def test_a_second_run_measures_only_what_is_missing(run_script, config, tmp_path
 
 
 def test_the_end_of_the_time_keeps_what_is_measured(run_script, config, tmp_path, monkeypatch):
-    real, calls = steps.time_by_turns, []
+    real, calls = measurements.time_by_turns, []
 
     def second_is_too_late(*args):
         calls.append(1)
@@ -95,7 +95,7 @@ def test_the_end_of_the_time_keeps_what_is_measured(run_script, config, tmp_path
             raise clock.OutOfTimeError
         return real(*args)
 
-    monkeypatch.setattr(steps, "time_by_turns", second_is_too_late)
+    monkeypatch.setattr(measurements, "time_by_turns", second_is_too_late)
     once = ("benchmark_models", "--config", config, "--cases", "prefill", "--max-seconds", "500")
     status, out, err = run_script(*once)
     assert status == 0, err
@@ -128,7 +128,7 @@ def test_a_failure_is_a_word_in_its_cell(run_script, config, tmp_path, monkeypat
     def fail(*args):
         raise error
 
-    monkeypatch.setattr(steps, "time_by_turns", fail)
+    monkeypatch.setattr(measurements, "time_by_turns", fail)
     once = ("benchmark_models", "--config", config, "--cases", "decode")
     status, out, err = run_script(*once)
     assert status == 0
@@ -227,5 +227,5 @@ def test_a_table_says_which_part_of_a_model_was_built():
     assert tables([], {}) == {}
 
 
-def test_word_for_names_errors_without_text():
-    assert word_for(NotImplementedError()) == "not supported: NotImplementedError"
+def test_reason_for_names_errors_without_text():
+    assert reason_for(NotImplementedError()) == "not supported: NotImplementedError"

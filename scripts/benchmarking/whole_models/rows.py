@@ -1,4 +1,4 @@
-"""Rows of a benchmark of models: their columns, which are measured already, words for failures."""
+"""Rows of a benchmark of models: columns, which rows are measured, reasons of failures."""
 
 from __future__ import annotations
 
@@ -49,8 +49,8 @@ class Done:
         return _key(cells) in self._keys
 
 
-def word_for(error: BaseException) -> str:
-    """Return what stands in a cell instead of a time."""
+def reason_for(error: BaseException) -> str:
+    """Return the reason that stands in a cell instead of a time: a word, a colon and the error."""
     text = " ".join(str(error).split()) or type(error).__name__
     if isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in text:
         return "out of memory"

@@ -76,11 +76,11 @@ def layers_of(built: str, whole: int) -> str:
 def _time(row: Row | None) -> str:
     if row is None:
         return ""
-    return _short(row["ms_p50"]) if row["result"] == MEASURED else short_word(row["result"])
+    return _short(row["ms_p50"]) if row["result"] == MEASURED else short_reason(row["result"])
 
 
-def short_word(result: str) -> str:
-    """Shorten what stands in a cell instead of a time."""
+def short_reason(result: str) -> str:
+    """Shorten the reason that stands in a cell instead of a time."""
     return result.partition(":")[0]
 
 

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from evaluation.quality.arms import DENSE, Arm, arms, attention_modes
+from evaluation.quality.arms import Arm, arms, attention_modes
 from evaluation.quality.names import STEPS
 from evaluation.quality.parts import Folder, Part
 from evaluation.quality.plan import judge_name
@@ -200,6 +200,3 @@ def _hits(result: dict[str, Any], task: str) -> list[list[int]] | None:
     if task == GENERATED_WHOLE:
         return [[int(all(row))] for row in result["hits"]]
     return result["tasks"][task]["hits"] if task in result["tasks"] else None
-
-
-__all__ = ["COLUMNS", "DENSE", "GENERATED", "Results", "gather", "group_of", "write_table"]

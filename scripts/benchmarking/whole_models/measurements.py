@@ -13,7 +13,7 @@ from benchmarking.whole_models.clock import Deadline, time_by_turns
 from benchmarking.whole_models.pairs import Pair
 from benchmarking.whole_models.profile import profile
 from benchmarking.whole_models.rows import MEASURED
-from benchmarking.whole_models.runs import decoded_tokens, prepared
+from benchmarking.whole_models.runs import Timed, decoded_tokens, prepared
 from benchmarking.whole_models.settings import (
     Activations,
     ModelBenchmark,
@@ -23,8 +23,8 @@ from benchmarking.whole_models.settings import (
 )
 
 
-class Step(NamedTuple):
-    """One measurement.
+class Measurement(NamedTuple):
+    """The subject of one measurement.
 
     Attributes:
         case: Phase, batch and so on.
@@ -44,11 +44,11 @@ class Step(NamedTuple):
 
     @property
     def pair(self) -> tuple[str, int, Activations]:
-        """The settings that the models of the step depend on."""
+        """The settings that its models depend on."""
         return self.model, self.layers, self.activations
 
     def cells(self, run: RunSettings) -> dict[str, Any]:
-        """Return the cells of the CSV that describe the step."""
+        """Return the cells of the CSV that describe it."""
         return {
             "phase": self.case.phase,
             "model": self.model,
@@ -67,19 +67,19 @@ class Step(NamedTuple):
         )
 
 
-def steps_of(settings: ModelBenchmark) -> Iterator[Step]:
+def measurements_of(settings: ModelBenchmark) -> Iterator[Measurement]:
     """Yield the measurements by model, so that few models are built; cases keep their order."""
     for model, shape in settings.models.items():
         of_model = [
-            Step(case, model, shape, _layers(case, shape, activations), activations, length)
+            Measurement(case, model, shape, _layers(case, shape, activations), activations, length)
             for case in settings.cases.values()
             if not case.models or model in case.models
             for activations in case.activations
             for length in case.lengths
         ]
-        pairs = dict.fromkeys(step.pair for step in of_model)
+        pairs = dict.fromkeys(one.pair for one in of_model)
         for pair in pairs:
-            yield from (step for step in of_model if step.pair == pair)
+            yield from (one for one in of_model if one.pair == pair)
 
 
 def _layers(case: ModelCase, shape: ModelShape, activations: Activations) -> int:
@@ -90,34 +90,36 @@ def _layers(case: ModelCase, shape: ModelShape, activations: Activations) -> int
 def longest_by_model(settings: ModelBenchmark) -> dict[str, int]:
     """Return for each model the positions that its longest sequence needs, new tokens included."""
     longest: dict[str, int] = {}
-    for step in steps_of(settings):
-        longest[step.model] = max(longest.get(step.model, 0), step.length)
+    for one in measurements_of(settings):
+        longest[one.model] = max(longest.get(one.model, 0), one.length)
     return {model: length + decoded_tokens(settings.run) for model, length in longest.items()}
 
 
-def time_step(run: RunSettings, step: Step, pair: Pair, out: CsvFile, deadline: Deadline) -> None:
-    """Time both models of a step, profile them where the case asks for it, and write two rows.
+def time_pair(
+    run: RunSettings, measurement: Measurement, pair: Pair, out: CsvFile, deadline: Deadline
+) -> None:
+    """Time both models, profile them where the case asks for it, and write two rows.
 
     Raises:
         OutOfTimeError: The deadline came first; nothing was written.
         RuntimeError: A model cannot run, for want of memory or for another reason.
     """
-    device = torch.device(run.device)
-    with prepared(run, step.case, pair, step.length) as timed:
+    device, case = torch.device(run.device), measurement.case
+    with prepared(run, case, pair, measurement.length) as timed:
         timings = time_by_turns(timed, device, run.warmup, run.rounds, deadline)
         rows = []
         for one, (p20, p50, p80) in zip(timed, timings, strict=True):
             row: dict[str, Any] = {"attention": one.attention, "result": MEASURED}
             row |= {"ms_p20": p20, "ms_p50": p50, "ms_p80": p80}
-            if device.type == "cuda" or step.case.profile:
-                row |= _one_more_run(one.run, one.steps, step, device, deadline)
+            if device.type == "cuda" or case.profile:
+                row |= _one_more_run(one, case, device, deadline)
             rows.append(row)
     for row in rows:
-        out.add(**step.cells(run), **row)
+        out.add(**measurement.cells(run), **row)
 
 
 def _one_more_run(
-    run: Any, steps: int, step: Step, device: torch.device, deadline: Deadline
+    timed: Timed, case: ModelCase, device: torch.device, deadline: Deadline
 ) -> dict[str, float]:
     """Run once more for the peak of memory, and for the groups of kernels where asked for."""
     deadline.check()
@@ -125,10 +127,11 @@ def _one_more_run(
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats()
     cells: dict[str, float] = {}
-    if step.case.profile:
-        cells = {f"ms_{group}": ms / steps for group, ms in profile(run, device).items()}
+    if case.profile:
+        times = profile(timed.run, device)
+        cells = {f"ms_{group}": ms / timed.steps for group, ms in times.items()}
     else:
-        run()
+        timed.run()
     if device.type == "cuda":
         cells["peak_mib"] = torch.cuda.max_memory_allocated() / 2**20
     return cells
