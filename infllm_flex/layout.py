@@ -171,7 +171,7 @@ class _Move(torch.autograd.Function):
 def _take_rows(x: Tensor, index: Tensor, fill: int) -> Tensor:
     """Copy the rows ``index [B, N]`` of ``x [B, H, S, D]``: ``[B, H, N, D]``, ``fill`` at -1.
 
-    The heads of a token lie side by side meanwhile, so that each copy is one long run of memory.
+    It copies all heads of a token at once, so that each copy is one long run of memory.
     """
     batch = torch.arange(x.shape[0], device=x.device)[:, None]
     rows = x.transpose(1, 2)[batch, index.clamp(min=0)]  # [B, N, H, D]

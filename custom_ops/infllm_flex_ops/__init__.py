@@ -6,7 +6,7 @@ from infllm_flex_ops.block_attention.attend_cached_blocks import attend_cached_b
 from infllm_flex_ops.block_attention.attend_paged_blocks import attend_paged_blocks
 from infllm_flex_ops.block_attention.attend_paged_chunk import attend_paged_chunk
 from infllm_flex_ops.block_attention.attend_paged_rows import attend_paged_rows
-from infllm_flex_ops.block_attention.redo_special_heads import redo_special_heads
+from infllm_flex_ops.block_attention.repair_nonfinite_heads import repair_nonfinite_heads
 from infllm_flex_ops.block_lists.split_shared_blocks import split_shared_blocks
 from infllm_flex_ops.block_lists.tile_blocks import tile_blocks
 from infllm_flex_ops.block_lists.transpose_blocks import transpose_blocks
@@ -33,7 +33,7 @@ __all__ = [
     "attend_paged_rows",
     "compress_keys",
     "pool_queries",
-    "redo_special_heads",
+    "repair_nonfinite_heads",
     "select_blocks",
     "select_blocks_pooled",
     "select_cached_blocks",

@@ -116,7 +116,7 @@ class FlexUnderOneMask(NamedTuple):
         except NotCompiledError:
             return _attend_fused(self.fused, query, key, value, lists)
         out = unfold_queries(out, G, G).contiguous()
-        return _redo_nonfinite(self.fused, out, query, key, value, lists)
+        return _repair_nonfinite(self.fused, out, query, key, value, lists)
 
 
 class FlexInLevels(NamedTuple):
@@ -160,7 +160,7 @@ class FlexInLevels(NamedTuple):
             out = run_compiled(flex_in_levels, None, query, key, value, masks, scale, options, rows)
         except NotCompiledError:
             return _attend_fused(self.fused, query, key, value, lists)
-        return _redo_nonfinite(self.fused, out.contiguous(), query, key, value, lists)
+        return _repair_nonfinite(self.fused, out.contiguous(), query, key, value, lists)
 
 
 def can_train(query: Tensor, key: Tensor, block_size: int) -> bool:
@@ -182,7 +182,7 @@ def _attend_fused(
     return fused.attend(query, key, value, fused.build_lists(lists.selected, key))
 
 
-def _redo_nonfinite(
+def _repair_nonfinite(
     fused: FusedEngine, out: Tensor, query: Tensor, key: Tensor, value: Tensor, lists: FlexLists
 ) -> Tensor:
     """Attend again, in place, in the heads whose keys or values hold nan or inf.
@@ -190,7 +190,7 @@ def _redo_nonfinite(
     Autograd does not see it: what is replaced is not finite, so it has no gradient.
     """
     unseen = [x.detach() for x in (out, query, key, value)]
-    infllm_flex_ops.redo_special_heads(*unseen, lists.selected, fused.block_size, fused.scale)
+    infllm_flex_ops.repair_nonfinite_heads(*unseen, lists.selected, fused.block_size, fused.scale)
     return out
 
 

@@ -164,11 +164,11 @@ def test_is_registered_right(ready):
     )
 
 
-def test_redoing_special_heads_is_registered_right():
+def test_repairing_nonfinite_heads_is_registered_right():
     q, k, v = make_qkv(40, D=8)
     v[0, 0, 3] = torch.nan
     torch.library.opcheck(
-        torch.ops.infllm_flex.redo_special_heads.default,
+        torch.ops.infllm_flex.repair_nonfinite_heads.default,
         (torch.zeros_like(q), q, k, v, make_selected(40), BLOCK, 0.25),
     )
 

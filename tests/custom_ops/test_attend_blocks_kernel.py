@@ -8,7 +8,7 @@ from torch import Tensor
 
 from infllm_flex_ops.block_attention.attend_blocks import attend_blocks
 from infllm_flex_ops.block_attention.attend_blocks_backward import attend_blocks_backward
-from infllm_flex_ops.block_attention.redo_special_heads import redo_special_heads
+from infllm_flex_ops.block_attention.repair_nonfinite_heads import repair_nonfinite_heads
 from infllm_flex_ops.block_lists.union_lists import list_blocks
 from tests.custom_ops.harness import (
     DEVICE,
@@ -223,7 +223,7 @@ def test_heads_with_nan_are_repaired_after_another_engine() -> None:
     selected = make_selected(96)[:, :, -20:]
     v[0, 1, 80] = torch.nan
     for device in ("cpu", DEVICE):
-        launch = forward.repair_nonfinite_heads if device == DEVICE else redo_special_heads
+        launch = forward.repair_nonfinite_heads if device == DEVICE else repair_nonfinite_heads
         on_device = [x.to(device) for x in (torch.full_like(q, 7.0), q, k, v, selected)]
         launch(*on_device, 16, 0.25)
         out = on_device[0].cpu()

@@ -139,10 +139,10 @@ class TileChunk(NamedTuple):
             return weights @ values
         out = weights @ values.nan_to_num(0.0, 0.0, 0.0)
         seen = self.sees(values).to(weights.dtype)
-        for special in (torch.inf, -torch.inf, torch.nan):
-            is_special = values.isnan() if special != special else values == special
-            reached = (seen @ is_special.to(weights.dtype) > 0)[:, :, None]  # [n, T, 1, D]
-            out.unflatten(1, (seen.shape[1], -1)).add_(torch.where(reached, special, 0.0))
+        for nonfinite in (torch.inf, -torch.inf, torch.nan):
+            matches = values.isnan() if nonfinite != nonfinite else values == nonfinite
+            reached = (seen @ matches.to(weights.dtype) > 0)[:, :, None]  # [n, T, 1, D]
+            out.unflatten(1, (seen.shape[1], -1)).add_(torch.where(reached, nonfinite, 0.0))
         return out
 
     def used(self) -> Tensor:

@@ -60,13 +60,15 @@ def select_chunk(
         int32 ``[Hkv, Sq, W]``, ascending, unused slots last as -1.
     """
     config = cache.config
-    first = length - query.shape[0]
-    num_full = min(query.shape[0], max(0, longest_full(cache) - first))
+    q_offset = length - query.shape[0]
+    num_full = min(query.shape[0], max(0, longest_full(cache) - q_offset))
     lists = []
     if num_full:
-        position = torch.arange(first, first + num_full, device=query.device)
+        position = torch.arange(q_offset, q_offset + num_full, device=query.device)
         own = position[:, None] // config.block_size
-        block = torch.arange((first + num_full - 1) // config.block_size + 1, device=query.device)
+        block = torch.arange(
+            (q_offset + num_full - 1) // config.block_size + 1, device=query.device
+        )
         full = torch.where(block <= own, block, -1).int()
         lists.append(full.expand(cache.key.shape[1], -1, -1))
     if num_full < query.shape[0]:

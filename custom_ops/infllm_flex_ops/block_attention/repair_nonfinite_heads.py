@@ -10,7 +10,7 @@ from infllm_flex_ops.sizes import group_size
 
 
 @define_operator(mutates_args=("out",))
-def redo_special_heads(
+def repair_nonfinite_heads(
     out: Tensor, q: Tensor, k: Tensor, v: Tensor, selected: Tensor, block_size: int, scale: float
 ) -> None:
     """Overwrite the attention of heads whose keys or values are not all finite, in place.
@@ -35,9 +35,11 @@ def redo_special_heads(
         out[b, group] = attend_blocks(q[b : b + 1, group], *heads, block_size, scale)[0][0]
 
 
-@redo_special_heads.register_fake
+@repair_nonfinite_heads.register_fake
 def _(out: Tensor, *rest: Any) -> None:
     return None
 
 
-cuda_launcher(redo_special_heads, "block_attention.kernels.attend_blocks", "repair_nonfinite_heads")
+cuda_launcher(
+    repair_nonfinite_heads, "block_attention.kernels.attend_blocks", "repair_nonfinite_heads"
+)
