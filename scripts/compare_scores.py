@@ -3,8 +3,8 @@
 
 Tiny models learn keys and values in short sequences, then in long ones: densely, with every key
 scored, and with means of 32 keys scored. Each answers questions about facts outside the window. The
-densely tuned one attends in every way, and as a control to the nearest tokens alone. Finished parts
-are not repeated.
+densely tuned one attends in every mode, and as a control to the nearest tokens alone. Parts that
+are finished are not repeated.
 """
 
 from __future__ import annotations
@@ -130,7 +130,7 @@ def judge_models(
     title = f"{heads} {seed}"
     finish(first, f"{title} {short}")
     trained = ModelSettings(path=folder / "short" / MODEL, dtype=settings.model.dtype)
-    for tuned, ways in RUNS.items():
+    for tuned, modes in RUNS.items():
         stage = replace(long_stage, attention="dense" if tuned == DENSE else "sparse")
         run = replace(
             settings,
@@ -140,28 +140,28 @@ def judge_models(
             stages={long: stage},
         )
         about: Result = {"stage": repr(stage), "attention": repr(run.attention)}
-        about |= {"ways": ways, "sequences": SEQUENCES}
+        about |= {"modes": modes, "sequences": SEQUENCES}
         saved = run.run.folder / "result.json"
         result = read_result(saved, about)
         if result is None:
             finish(run, f"{title} {tuned}")
-            result = write_result(saved, about, partial(judge, settings, run, ways))
+            result = write_result(saved, about, partial(judge, settings, run, modes))
         yield Model(heads, seed, tuned), result
 
 
 @torch.no_grad()
-def judge(settings: TrainingSettings, run: TrainingSettings, ways: tuple[str, ...]) -> Result:
-    """Ask a trained model about facts outside the window, attending in several ways."""
+def judge(settings: TrainingSettings, run: TrainingSettings, modes: tuple[str, ...]) -> Result:
+    """Ask a trained model about facts outside the window, in several attention modes."""
     (stage,) = run.stages.values()
     model = load_model(run.run.folder / MODEL).eval()
     sparse = attentions(settings)
     # The widest window decides which facts are asked about, so that all answer the same questions.
     beyond = max(x.window_size for x in sparse.values()) + settings.attention.block_size
     found: Result = {}
-    for way in ways:
-        as_run = replace(stage, attention="dense" if way == DENSE else "sparse")
-        with stage_attention(model, as_run, sparse.get(way, settings.attention)):
-            found[way], found["asked"] = ask(model, stage.max_length, beyond)
+    for mode in modes:
+        as_run = replace(stage, attention="dense" if mode == DENSE else "sparse")
+        with stage_attention(model, as_run, sparse.get(mode, settings.attention)):
+            found[mode], found["asked"] = ask(model, stage.max_length, beyond)
     return found
 
 
@@ -169,24 +169,29 @@ def table(found: dict[Model, Result]) -> str:
     """Make the table: right answers with 95 % intervals over seeds and sequences."""
     shapes = list(dict.fromkeys(model.heads for model in found))
     rows = []
-    for tuned, ways in RUNS.items():
-        for way in ways:
-            cells = [tuned, way]
+    for tuned, modes in RUNS.items():
+        for mode in modes:
+            cells = [tuned, mode]
             for heads in shapes:
                 results = [r for m, r in found.items() if m.heads == heads and m.tuned == tuned]
-                cells.append(share(results, way))
+                cells.append(share(results, mode))
             rows.append(cells)
     return format_table(["tuned", "attends", *map(str, shapes)], rows)
 
 
 def write_rows(path: Path, found: dict[Model, Result]) -> None:
-    """Write a row for every model and way to attend."""
+    """Write a row for every model and attention mode."""
     environment = describe_environment(torch.device("cpu"))
     rows: list[dict[str, Any]] = []
     for model, result in found.items():
-        for way in RUNS[model.tuned]:
-            row = {"Hq": model.heads.query, "Hkv": model.heads.kv, "tuned": model.tuned, "run": way}
-            rows.append(row | {"seed": model.seed} | counts(result, way) | environment)
+        for mode in RUNS[model.tuned]:
+            row = {
+                "Hq": model.heads.query,
+                "Hkv": model.heads.kv,
+                "tuned": model.tuned,
+                "run": mode,
+            }
+            rows.append(row | {"seed": model.seed} | counts(result, mode) | environment)
     write_csv(path, rows)
 
 

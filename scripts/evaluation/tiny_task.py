@@ -44,22 +44,22 @@ def ask(model: torch.nn.Module, length: int, beyond: int) -> tuple[list[int], li
     return [int(some.sum()) for some in found], [len(some) for some in found]
 
 
-def share(results: Sequence[Result], way: str) -> str:
+def share(results: Sequence[Result], mode: str) -> str:
     """Write the share of right answers, with its 95 % interval over models and sequences.
 
     Args:
         results: Results of one kind of model, one for each seed; ``asked`` are its questions.
-        way: Name of the right answers in a result.
+        mode: Name of the right answers in a result.
     """
-    columns = [[r[way] for r in results], [r["asked"] for r in results]]
+    columns = [[r[mode] for r in results], [r["asked"] for r in results]]
     values = torch.tensor(columns).movedim(0, -1).double()
     found = bootstrap(values, lambda m: m[..., 0] / m[..., 1], nested=False)
     return f"{found.value:.2f} [{found.low:.2f}, {found.high:.2f}]"
 
 
-def counts(result: Result, way: str) -> dict[str, Any]:
+def counts(result: Result, mode: str) -> dict[str, Any]:
     """Return the columns ``items``, ``hits`` and ``value`` of a result's row."""
-    items, hits = sum(result["asked"]), sum(result[way])
+    items, hits = sum(result["asked"]), sum(result[mode])
     return {"items": items, "hits": hits, "value": f"{hits / items:.4f}"}
 
 
