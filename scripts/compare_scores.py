@@ -23,7 +23,7 @@ import torch
 from benchmarking.environment import describe_environment
 from benchmarking.settings import Heads
 from commands.standard_output import run_command
-from evaluation.quickstart_arms import window_only
+from evaluation.controls import window_only
 from evaluation.saved_results import Result, read_result, write_result
 from evaluation.table import format_table
 from evaluation.tiny_task import SEQUENCES, ask, counts, finish, share, write_csv

@@ -22,13 +22,14 @@ from tqdm import tqdm
 from commands.messages import NO_PLOT, show_warnings
 from commands.standard_output import run_command
 from evaluation.bars import plot_bars
+from evaluation.controls import window_only
 from evaluation.pairs import PairsSampler, PairsText, right_answers
 from evaluation.passwords import hide_passwords, judge_passwords
 from evaluation.quality import base
 from evaluation.quality.scoring import Scorer
 from evaluation.quality.settings import BaseSettings
 from evaluation.quality.words import Vocabulary
-from evaluation.quickstart_arms import Arm, pretrained_arms, tiny_arms, window_only
+from evaluation.quickstart_arms import Arm, pretrained_arms, tiny_arms
 from evaluation.quickstart_report import (
     NOTE,
     pretrained_panels,

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
-from evaluation.quickstart_report import DENSE
+from evaluation.controls import window_only
 from infllm_flex.config import InfLLMConfig
 
-SPARSE, SPARSE_COARSE, WINDOW = "sparse", "sparse, coarse", "window only"
+DENSE, SPARSE, SPARSE_COARSE, WINDOW = "dense", "sparse", "sparse, coarse", "window only"
 
 # A query attends to 64 blocks of 16 keys, a quarter of 4096; every key of a block is scored.
 FINE = InfLLMConfig(
@@ -57,11 +57,3 @@ def pretrained_arms() -> list[Arm]:
 def tiny_arms(attention: InfLLMConfig) -> list[Arm]:
     """Return the arms of the tiny model. They train on the same samples in the same order."""
     return [Arm(DENSE, None), Arm(SPARSE, attention), Arm(WINDOW, window_only(attention))]
-
-
-def window_only(attention: InfLLMConfig) -> InfLLMConfig:
-    """Return settings with the same budget without selection: first block, and the nearest."""
-    topk, block = attention.init_blocks + 1, attention.block_size
-    size = (attention.num_selected - topk) * block
-    # Scores decide nothing here, hence as few compressed keys as possible.
-    return replace(attention, topk=topk, window_size=size, kernel_size=block, kernel_stride=block)

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from evaluation.bars import Panel
+from evaluation.quickstart_arms import DENSE
 from evaluation.saved_results import Result
 from evaluation.table import format_table
 
-DENSE = "dense"
 NOTE = (
     "All but dense attend to equally many keys. sparse: small blocks, each key is scored; coarse:\n"
     "blocks of 64, scored by means of 32 keys, as in the released 8B checkpoints; window: no\n"

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
+from evaluation.controls import nearest_only
 from evaluation.quality.random_blocks import RandomBlocks
 from evaluation.quality.settings import QualitySettings
 from infllm_flex.config import InfLLMConfig
@@ -80,13 +80,9 @@ class Arm:
 def attention_modes(settings: QualitySettings) -> dict[str, AttentionMode]:
     """Return all attention modes by name; the controls see as many tokens as one variant."""
     control = _without_scores(settings.control_attention)
-    # topk is the smallest number of blocks beside the window: the first and the query's own.
-    topk = control.init_blocks + 1
-    size = (control.num_selected - topk) * control.block_size
-    window = dataclasses.replace(control, topk=topk, window_size=size)
     found = [
         AttentionMode(DENSE, None),
-        AttentionMode(WINDOW, window),
+        AttentionMode(WINDOW, nearest_only(control)),
         AttentionMode(RANDOM, control),
     ]
     found += [
