@@ -15,7 +15,6 @@ from infllm_flex.config import InfLLMConfig
 from infllm_flex.patch.huggingface.attention_layers import (
     attention_layers,
     find_skip_reason,
-    get_or_make_layer,
     implementation,
     inherited_windows,
     make_layer,
@@ -24,6 +23,7 @@ from infllm_flex.patch.huggingface.cache_hook import install_cache_hook, remove_
 from infllm_flex.patch.huggingface.config_swap import install_views, remove_views
 from infllm_flex.patch.huggingface.config_view import PREVIOUS_NAMES, is_view
 from infllm_flex.patch.huggingface.instance_forward import remove_call_hook
+from infllm_flex.patch.huggingface.layer_records import get_or_make_layer
 from infllm_flex.patch.huggingface.registry import register, register_when_imported
 from infllm_flex.patch.layer_state import (
     NOT_PATCHED,

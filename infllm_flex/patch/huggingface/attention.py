@@ -16,12 +16,12 @@ from infllm_flex.patch.huggingface.attention_call import (
     Output,
     is_dense_step,
 )
-from infllm_flex.patch.huggingface.attention_layers import get_or_make_layer
 from infllm_flex.patch.huggingface.cache_hook import KEYWORD, take_cache
 from infllm_flex.patch.huggingface.cached_attention import assert_padding_only, attend_cached
 from infllm_flex.patch.huggingface.dense_attention import attend_by_previous, attend_dense
 from infllm_flex.patch.huggingface.documents import find_sequences
 from infllm_flex.patch.huggingface.instance_forward import record_call
+from infllm_flex.patch.huggingface.layer_records import get_or_make_layer
 from infllm_flex.patch.huggingface.masks import LazyMask, materialize
 from infllm_flex.patch.huggingface.paged_attention import (
     attend_requests,

@@ -7,18 +7,14 @@ import inspect
 from collections.abc import Callable, Mapping
 from typing import Any
 
-import torch
 from torch import nn
 
 from infllm_flex.config import InfLLMConfig
 from infllm_flex.patch.head_dims import head_dim_skip_reason
-from infllm_flex.patch.head_groups import read_heads
 from infllm_flex.patch.huggingface import causality, transformers_private
-from infllm_flex.patch.huggingface.cache_hook import install_cache_hook
-from infllm_flex.patch.huggingface.config_view import PATCHED_NAMES, PREVIOUS_NAMES, is_view
+from infllm_flex.patch.huggingface.config_view import PATCHED_NAMES, PREVIOUS_NAMES
 from infllm_flex.patch.huggingface.instance_forward import unreached_reason
-from infllm_flex.patch.layer_state import NOT_PATCHED, PatchedLayer, get_layer, set_layer
-from infllm_flex.patch.settings import read_own
+from infllm_flex.patch.layer_state import PatchedLayer
 from infllm_flex.patch.skip_reasons import (
     LEARNED_MASK,
     OTHER_KEYS,
@@ -161,29 +157,3 @@ def make_layer(
     forward = _undecorated_forward(module)
     previous = transformers_private.attention_functions(forward, PATCHED_NAMES)
     return PatchedLayer(config, previous, skip_reason, **fields)
-
-
-def get_or_make_layer(module: nn.Module) -> PatchedLayer:
-    """The record of an attention layer, made at its first call.
-
-    A model built with ``attn_implementation="infllm_flex"`` has never passed through
-    ``patch_model``. Its layers take the settings of their own ``sparse_config``, or those of the
-    rule. A layer built from the config view of a patched model stays dense: nobody patched it.
-    """
-    layer = get_layer(module)
-    return _make_own_layer(module) if layer is None else layer
-
-
-@torch.compiler.disable(
-    reason="for a single graph, call infllm_flex.patch_model(model) before torch.compile"
-)
-def _make_own_layer(module: nn.Module) -> PatchedLayer:
-    """Read the settings and the code of a layer, which cannot be traced."""
-    device = next((weight.device for weight in module.parameters()), None)
-    config, origin = read_own(module.config, device, read_heads(module, module))
-    skip_reason = NOT_PATCHED if is_view(module.config) else find_skip_reason(module)
-    layer = make_layer(module, config, skip_reason, origin=origin)
-    set_layer(module, layer)
-    if layer.skip_reason is None:
-        install_cache_hook(module)  # works from the next call on; the first needs no state
-    return layer
