@@ -13,7 +13,7 @@ added to a file after each text. Exit status: 0 done, 2 settings that cannot be 
 from __future__ import annotations
 
 import argparse
-import csv
+import contextlib
 import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -22,6 +22,7 @@ from typing import Any
 import torch
 
 from benchmarking.environment import describe_environment
+from benchmarking.results import CsvFile
 from commands.standard_output import run_command
 from evaluation.overrides import parse_overrides
 from evaluation.quality import base
@@ -41,32 +42,52 @@ from infllm_flex.patch import describe, patch_model
 from infllm_flex.training.model_weights import load_weights
 from infllm_flex.training.quiet import quiet_transformers
 
+_COLUMNS = (
+    "text",
+    "length",
+    "dense_len",
+    "budget",
+    "region",
+    "first",
+    "last",
+    "rule",
+    "nats",
+    "mean_difference",
+    "largest_difference",
+    "device",
+    "torch",
+    "triton",
+    "commit",
+    "date",
+)
 _HEADER = ("positions", "against by sequence", "nats per token", "|log p| mean", "largest")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command and return its exit status."""
     options = parse_arguments(arguments)
-    try:
-        overrides = parse_overrides(options.overrides)
-        files = {path: path.read_text(encoding="utf-8") for path in options.text}
-        model, tokenizer = load(options.model, options.package)
-        texts = {
-            path.name: tokenize(text, path, tokenizer, options.length)
-            for path, text in files.items()
-        }
-        patch_model(model, None, **overrides)
-        config = next(row.config for row in describe(model) if row.config is not None)
-        regions(config, options.length)
-    except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    found: list[Row] = []
-    for rows in compare(model, config, texts):
-        found += rows
-        if options.csv is not None:
-            add_rows(options.csv, rows, options.length, config)
-        print(f"{rows[0].text}: done", file=sys.stderr)
+    with contextlib.ExitStack() as stack:
+        try:
+            overrides = parse_overrides(options.overrides)
+            files = {path: path.read_text(encoding="utf-8") for path in options.text}
+            model, tokenizer = load(options.model, options.package)
+            texts = {
+                path.name: tokenize(text, path, tokenizer, options.length)
+                for path, text in files.items()
+            }
+            patch_model(model, None, **overrides)
+            config = next(row.config for row in describe(model) if row.config is not None)
+            regions(config, options.length)
+            table = None if options.csv is None else stack.enter_context(open_table(options.csv))
+        except (ValueError, OSError) as error:
+            print(f"error: {error}", file=sys.stderr)
+            return 2
+        found: list[Row] = []
+        for rows in compare(model, config, texts):
+            found += rows
+            if table is not None:
+                add_rows(table, rows, options.length, config)
+            print(f"{rows[0].text}: done", file=sys.stderr)
     print(format_table(_HEADER, list(lines(found, regions(config, options.length)))))
     return 0
 
@@ -131,31 +152,31 @@ def lines(found: list[Row], where: list[Region]) -> Iterator[list[str]]:
             ]
 
 
-def add_rows(path: Path, rows: list[Row], length: int, config: InfLLMConfig) -> None:
-    """Add rows to a CSV file, with a header if it is new."""
-    lines = [
-        {
-            "text": row.text,
-            "length": length,
-            "dense_len": config.dense_len,
-            "budget": config.budget_tokens,
-            "region": row.region.name,
-            "first": row.region.first,
-            "last": row.region.last,
-            "rule": row.rule,
-            "nats": f"{row.nats:.5f}",
-            "mean_difference": f"{row.mean:.6f}",
-            "largest_difference": f"{row.largest:.5f}",
-            **describe_environment(torch.device("cpu")),
-        }
-        for row in rows
-    ]
-    is_new = not path.exists()
-    with path.open("a", newline="") as file:
-        writer = csv.DictWriter(file, lines[0], lineterminator="\n")
-        if is_new:
-            writer.writeheader()
-        writer.writerows(lines)
+def open_table(path: Path) -> CsvFile:
+    """Open a CSV file, to add rows to it.
+
+    Raises:
+        ValueError: The file holds something else, or its last line is cut.
+    """
+    return CsvFile(path, _COLUMNS, describe_environment(torch.device("cpu")))
+
+
+def add_rows(table: CsvFile, rows: list[Row], length: int, config: InfLLMConfig) -> None:
+    """Add rows to a CSV file."""
+    for row in rows:
+        table.add(
+            text=row.text,
+            length=length,
+            dense_len=config.dense_len,
+            budget=config.budget_tokens,
+            region=row.region.name,
+            first=row.region.first,
+            last=row.region.last,
+            rule=row.rule,
+            nats=f"{row.nats:.5f}",
+            mean_difference=f"{row.mean:.6f}",
+            largest_difference=f"{row.largest:.5f}",
+        )
 
 
 if __name__ == "__main__":

@@ -100,3 +100,8 @@ def test_the_command_prints_a_table_and_adds_rows(tmp_path, capsys):
     ):
         assert switch_rules.main([*common, *bad]) == 2
         assert message in capsys.readouterr().err
+    cut = table.read_text()[:-3]
+    table.write_text(cut)
+    assert switch_rules.main([*common, "--length", "200", "--csv", str(table)]) == 2
+    assert "its last line is cut" in capsys.readouterr().err
+    assert table.read_text() == cut
