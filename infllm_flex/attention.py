@@ -35,7 +35,7 @@ def infllm_attention(
         config: Sparsity settings. A sequence is dense iff its length is below ``dense_len``, each
             sequence of a padded or packed batch by its own length; with ``dense_by="position"``
             each query by the length up to itself.
-        scale: Factor on the dot products. Defaults to ``1 / sqrt(D)``.
+        scale: Factor on the dot products, positive. Defaults to ``1 / sqrt(D)``.
         attention_mask: ``[B, Skv]``, bool or integer, 1 for real tokens, which are one run per row.
             Nothing is read from padding, and its output is zero.
         cu_seqlens: int32 ``[N + 1]``: documents packed along S start at all but the last, which is
@@ -48,13 +48,14 @@ def infllm_attention(
         the attended blocks; none flows through the selection of blocks.
 
     Raises:
-        ValueError: Shapes, dtypes or devices do not fit together. A mask with gaps, or bounds that
-            do not ascend to S, raise it where finding out needs no wait for a device.
+        ValueError: Shapes, dtypes or devices do not fit together, or the scale is not positive. A
+            mask with gaps, or bounds that do not ascend to S, raise it where finding out needs no
+            wait for a device.
         NotImplementedError: ``use_nope`` without ``selected``.
 
     Source: arXiv 2509.24663, section 3.
     """
-    query, key, value, scale = prepare_attention(query, key, value, scale)
+    query, key, value, scale = prepare_attention(query, key, value, scale, selected)
     layout = lay_out_batch(key, query.shape[2], config, attention_mask, cu_seqlens)
     by_position = config.dense_by == "position"
     if layout is None:
@@ -78,7 +79,7 @@ def attend_in_layout(
     Arguments and result are those of ``infllm_attention``, which makes the ``layout`` itself; it is
     None for one sequence per row. ``by_position`` holds whatever ``config.dense_by`` is.
     """
-    query, key, value, scale = prepare_attention(query, key, value, scale)
+    query, key, value, scale = prepare_attention(query, key, value, scale, selected)
     by_position = by_position or config.dense_by == "position"
     if layout is None:
         return _attend_alone(query, key, value, config, scale, selected, by_position)

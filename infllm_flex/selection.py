@@ -31,7 +31,7 @@ def select_blocks(
             the last ``Sq`` positions of the sequence.
         key: ``[B, Hkv, Skv, D]``, likewise; ``Hkv`` divides ``Hq``.
         config: Sparsity settings. ``dense_len`` is not used here.
-        scale: Factor on the dot products. Defaults to ``1 / sqrt(D)``.
+        scale: Factor on the dot products, positive. Defaults to ``1 / sqrt(D)``.
         attention_mask: ``[B, Skv]``, bool or integer, 1 for real tokens, which are one run per row.
         cu_seqlens: int32 ``[N + 1]``: documents packed along S start at all but the last, which is
             S; B is 1 and Sq = Skv.
@@ -42,8 +42,9 @@ def select_blocks(
         query that is padding selects none. No gradient flows through the selection.
 
     Raises:
-        ValueError: Shapes, dtypes or devices do not fit together. A mask with gaps, or bounds that
-            do not ascend to S, raise it where finding out needs no wait for a device.
+        ValueError: Shapes, dtypes or devices do not fit together, or the scale is not positive. A
+            mask with gaps, or bounds that do not ascend to S, raise it where finding out needs no
+            wait for a device.
 
     Source: arXiv 2509.24663, section 3.
     """

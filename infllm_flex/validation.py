@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import math
+import numbers
+
 import torch
 from torch import Tensor
 
@@ -11,10 +14,15 @@ from infllm_flex_ops import torch_private
 
 MAX_HEAD_DIM = 256
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+_NUMBERS = (numbers.Real, torch.SymFloat, torch.SymInt)
 
 
 def prepare_attention(
-    query: Tensor, key: Tensor, value: Tensor, scale: float | None
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    scale: float | None,
+    selected: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, float]:
     """Cast the inputs of attention as SDPA casts them, check them, and resolve the scale.
 
@@ -22,7 +30,7 @@ def prepare_attention(
         Query, key, value and scale.
 
     Raises:
-        ValueError: Shapes, dtypes or devices do not fit together.
+        ValueError: Shapes, dtypes or devices do not fit together, or the scale is not positive.
     """
     query, key, scale = prepare_selection(query, key, scale)
     if is_autocast_on(value.device):
@@ -37,6 +45,8 @@ def prepare_attention(
         raise ValueError(
             f"key and value must be on one device, got {key.device} and {value.device}"
         )
+    if selected is not None:
+        check_selected(selected, query, key)
     return query, key, value, scale
 
 
@@ -51,8 +61,20 @@ def prepare_selection(
 
 
 def resolve_scale(query: Tensor, scale: float | None) -> float:
-    """Return ``scale``; ``1 / sqrt(D)`` if it is None."""
-    return float(query.shape[-1]) ** -0.5 if scale is None else scale
+    """Return ``scale``; ``1 / sqrt(D)`` if it is None.
+
+    Kernels take the maximum of dot products before they multiply by it, and SDPA's masks are -inf:
+    a factor that is not positive gives other numbers in each of them. The gradient of a tensor
+    would be lost.
+
+    Raises:
+        ValueError: ``scale`` is not a positive, finite number.
+    """
+    if scale is None:
+        return float(query.shape[-1]) ** -0.5
+    if not isinstance(scale, _NUMBERS) or not 0 < scale < math.inf:
+        raise ValueError(f"scale must be a positive, finite number, got {scale!r}")
+    return scale
 
 
 def check_query_and_key(query: Tensor, key: Tensor) -> None:
@@ -82,16 +104,34 @@ def check_query_and_key(query: Tensor, key: Tensor) -> None:
         raise ValueError(
             f"query and key must have one head dim, got {query.shape[3]} and {key.shape[3]}"
         )
-    if query.shape[3] > MAX_HEAD_DIM:
-        raise ValueError(f"head dim must be at most {MAX_HEAD_DIM}, got {query.shape[3]}")
-    if query.dtype not in _DTYPES:
-        raise ValueError(f"query must be floating point, got {query.dtype}")
+    check_head_dim_and_dtype("query", query)
     if query.dtype != key.dtype and attention_dtype(query) != attention_dtype(key):
         raise ValueError(f"query and key must have one dtype, got {query.dtype} and {key.dtype}")
     if query.device != key.device:
         raise ValueError(
             f"query and key must be on one device, got {query.device} and {key.device}"
         )
+
+
+def check_head_dim_and_dtype(name: str, x: Tensor) -> None:
+    """Raise a ValueError unless attention serves the last dimension and the dtype of ``x``."""
+    if x.shape[-1] > MAX_HEAD_DIM:
+        raise ValueError(f"head dim must be at most {MAX_HEAD_DIM}, got {x.shape[-1]}")
+    if x.dtype not in _DTYPES:
+        raise ValueError(f"{name} must be floating point, got {x.dtype}")
+
+
+def check_selected(selected: Tensor, query: Tensor, key: Tensor) -> None:
+    """Raise a ValueError unless the blocks are int32 ``[B, Hkv, Sq, K]``, beside ``key``."""
+    _check_device("selected", selected, key)
+    expected = (*key.shape[:2], query.shape[2])
+    if selected.dim() != 4 or selected.shape[:3] != expected or selected.shape[3] == 0:
+        raise ValueError(
+            f"selected must be [B, Hkv, Sq, K] = [{', '.join(map(str, expected))}, K], "
+            f"got {list(selected.shape)}"
+        )
+    if selected.dtype != torch.int32:
+        raise ValueError(f"selected must be int32, got {selected.dtype}")
 
 
 def check_attention_mask(attention_mask: Tensor, key: Tensor) -> None:

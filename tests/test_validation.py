@@ -1,15 +1,18 @@
 """Every entry casts, checks and scales its inputs by the same functions."""
 
+import numpy as np
 import pytest
 import torch
 
-from infllm_flex import infllm_attention, select_blocks
+from infllm_flex import CompressedKeys, decode_attention, infllm_attention, select_blocks
 from infllm_flex.attention import attend_in_layout
 from infllm_flex.autocast import attend_outside_autocast
 from infllm_flex.batches import lay_out_padded, read_bounds
 from infllm_flex.chunks import attend_chunk
+from infllm_flex.decoding import paged_attention
 from infllm_flex.validation import assert_in_graph, require_rows, resolve_scale
 from tests.inputs import make_qkv, small_config
+from tests.paged import draw_rows
 
 CONFIG = small_config(engine="fused", dense_len=60)
 MASK = torch.ones(2, 150, dtype=torch.bool)
@@ -62,7 +65,54 @@ def test_a_function_runs_outside_autocast_on_cast_inputs():
 def test_the_scale_defaults_to_the_root_of_the_head_dim():
     (query, *_) = make_qkv(8, D=16)
     assert resolve_scale(query, None) == 0.25
-    assert resolve_scale(query, 0.0) == 0.0
+    assert resolve_scale(query, 0.5) == 0.5
+
+
+@pytest.mark.parametrize("length", [50, 150], ids=["dense", "sparse"])
+@pytest.mark.parametrize("scale", [0.0, -0.25, torch.nan, torch.inf, "1", torch.tensor(0.25)])
+def test_a_scale_that_is_no_positive_number_is_refused(scale, length):
+    q, k, v = make_qkv(length)
+    state = CompressedKeys(CONFIG, k)
+    rows = draw_rows(CONFIG, [length], 16)
+    for attend in (
+        lambda: infllm_attention(q, k, v, CONFIG, scale=scale),
+        lambda: select_blocks(q, k, CONFIG, scale=scale),
+        lambda: decode_attention(q[:, :, -1:], k, v, state, scale=scale),
+        lambda: paged_attention(q[0, :, -1][None], rows.cache, rows.batch([1]), scale=scale),
+    ):
+        with pytest.raises(ValueError, match="scale must be a positive, finite number, got"):
+            attend()
+
+
+def test_a_scale_may_be_any_number_type():
+    q, k, v = make_qkv(150)
+    expected = infllm_attention(q, k, v, CONFIG, scale=1.0)
+    for scale in (1, np.float32(1), np.float64(1)):
+        assert torch.equal(infllm_attention(q, k, v, CONFIG, scale=scale), expected)
+
+
+@pytest.mark.parametrize("length", [50, 150], ids=["dense", "sparse"])
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda s: s.long(), "selected must be int32, got torch.int64"),
+        (lambda s: s.float(), "selected must be int32, got torch.float32"),
+        (lambda s: s[:, :1], r"selected must be \[B, Hkv, Sq, K\] = \[2, 2, \d+, K\], got"),
+        (lambda s: s.repeat(1, 2, 1, 1), "selected must be .B, Hkv, Sq, K"),  # by query heads
+        (lambda s: s.repeat(2, 1, 1, 1), "selected must be .B, Hkv, Sq, K"),
+        (lambda s: s[:, :, 1:], "selected must be .B, Hkv, Sq, K"),
+        (lambda s: s[..., :0], "selected must be .B, Hkv, Sq, K"),
+        (lambda s: s[0], "selected must be .B, Hkv, Sq, K"),
+        (lambda s: s.to("meta"), "selected must be on the device of key"),
+    ],
+)
+def test_blocks_that_do_not_fit_the_queries_are_refused(change, message, length):
+    q, k, v = make_qkv(length, B=2)
+    selected, mask = select_blocks(q, k, CONFIG), MASK[:, -length:]
+    infllm_attention(q, k, v, CONFIG, selected=selected, attention_mask=mask)
+    for mask in (None, MASK[:, -length:]):
+        with pytest.raises(ValueError, match=message):
+            infllm_attention(q, k, v, CONFIG, selected=change(selected), attention_mask=mask)
 
 
 @pytest.mark.parametrize(
