@@ -104,6 +104,11 @@ class InfLLMConfig:
                 f"topk must be at least init_blocks + 1 = {self.init_blocks + 1}, "
                 f"so that the forced blocks fit the budget, got {self.topk}"
             )
+        if self.num_selected > _LARGEST:
+            raise ValueError(
+                f"topk + window_size / block_size must be at most {_LARGEST} blocks, "
+                f"got {self.num_selected}"
+            )
         self._check_pooling()
 
     def _check_pooling(self) -> None:

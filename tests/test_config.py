@@ -48,6 +48,7 @@ def test_the_rule_decides_how_many_queries_are_dense(changes, length, dense, vis
     [
         ({"topk": 1}, r"topk must be at least init_blocks \+ 1 = 2, .*got 1"),
         ({"topk": 2**40}, "topk must be between"),
+        ({"topk": 2**31 - 1}, r"topk \+ window_size / block_size must be at most 2147483647"),
         ({"kernel_stride": 0}, "kernel_stride must be between 1"),
         ({"block_size": 40}, "block_size must be a multiple of kernel_stride = 16, got 40"),
         ({"kernel_size": 40}, "kernel_size must be a multiple of kernel_stride = 16, got 40"),
