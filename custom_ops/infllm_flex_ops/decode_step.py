@@ -5,6 +5,7 @@ from torch import Tensor
 
 from infllm_flex_ops.block_attention.attend_cached_blocks import attend_to_lists, visible_lists
 from infllm_flex_ops.dispatch import without_autocast
+from infllm_flex_ops.rows import check_room
 from infllm_flex_ops.selection.block_scores import topk_lists
 from infllm_flex_ops.selection.rule import SelectionRule
 from infllm_flex_ops.selection.select_cached_blocks import score_blocks
@@ -41,9 +42,13 @@ def decode_step(
 
     Returns:
         ``[B, Hq, 1, D]``.
+
+    Raises:
+        ValueError: A row is longer than the cache.
     """
     outs = []
     for b, (row_start, row_end) in enumerate(zip(start.tolist(), end.tolist(), strict=True)):
+        check_room(b, row_end, k.shape[2])
         position = row_end - row_start - 1
         own = position // rule.block_size
         if position + 1 < dense_len or own < rule.num_selected:

@@ -36,21 +36,28 @@ def decode_attention(
         value: The cache ``[B, Hkv, S, D]``.
         compressed_keys: Those of ``key``, with the newest tokens appended. A query is dense iff
             its row holds fewer than ``dense_len`` tokens up to it, its own included.
-        scale: Factor on the dot products. Defaults to ``1 / sqrt(D)``.
+        scale: Factor on the dot products, positive. Defaults to ``1 / sqrt(D)``.
 
     Returns:
         ``[B, Hq, n, D]`` in the dtype of ``query``, or that of autocast; 0 for a query that is
         padding. Not differentiable.
 
     Raises:
-        ValueError: Shapes, dtypes or devices do not fit together.
+        ValueError: Shapes, dtypes or devices do not fit together, or the scale is not positive. A
+            row that is longer than the cache, where reading does not wait for a device.
     """
     query = as_autocast(query)
     check_query_and_key(query, key)
     if value.dtype != query.dtype and attention_dtype(value) != query.dtype:
         raise ValueError(f"query and value must have one dtype, got {query.dtype}, {value.dtype}")
+    if value.shape != key.shape or value.device != key.device:
+        raise ValueError(
+            f"value must be {list(key.shape)} on {key.device} as key is, "
+            f"got {list(value.shape)} on {value.device}"
+        )
     scale = resolve_scale(query, scale)
     keys = compressed_keys
+    keys.check_key(key)
     if query.shape[2] == 1 and is_plain_on_cpu(query) and not keys.config.pool_queries:
         compressed, coarse = _windows(keys, query)
         return decode_step(
@@ -100,15 +107,27 @@ def select_cached(
     Returns:
         int32 ``[B, Hkv, n, W]``, ascending, unused slots last as -1. Blocks count from each row's
         first token; a dense query gets all blocks up to its own.
+
+    Raises:
+        ValueError: Shapes do not fit together, or the scale is not positive. A row that is longer
+            than ``capacity``, where reading does not wait for a device.
     """
     query = as_autocast(query)
     keys, config = compressed_keys, compressed_keys.config
+    B, Hkv, _, D = keys.compressed.shape
+    if query.dim() != 4 or query.shape[1] % Hkv or (query.shape[0], query.shape[3]) != (B, D):
+        raise ValueError(
+            f"query must be [{B}, Hq, n, {D}] with Hq a multiple of {Hkv}, got {list(query.shape)}"
+        )
+    if capacity < 1:
+        raise ValueError(f"capacity must be 1 or more, got {capacity}")
     compressed, coarse = _windows(keys, query)
     width = list_width(config, capacity)
     if config.pool_queries:
         if keys.scores_keys and key is None:
             raise ValueError("key must be the cache where kernel_size is 1, got None")
         if keys.scores_keys and key is not None:
+            keys.check_key(key)
             compressed = key.detach().to(query.dtype)
         return skip_dispatcher(infllm_flex_ops.select_cached_blocks_pooled, query)(
             query.detach(),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import NoReturn
 
 import torch
 import torch.nn.functional as F
@@ -12,7 +13,8 @@ import infllm_flex_ops
 from infllm_flex.autocast import attention_dtype
 from infllm_flex.config import InfLLMConfig
 from infllm_flex.selection import selection_rule
-from infllm_flex_ops.dispatch import skip_dispatcher, without_grad
+from infllm_flex_ops.dispatch import is_plain_on_cpu, skip_dispatcher, without_grad
+from infllm_flex_ops.rows import next_rows
 from infllm_flex_ops.selection.compress_keys import num_windows
 from infllm_flex_ops.selection.rule import COLUMNS
 from infllm_flex_ops.sizes import ceil_div
@@ -36,6 +38,9 @@ class CompressedKeys:
         key: The cache of keys, ``[B, Hkv, S, D]``, for its shape, dtype and device; none of its
             tokens is compressed yet.
 
+    Raises:
+        ValueError: ``key`` is not floating point of four dimensions.
+
     Attributes:
         config: Sparsity settings.
         rule: Those of the selection, as the operators take them.
@@ -48,6 +53,11 @@ class CompressedKeys:
     """
 
     def __init__(self, config: InfLLMConfig, key: Tensor) -> None:
+        if key.dim() != 4 or not key.is_floating_point():
+            raise ValueError(
+                f"key must be floating point [B, Hkv, S, D], got {key.dtype} of shape "
+                f"{tuple(key.shape)}"
+            )
         self.config = config
         self.rule = selection_rule(config)
         fine = config.kernel_size, config.kernel_stride
@@ -84,18 +94,25 @@ class CompressedKeys:
         Args:
             key: The cache ``[B, Hkv, S, D]``, with the new keys in it. A preallocated cache is
                 longer than the slots appended.
-            num_new: New slots, 0 or more, the same in all rows.
+            num_new: New slots, from 0 to S, the same in all rows.
             start: Slot of each row's first token, ``[B]``, for rows padded on the left. None keeps
                 the last value. A row whose value changes is compressed anew.
             end: Filled slots, the new ones included, of any shape that broadcasts to ``[B]``. None
                 adds ``num_new`` to the last value.
 
         Raises:
-            ValueError: ``key`` differs from the cache so far in shape, dtype or device.
+            ValueError: ``key`` differs from the cache so far in shape, dtype or device, or has
+                fewer than ``num_new`` slots. Where reading does not wait for a device, also for a
+                ``start`` or ``end`` outside of the cache. Nothing is then changed.
         """
+        if key.dtype != self._key_dtype:
+            self._refuse(key)
+        self.check_key(key)
+        if not 0 <= num_new <= key.shape[2]:
+            raise ValueError(f"num_new must be from 0 to S = {key.shape[2]}, got {num_new}")
         self._make_room(key)
         if self.scores_keys:
-            self._count(num_new, start, end)
+            self._count(num_new, start, end, key)
             return
         key = key.detach()
         skip_dispatcher(infllm_flex_ops.append_windows, key)(
@@ -110,8 +127,30 @@ class CompressedKeys:
             *self._sizes,
         )
 
-    def _count(self, num_new: int, start: Tensor | None, end: Tensor | None) -> None:
+    def check_key(self, key: Tensor) -> None:
+        """Raise a ValueError unless ``key`` has the rows, heads, head dim and device of the cache.
+
+        Its dtype may be another than that of the keys that were compressed.
+        """
+        have = self.compressed
+        if (
+            key.dim() != 4
+            or (key.shape[:2], key.shape[3]) != (have.shape[:2], have.shape[3])
+            or key.device != have.device
+        ):
+            self._refuse(key)
+
+    def _refuse(self, key: Tensor) -> NoReturn:
+        B, Hkv, _, D = self.compressed.shape
+        raise ValueError(
+            f"key must be [{B}, {Hkv}, S, {D}], {self._key_dtype}, on {self.compressed.device} as "
+            f"before, got {tuple(key.shape)}, {key.dtype}, on {key.device}"
+        )
+
+    def _count(self, num_new: int, start: Tensor | None, end: Tensor | None, key: Tensor) -> None:
         """Update where rows begin and end."""
+        if is_plain_on_cpu(self.end):
+            next_rows(self.start, self.end, start, end, num_new, key.shape[2])
         if start is not None:
             self.start.copy_(start)
         if end is not None:
@@ -121,16 +160,7 @@ class CompressedKeys:
 
     def _make_room(self, key: Tensor) -> None:
         """Allocate memory for the windows of a cache as long as ``key``."""
-        have, config = self.compressed, self.config
-        B, Hkv, S, D = key.shape
-        if (B, Hkv, D) != (have.shape[0], have.shape[1], have.shape[3]) or (
-            key.dtype != self._key_dtype or key.device != have.device
-        ):
-            raise ValueError(
-                f"key must be [{have.shape[0]}, {have.shape[1]}, S, {have.shape[3]}], "
-                f"{self._key_dtype}, on {have.device} as before, got {tuple(key.shape)}, "
-                f"{key.dtype}, on {key.device}"
-            )
+        config, S = self.config, key.shape[2]
         if self.capacity >= S:
             return
         # Growth by half makes a cache that grows token by token copy its windows rarely.
@@ -147,7 +177,13 @@ class CompressedKeys:
             self.coarse = _lengthen(self.coarse, self.capacity, *sizes)
 
     def crop(self, num_removed: int) -> None:
-        """Remove the last ``num_removed`` slots; later slots overwrite their windows."""
+        """Remove the last ``num_removed`` slots; later slots overwrite their windows.
+
+        Raises:
+            ValueError: ``num_removed`` is negative.
+        """
+        if num_removed < 0:
+            raise ValueError(f"num_removed must be 0 or more, got {num_removed}")
         self.end.sub_(num_removed).clamp_(min=0)
 
     def reset(self) -> None:

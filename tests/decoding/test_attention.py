@@ -183,3 +183,58 @@ def test_dtypes_that_do_not_fit_are_refused_where_nothing_casts_them():
             decode_attention(*changed, state)
     with pytest.raises(ValueError, match=r"key must be .* torch.float32"):
         state.append(k.bfloat16(), 1)
+
+
+@pytest.mark.parametrize("n", [1, 3])
+@pytest.mark.parametrize("scoring", SCORING[::2], ids=str)
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda q, k, v: (q, k, v[:, :1]), r"value must be \[2, 2, 90, 16\] on .* as key is"),
+        (lambda q, k, v: (q, k, v.repeat(1, 2, 1, 1)), "value must be .*4, 90, 16"),
+        (lambda q, k, v: (q, k, v[:1]), "value must be .*1, 2, 90, 16"),
+        (lambda q, k, v: (q, k, v[:, :, 1:]), "value must be .*2, 2, 89, 16"),
+        (lambda q, k, v: (q, k, v[..., 1:]), "value must be .*2, 2, 90, 15"),
+        (lambda q, k, v: (q, k, v[0]), "value must be .*2, 90, 16"),
+        (lambda q, k, v: (q[:1], k[:1], v[:1]), r"key must be \[2, 2, S, 16\]"),
+        (lambda q, k, v: (q, k[:, :1], v[:, :1]), r"key must be \[2, 2, S, 16\]"),
+        (lambda q, k, v: (q[..., 1:], k[..., 1:], v[..., 1:]), r"key must be \[2, 2, S, 16\]"),
+    ],
+)
+def test_a_cache_that_does_not_fit_its_compressed_keys_is_refused(change, message, scoring, n):
+    q, k, v = make_qkv(90, B=2, Sq=n)
+    state = CompressedKeys(small_config(**scoring), k)
+    state.append(k, 80)
+    with pytest.raises(ValueError, match=message):
+        decode_attention(*change(q, k, v), state)
+
+
+@pytest.mark.skipif("config.getoption('--device') != 'cpu'", reason="a GPU's values are not read")
+@pytest.mark.parametrize("n", [1, 3])
+@pytest.mark.parametrize("scoring", SCORING, ids=str)
+def test_rows_longer_than_the_cache_are_refused(scoring, n):
+    q, k, v = make_qkv(170, B=2, Sq=n)
+    state = CompressedKeys(small_config(**scoring), k)
+    state.append(k, 170)
+    with pytest.raises(ValueError, match=r"k must hold 170 slots in row 0, got 169|width must be"):
+        decode_attention(q, k[:, :, :169], v[:, :, :169], state)
+    with pytest.raises(ValueError, match="width must be 5 or more, the longest list, got 3"):
+        select_cached(q, state, capacity=40, key=k)
+
+
+@pytest.mark.parametrize(
+    ("change", "capacity", "message"),
+    [
+        (lambda q: q[:1], 90, r"query must be \[2, Hq, n, 16\] with Hq a multiple of 2, got \[1,"),
+        (lambda q: q[:, 1:], 90, r"query must be .* got \[2, 3, 1, 16\]"),
+        (lambda q: q[..., 1:], 90, r"query must be .* got \[2, 4, 1, 15\]"),
+        (lambda q: q[0], 90, r"query must be .* got \[4, 1, 16\]"),
+        (lambda q: q, 0, "capacity must be 1 or more, got 0"),
+    ],
+)
+def test_queries_that_do_not_fit_the_compressed_keys_are_refused(change, capacity, message):
+    q, k, _ = make_qkv(90, B=2, Sq=1)
+    state = CompressedKeys(small_config(), k)
+    state.append(k, 90)
+    with pytest.raises(ValueError, match=message):
+        select_cached(change(q), state, capacity=capacity)

@@ -128,3 +128,45 @@ def test_a_cache_of_another_kind_is_refused():
     state = CompressedKeys(small_config(), torch.zeros(1, 2, 20, D))
     with pytest.raises(ValueError, match=r"key must be \[1, 2, S, 3\], torch.float32"):
         state.append(torch.zeros(2, 2, 20, D), 20)
+
+
+@pytest.mark.parametrize("key", [torch.zeros(2, 20, D), torch.zeros(1, 2, 20, D).long()])
+def test_keys_of_another_shape_or_dtype_are_refused(key):
+    with pytest.raises(ValueError, match=r"key must be floating point \[B, Hkv, S, D\], got"):
+        CompressedKeys(small_config(), key)
+    with pytest.raises(ValueError, match=r"key must be \[1, 2, S, 3\], torch.float32"):
+        CompressedKeys(small_config(), torch.zeros(1, 2, 20, D)).append(key, 1)
+
+
+EVERY_KEY = {"pool_queries": True, "kernel_size": 1, "kernel_stride": 1}
+
+
+@pytest.mark.skipif("config.getoption('--device') != 'cpu'", reason="a GPU's values are not read")
+@pytest.mark.parametrize("scoring", [{}, {"lse": "exact"}, EVERY_KEY], ids=str)
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"num_new": -1}, "num_new must be from 0 to S = 60, got -1"),
+        ({"num_new": 61}, "num_new must be from 0 to S = 60, got 61"),
+        ({"num_new": 30}, "k must hold 70 slots in row 0, got 60"),
+        ({"num_new": 1, "end": torch.tensor([50, 61])}, "k must hold 61 slots in row 1, got 60"),
+        ({"num_new": 1, "start": torch.tensor([3, -1])}, "start must be 0 or more, got -1"),
+    ],
+)
+def test_an_append_that_does_not_fit_changes_nothing(scoring, arguments, message):
+    config, key = small_config(**scoring), draw_normal(2, 1, 60, D, seed=0)
+    ours, expected = (CompressedKeys(config, key) for _ in range(2))
+    for state in (ours, expected):
+        state.append(key, 40)
+    with pytest.raises(ValueError, match=message):
+        ours.append(key, **arguments)
+    for state in (ours, expected):
+        state.append(key, 20)
+    for name in ("compressed", "coarse", "start", "end"):
+        assert torch.equal(getattr(ours, name), getattr(expected, name))
+
+
+def test_a_crop_of_less_than_nothing_is_refused():
+    state = CompressedKeys(small_config(), torch.zeros(1, 2, 20, D))
+    with pytest.raises(ValueError, match="num_removed must be 0 or more, got -2"):
+        state.crop(-2)

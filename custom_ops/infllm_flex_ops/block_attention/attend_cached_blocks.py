@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from infllm_flex_ops.dispatch import cuda_launcher, define_operator
+from infllm_flex_ops.rows import check_room
 from infllm_flex_ops.transforms import refuse_gradients
 
 
@@ -40,10 +41,14 @@ def attend_cached_blocks(
 
     Returns:
         ``[B, Hq, n, D]`` in the dtype of ``q``; 0 for a query without blocks.
+
+    Raises:
+        ValueError: A row is longer than the cache. This is checked on the CPU only.
     """
     B, Hq, n, D = q.shape
     outs = []
     for b, (row_start, row_end) in enumerate(zip(start.tolist(), end.tolist(), strict=True)):
+        check_room(b, row_end, k.shape[2])
         for i in range(n):
             position = row_end - n + i - row_start
             lists = visible_lists(selected[b, :, i].tolist(), position, block_size)

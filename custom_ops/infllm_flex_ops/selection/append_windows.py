@@ -2,10 +2,13 @@
 
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from infllm_flex_ops.dispatch import cuda_launcher, define_operator
+from infllm_flex_ops.rows import next_rows
 from infllm_flex_ops.selection.compress_keys import average_windows
+from infllm_flex_ops.selection.rule import Windows
 
 
 @define_operator(mutates_args=("compressed", "coarse", "start", "end"))
@@ -48,39 +51,38 @@ def append_windows(
         coarse_stride: Step between their windows, in tokens.
 
     Raises:
-        ValueError: The cache or its windows are too short for ``end``. This is checked on the CPU
-            only; other devices leave out what does not fit.
+        ValueError: The cache or its windows are too short for ``end``, or a row begins before the
+            cache. This is checked on the CPU only, and nothing is then written; other devices leave
+            out what does not fit.
     """
-    starts = start.tolist()
-    if new_start is not None:
-        start.copy_(new_start)
-    if new_end is not None:
-        end.copy_(new_end)
-    else:
-        end.add_(num_new)
-    levels = [(compressed, kernel_size, kernel_stride)]
+    old_starts = start.tolist()
+    levels = [(compressed, Windows(kernel_size, kernel_stride))]
     if coarse is not None:
-        levels.append((coarse, coarse_size, coarse_stride))
-    rows = zip(starts, start.tolist(), end.tolist(), strict=True)
-    for b, (old_start, row_start, row_end) in enumerate(rows):
-        if row_end > k.shape[2]:
-            raise ValueError(f"k must hold {row_end} slots in row {b}, got {k.shape[2]}")
-        length = row_end - row_start
-        before = length - num_new if row_start == old_start else 0
-        for windows, size, stride in levels:
-            written = max(0, (before - size) // stride + 1)
-            complete = max(0, (length - size) // stride + 1)
+        levels.append((coarse, Windows(coarse_size, coarse_stride)))
+    rows = next_rows(start, end, new_start, new_end, num_new, k.shape[2])
+    for b, (row_start, row_end) in enumerate(rows):
+        for averages, windows in levels:
+            complete = windows.num_visible(row_end - row_start - 1)
+            if complete > averages.shape[2]:
+                raise ValueError(
+                    f"windows must have room for {complete} in row {b}, got {averages.shape[2]}"
+                )
+    # Nothing is written before all checks, so that the next append finds the rows as they were.
+    start.copy_(torch.tensor([row_start for row_start, _ in rows]))
+    end.copy_(torch.tensor([row_end for _, row_end in rows]))
+    for b, (row_start, row_end) in enumerate(rows):
+        last = row_end - row_start - 1
+        before = last - num_new if row_start == old_starts[b] else -1
+        for averages, windows in levels:
+            written, complete = windows.num_visible(before), windows.num_visible(last)
             if complete <= written:
                 continue
-            if complete > windows.shape[2]:
-                raise ValueError(
-                    f"windows must have room for {complete} in row {b}, got {windows.shape[2]}"
-                )
-            slot = row_start + written * stride
-            end_slot = row_start + (complete - 1) * stride + size
-            tokens = k[b : b + 1, :, slot:end_slot].to(windows.dtype)
-            averages = average_windows(tokens, complete - written, size, stride)
-            windows[b, :, written:complete] = averages[0]
+            slot = row_start + written * windows.stride
+            end_slot = row_start + (complete - 1) * windows.stride + windows.size
+            tokens = k[b : b + 1, :, slot:end_slot].to(averages.dtype)
+            averages[b, :, written:complete] = average_windows(
+                tokens, complete - written, *windows
+            )[0]
 
 
 @append_windows.register_fake

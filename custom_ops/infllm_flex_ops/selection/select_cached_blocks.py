@@ -113,9 +113,20 @@ def list_full_queries(positions: range, rule: SelectionRule, dense_len: int, out
 
     Returns:
         The number of these queries.
+
+    Raises:
+        ValueError: The lists have too few slots.
     """
     end = max(dense_len - 1, rule.budget_tokens)
     num_full = min(len(positions), max(0, end - positions[0]))
+    longest = positions[num_full - 1] // rule.block_size + 1 if num_full else 0
+    if num_full < len(positions):
+        longest = max(longest, rule.num_selected)
+    if longest > out.shape[-1]:
+        raise ValueError(
+            f"width must be {longest} or more, the longest list, got {out.shape[-1]}: the capacity "
+            f"must be that of the longest row"
+        )
     if num_full:
         lists = list_all_blocks(positions[:num_full], out.shape[-1], rule, out.device)
         out[:, :num_full] = lists

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from infllm_flex_ops.dispatch import cuda_launcher, define_operator
+from infllm_flex_ops.rows import check_room
 from infllm_flex_ops.selection.pool_queries import pool_queries, round_to_float8
 from infllm_flex_ops.selection.rule import SelectionRule
 from infllm_flex_ops.selection.select_cached_blocks import list_full_queries, select_for_row
@@ -62,6 +63,8 @@ def select_cached_blocks_pooled(
         positions = range(row_end - row_start - n, row_end - row_start)
         num_full = list_full_queries(positions, rule, dense_len, selected[b])
         if num_full < n:
+            if window == 1:
+                check_room(b, row_end, compressed.shape[2])
             keys = compressed[b, :, row_start:row_end] if window == 1 else compressed[b]
             keys = (round_to_float8(keys) if float8 else keys).to(accumulate)
             queries, out = pooled[b, :, num_full:], selected[b, :, num_full:, :num_selected]
