@@ -49,7 +49,7 @@ def list_rows(
         ValueError: A row does not fit its block table.
     """
     bounds, room = query_start.tolist(), block_table.shape[1] * page_size
-    for b, length in enumerate(seq_lens.tolist()):
+    for b, length in enumerate(seq_lens[: len(block_table)].tolist()):
         if length > room:
             raise ValueError(
                 f"block_table must hold the pages of {length} tokens in row {b}, "

@@ -193,6 +193,12 @@ def test_a_page_that_does_not_fit_is_refused(settings, page_size, message):
         window_entries(small_config(**settings), page_size)
 
 
+@pytest.mark.parametrize("page_size", [0, -16])
+def test_a_page_holds_tokens(page_size):
+    with pytest.raises(ValueError, match=f"page_size must be 1 or more, got {page_size}"):
+        window_entries(small_config(), page_size)
+
+
 def test_every_key_scored_takes_nothing_of_the_cache():
     every_key = {"pool_queries": True, "kernel_size": 1, "kernel_stride": 1}
     assert window_entries(small_config(**every_key), 16) == (0, 0)
@@ -215,6 +221,10 @@ def test_views_that_do_not_fit_are_refused():
     }
     for changed, message in (
         ({"key": cache.key[0]}, r"key must be \[P, Hkv, page, D\], got shape \(2, 16, 16\)"),
+        ({"key": cache.key[:0]}, r"key must be \[P, Hkv, page, D\], got shape \(0, 2, 16, 16\)"),
+        ({"key": cache.key.mT.contiguous().mT}, "key's heads must lie side by side, got stride 16"),
+        ({"key": cache.key.long()}, "key must be floating point, got torch.int64"),
+        ({"key": cache.key.repeat(1, 1, 1, 17)}, "head dim must be at most 256, got 272"),
         ({"value": cache.value[:2]}, r"value must be \[3, 2, 16, 16\], got \[2, 2, 16, 16\]"),
         ({"compressed": cache.coarse}, r"compressed must be \[3, 2, 4, 16\], got \[3, 2, 1, 16\]"),
         ({"coarse": None}, "coarse must hold 1 entries per page for these settings, got none"),
@@ -233,3 +243,37 @@ def test_views_that_do_not_fit_are_refused():
     ):
         with pytest.raises(ValueError, match=message):
             paged_attention(query, rows.cache, rows.batch([1]))
+
+
+@pytest.mark.skipif("config.getoption('--device') != 'cpu'", reason="a GPU's values are not read")
+@pytest.mark.parametrize("scoring", SCORINGS[::2], ids=str)
+def test_queries_that_no_tensor_holds_are_refused(scoring):
+    rows = draw_rows(small_config(**scoring), [50, 40], 16)
+    rows.cache.append(rows.batch([50, 40]))
+    for counts in ([20, 2], [2, 20], [2, 3]):
+        query = make_qkv(sum(counts))[0][0].transpose(0, 1)
+        assert paged_attention(query, rows.cache, rows.batch(counts)).shape == query.shape
+        with pytest.raises(ValueError, match=f"hold the {sum(counts)} queries of the rows, got"):
+            paged_attention(query[:-1], rows.cache, rows.batch(counts))
+
+
+def test_batches_that_do_not_fit_are_refused():
+    rows = draw_rows(small_config(), [50, 40], 16)
+    tensors = rows.block_table, rows.seq_lens, query_start([20, 2])
+    shapes = r"must be \[B, max_pages\], \[B\] and \[B \+ 1\], got"
+    for changed in (
+        (tensors[0][0], *tensors[1:]),
+        (tensors[0], tensors[1][:1], tensors[2]),
+        (*tensors[:2], tensors[2][:2]),
+        (*tensors[:2], tensors[2][None]),
+    ):
+        with pytest.raises(ValueError, match=shapes):
+            PagedBatch.of_rows(*changed, [50, 40], [0, 20, 22])
+        with pytest.raises(ValueError, match=shapes):
+            PagedBatch.of_steps(*changed, 20)
+    with pytest.raises(ValueError, match="got 1 rows and 2 queries in row 1"):
+        PagedBatch.of_rows(tensors[0][:1], *tensors[1:], [50, 40], [0, 20, 22])
+    with pytest.raises(ValueError, match=r"query_start must ascend, got \[20, 18\] in row 1"):
+        PagedBatch.of_rows(*tensors, [50, 40], [0, 20, 18])
+    with pytest.raises(ValueError, match="got 19 tokens and 20 queries in row 0"):
+        PagedBatch.of_rows(*tensors, [19, 40], [0, 20, 22])

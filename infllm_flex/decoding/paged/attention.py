@@ -12,6 +12,7 @@ from infllm_flex.decoding.paged.batch import FEW_QUERIES, LongRow, PagedBatch
 from infllm_flex.decoding.paged.cache import PagedCache
 from infllm_flex.decoding.paged.selection import longest_full, select_chunk, select_few
 from infllm_flex.validation import resolve_scale
+from infllm_flex_ops.dispatch import is_plain_on_cpu
 
 # Longer rows keep the device busy by themselves, with kernels that are faster on Hopper.
 MAX_SHARED_LENGTH = 2048
@@ -31,15 +32,16 @@ def paged_attention(
         query: ``[T, Hq, D]``, after the rotary embedding, those of a row side by side.
         cache: The pages, with the keys, values and windows of these tokens in them.
         batch: The rows.
-        scale: Factor on the dot products. Defaults to ``1 / sqrt(D)``.
+        scale: Factor on the dot products, positive. Defaults to ``1 / sqrt(D)``.
 
     Returns:
         ``[T, Hq, D]`` in the dtype of ``query``. Queries that belong to no row get anything.
 
     Raises:
-        ValueError: Shapes, dtypes or devices do not fit together.
+        ValueError: Shapes, dtypes or devices do not fit together, or the scale is not positive.
     """
     _check_query(query, cache.key)
+    _check_batch(query, batch)
     scale = resolve_scale(query, scale)
     if batch.max_few:
         out = _attend_few(query, cache, batch, scale)
@@ -109,6 +111,15 @@ def _attend_many(
     return infllm_flex_ops.attend_paged_chunk(
         query, cache.key, cache.value, selected, table, length, cache.config.block_size, scale
     )
+
+
+def _check_batch(query: Tensor, batch: PagedBatch) -> None:
+    """Check that the queries of the rows exist; of rows with few of them on the CPU only."""
+    end = batch.long_rows[-1].end if batch.long_rows else 0
+    if is_plain_on_cpu(query):
+        end = int(batch.query_start[-1])
+    if end > len(query):
+        raise ValueError(f"query must hold the {end} queries of the rows, got {len(query)}")
 
 
 def _check_query(query: Tensor, key: Tensor) -> None:

@@ -56,7 +56,11 @@ class PagedBatch(NamedTuple):
             seq_lens: int32 ``[B]``.
             query_start: int32 ``[B + 1]``.
             max_queries: The largest number of queries in a row.
+
+        Raises:
+            ValueError: The tensors do not hold as many rows as ``block_table``.
         """
+        _check_rows(block_table, seq_lens, query_start)
         return cls(block_table, seq_lens, query_start, max_queries, max_queries)
 
     @classmethod
@@ -76,9 +80,29 @@ class PagedBatch(NamedTuple):
             query_start: int32 ``[B + 1]``.
             host_seq_lens: The values of ``seq_lens``; only those of rows with many queries count.
             host_query_start: The values of ``query_start``.
+
+        Raises:
+            ValueError: The tensors do not hold as many rows as ``block_table``, the bounds descend,
+                or a row with many queries has fewer tokens than those.
         """
+        _check_rows(block_table, seq_lens, query_start)
         bounds = list(host_query_start)
         counts = [end - start for start, end in itertools.pairwise(bounds)]
+        for row, count in enumerate(counts):
+            if count and row >= len(block_table):
+                raise ValueError(
+                    f"block_table must hold all rows that have queries, got {len(block_table)} "
+                    f"rows and {count} queries in row {row}"
+                )
+            if count < 0:
+                raise ValueError(
+                    f"query_start must ascend, got {bounds[row : row + 2]} in row {row}"
+                )
+            if count > FEW_QUERIES and count > host_seq_lens[row]:
+                raise ValueError(
+                    f"a row must hold the tokens of its queries, got {host_seq_lens[row]} tokens "
+                    f"and {count} queries in row {row}"
+                )
         long_rows = tuple(
             LongRow(row, bounds[row], bounds[row + 1], host_seq_lens[row])
             for row, count in enumerate(counts)
@@ -86,3 +110,13 @@ class PagedBatch(NamedTuple):
         )
         few = max((count for count in counts if count <= FEW_QUERIES), default=0)
         return cls(block_table, seq_lens, query_start, max(counts, default=0), few, long_rows)
+
+
+def _check_rows(block_table: Tensor, seq_lens: Tensor, query_start: Tensor) -> None:
+    shapes = block_table.dim(), seq_lens.dim(), query_start.dim()
+    rows = len(block_table)
+    if shapes != (2, 1, 1) or len(seq_lens) < rows or len(query_start) <= rows:
+        raise ValueError(
+            "block_table, seq_lens and query_start must be [B, max_pages], [B] and [B + 1], got "
+            f"{list(block_table.shape)}, {list(seq_lens.shape)} and {list(query_start.shape)}"
+        )

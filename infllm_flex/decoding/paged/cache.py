@@ -11,6 +11,7 @@ import infllm_flex_ops
 from infllm_flex.config import InfLLMConfig
 from infllm_flex.decoding.paged.batch import PagedBatch
 from infllm_flex.selection import selection_rule
+from infllm_flex.validation import check_head_dim_and_dtype
 from infllm_flex_ops.pages import entries_per_page
 
 
@@ -35,6 +36,8 @@ def window_entries(config: InfLLMConfig, page_size: int) -> WindowEntries:
         ValueError: Pages of this size cannot hold the blocks or windows of these settings.
         NotImplementedError: Settings that are not served from pages.
     """
+    if page_size < 1:
+        raise ValueError(f"page_size must be 1 or more, got {page_size}")
     _check_config(config, page_size)
     compressed = 0 if config.scores_keys else page_size // config.kernel_stride
     uses_coarse = config.uses_coarse_keys
@@ -71,9 +74,11 @@ class PagedCache:
         compressed: Tensor | None = None,
         coarse: Tensor | None = None,
     ) -> None:
-        if key.dim() != 4:
+        if key.dim() != 4 or 0 in key.shape:
             raise ValueError(f"key must be [P, Hkv, page, D], got shape {tuple(key.shape)}")
+        check_head_dim_and_dtype("key", key)
         entries = window_entries(config, key.shape[2])
+        _check_pages("key", key, key, key.shape[2])
         _check_pages("value", value, key, key.shape[2])
         _check_windows("compressed", compressed, key, entries.compressed)
         _check_windows("coarse", coarse, key, entries.coarse)
