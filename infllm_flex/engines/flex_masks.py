@@ -76,13 +76,16 @@ def build_block_mask(
         A BlockMask of ``[B, Hkv, Sq * G, Skv]``, ``BLOCK_SIZE = (tile_tokens * G, block_size)``.
 
     Raises:
-        ValueError: ``selected`` is not int32 of four dimensions, or ``tile_tokens`` out of range.
+        ValueError: ``selected`` is not int32 of four dimensions or is empty, or a number is out of
+            range.
     """
-    if selected.dim() != 4 or selected.dtype != torch.int32:
+    if selected.dim() != 4 or selected.dtype != torch.int32 or 0 in selected.shape:
         raise ValueError(
             f"selected must be int32 [B, Hkv, Sq, K], got {selected.dtype} "
             f"of shape {tuple(selected.shape)}"
         )
+    if num_groups < 1:
+        raise ValueError(f"num_groups must be 1 or more, got {num_groups}")
     if tile_tokens is None:
         tile_tokens = choose_tile_tokens(num_groups, selected.device)
     check_tile_tokens(tile_tokens)
@@ -90,6 +93,11 @@ def build_block_mask(
     num_blocks = ceil_div(kv_len, config.block_size)
     width = union_width(selected.shape[3], tile_tokens, num_blocks)
     q_offset = kv_len - Sq if q_offset is None else q_offset
+    if not 0 <= q_offset < kv_len:
+        raise ValueError(
+            f"the first query must stand at one of the kv_len = {kv_len} keys, got position "
+            f"{q_offset} for {Sq} queries"
+        )
     kv_num, kv_idx, _, full_num, full_idx = infllm_flex_ops.tile_blocks(
         selected, q_offset + Sq, config.block_size, tile_tokens, width
     )

@@ -121,14 +121,22 @@ def test_no_table_of_all_pairs_is_made():
 
 
 @pytest.mark.parametrize(
-    ("selected", "tile_tokens", "message"),
+    ("changes", "message"),
     [
-        (make_selected(64).long(), 4, "selected must be int32"),
-        (make_selected(64)[0], 4, "selected must be int32 .B, Hkv, Sq, K."),
-        (make_selected(64), 65, "tile_tokens must be between 1 and 64, got 65"),
-        (make_selected(64), 0, "tile_tokens must be between 1 and 64, got 0"),
+        ({"selected": make_selected(64).long()}, "selected must be int32"),
+        ({"selected": make_selected(64)[0]}, "selected must be int32 .B, Hkv, Sq, K."),
+        ({"selected": make_selected(64)[:, :, :0]}, "selected must be int32 .B, Hkv, Sq, K."),
+        ({"selected": make_selected(64)[..., :0]}, "selected must be int32 .B, Hkv, Sq, K."),
+        ({"tile_tokens": 65}, "tile_tokens must be between 1 and 64, got 65"),
+        ({"tile_tokens": 0}, "tile_tokens must be between 1 and 64, got 0"),
+        ({"num_groups": 0}, "num_groups must be 1 or more, got 0"),
+        ({"kv_len": 0}, "of the kv_len = 0 keys, got position -64 for 64 queries"),
+        ({"kv_len": 63}, "of the kv_len = 63 keys, got position -1 for 64 queries"),
+        ({"q_offset": -1}, "of the kv_len = 64 keys, got position -1 for 64 queries"),
+        ({"q_offset": 64}, "of the kv_len = 64 keys, got position 64 for 64 queries"),
     ],
 )
-def test_bad_input_is_named(selected, tile_tokens, message):
+def test_bad_input_is_named(changes, message):
+    arguments = {"selected": make_selected(64), "kv_len": 64, "num_groups": 2, "tile_tokens": 4}
     with pytest.raises(ValueError, match=message):
-        build_block_mask(selected, small_config(), kv_len=64, num_groups=2, tile_tokens=tile_tokens)
+        build_block_mask(config=small_config(), **{**arguments, **changes})
