@@ -32,6 +32,16 @@ def test_selects_what_the_reference_selects(shape, window, score_dtype):
     assert torch.equal(select_for(q, k, config, scale=0.25), expected)
 
 
+@pytest.mark.parametrize(("D", "Sq"), [(1, 205), (1, 3), (2, 205)])
+def test_zeros_of_either_sign_are_a_tie(D, Sq):
+    """A query of zero times a key is zero with the sign of the key."""
+    config = pooled_config(4)
+    q, k, _ = make_qkv(205, Sq=Sq, D=D)
+    expected = reference.select_blocks(q * 0, k, config, scale=0.25)
+    assert torch.equal(select_for(q * 0, k, config), expected)
+    assert expected[0, 0, -1].tolist() == [0, 1, 10, 11, 12]
+
+
 def test_with_one_head_to_a_group_and_the_exact_normaliser_it_is_the_method_without_pooling():
     q, k, _ = make_qkv(405, Hq=2)
     plain = small_config(kernel_size=4, lse="exact")

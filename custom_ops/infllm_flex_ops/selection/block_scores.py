@@ -94,7 +94,8 @@ def rank_blocks(logits: Tensor, positions: range, num_blocks: int, rule: Selecti
     missing = max(0, num_blocks * per_block - logits.shape[-1])
     padded = F.pad(logits, (0, missing), value=-torch.inf)
     best = F.max_pool1d(padded, per_block, per_block)[..., :num_blocks].float()
-    bits = best.clamp(-_LARGEST, _LARGEST).view(torch.int32)
+    # Adding 0 makes a negative zero, which products of heads of one number are, a positive one.
+    bits = best.clamp(-_LARGEST, _LARGEST).add_(0.0).view(torch.int32)
     rank = ((bits ^ (bits >> 31 & 0x7FFFFFFF)) >> 1) + (1 << 30)
     return rank.view(torch.float32).masked_fill(best == -torch.inf, _INVISIBLE)
 
