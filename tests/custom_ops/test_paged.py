@@ -208,7 +208,8 @@ def test_are_registered_right():
     attend = (q, cache.key, cache.value, selected, *where, 16, 3, 0.25)
     torch.library.opcheck(ops.attend_paged_blocks.default, attend)
     chunk = (q[2:], cache.key, cache.value, selected[:, 2:], where[0][1], 100, 16, 0.25)
-    torch.library.opcheck(ops.attend_paged_chunk.default, chunk)
+    for queries in (q[2:], q[2:, :1].expand(-1, 4, -1), q[2:3].expand(3, -1, -1)):
+        torch.library.opcheck(ops.attend_paged_chunk.default, (queries, *chunk[1:]))
     whole = (q, cache.key, cache.value, torch.zeros_like(q), *where, 0, 2, 16, 2, 3, 100, 0.25)
     torch.library.opcheck(ops.attend_paged_rows.default, whole)
 

@@ -48,7 +48,8 @@ def attend_paged_chunk(
 
 @attend_paged_chunk.register_fake
 def _(q: Tensor, *rest: Any) -> Tensor:
-    return torch.empty_like(q)
+    # As the definition makes it: the layouts differ where queries share memory.
+    return torch.empty_like(q.transpose(0, 1)[None])[0].transpose(0, 1)
 
 
 cuda_launcher(attend_paged_chunk, "block_attention.kernels.attend_blocks", "launch_paged")
