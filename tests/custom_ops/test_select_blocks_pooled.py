@@ -3,8 +3,9 @@ import itertools
 import pytest
 import torch
 
-from infllm_flex import reference
+from infllm_flex import CompressedKeys, reference
 from infllm_flex import select_blocks as select_for
+from infllm_flex.decoding import select_cached
 from infllm_flex.selection import compress_for_pooled
 from infllm_flex_ops import pool_queries, select_blocks_pooled
 from tests.inputs import make_qkv, small_config
@@ -78,6 +79,38 @@ def test_a_row_depends_on_nothing_but_its_past():
         for begin in (0, 1, 100, end - 1):
             chunk = select_for(q[:, :, begin:end], k[:, :, :end], config)
             assert torch.equal(chunk, shorter[:, :, begin:]), "chunk"
+
+
+@pytest.mark.parametrize("G", [1, 5, 7, 8, 16, 33])
+@pytest.mark.parametrize("float8", [False, True])
+def test_a_pooled_query_depends_on_nothing_but_its_heads(G, float8):
+    q, _, _ = make_qkv(41, B=2, Hq=2 * G, D=24)
+    whole = pool_queries(q, 2, float8).float()
+    exact = q.double().unflatten(1, (2, G)).mean(2)
+    assert float8 or torch.allclose(whole.double(), exact, rtol=0, atol=1e-6)
+    for order in ((0, 2, 1, 3), (2, 3, 0, 1), (0, 1, 3, 2)):
+        laid_out = q.permute(order).contiguous().permute(sorted(range(4), key=order.__getitem__))
+        assert torch.equal(pool_queries(laid_out, 2, float8).float(), whole), order
+        for begin, end in ((0, 1), (7, 8), (3, 40)):
+            chunk = pool_queries(laid_out[:, :, begin:end], 2, float8).float()
+            assert torch.equal(chunk, whole[:, :, begin:end]), (order, begin)
+
+
+def test_blocks_that_differ_by_a_rounding_are_selected_alike_in_whole_and_in_part():
+    config = pooled_config(block_size=4, window_size=4, topk=4)
+    q, base, _ = make_qkv(90, Hq=16)
+    random = torch.Generator().manual_seed(0)
+    steps = torch.randint(-2, 3, (1, 2, 90, 16), generator=random)
+    k = base[:, :, :1] * (1 + steps * torch.finfo(torch.float32).eps / 2)
+    whole = select_for(q, k, config)
+    for begin, end in ((30, 31), (50, 53), (89, 90)):
+        chunk = select_for(q[:, :, begin:end], k[:, :, :end], config)
+        assert torch.equal(chunk, whole[:, :, begin:end])
+    state = CompressedKeys(config, k)
+    for length in range(30, 91):
+        state.append(k, 30 if length == 30 else 1, end=torch.tensor(length))
+        step = select_cached(q[:, :, length - 1 : length], state, capacity=90, key=k)
+        assert torch.equal(step, whole[:, :, length - 1 : length])
 
 
 @pytest.mark.parametrize("factor", [2.0**-9, 2.0**40])

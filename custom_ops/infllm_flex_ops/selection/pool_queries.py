@@ -11,6 +11,8 @@ from infllm_flex_ops.transforms import register_vmap
 def pool_queries(q: Tensor, num_kv_heads: int, float8: bool) -> Tensor:
     """Average the query heads that share a KV head, in at least float32.
 
+    The bits of a token depend on its queries alone.
+
     For ``float8`` a pooled query is scaled by the power of two that brings its largest number
     between 128 and 256. The order of its dot products does not change, nothing overflows and little
     underflows.
@@ -24,12 +26,23 @@ def pool_queries(q: Tensor, num_kv_heads: int, float8: bool) -> Tensor:
         Pooled queries ``[B, Hkv, S, D]``, contiguous, in the dtype of ``q`` or ``float8_e4m3fn``.
         No gradient flows.
     """
-    accumulate = torch.promote_types(q.dtype, torch.float32)
-    pooled = q.unflatten(1, (num_kv_heads, -1)).mean(2, dtype=accumulate)
+    pooled = _average_heads(q.unflatten(1, (num_kv_heads, -1)))
     if not float8:
         return pooled.to(q.dtype).contiguous()
     exponent = torch.frexp(pooled.abs().amax(-1, keepdim=True)).exponent  # largest < 2 ** exponent
     return round_to_float8(torch.ldexp(pooled, 8 - exponent)).contiguous()
+
+
+def _average_heads(heads: Tensor) -> Tensor:
+    """Average ``heads [B, Hkv, G, S, D]``, added one by one as kernels do: ``[B, Hkv, S, D]``.
+
+    The order in which PyTorch's ``mean`` adds depends on the other tokens and on the layout.
+    """
+    first, *others = heads.unbind(2)
+    total = first.to(torch.promote_types(heads.dtype, torch.float32), copy=True)
+    for head in others:
+        total += head
+    return total.div_(heads.shape[2])
 
 
 def round_to_float8(x: Tensor) -> Tensor:
