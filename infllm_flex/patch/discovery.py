@@ -26,6 +26,7 @@ from infllm_flex.patch.layer_state import (
     NOT_PATCHED,
     PatchedLayer,
     get_layer,
+    own_layer,
     remove_layer,
     set_layer,
 )
@@ -214,7 +215,7 @@ def detach(model: nn.Module) -> bool:
     undone.append(huggingface.detach(model))
     remove_forward_hooks(model)
     for module in model.modules():
-        layer = get_layer(module)
+        layer = own_layer(module)
         if layer is not None and layer.skip_reason != NOT_PATCHED:
             remove_layer(module)
     return any(undone)

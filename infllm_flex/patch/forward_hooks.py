@@ -27,7 +27,7 @@ from infllm_flex.patch.huggingface.transformers_private import (
     is_paged,
     takes_cache,
 )
-from infllm_flex.patch.layer_state import get_layer
+from infllm_flex.patch.layer_state import own_layer
 from infllm_flex.validation import has_values, is_recorded
 from infllm_flex_ops import torch_private
 
@@ -47,7 +47,7 @@ def install_forward_hooks(model: nn.Module) -> None:
     for module in model.modules():
         names = _arguments(module)
         if "position_ids" in names:
-            layers = [layer for part in module.modules() if (layer := get_layer(part)) is not None]
+            layers = [layer for part in module.modules() if (layer := own_layer(part)) is not None]
             sparse_from = min(
                 (x.config.dense_len for x in layers if x.skip_reason is None), default=0
             )

@@ -93,8 +93,13 @@ def _outside_contexts() -> dict[str, Any]:
 
 
 def get_layer(module: nn.Module) -> PatchedLayer | None:
-    """The record of a module, or None where it has none."""
+    """The record of an attention layer, or None where it has none."""
     return getattr(module, _ATTRIBUTE, None)
+
+
+def own_layer(module: nn.Module) -> PatchedLayer | None:
+    """The same for any module: one that passes on attributes of a layer inside it has none."""
+    return vars(module).get(_ATTRIBUTE)
 
 
 def set_layer(module: nn.Module, layer: PatchedLayer) -> None:
@@ -110,5 +115,4 @@ def set_layer(module: nn.Module, layer: PatchedLayer) -> None:
 
 def remove_layer(module: nn.Module) -> None:
     """Delete the record of a module."""
-    if get_layer(module) is not None:
-        delattr(module, _ATTRIBUTE)
+    vars(module).pop(_ATTRIBUTE, None)

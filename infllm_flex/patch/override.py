@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from torch import nn
 
 from infllm_flex.patch import huggingface
-from infllm_flex.patch.layer_state import LayerAttend, LayerObserve, PatchedLayer, get_layer
+from infllm_flex.patch.layer_state import LayerAttend, LayerObserve, PatchedLayer, own_layer
 from infllm_flex.patch.unsupported import require_module
 
 
@@ -34,7 +34,7 @@ def attend_through(
     """
     layers = _registered_layers(model)
     for name, module in huggingface.attention_layers(model).items():
-        layer = layers.get(name) or get_layer(module)
+        layer = layers.get(name) or own_layer(module)
         reason = huggingface.find_skip_reason(module) if layer is None else layer.skip_reason
         if reason is not None and not leave_others:
             raise ValueError(f"the attention of {name} cannot be replaced: {reason}")

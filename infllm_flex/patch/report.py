@@ -9,7 +9,7 @@ from torch import nn
 from infllm_flex.config import InfLLMConfig
 from infllm_flex.patch import discovery
 from infllm_flex.patch.discovery import AttentionModule
-from infllm_flex.patch.layer_state import PatchedLayer, get_layer
+from infllm_flex.patch.layer_state import PatchedLayer, own_layer
 from infllm_flex.patch.unsupported import require_module
 
 
@@ -70,7 +70,7 @@ def describe(model: nn.Module) -> LayerTable:
     found = discovery.find_layers(model)
     rows = {}
     for name, module in model.named_modules():
-        if name in found or name in patched or get_layer(module) is not None:
+        if name in found or name in patched or own_layer(module) is not None:
             rows[name] = _row(name, patched.get(name), _find_skip_reason(module, found.get(name)))
     return LayerTable(rows.values())
 
@@ -83,7 +83,7 @@ def describe_switch(config: InfLLMConfig) -> str:
 
 def _find_skip_reason(module: nn.Module, found: AttentionModule | None) -> str | None:
     # The decision made when patching precedes what the layer's code says now.
-    layer = get_layer(module)
+    layer = own_layer(module)
     if layer is not None:
         return layer.skip_reason
     return None if found is None else found.skip_reason

@@ -106,16 +106,11 @@ def remove_views(model: nn.Module) -> tuple[bool, list[nn.Module]]:
     """
     holders = [module for module in model.modules() if is_view(vars(module).get("config"))]
     attends = set(attention_layers(model).values())
-    masked = {
-        id(view)
-        for module in holders
-        if makes_masks(module)
-        for view in with_parts(vars(module)["config"])
-    }
+    masked = {part for module in holders if makes_masks(module) for part in module.modules()}
     undone, staying = bool(holders), []
     for module in holders:
         view: Any = module.config
-        if module not in attends or id(view) in masked or not is_used_for_masks(view):
+        if module not in attends or module in masked or not is_used_for_masks(view):
             module.config = original_config(view)
         else:
             staying.append(module)
