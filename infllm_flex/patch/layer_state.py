@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from infllm_flex.config import InfLLMConfig
@@ -81,10 +82,22 @@ class PatchedLayer(DenseSwitch):
         return self.skip_reason is None and not self.config.is_dense(capacity)
 
     def attends_densely(self, length: int) -> bool:
-        """Whether the layer does what it did before patching, at ``length`` keys."""
+        """Whether the layer does what it did before patching, at ``length`` keys.
+
+        Raises:
+            NotImplementedError: It is sparse, and ``torch.jit.trace`` runs the model.
+        """
         if self.skip_reason is not None or self.config.is_dense(length):
             return True
-        return self.is_in_dense_context()
+        if self.is_in_dense_context():
+            return True
+        if torch.jit.is_tracing():  # type: ignore[attr-defined]
+            raise NotImplementedError(
+                f"torch.jit.trace cannot record sparse attention: got {int(length)} keys with "
+                f"dense_len = {self.config.dense_len}; use torch.export, or trace inside "
+                "infllm_flex.dense(model) for a graph that is dense at every length"
+            )
+        return False
 
 
 def _outside_contexts() -> dict[str, Any]:

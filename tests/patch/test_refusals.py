@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import nn
 
 import infllm_flex as ifx
-from tests.patch.models import LONG, SETTINGS, SHORT, tokens
+from tests.patch.models import LONG, SETTINGS, SHORT, build, tokens
 from tests.patch.plain_models import WIDTH, Block, Decoder, FusedHeads, RepeatedHeads, plain_model
 
 
@@ -270,6 +270,24 @@ class TestWhileTracing:
 
         with pytest.raises(RuntimeError, match="called while the model is being traced; call it"):
             torch.jit.trace(careless, torch.ones(1))
+
+
+@pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning", "ignore::DeprecationWarning")
+@pytest.mark.parametrize("make", [build, plain_model])
+def test_a_trace_of_sparse_attention_is_refused(make):
+    model = make().requires_grad_(False)
+
+    def run(ids):
+        out = model(ids)
+        return getattr(out, "logits", out)
+
+    dense = run(tokens(LONG))
+    ifx.patch_model(model, SETTINGS)
+    with pytest.raises(NotImplementedError, match="got 128 keys with dense_len = 96; use torch"):
+        torch.jit.trace(run, tokens(LONG), check_trace=False)
+    with ifx.dense(model):
+        traced = torch.jit.trace(run, tokens(LONG), check_trace=False)
+    assert torch.equal(traced(tokens(LONG)), dense)
 
 
 def test_torchscript():
