@@ -12,6 +12,7 @@ from tests.patch.plain_models import plain_model
 from tests.patch.test_training_loops import CountSelections
 
 STEPS, LAYERS = 2, 2
+EVERYTHING_AND_VIRTUAL = {**SETTINGS, "topk": 16}
 
 
 class Rows(torch.utils.data.Dataset):
@@ -104,6 +105,46 @@ def test_lora_of_peft():
     assert_close(logits(merged, LONG), logits(patched_last, LONG))
     assert all(row.sparse for row in ifx.describe(merged))
     assert not any(row.sparse for row in ifx.describe(ifx.unpatch_model(merged)))
+
+
+@pytest.mark.filterwarnings("ignore:Position ids are not supported:UserWarning")
+@pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing:FutureWarning")
+@pytest.mark.filterwarnings("ignore:.*past_key_values:FutureWarning")
+@pytest.mark.parametrize("kind", ["PrefixTuningConfig", "PromptTuningConfig"])
+class TestVirtualTokensOfPeft:
+    def wrap(self, kind, model):
+        peft = pytest.importorskip("peft")
+        torch.manual_seed(0)
+        config = getattr(peft, kind)(task_type="CAUSAL_LM", num_virtual_tokens=8)
+        return peft.get_peft_model(model, config)
+
+    def test_they_train_as_in_an_unpatched_model(self, kind):
+        ids = tokens(LONG)
+        mask = torch.ones_like(ids)
+        gradients = []
+        for model in (build(), ifx.patch_model(build(), EVERYTHING_AND_VIRTUAL)):
+            wrapped = self.wrap(kind, model).train()
+            wrapped(input_ids=ids, attention_mask=mask, labels=ids).loss.backward()
+            gradients += [p.grad for p in wrapped.parameters() if p.requires_grad]
+        dense, sparse = gradients
+        assert dense.any()
+        torch.testing.assert_close(sparse, dense, rtol=1e-3, atol=1e-6)
+
+    def test_padding_after_them_is_refused_with_what_to_do(self, kind):
+        model = self.wrap(kind, ifx.patch_model(build(), SETTINGS)).eval()
+        ids = tokens(80)
+        mask = torch.ones_like(ids)
+        mask[1, :20] = 0
+        with pytest.raises(RuntimeError, match="put all padding before all tokens"):
+            model.generate(
+                input_ids=ids,
+                attention_mask=mask,
+                max_new_tokens=20,
+                do_sample=False,
+                eos_token_id=None,
+            )
+        with ifx.dense(model):
+            model.generate(input_ids=ids, attention_mask=mask, max_new_tokens=20)
 
 
 def test_lora_of_peft_on_another_model():

@@ -25,7 +25,8 @@ from infllm_flex.validation import assert_in_graph
 FEW = 16  # queries; more of them gain from sharing the blocks that neighbours select
 _MASK = (
     "sparse attention over a cache serves rows that are padded on the left, and no other "
-    "attention_mask"
+    "attention_mask: put all padding before all tokens (virtual tokens of peft come before it), "
+    "or run inside infllm_flex.dense(model)"
 )
 
 
