@@ -10,13 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from infllm_flex.patch.forward_context import (
-    ForwardContext,
-    current_forward,
-    drop_ended_forwards,
-    enclosing_forward,
-    set_current_forward,
-)
+from infllm_flex.patch.forward_context import ForwardContext
 from infllm_flex.patch.huggingface.cache_hook import (
     install_cache_hook,
     remove_cache_hook,
@@ -28,6 +22,12 @@ from infllm_flex.patch.huggingface.transformers_private import (
     takes_cache,
 )
 from infllm_flex.patch.layer_state import own_layer
+from infllm_flex.patch.running_forward import (
+    current_forward,
+    drop_ended_forwards,
+    enclosing_forward,
+    set_current_forward,
+)
 from infllm_flex.validation import has_values, is_recorded
 from infllm_flex_ops import torch_private
 

@@ -10,7 +10,6 @@ from torch import Tensor
 from infllm_flex.attention import attend_in_layout, infllm_attention
 from infllm_flex.chunks import attend_chunk
 from infllm_flex.patch.errors import UnsupportedModelError
-from infllm_flex.patch.forward_context import current_forward
 from infllm_flex.patch.head_dims import unsupported_head_dims
 from infllm_flex.patch.head_groups import regroup
 from infllm_flex.patch.huggingface.documents import Sequences, find_sequences
@@ -20,6 +19,7 @@ from infllm_flex.patch.huggingface.sequence_info import (
     reject_recompute_without_info,
 )
 from infllm_flex.patch.layer_state import PatchedLayer
+from infllm_flex.patch.running_forward import current_forward
 from infllm_flex.patch.sdpa_masks import assert_causal, assert_equal_mask, count_visible_keys
 from infllm_flex.validation import is_recorded
 

@@ -13,7 +13,7 @@ import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from infllm_flex.patch.forward_context import RecomputedForward
+from infllm_flex.patch.running_forward import RecomputedForward
 from infllm_flex.training.quiet import quiet_loggers
 from infllm_flex.training.settings import TrainingSettings
 

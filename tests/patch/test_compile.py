@@ -4,11 +4,8 @@ import pytest
 import torch
 
 import infllm_flex as ifx
-from infllm_flex.patch.forward_context import (
-    ForwardContext,
-    current_forward,
-    set_current_forward,
-)
+from infllm_flex.patch.forward_context import ForwardContext
+from infllm_flex.patch.running_forward import current_forward, set_current_forward
 from tests.patch.models import (
     CONFIGS,
     LONG,

@@ -9,7 +9,7 @@ import torch
 from transformers import DynamicCache
 
 import infllm_flex as ifx
-from infllm_flex.patch.forward_context import current_forward, set_current_forward
+from infllm_flex.patch.running_forward import current_forward, set_current_forward
 from tests.patch.models import CACHE, SETTINGS, build, tokens
 
 S = 150

@@ -10,7 +10,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import DynamicCache, StaticCache
 
 import infllm_flex as ifx
-from infllm_flex.patch.forward_context import ForwardContext, current_forward
+from infllm_flex.patch.forward_context import ForwardContext
+from infllm_flex.patch.running_forward import current_forward
 from tests.patch.generation import GROWING, generate
 from tests.patch.models import CACHE, CONFIGS, build, gemma2, tokens
 

@@ -213,7 +213,7 @@ def test_threads_read_their_own_batches():
 
 
 def test_an_error_ends_its_forward():
-    from infllm_flex.patch.forward_context import current_forward
+    from infllm_flex.patch.running_forward import current_forward
 
     model = ifx.patch_model(build(), SETTINGS)
     with pytest.raises(ValueError, match="ascend from 0 to the length"):

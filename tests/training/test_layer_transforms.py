@@ -8,7 +8,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from infllm_flex.patch.forward_context import current_forward
+from infllm_flex.patch.running_forward import current_forward
 from infllm_flex.training.layer_transforms import check_float8, run_layers, use_float8
 from infllm_flex.training.loop import train
 from infllm_flex.training.loss import LanguageLoss

@@ -13,7 +13,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from infllm_flex.patch.forward_context import current_forward
 from infllm_flex.patch.huggingface.cache_updates import track_layer
 from infllm_flex.patch.huggingface.config_view import PREVIOUS_NAMES
 from infllm_flex.patch.huggingface.instance_forward import watch_call
@@ -26,6 +25,7 @@ from infllm_flex.patch.huggingface.transformers_private import (
     is_static,
 )
 from infllm_flex.patch.layer_state import get_layer
+from infllm_flex.patch.running_forward import current_forward
 from infllm_flex_ops import torch_private
 
 KEYWORD = "infllm_cache"

@@ -15,11 +15,11 @@ from infllm_flex.patch.causal_masks import (
     is_causal_after_padding,
     visible_keys,
 )
-from infllm_flex.patch.forward_context import is_first_to_ask, recall_on_device
 from infllm_flex.patch.huggingface.cache_updates import compressed_keys_of
 from infllm_flex.patch.huggingface.masks import LazyMask
 from infllm_flex.patch.huggingface.transformers_private import is_static, plain_mask_arguments
 from infllm_flex.patch.layer_state import PatchedLayer
+from infllm_flex.patch.running_forward import is_first_to_ask, recall_on_device
 from infllm_flex.validation import assert_in_graph
 
 FEW = 16  # queries; more of them gain from sharing the blocks that neighbours select

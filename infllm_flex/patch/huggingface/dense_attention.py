@@ -5,7 +5,6 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from infllm_flex.patch.forward_context import is_first_to_ask
 from infllm_flex.patch.huggingface.attention_call import AttentionCall, Output
 from infllm_flex.patch.huggingface.documents import Sequences, find_sequences
 from infllm_flex.patch.huggingface.masks import LazyMask, materialize
@@ -15,6 +14,7 @@ from infllm_flex.patch.huggingface.sequence_info import (
 )
 from infllm_flex.patch.huggingface.speculation import Speculation
 from infllm_flex.patch.layer_state import PatchedLayer
+from infllm_flex.patch.running_forward import is_first_to_ask
 from infllm_flex.patch.skip_reasons import CHUNKED, OTHER_ATTENTION
 from infllm_flex.validation import is_recorded, require_rows
 

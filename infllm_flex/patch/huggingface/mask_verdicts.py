@@ -8,9 +8,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from infllm_flex.patch.forward_context import current_forward
 from infllm_flex.patch.huggingface.documents import Sequences, open_documents
 from infllm_flex.patch.huggingface.masks import LazyMask, causal_mask
+from infllm_flex.patch.running_forward import current_forward
 
 
 def causal_mask_for_training(**arguments: Any) -> LazyMask | Tensor | None:

@@ -10,7 +10,6 @@ import torch
 from torch import Tensor
 
 from infllm_flex.patch.causal_masks import isolates_documents
-from infllm_flex.patch.forward_context import begin_unhooked_forward, current_forward
 from infllm_flex.patch.host_read import HostRead
 from infllm_flex.patch.huggingface.tensor_proxy import TensorProxy
 from infllm_flex.patch.huggingface.transformers_private import (
@@ -20,6 +19,7 @@ from infllm_flex.patch.huggingface.transformers_private import (
     sees,
     without_long_window,
 )
+from infllm_flex.patch.running_forward import begin_unhooked_forward, current_forward
 from infllm_flex.validation import has_values, is_recorded
 from infllm_flex_ops import torch_private
 

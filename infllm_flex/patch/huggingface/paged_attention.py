@@ -19,9 +19,9 @@ from torch import Tensor
 from infllm_flex.chunks import attend_chunk
 from infllm_flex.config import InfLLMConfig
 from infllm_flex.decoding import CompressedKeys, decode_attention
-from infllm_flex.patch.forward_context import recall
 from infllm_flex.patch.huggingface.cached_attention import FEW
 from infllm_flex.patch.huggingface.transformers_private import paged_step
+from infllm_flex.patch.running_forward import recall
 
 _log = logging.getLogger(__name__)
 

@@ -8,15 +8,11 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from infllm_flex.patch.forward_context import (
-    ForwardContext,
-    current_forward,
-    forward_of,
-    is_backward,
-)
+from infllm_flex.patch.forward_context import ForwardContext
 from infllm_flex.patch.host_read import HostRead
 from infllm_flex.patch.huggingface.masks import LazyMask
 from infllm_flex.patch.layer_state import PatchedLayer
+from infllm_flex.patch.running_forward import current_forward, forward_of, is_backward
 from infllm_flex.validation import assert_in_graph
 
 _LEAK = (

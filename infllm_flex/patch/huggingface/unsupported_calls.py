@@ -8,12 +8,12 @@ from __future__ import annotations
 from torch import Tensor
 
 from infllm_flex.patch.causal_masks import is_plain_causal
-from infllm_flex.patch.forward_context import recall
 from infllm_flex.patch.head_dims import unsupported_head_dims
 from infllm_flex.patch.huggingface.attention_call import AttentionCall
 from infllm_flex.patch.huggingface.documents import Sequences
 from infllm_flex.patch.huggingface.mask_verdicts import isolates_documents
 from infllm_flex.patch.huggingface.masks import LazyMask
+from infllm_flex.patch.running_forward import recall
 from infllm_flex.validation import assert_in_graph, has_values, is_recorded
 
 # Keywords by which models pass attention that is more than softmax(scale * q k) v.
