@@ -2,9 +2,16 @@
 
 from infllm_flex.decoding.attention import decode_attention, select_cached
 from infllm_flex.decoding.compressed_keys import CompressedKeys
-from infllm_flex.decoding.paged import PagedBatch, PagedCache, paged_attention, window_entries
+from infllm_flex.decoding.paged import (
+    FEW_QUERIES,
+    PagedBatch,
+    PagedCache,
+    paged_attention,
+    window_entries,
+)
 
 __all__ = [
+    "FEW_QUERIES",
     "CompressedKeys",
     "PagedBatch",
     "PagedCache",

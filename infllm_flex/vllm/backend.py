@@ -21,6 +21,7 @@ from infllm_flex.config import InfLLMConfig
 from infllm_flex.decoding import PagedBatch
 from infllm_flex.vllm.attention import InfLLMAttention
 from infllm_flex.vllm.page_layout import extra_elements, smallest_page
+from infllm_flex.vllm.refusals import not_served
 from infllm_flex.vllm.vllm_config import current_settings
 
 _LARGEST_HEAD = 256
@@ -97,12 +98,17 @@ class InfLLMBackend(AttentionBackend):
         """Make pages longer by the compressed and coarse keys, so that vLLM counts them.
 
         Raises:
-            ValueError: Keys and values differ in size.
+            ValueError: Keys and values differ in size, or the layer changes which keys a batch's
+                queries see. For that, vLLM derives a backend from the layer's.
         """
+        if cls is not InfLLMBackend:
+            raise ValueError(not_served(f"layers that attend by {cls.__name__}"))
         if spec.head_size != spec.head_size_v:
             raise ValueError(
-                f"keys and values must have one head dim, got {spec.head_size} and "
-                f"{spec.head_size_v}"
+                not_served(
+                    f"layers whose keys and values differ in head dim, got {spec.head_size} and "
+                    f"{spec.head_size_v}"
+                )
             )
         config = _current_settings()
         assert config is not None, "vLLM makes the layers before it asks for their pages"

@@ -14,7 +14,7 @@ from vllm.engine.arg_utils import EngineArgs
 from vllm.logger import init_logger
 
 from infllm_flex.vllm.announcement import describe_served
-from infllm_flex.vllm.refusals import check_server
+from infllm_flex.vllm.refusals import check_server, not_served
 from infllm_flex.vllm.settings import STAY_DENSE
 from infllm_flex.vllm.version import SERVED_VERSION, is_served_version
 from infllm_flex.vllm.vllm_config import FULL, read_served, server_facts
@@ -116,7 +116,7 @@ def _choose_custom_on_cpu() -> None:
             device_capability=None, **attn_selector_config._asdict()
         )
         if reasons:
-            raise ValueError(f"InfLLM-V2 does not serve this layer: {', '.join(reasons)}")
+            raise ValueError(not_served(f"this layer: {', '.join(reasons)}"))
         return selected_backend.get_path()
 
     CpuPlatform.get_attn_backend_cls = classmethod(get_attn_backend_cls)

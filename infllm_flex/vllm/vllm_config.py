@@ -51,22 +51,44 @@ def server_facts(vllm_config: Any) -> ServerFacts:
     """Collect what decides if a model can be served."""
     model, cache = vllm_config.model_config, vllm_config.cache_config
     parallel, drafts = vllm_config.parallel_config, vllm_config.speculative_config
-    on_cpu = vllm_config.device_config.device_type == "cpu"  # where vLLM asks no backend
     backends = vllm_config.attention_config
     backend = backends.backend_per_kind.get(FULL, backends.backend)
+    named = cache.user_specified_block_size
+    runs_ahead = drafts is not None and vllm_config.scheduler_config.async_scheduling
     return ServerFacts(
         uses_mla=model.use_mla,
+        has_encoder=_has_encoder(model),
         has_other_layers=model.is_hybrid,
         full_layers=not model.is_attention_free and _has_full_layers(model.hf_text_config),
         cache_dtype=str(cache.cache_dtype),
         model_dtype=str(model.dtype).removeprefix("torch."),
-        page_size=cache.block_size if cache.user_specified_block_size or on_cpu else None,
+        page_size=cache.block_size if named or _on_cpu(vllm_config) else None,
         attention_backend=None if backend is None or backend.name == "CUSTOM" else backend.name,
+        tensor_parallel=parallel.tensor_parallel_size,
+        kv_heads=_fewest_kv_heads(model),
         context_parallel=parallel.decode_context_parallel_size
         * parallel.prefill_context_parallel_size,
         moves_pages=vllm_config.kv_transfer_config is not None,
         drafts=None if drafts is None else drafts.method,
+        ahead=drafts.num_speculative_tokens if runs_ahead else 0,
     )
+
+
+def _has_encoder(model: Any) -> bool:
+    # vLLM heeds is_causal in any model, but names the attention by it in pooling models alone.
+    causal = getattr(model.hf_text_config, "is_causal", True)
+    return not causal or model.attn_type.startswith("encoder")
+
+
+def _on_cpu(vllm_config: Any) -> bool:
+    return vllm_config.device_config.device_type == "cpu"
+
+
+def _fewest_kv_heads(model: Any) -> int:
+    """Key/value heads of the layer that has fewest; layers without attention have none."""
+    layers = model.model_arch_config
+    counts = (layers[i].total_num_kv_heads for i in range(layers.total_num_hidden_layers))
+    return min((count for count in counts if count), default=1)
 
 
 def _has_float8() -> bool:

@@ -8,15 +8,19 @@ from infllm_flex.vllm.settings import Served
 
 SERVER = ServerFacts(
     uses_mla=False,
+    has_encoder=False,
     has_other_layers=False,
     full_layers=True,
     cache_dtype="auto",
     model_dtype="bfloat16",
     page_size=64,
     attention_backend=None,
+    tensor_parallel=1,
+    kv_heads=1,
     context_parallel=1,
     moves_pages=False,
     drafts=None,
+    ahead=0,
 )
 LAYER = LayerFacts(
     alibi=False,
@@ -46,6 +50,9 @@ def test_a_plain_server_and_a_plain_layer_are_served():
         {"page_size": 16},
         {"page_size": 640},
         {"drafts": "ngram"},
+        {"drafts": "ngram_gpu", "ahead": 15},
+        {"tensor_parallel": 4, "kv_heads": 8},
+        {"tensor_parallel": 8, "kv_heads": 8},
     ],
     ids=str,
 )
@@ -57,14 +64,17 @@ def test_what_makes_no_difference_is_served(changes):
     ("changes", "name"),
     [
         ({"uses_mla": True}, "MLA"),
+        ({"has_encoder": True}, "encoders"),
         ({"has_other_layers": True}, "keep a state instead of keys"),
         ({"full_layers": False}, "models without keys to score"),
         ({"cache_dtype": "fp8_e4m3"}, "a cache in fp8_e4m3"),
         ({"cache_dtype": "float16"}, "a cache in float16"),
         ({"attention_backend": "FLASH_ATTN"}, "attention backend FLASH_ATTN"),
+        ({"tensor_parallel": 4, "kv_heads": 2}, "2 key/value heads in 4 processes"),
         ({"context_parallel": 4}, "context parallelism, got 4"),
         ({"moves_pages": True}, "KV connectors"),
         ({"drafts": "eagle3"}, "drafts by eagle3"),
+        ({"drafts": "ngram_gpu", "ahead": 16}, "16 draft tokens .* at most 15"),
     ],
 )
 def test_a_server_that_asks_for_more_is_refused_by_name(changes, name):

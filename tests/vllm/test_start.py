@@ -112,6 +112,7 @@ def test_a_layer_compiles_with_the_rest_of_the_model(folder, monkeypatch):
         (SETTINGS, {"block_size": 48}, "--block-size does not fit .* got 48"),
         (SETTINGS, {"kv_cache_dtype": "fp8"}, "a cache in fp8"),
         (SETTINGS, {"attention_backend": "CPU_ATTN"}, "attention backend CPU_ATTN"),
+        (SETTINGS, {"tensor_parallel_size": 4}, "2 key/value heads in 4 processes"),
     ],
     ids=lambda value: None,
 )
@@ -138,8 +139,20 @@ def test_what_does_not_fit_is_refused_before_the_model_is_loaded(
             {"num_attention_heads": 2, "num_key_value_heads": 2, "sliding_window": 128},
             "without keys to score",
         ),
+        (
+            "Bert",
+            "BertModel",
+            {"num_attention_heads": 2, "intermediate_size": 64, "max_position_embeddings": 1024},
+            "encoders",
+        ),
+        (
+            "Llama",
+            "LlamaForCausalLM",
+            {"num_attention_heads": 2, "intermediate_size": 64, "is_causal": False},
+            "encoders",
+        ),
     ],
-    ids=["mla", "windowed"],
+    ids=["mla", "windowed", "encoder", "decoder_as_encoder"],
 )
 def test_models_that_cannot_be_sparse_are_refused_before_they_are_loaded(
     tmp_path, kind, architecture, settings, message
@@ -174,8 +187,30 @@ def test_models_that_cannot_be_sparse_are_refused_before_they_are_loaded(
             },
             "sinks",
         ),
+        (
+            "Llama4Text",
+            "Llama4ForCausalLM",
+            {
+                "num_attention_heads": 2,
+                "num_key_value_heads": 2,
+                "head_dim": 32,
+                "num_local_experts": 2,
+                "intermediate_size": 64,
+                "intermediate_size_mlp": 64,
+                "interleave_moe_layer_step": 3,  # none of two layers: no group of experts
+                "attention_chunk_size": 256,
+                "layer_types": ["chunked_attention", "full_attention"],
+            },
+            "ChunkedLocalAttention",
+        ),
+        (
+            "HrmText",
+            "HrmTextForCausalLM",
+            {"num_attention_heads": 2, "num_key_value_heads": 2, "head_dim": 32},
+            "EncoderOnlyAttention",
+        ),
     ],
-    ids=["soft_cap", "alibi", "sinks"],
+    ids=["soft_cap", "alibi", "sinks", "chunks", "prefix_lm"],
 )
 def test_layers_that_ask_for_more_are_refused_when_they_are_loaded(
     tmp_path, kind, architecture, settings, message

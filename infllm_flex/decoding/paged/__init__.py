@@ -1,7 +1,7 @@
 """Attention over a key/value cache in pages, as servers keep it: prompts, chunks and decoding."""
 
 from infllm_flex.decoding.paged.attention import paged_attention
-from infllm_flex.decoding.paged.batch import PagedBatch
+from infllm_flex.decoding.paged.batch import FEW_QUERIES, PagedBatch
 from infllm_flex.decoding.paged.cache import PagedCache, window_entries
 
-__all__ = ["PagedBatch", "PagedCache", "paged_attention", "window_entries"]
+__all__ = ["FEW_QUERIES", "PagedBatch", "PagedCache", "paged_attention", "window_entries"]
