@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import difflib
+import re
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
@@ -10,6 +12,7 @@ from infllm_flex.patch.head_groups import read_heads_of_config
 from infllm_flex.patch.settings import OWN, Resolved, override, settings_by_rule
 
 KEY = "infllm"  # in vLLM's additional_config
+_GIVEN = f"additional_config[{KEY!r}]"
 STAY_DENSE = f"to serve the model densely, pass --additional-config '{{\"{KEY}\": false}}'"
 
 
@@ -39,22 +42,47 @@ def read_settings(
         ValueError: Unknown names or impossible values.
     """
     own = getattr(model_config, "sparse_config", None)
-    given: Any = None
-    if isinstance(additional_config, Mapping) and KEY in additional_config:
-        given = additional_config[KEY]
-        if given is None or given is False:
-            return None
-        if given is not True and not isinstance(given, Mapping):
-            raise ValueError(
-                f"additional_config[{KEY!r}] must be a mapping of settings, true or false, "
-                f"got {given!r}"
-            )
-    if own is None and given is None:
+    given = _read_given(additional_config) if isinstance(additional_config, Mapping) else None
+    if given is False or (own is None and given is None):
         return None
     if own is None:
         resolved = settings_by_rule(has_float8(), read_heads_of_config(model_config))
     else:
-        resolved = Resolved(InfLLMConfig.from_model_config(model_config), OWN)
+        resolved = _read_own(model_config)
     if given is None or given is True:
         return Served(*resolved)
-    return Served(override(resolved, given).config, f"additional_config[{KEY!r}]")
+    try:
+        return Served(override(resolved, given).config, _GIVEN)
+    except ValueError as error:
+        raise ValueError(f"{_GIVEN}: {error}") from None
+
+
+def _read_own(model_config: object) -> Resolved:
+    try:
+        return Resolved(InfLLMConfig.from_model_config(model_config), OWN)
+    except ValueError as error:
+        raise ValueError(f"{OWN}: {error}; {STAY_DENSE}") from None
+
+
+def _read_given(additional_config: Mapping[Any, Any]) -> Any:
+    """Return a mapping of settings, true or false; None where the user asks for nothing."""
+    for name in additional_config:
+        if name != KEY and _looks_like_key(name):
+            raise ValueError(
+                f"additional_config[{name!r}] is read by nothing: the settings of InfLLM-V2 go "
+                f"under {KEY!r}"
+            )
+    if KEY not in additional_config:
+        return None
+    given = additional_config[KEY]
+    if given is None:
+        return False
+    if isinstance(given, bool | Mapping):
+        return given
+    raise ValueError(f"{_GIVEN} must be a mapping of settings, true or false, got {given!r}")
+
+
+def _looks_like_key(name: object) -> bool:
+    """Whether the first word of a name is the plugin's, but for case and a letter or two."""
+    first = re.split(r"[^a-z]", str(name).lower())[0]
+    return bool(difflib.get_close_matches(first, [KEY], cutoff=0.8))

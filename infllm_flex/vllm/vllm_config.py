@@ -20,8 +20,11 @@ def read_served(vllm_config: Any) -> Served | None:
     model_config = vllm_config.model_config
     if model_config is None:
         return None
-    text_config = model_config.hf_text_config
-    return read_settings(vllm_config.additional_config, text_config, _has_float8)
+    # They differ in multimodal models. The same order as patch_model's.
+    holder = model_config.hf_config
+    if getattr(holder, "sparse_config", None) is None:
+        holder = model_config.hf_text_config
+    return read_settings(vllm_config.additional_config, holder, _has_float8)
 
 
 def settings_of(vllm_config: Any) -> InfLLMConfig:

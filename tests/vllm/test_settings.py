@@ -8,6 +8,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from infllm_flex import InfLLMConfig, describe, patch_model
 from infllm_flex.vllm.announcement import describe_served
 from infllm_flex.vllm.settings import read_settings
+from infllm_flex.vllm.vllm_config import read_served
 
 EVERY_KEY = {"kernel_size": 1, "kernel_stride": 1, "pool_queries": True}
 OWN = {"block_size": 32, "window_size": 32, "topk": 3, "dense_len": 100}
@@ -69,10 +70,34 @@ def test_a_user_may_decline_a_models_settings(declined):
     assert read({"infllm": declined}, TRAINED) is None
 
 
+def test_a_sparse_config_counts_outside_and_inside_of_a_multimodal_models_text_config():
+    for outer, inner in ((TRAINED, PLAIN), (PLAIN, TRAINED)):
+        model_config = SimpleNamespace(hf_config=outer, hf_text_config=inner)
+        found = read_served(SimpleNamespace(model_config=model_config, additional_config={}))
+        assert found.config == InfLLMConfig(**OWN)
+
+
+@pytest.mark.parametrize("name", ["InfLLM", "infllm_flex", "infllm-v2", "INFLLM", "inflm"])
+@pytest.mark.parametrize("model_config", [PLAIN, TRAINED])
+def test_a_mistyped_key_is_refused(name, model_config):
+    with pytest.raises(ValueError, match=f"{name}'.* go under 'infllm'") as error:
+        read({name: {"topk": 3}}, model_config)
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("own", [{"topc": 3}, {"topk": "3"}, True, []])
+def test_bad_settings_of_a_model_are_named_and_may_be_declined(own):
+    model_config = SimpleNamespace(sparse_config=own)
+    with pytest.raises(ValueError, match=r"sparse_config: .*\"infllm\": false") as error:
+        read({}, model_config)
+    assert "\n" not in str(error.value)
+    assert read({"infllm": False}, model_config) is None
+
+
 @pytest.mark.parametrize(
     ("given", "message"),
     [
-        ({"topc": 3}, "did you mean topk"),
+        ({"topc": 3}, "additional_config.*did you mean topk"),
         ({"topk": 0}, "topk must be between"),
         (1, "must be a mapping of settings, true or false, got 1"),
         ("fused", "must be a mapping of settings, true or false, got 'fused'"),
