@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
@@ -20,7 +19,7 @@ from vllm.v1.kv_cache_interface import AttentionSpec, KVCacheLayout
 from infllm_flex.config import InfLLMConfig
 from infllm_flex.decoding import PagedBatch
 from infllm_flex.vllm.attention import InfLLMAttention
-from infllm_flex.vllm.page_layout import extra_elements, smallest_page
+from infllm_flex.vllm.page_layout import extra_elements, fitting_page, smallest_page
 from infllm_flex.vllm.refusals import not_served
 from infllm_flex.vllm.vllm_config import current_settings
 
@@ -83,10 +82,7 @@ class InfLLMBackend(AttentionBackend):
     def get_preferred_block_size(cls, default_block_size: int) -> int:
         """The page size where the user names none: whole blocks, at least the default."""
         config = _current_settings()
-        if config is None:
-            return default_block_size
-        unit = smallest_page(config)
-        return math.ceil(default_block_size / unit) * unit
+        return default_block_size if config is None else fitting_page(config, default_block_size)
 
     @classmethod
     def supported_kv_cache_layouts(cls) -> tuple[KVCacheLayout, ...]:

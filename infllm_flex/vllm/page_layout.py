@@ -33,6 +33,12 @@ def smallest_page(config: InfLLMConfig) -> int:
     return math.lcm(*strides)
 
 
+def fitting_page(config: InfLLMConfig, default: int) -> int:
+    """The page size where the user names none: whole blocks, at least the default."""
+    unit = smallest_page(config)
+    return math.ceil(default / unit) * unit
+
+
 def extra_elements(config: InfLLMConfig, page_size: int, num_kv_heads: int, head_dim: int) -> int:
     """Count the elements by which a page grows; 0 where every key is scored.
 

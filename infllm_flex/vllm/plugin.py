@@ -17,7 +17,7 @@ from infllm_flex.vllm.announcement import describe_served
 from infllm_flex.vllm.refusals import check_server, not_served
 from infllm_flex.vllm.settings import STAY_DENSE
 from infllm_flex.vllm.version import SERVED_VERSION, is_served_version
-from infllm_flex.vllm.vllm_config import FULL, read_served, server_facts
+from infllm_flex.vllm.vllm_config import FULL, choose_page_size, read_served, server_facts
 
 _BACKEND = "infllm_flex.vllm.backend.InfLLMBackend"
 
@@ -52,6 +52,7 @@ def prepare(vllm_config: Any) -> None:
         )
     from vllm.v1.attention.backends.registry import AttentionBackendEnum
 
+    choose_page_size(vllm_config, served.config)
     facts = server_facts(vllm_config)
     check_server(facts, served)
     _check_registration()

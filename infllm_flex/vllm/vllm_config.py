@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from infllm_flex.config import InfLLMConfig
+from infllm_flex.vllm.page_layout import fitting_page
 from infllm_flex.vllm.refusals import ServerFacts
 from infllm_flex.vllm.settings import Served, read_settings
 from infllm_flex_ops.device import FLOAT8_CAPABILITY
@@ -25,6 +26,18 @@ def read_served(vllm_config: Any) -> Served | None:
     if getattr(holder, "sparse_config", None) is None:
         holder = model_config.hf_text_config
     return read_settings(vllm_config.additional_config, holder, _has_float8)
+
+
+def choose_page_size(vllm_config: Any, config: InfLLMConfig) -> None:
+    """Replace the page size that vLLM takes on a CPU, where it asks no backend for one.
+
+    Args:
+        vllm_config: Changed in place, unless the user named a page size.
+        config: Settings of the model.
+    """
+    cache = vllm_config.cache_config
+    if _on_cpu(vllm_config) and not cache.user_specified_block_size:
+        cache.block_size = fitting_page(config, cache.block_size)
 
 
 def settings_of(vllm_config: Any) -> InfLLMConfig:

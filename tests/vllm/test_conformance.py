@@ -132,6 +132,18 @@ def test_settings_in_the_folder_are_served(tmp_path):
     Judge(folder, MINICPM_SETTINGS).check(answers)
 
 
+@pytest.mark.parametrize(("block", "stride"), [(48, 12), (40, 8)])
+def test_pages_fit_any_settings_where_the_user_names_no_page_size(folders, block, stride):
+    windows = {"kernel_size": 2 * stride, "kernel_stride": stride}
+    settings = {**SETTINGS, "block_size": block, "window_size": block, **windows}
+    with engine(folders["llama"], settings, max_num_batched_tokens=CHUNKS) as llm:
+        (page,) = {layer.kv_cache.shape[2] for layer in layers_of(llm).values()}
+        answers = ask(llm, make_prompts(100, 700), of_prompt=True)
+    assert page >= 128
+    assert page % block == page % stride == 0
+    Judge(folders["llama"], settings).check(answers)
+
+
 @pytest.mark.parametrize("workers", [1, 2])
 def test_worker_processes_answer_alike(folders, workers, monkeypatch):
     monkeypatch.setenv("VLLM_ENABLE_V1_MULTIPROCESSING", "1")
