@@ -127,7 +127,12 @@ def layers_of(llm: Any) -> dict[str, Any]:
 
 
 def ask(
-    llm: Any, prompts: list[list[int]], *, of_prompt: bool = False, num_new: int = NEW_TOKENS
+    llm: Any,
+    prompts: list[list[int]],
+    *,
+    of_prompt: bool = False,
+    num_new: int = NEW_TOKENS,
+    **options: Any,
 ) -> list[Answer]:
     """Generate greedily. With ``of_prompt`` the prompt's log-probabilities are returned, too."""
     from vllm import SamplingParams
@@ -141,7 +146,8 @@ def ask(
     )
     requests = [{"prompt_token_ids": prompt} for prompt in prompts]
     answers = []
-    for prompt, out in zip(prompts, llm.generate(requests, sampling, use_tqdm=False), strict=True):
+    outputs = llm.generate(requests, sampling, use_tqdm=False, **options)
+    for prompt, out in zip(prompts, outputs, strict=True):
         new = list(out.outputs[0].token_ids)
         tokens = [*(prompt[1:] if of_prompt else []), *new]
         rows = [*(out.prompt_logprobs[1:] if of_prompt else []), *out.outputs[0].logprobs]

@@ -177,8 +177,9 @@ def test_rejected_drafts_leave_nothing_behind(folders, monkeypatch):
     Judge(folders["llama"], SETTINGS).check(answers)
 
 
-def test_bfloat16_is_served_near_the_patched_model_in_float32(folders):
-    with engine(folders["llama"], SETTINGS, dtype="bfloat16", block_size=64) as llm:
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_half_precision_is_served_near_the_patched_model_in_float32(folders, dtype):
+    with engine(folders["llama"], SETTINGS, dtype=dtype, block_size=64) as llm:
         (answer,) = ask(llm, make_prompts(900), of_prompt=True)
     sparse, dense = Judge(folders["llama"], SETTINGS).mean_distances(answer)
     assert sparse < dense / 5
