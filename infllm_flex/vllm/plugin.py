@@ -17,7 +17,13 @@ from infllm_flex.vllm.announcement import describe_served
 from infllm_flex.vllm.refusals import check_server, not_served
 from infllm_flex.vllm.settings import STAY_DENSE
 from infllm_flex.vllm.version import SERVED_VERSION, is_served_version
-from infllm_flex.vllm.vllm_config import FULL, choose_page_size, read_served, server_facts
+from infllm_flex.vllm.vllm_config import (
+    FULL,
+    choose_page_size,
+    move_sparse_config,
+    read_served,
+    server_facts,
+)
 
 _BACKEND = "infllm_flex.vllm.backend.InfLLMBackend"
 
@@ -42,6 +48,7 @@ def prepare(vllm_config: Any) -> None:
     Raises:
         ValueError: Something that was asked for cannot be served, or vLLM is of another version.
     """
+    move_sparse_config(vllm_config)
     served = read_served(vllm_config)
     if served is None:
         return

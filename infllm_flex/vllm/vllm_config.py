@@ -21,11 +21,20 @@ def read_served(vllm_config: Any) -> Served | None:
     model_config = vllm_config.model_config
     if model_config is None:
         return None
-    # They differ in multimodal models. The same order as patch_model's.
-    holder = model_config.hf_config
-    if getattr(holder, "sparse_config", None) is None:
-        holder = model_config.hf_text_config
-    return read_settings(vllm_config.additional_config, holder, _has_float8)
+    text_config = model_config.hf_text_config
+    return read_settings(vllm_config.additional_config, text_config, _has_float8)
+
+
+def move_sparse_config(vllm_config: Any) -> None:
+    """Put a multimodal model's ``sparse_config`` where its text model finds it.
+
+    vLLM loads the text model with the text config alone. An outer ``sparse_config`` counts first,
+    as it does in `patch_model`.
+    """
+    model_config = vllm_config.model_config
+    outer = getattr(model_config and model_config.hf_config, "sparse_config", None)
+    if outer is not None:
+        model_config.hf_text_config.sparse_config = outer
 
 
 def choose_page_size(vllm_config: Any, config: InfLLMConfig) -> None:

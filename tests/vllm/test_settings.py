@@ -8,7 +8,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from infllm_flex import InfLLMConfig, describe, patch_model
 from infllm_flex.vllm.announcement import describe_served
 from infllm_flex.vllm.settings import read_settings
-from infllm_flex.vllm.vllm_config import read_served
+from infllm_flex.vllm.vllm_config import move_sparse_config, read_served
 
 EVERY_KEY = {"kernel_size": 1, "kernel_stride": 1, "pool_queries": True}
 OWN = {"block_size": 32, "window_size": 32, "topk": 3, "dense_len": 100}
@@ -71,10 +71,19 @@ def test_a_user_may_decline_a_models_settings(declined):
 
 
 def test_a_sparse_config_counts_outside_and_inside_of_a_multimodal_models_text_config():
-    for outer, inner in ((TRAINED, PLAIN), (PLAIN, TRAINED)):
+    # vLLM gives the text model the inner config alone.
+    for outer, inner in ((TRAINED, SimpleNamespace()), (PLAIN, TRAINED)):
         model_config = SimpleNamespace(hf_config=outer, hf_text_config=inner)
-        found = read_served(SimpleNamespace(model_config=model_config, additional_config={}))
-        assert found.config == InfLLMConfig(**OWN)
+        whole = SimpleNamespace(model_config=model_config, additional_config={})
+        move_sparse_config(whole)
+        text_model = SimpleNamespace(hf_config=inner, hf_text_config=inner)
+        for config in (model_config, text_model):
+            found = read_served(SimpleNamespace(model_config=config, additional_config={}))
+            assert found.config == InfLLMConfig(**OWN)
+
+
+def test_a_configuration_without_a_model_has_nothing_to_move():
+    move_sparse_config(SimpleNamespace(model_config=None))
 
 
 @pytest.mark.parametrize("name", ["InfLLM", "infllm_flex", "infllm-v2", "INFLLM", "inflm"])
