@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from infllm_flex.patch.errors import UnsupportedModelError
 from infllm_flex.patch.head_dims import read_head_dim
+from infllm_flex.patch.layer_configs import config_of_full_layer, config_of_layer
 from infllm_flex.patch.layer_state import PatchedLayer
 from infllm_flex.validation import assert_in_graph
 
@@ -89,7 +90,9 @@ def count_heads(
     Returns:
         Query heads and key/value heads; None for a number that is not found.
     """
-    places = [module, *_configs(module), *_configs(model)]
+    index = vars(module).get("layer_idx")
+    configs = (config_of_layer(c, index) for c in (*_configs(module), *_configs(model)))
+    places = [module, *(config for config in configs if config is not None)]
     query_heads = _first_number(places, _QUERY_NAMES)
     found = kv_heads or _first_number(places, _KV_NAMES)
     if found is not None and query_heads is not None and query_heads % found:
@@ -104,7 +107,8 @@ def read_heads(module: nn.Module, model: nn.Module, kv_heads: int | None = None)
 
 
 def read_heads_of_config(model_config: object) -> Heads:
-    """The heads of a model, by its config alone."""
+    """The heads of a model's first layer with full attention, by its config alone."""
+    model_config = config_of_full_layer(model_config)
     query_heads = _first_number([model_config], _QUERY_NAMES)
     return _heads(model_config, query_heads, _first_number([model_config], _KV_NAMES))
 

@@ -128,8 +128,9 @@ def _server_reason(facts: ServerFacts) -> str | None:
         return f"a cache in {facts.cache_dtype}: leave out --kv-cache-dtype"
     if facts.attention_backend is not None:
         return (
-            f"layers by the attention backend {facts.attention_backend}: leave the choice out (one "
-            "for windowed layers alone goes into --attention-config, backend_per_kind)"
+            f"layers by the attention backend {facts.attention_backend}: leave the choice out, if "
+            "it is not vLLM's own for this model (one for windowed layers alone goes into "
+            "--attention-config, backend_per_kind)"
         )
     if facts.tensor_parallel > facts.kv_heads:
         return (

@@ -93,6 +93,15 @@ class TestHeads:
         ):
             ifx.patch_model(build(gemma4()), SETTINGS)
 
+    @pytest.mark.parametrize("kv_heads", [1, 2])
+    def test_layers_that_differ_in_heads_are_served(self, kv_heads):
+        changes = {"global_head_dim": 32, "attention_k_eq_v": True}
+        model = build(gemma4(**changes, num_global_key_value_heads=kv_heads))
+        plain = logits(model, LONG)
+        ifx.patch_model(model, EVERYTHING)
+        assert [row.sparse for row in ifx.describe(model)] == [False, True]
+        torch.testing.assert_close(logits(model, LONG), plain, rtol=1e-3, atol=1e-4)
+
     def test_one_large_head_is_left(self):
         config = CONFIGS["llama"]()
         model = build(config)

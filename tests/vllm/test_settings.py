@@ -3,7 +3,7 @@
 from types import SimpleNamespace
 
 import pytest
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import Gemma4TextConfig, LlamaConfig, LlamaForCausalLM
 
 from infllm_flex import InfLLMConfig, describe, patch_model
 from infllm_flex.vllm.announcement import describe_served
@@ -68,6 +68,13 @@ def test_a_user_may_ask_for_the_settings_that_patch_model_takes(has_float8, scor
 @pytest.mark.parametrize("declined", [False, None])
 def test_a_user_may_decline_a_models_settings(declined):
     assert read({"infllm": declined}, TRAINED) is None
+
+
+@pytest.mark.parametrize(("head_dim", "size"), [(64, 1), (256, 8)])
+def test_where_layers_differ_the_full_ones_decide(head_dim, size):
+    layers = {"layer_types": ["sliding_attention", "full_attention"], "head_dim": 32}
+    model_config = Gemma4TextConfig(**layers, num_hidden_layers=2, global_head_dim=head_dim)
+    assert read({"infllm": True}, model_config).config.kernel_size == size
 
 
 def test_a_sparse_config_counts_outside_and_inside_of_a_multimodal_models_text_config():

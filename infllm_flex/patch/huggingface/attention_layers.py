@@ -14,6 +14,7 @@ from infllm_flex.patch.head_dims import head_dim_skip_reason
 from infllm_flex.patch.huggingface import causality, transformers_private
 from infllm_flex.patch.huggingface.config_view import PATCHED_NAMES, PREVIOUS_NAMES
 from infllm_flex.patch.huggingface.instance_forward import unreached_reason
+from infllm_flex.patch.layer_configs import config_of_layer
 from infllm_flex.patch.layer_state import PatchedLayer
 from infllm_flex.patch.skip_reasons import (
     LEARNED_MASK,
@@ -99,7 +100,8 @@ def _window(module: nn.Module) -> int | None:
     if hasattr(module, "sliding_window"):
         window = module.sliding_window
     elif layer_type not in _FULL:
-        window = getattr(module.config, "sliding_window", None)
+        own = config_of_layer(module.config, getattr(module, "layer_idx", None))
+        window = getattr(own, "sliding_window", None)
     longest = _longest_sequence(module.config)
     never = longest is not None and window is not None and longest <= window
     return None if never else window
