@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
+from infllm_flex.patch.settings import Resolved
 from infllm_flex.vllm.page_layout import extra_share
-from infllm_flex.vllm.settings import Served
 
 
-def describe_served(served: Served, page_size: int | None) -> list[str]:
+def describe_served(served: Resolved, page_size: int | None) -> list[str]:
     """Say in a line or two what will be served.
 
     Args:

@@ -5,8 +5,9 @@ from __future__ import annotations
 from typing import NamedTuple
 
 from infllm_flex.decoding import FEW_QUERIES
+from infllm_flex.patch.settings import Resolved
 from infllm_flex.vllm.page_layout import extra_share, smallest_page
-from infllm_flex.vllm.settings import STAY_DENSE, Served
+from infllm_flex.vllm.settings import STAY_DENSE
 
 # Draft tokens that need no model: their layers' attention would be that of the served model.
 _MODEL_FREE_DRAFTS = (None, "ngram", "ngram_gpu", "suffix")
@@ -71,7 +72,7 @@ class LayerFacts(NamedTuple):
     others: tuple[str, ...]
 
 
-def check_server(facts: ServerFacts, served: Served) -> None:
+def check_server(facts: ServerFacts, served: Resolved) -> None:
     """Refuse what cannot be served with these settings.
 
     Raises:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import difflib
 import re
 from collections.abc import Callable, Mapping
-from typing import Any, NamedTuple
+from typing import Any
 
 from infllm_flex.config import InfLLMConfig
 from infllm_flex.patch.head_groups import read_heads_of_config
@@ -16,16 +16,9 @@ _GIVEN = f"additional_config[{KEY!r}]"
 STAY_DENSE = f"to serve the model densely, pass --additional-config '{{\"{KEY}\": false}}'"
 
 
-class Served(NamedTuple):
-    """Settings of a served model, and where they come from."""
-
-    config: InfLLMConfig
-    origin: str
-
-
 def read_settings(
     additional_config: object, model_config: object, has_float8: Callable[[], bool]
-) -> Served | None:
+) -> Resolved | None:
     """Read what a model is to be served with.
 
     Args:
@@ -39,7 +32,7 @@ def read_settings(
         The settings; None for a model that asks for nothing, or where the user declined.
 
     Raises:
-        ValueError: Unknown names or impossible values.
+        ValueError: Unknown names, impossible values, or a setting that has no effect in vLLM.
     """
     own = getattr(model_config, "sparse_config", None)
     given = _read_given(additional_config) if isinstance(additional_config, Mapping) else None
@@ -50,11 +43,23 @@ def read_settings(
     else:
         resolved = _read_own(model_config)
     if given is None or given is True:
-        return Served(*resolved)
+        return _without_engine(resolved)
     try:
-        return Served(override(resolved, given).config, _GIVEN)
+        config = override(resolved, given).config
     except ValueError as error:
         raise ValueError(f"{_GIVEN}: {error}") from None
+    return _without_engine(Resolved(config, _GIVEN))
+
+
+def _without_engine(resolved: Resolved) -> Resolved:
+    """Return the settings; a choice of engine among them is refused, since pages have one."""
+    config, origin = resolved
+    if config.engine != "auto":
+        raise ValueError(
+            f"{origin}: engine must be auto or left out, got {config.engine!r}: vLLM's pages are "
+            "served by operators of their own"
+        )
+    return resolved
 
 
 def _read_own(model_config: object) -> Resolved:

@@ -5,9 +5,10 @@ from __future__ import annotations
 from typing import Any
 
 from infllm_flex.config import InfLLMConfig
+from infllm_flex.patch.settings import Resolved
 from infllm_flex.vllm.page_layout import fitting_page
 from infllm_flex.vllm.refusals import ServerFacts
-from infllm_flex.vllm.settings import Served, read_settings
+from infllm_flex.vllm.settings import read_settings
 from infllm_flex_ops.device import FLOAT8_CAPABILITY
 
 FULL = "full_attention"  # vLLM's name for layers that attend to all earlier tokens
@@ -16,7 +17,7 @@ FULL = "full_attention"  # vLLM's name for layers that attend to all earlier tok
 _last_read: InfLLMConfig | None = None
 
 
-def read_served(vllm_config: Any) -> Served | None:
+def read_served(vllm_config: Any) -> Resolved | None:
     """Read what a model is to be served with; None for a model that asks for nothing."""
     model_config = vllm_config.model_config
     if model_config is None:

@@ -3,8 +3,8 @@
 import pytest
 
 from infllm_flex import InfLLMConfig
+from infllm_flex.patch.settings import Resolved
 from infllm_flex.vllm.refusals import LayerFacts, ServerFacts, check_layer, check_server
-from infllm_flex.vllm.settings import Served
 
 SERVER = ServerFacts(
     uses_mla=False,
@@ -34,7 +34,7 @@ LAYER = LayerFacts(
 
 
 def served(**settings):
-    return Served(InfLLMConfig(**settings), "the model's sparse_config")
+    return Resolved(InfLLMConfig(**settings), "the model's sparse_config")
 
 
 def test_a_plain_server_and_a_plain_layer_are_served():

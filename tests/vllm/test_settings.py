@@ -115,6 +115,7 @@ def test_bad_settings_of_a_model_are_named_and_may_be_declined(own):
     [
         ({"topc": 3}, "additional_config.*did you mean topk"),
         ({"topk": 0}, "topk must be between"),
+        ({"engine": "flex"}, "additional_config.*engine must be auto or left out, got 'flex'"),
         (1, "must be a mapping of settings, true or false, got 1"),
         ("fused", "must be a mapping of settings, true or false, got 'fused'"),
     ],
