@@ -35,6 +35,7 @@ def stop(number, _):
     raise SystemExit(128 + number)
 for number in (signal.SIGINT, signal.SIGTERM):
     signal.signal(number, stop)
+signal.signal(signal.SIGHUP, signal.SIG_DFL)  # ignored where nohup runs the tests
 run_in_processes(["-c", sys.argv[1]], 2, False)
 """
 
