@@ -57,8 +57,8 @@ def decode_attention(
         )
     scale = resolve_scale(query, scale)
     keys = compressed_keys
-    keys.check_key(key)
     if query.shape[2] == 1 and is_plain_on_cpu(query) and not keys.config.pool_queries:
+        keys.check_key(key)
         compressed, coarse = _windows(keys, query)
         return decode_step(
             query,
@@ -114,6 +114,8 @@ def select_cached(
     """
     query = as_autocast(query)
     keys, config = compressed_keys, compressed_keys.config
+    if key is not None:
+        keys.check_key(key)
     B, Hkv, _, D = keys.compressed.shape
     if query.dim() != 4 or query.shape[1] % Hkv or (query.shape[0], query.shape[3]) != (B, D):
         raise ValueError(
@@ -127,7 +129,6 @@ def select_cached(
         if keys.scores_keys and key is None:
             raise ValueError("key must be the cache where kernel_size is 1, got None")
         if keys.scores_keys and key is not None:
-            keys.check_key(key)
             compressed = key.detach().to(query.dtype)
         return skip_dispatcher(infllm_flex_ops.select_cached_blocks_pooled, query)(
             query.detach(),
