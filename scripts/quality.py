@@ -62,7 +62,7 @@ def main() -> int:
         source = check_inputs(settings, folder, {part.name: part for part in parts})
         device = pick_device(settings.run.device)
     except ValueError as error:
-        print(error if isinstance(error, ConfigError) else f"error: {error}", file=sys.stderr)
+        say(str(error) if isinstance(error, ConfigError) else f"error: {error}")
         return 2
     skipped: list[Part] = []
     try:
@@ -77,13 +77,13 @@ def main() -> int:
             stop_with_parent()
             skipped = Worker(settings, device, source, say).do(wanted, parts)
     except StoppedError as stopped:
-        print(stopped, file=sys.stderr)
+        say(str(stopped))
         return stopped.status
     except torch.OutOfMemoryError as error:
-        print(f"error: {str(error).split('. ')[0]}. {_LESS_MEMORY}", file=sys.stderr)
+        say(f"error: {str(error).split('. ')[0]}. {_LESS_MEMORY}")
         return 1
     except (ValueError, OSError, RuntimeError, TrainingDivergedError) as error:
-        print(f"error: {error}", file=sys.stderr)
+        say(f"error: {error}")
         return 1
     show(settings, folder, parts, skipped)
     return 0

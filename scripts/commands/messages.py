@@ -9,8 +9,13 @@ NO_PLOT = "no plot: pip install '.[plot]'"
 
 
 def say(line: str) -> None:
-    """Print a line on standard error at once."""
-    print(line, file=sys.stderr, flush=True)
+    """Print a line on standard error at once.
+
+    The line and its end are one write, so that lines of processes that share a terminal never mix:
+    with `PYTHONUNBUFFERED`, `print` writes the end by itself.
+    """
+    sys.stderr.write(f"{line}\n")
+    sys.stderr.flush()
 
 
 def show_warnings(show: bool = True) -> None:
