@@ -29,7 +29,7 @@ class InfLLMConfig:
     Settings constrain each other. ``kernel_size`` and ``block_size`` are multiples of
     ``kernel_stride``, and ``window_size`` is one of ``block_size``. ``topk`` is at least
     ``init_blocks + 1``. With ``pool_queries``, ``kernel_size`` equals ``kernel_stride`` and ``lse``
-    is ``"coarse"``. Without it, ``score_dtype`` is ``"same"``.
+    is ``"coarse"``. Without it, ``score_dtype`` is ``"same"`` and ``score_dims`` is 0.
 
     ``describe(model)`` shows the settings of a patched model, in a row for each attention layer:
     ``name`` of the module, ``patched_through`` (the adapter), ``sparse`` (True or False),
@@ -60,6 +60,10 @@ class InfLLMConfig:
             Windows must not overlap; ``lse`` is not used, since one query needs no normaliser.
         score_dtype: The dtype in which pooled queries and compressed keys are multiplied:
             ``"same"`` as the keys, or ``"float8"`` (e4m3).
+        score_dims: Head dims in which they are multiplied: those of the lowest rotary frequencies,
+            which are ``i`` and ``i + D / 2`` for the last ``score_dims / 2`` of ``i < D / 2``. An
+            even number; 0: all. For rotary embeddings that rotate ``i`` with ``i + D / 2``, over
+            the whole head, as those of Llama, Qwen, Mistral, Gemma and MiniCPM do.
 
     Raises:
         ValueError: A value has the wrong type or is impossible; the message names key and value.
@@ -80,6 +84,7 @@ class InfLLMConfig:
     engine: str = "auto"
     pool_queries: bool = False
     score_dtype: str = "same"
+    score_dims: int = 0
 
     def __post_init__(self) -> None:
         self._check_integer("kernel_stride", minimum=1)
@@ -89,6 +94,7 @@ class InfLLMConfig:
         self._check_integer("window_size", minimum=0)
         self._check_integer("topk", minimum=1)
         self._check_integer("dense_len", minimum=-1)
+        self._check_integer("score_dims", minimum=0)
         for key in ("use_nope", "pool_queries"):
             if not isinstance(getattr(self, key), bool):
                 raise ValueError(f"{key} must be true or false, got {getattr(self, key)!r}")
@@ -125,6 +131,17 @@ class InfLLMConfig:
         if self.score_dtype != "same" and not self.pool_queries:
             raise ValueError(
                 f"score_dtype must be same where pool_queries is false, got {self.score_dtype!r}"
+            )
+        if self.score_dims % 2:
+            raise ValueError(f"score_dims must be even, got {self.score_dims}")
+        if self.score_dims and not self.pool_queries:
+            raise ValueError(
+                f"score_dims must be 0 (all) where pool_queries is false, got {self.score_dims}"
+            )
+        if self.score_dims and self.use_nope:
+            raise ValueError(
+                f"score_dims must be 0 (all) where use_nope is true: queries and keys from before "
+                f"the rotary embedding have no frequencies, got {self.score_dims}"
             )
 
     def _check_integer(self, key: str, minimum: int) -> None:
@@ -178,6 +195,22 @@ class InfLLMConfig:
     def scores_keys(self) -> bool:
         """Whether the keys themselves are scored, so that no compressed keys are kept."""
         return self.pool_queries and self.kernel_size == 1
+
+    def num_score_dims(self, head_dim: int) -> int:
+        """Head dims in which queries and keys are multiplied to score blocks.
+
+        Args:
+            head_dim: Head dim ``D`` of queries and keys.
+
+        Raises:
+            ValueError: ``score_dims`` is more than the head dim, or the head dim is odd.
+        """
+        if self.score_dims > head_dim or (self.score_dims and head_dim % 2):
+            raise ValueError(
+                f"score_dims must be at most the head dim, an even number, got {self.score_dims} "
+                f"for heads of {head_dim}"
+            )
+        return self.score_dims or head_dim
 
     @property
     def longest_dense(self) -> int:

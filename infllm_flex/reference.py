@@ -67,6 +67,8 @@ def score_blocks(query: Tensor, key: Tensor, config: InfLLMConfig, *, scale: flo
 def _score_pooled(query: Tensor, key: Tensor, config: InfLLMConfig) -> Tensor:
     """Score blocks by the group's mean query: its largest dot product with a window of a block."""
     size, block_size = config.kernel_size, config.block_size
+    if config.score_dims:
+        query, key = (_lowest_frequencies(x, config.score_dims) for x in (query, key))
     pooled, compressed = query.double().mean(0), compress_keys(key, size, size)
     if config.score_dtype == "float8":
         exponent = torch.frexp(pooled.abs().amax(-1, keepdim=True)).exponent
@@ -80,6 +82,13 @@ def _score_pooled(query: Tensor, key: Tensor, config: InfLLMConfig) -> Tensor:
         for block, windows in enumerate(logits.split(block_size // size)):
             scores[s, block] = windows.max() if len(windows) else -torch.inf
     return scores
+
+
+def _lowest_frequencies(x: Tensor, num_dims: int) -> Tensor:
+    """Take the dims of ``x [..., D]`` that turn slowest, where dim i turns with dim i + D / 2."""
+    half = x.shape[-1] // 2
+    pairs = range(half - num_dims // 2, half)  # the frequency falls from pair to pair
+    return x[..., [*pairs, *(half + i for i in pairs)]]
 
 
 def _as_float8(x: Tensor) -> Tensor:

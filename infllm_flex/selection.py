@@ -10,6 +10,7 @@ from infllm_flex.batches import lay_out_batch
 from infllm_flex.config import InfLLMConfig
 from infllm_flex.validation import prepare_selection
 from infllm_flex_ops.selection.pool_queries import round_to_float8
+from infllm_flex_ops.selection.rotary_dims import slowest_dims
 from infllm_flex_ops.selection.rule import SelectionRule
 from infllm_flex_ops.sizes import ceil_div
 
@@ -88,7 +89,7 @@ def select_blocks_unchecked(
     rule = selection_rule(config, num_slots)
     if config.pool_queries:
         return infllm_flex_ops.select_blocks_pooled(
-            infllm_flex_ops.pool_queries(query, key.shape[1], config.score_dtype == "float8"),
+            pool_queries(query, key.shape[1], config),
             compress_for_pooled(key, config),
             key.shape[2],
             *rule.pooled,
@@ -145,16 +146,26 @@ def count_scored_keys(config: InfLLMConfig) -> float:
     return 1 / config.kernel_stride + coarse
 
 
+def pool_queries(query: Tensor, num_kv_heads: int, config: InfLLMConfig) -> Tensor:
+    """Make the pooled queries of ``query [B, Hq, S, D]``: ``[B, Hkv, S, num_score_dims]``."""
+    num_dims = config.num_score_dims(query.shape[-1])
+    float8 = config.score_dtype == "float8"
+    return infllm_flex_ops.pool_queries(query, num_kv_heads, float8, num_dims)
+
+
 def compress_for_pooled(key: Tensor, config: InfLLMConfig) -> Tensor:
     """Make the compressed keys that pooled queries are multiplied with.
 
     Args:
         key: ``[B, Hkv, S, D]``.
-        config: Sparsity settings, of which ``kernel_size`` and ``score_dtype`` are used.
+        config: Sparsity settings, of which ``kernel_size``, ``score_dtype`` and ``score_dims`` are
+            used.
 
     Returns:
-        ``[B, Hkv, C, D]``; the keys themselves for windows of one key in the same dtype.
+        ``[B, Hkv, C, num_score_dims]``; the keys themselves for windows of one key in the same
+        dtype and all dims.
     """
+    key = slowest_dims(key, config.num_score_dims(key.shape[-1]))
     if config.kernel_size > 1:
         key = infllm_flex_ops.compress_keys(key, config.kernel_size, config.kernel_stride)
     return key if config.score_dtype == "same" else round_to_float8(key)

@@ -68,6 +68,15 @@ def test_the_rule_decides_how_many_queries_are_dense(changes, length, dense, vis
         ),
         ({"score_dtype": "fp8"}, "score_dtype must be one of same, float8, got 'fp8'"),
         ({"score_dtype": "float8"}, "score_dtype must be same where pool_queries is false"),
+        (
+            {"score_dims": 3, "pool_queries": True, "kernel_size": 16},
+            "score_dims must be even, got 3",
+        ),
+        ({"score_dims": 32}, r"score_dims must be 0 \(all\) where pool_queries is false, got 32"),
+        (
+            {"score_dims": 32, "pool_queries": True, "kernel_size": 16, "use_nope": True},
+            "score_dims must be 0 .* where use_nope is true",
+        ),
         ({"engine": "cuda"}, "engine must be one of auto, flex, fused, got 'cuda'"),
         ({"dense_by": "query"}, "dense_by must be one of sequence, position, got 'query'"),
     ],

@@ -139,6 +139,7 @@ def select_cached(
             config.dense_len,
             width,
             config.score_dtype == "float8",
+            config.num_score_dims(D),
         )
     return skip_dispatcher(infllm_flex_ops.select_cached_blocks, query)(
         query.detach(),

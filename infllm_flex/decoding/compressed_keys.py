@@ -39,7 +39,8 @@ class CompressedKeys:
             tokens is compressed yet.
 
     Raises:
-        ValueError: ``key`` is not floating point of four dimensions.
+        ValueError: ``key`` is not floating point of four dimensions, or its heads have fewer dims
+            than ``score_dims``.
 
     Attributes:
         config: Sparsity settings.
@@ -58,6 +59,7 @@ class CompressedKeys:
                 f"key must be floating point [B, Hkv, S, D], got {key.dtype} of shape "
                 f"{tuple(key.shape)}"
             )
+        config.num_score_dims(key.shape[-1])  # raises where the head has fewer
         self.config = config
         self.rule = selection_rule(config)
         fine = config.kernel_size, config.kernel_stride

@@ -73,8 +73,9 @@ class FlopCounter:
         config = model.config
         self._heads = config.num_attention_heads
         kv_heads = getattr(config, "num_key_value_heads", None) or self._heads
-        self._score_products = count_score_products(attention, self._heads, kv_heads)
         self._head_dim = getattr(config, "head_dim", None) or config.hidden_size // self._heads
+        self._score_dims = attention.num_score_dims(self._head_dim)
+        self._score_products = count_score_products(attention, self._heads, kv_heads)
         self._layers = config.num_hidden_layers
         self._per_token = 6 * _weights_per_token(model)
 
@@ -96,9 +97,10 @@ class FlopCounter:
         pairs = full * full / 2 + (length - full) * config.budget_tokens
         # Attention has two products per pair and head, each computed once forward and twice
         # backward. Scores have theirs forward only.
-        products = 6 * self._heads * pairs
-        products += self._score_products * (length * length - dense * dense) / 2
-        return length * self._per_token + self._layers * 2 * self._head_dim * products
+        products = self._head_dim * 6 * self._heads * pairs
+        scored = self._score_products * (length * length - dense * dense) / 2
+        products += self._score_dims * scored
+        return length * self._per_token + self._layers * 2 * products
 
 
 def _weights_per_token(model: Any) -> int:

@@ -56,8 +56,9 @@ def work_of(op: str, mode: str, settings: BenchmarkSettings, heads: Heads, S: in
     element = 4 if settings.run.dtype == "float32" else 2
     rows = 2 * B * (heads.query + heads.kv) * S * D * element  # q, k, v and the output
     if op == "select_blocks":
-        queries_and_keys = rows / 2
-        return _scores(config, heads, B * D * S * S / 2) + Work(0.0, queries_and_keys)
+        dims = config.num_score_dims(D)
+        queries_and_keys = rows / 2 * dims / D
+        return _scores(config, heads, B * dims * S * S / 2) + Work(0.0, queries_and_keys)
     if op == "infllm_attention":
         select = work_of("select_blocks", "forward", settings, heads, S)
         attend = work_of("attend", mode, settings, heads, S)
@@ -77,8 +78,9 @@ def _work_of_step(op: str, settings: BenchmarkSettings, heads: Heads, S: int) ->
     B, D, config = settings.shapes.batch, settings.shapes.head_dim, settings.attention
     element = 4 if settings.run.dtype == "float32" else 2
     key_bytes = B * heads.kv * D * element
-    select = _scores(config, heads, B * D * S)
-    select += Work(0.0, key_bytes * S * count_scored_keys(config))
+    dims = config.num_score_dims(D)
+    select = _scores(config, heads, B * dims * S)
+    select += Work(0.0, key_bytes * dims / D * S * count_scored_keys(config))
 
     def attend(num_keys: int) -> Work:
         keys_and_values = 2.0 * num_keys

@@ -3,13 +3,14 @@
 Show what each takes: ``pytest tests/custom_ops/test_compile_selection.py -s``.
 """
 
+import re
 from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
 
-from benchmarking.ahead_of_time import SHARED_LIMIT, record_launches
+from benchmarking.ahead_of_time import SHARED_LIMIT, compile_kernel, record_launches
 from infllm_flex_ops.selection.rule import SelectionRule
 from tests.custom_ops.compiled import (
     AMPERE_TOO,
@@ -81,18 +82,18 @@ def _select_documents(dtype: torch.dtype, D: int, G: int) -> None:
     launch(q, compressed, coarse, S, rule, D**-0.5, documents)
 
 
-def _pool(dtype: torch.dtype, D: int, G: int, float8: bool) -> None:
+def _pool(dtype: torch.dtype, D: int, G: int, float8: bool, num_dims: int) -> None:
     from infllm_flex_ops.selection.kernels.pool_queries import launch
 
-    launch(meta(1, 2 * G, 4096, D, dtype=dtype), 2, float8)
+    launch(meta(1, 2 * G, 4096, D, dtype=dtype), 2, float8, num_dims)
 
 
-def _cached_pooled(dtype: torch.dtype, D: int, G: int, n: int, float8: bool) -> None:
+def _cached_pooled(dtype: torch.dtype, D: int, G: int, n: int, float8: bool, num_dims: int) -> None:
     from infllm_flex_ops.selection.kernels.decode.launch_pooled import launch
 
     q, k = meta(1, 2 * G, n, D, dtype=dtype), meta(1, 2, 32768, D, dtype=dtype)
     ends = [meta(1, dtype=torch.int64) for _ in range(2)]
-    launch(q, k, *ends, SelectionRule.from_pooled(1, 64, 1, 4, 96), 8192, 128, float8)
+    launch(q, k, *ends, SelectionRule.from_pooled(1, 64, 1, 4, 96), 8192, 128, float8, num_dims)
 
 
 def _select_cached(
@@ -146,13 +147,17 @@ CASES: list[Any] = [
     *case(_select_pooled, EIGHT, 256, on=EACH),
     *case(_select_pooled, FLOAT, 128, on=EACH),
     *case(_select_pooled, EIGHT, 80, 1, 1 << 18, on=AMPERE_TOO),  # picks from a few segments
-    *case(_pool, BRAIN, 128, 16, True, on=EACH),
-    *case(_pool, HALF, 80, 3, False, on=EACH),
-    *case(_cached_pooled, BRAIN, 128, 16, 1, True, on=EACH),
-    *case(_cached_pooled, BRAIN, 64, 3, 1, False, on=EACH),
-    *case(_cached_pooled, HALF, 256, 4, 5, True, on=EACH),
-    *case(_cached_pooled, FLOAT, 128, 3, 1, False, on=EACH),
-    *case(_cached_pooled, FLOAT, 256, 4, 5, True, on=EACH),
+    *case(_pool, BRAIN, 128, 16, True, 128, on=EACH),
+    *case(_pool, HALF, 80, 3, False, 80, on=EACH),
+    *case(_pool, BRAIN, 128, 4, True, 32, on=EACH),
+    *case(_cached_pooled, BRAIN, 128, 16, 1, True, 128, on=EACH),
+    *case(_cached_pooled, BRAIN, 64, 3, 1, False, 64, on=EACH),
+    *case(_cached_pooled, HALF, 256, 4, 5, True, 256, on=EACH),
+    *case(_cached_pooled, FLOAT, 128, 3, 1, False, 128, on=EACH),
+    *case(_cached_pooled, FLOAT, 256, 4, 5, True, 256, on=EACH),
+    *case(_cached_pooled, BRAIN, 128, 4, 1, True, 32, on=EACH),
+    *case(_cached_pooled, BRAIN, 80, 16, 5, False, 32, on=EACH),
+    *case(_cached_pooled, FLOAT, 256, 4, 1, False, 64, on=EACH),
     *case(_select_cached, BRAIN, 128, 16, on=EACH),
     *case(_select_cached, BRAIN, 128, 64),
     *case(_select_cached, BRAIN, 128, 16, 1, 64, 1 << 19),
@@ -183,6 +188,18 @@ def test_each_run_compiles_every_kernel(monkeypatch: pytest.MonkeyPatch) -> None
     assert_each_run_has_every_kernel(monkeypatch, CASES)
 
 
+@pytest.mark.parametrize("D", [64, 80, 128, 256])
+def test_keys_of_a_part_of_the_dims_are_copied_in_the_widest_steps(
+    D: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def step() -> None:
+        _cached_pooled(BRAIN, D, 4, 1, True, 32)
+
+    scores = record_launches(monkeypatch, step, 90)[0]
+    copies = re.findall(r"cp\.async\.c[ag].*, (\w+), ", compile_kernel(scores, 90).asm["ptx"])
+    assert set(copies) == {"0x10"}  # bytes
+
+
 @pytest.mark.slow  # with the Triton of .venv the tests above compile the same
 @pytest.mark.private_api
 @pytest.mark.parametrize(
@@ -193,8 +210,8 @@ def test_each_run_compiles_every_kernel(monkeypatch: pytest.MonkeyPatch) -> None
         (_select, (BRAIN, 128, 4)),
         (_select_documents, (BRAIN, 128, 16)),
         (_select_pooled, (BRAIN, 128)),
-        (_pool, (BRAIN, 128, 16, True)),
-        (_cached_pooled, (BRAIN, 128, 16, 1, True)),
+        (_pool, (BRAIN, 128, 16, True, 128)),
+        (_cached_pooled, (BRAIN, 128, 16, 1, True, 128)),
         (_select_cached, (BRAIN, 128, 16)),
     ],
 )

@@ -5,6 +5,7 @@ import torch
 
 from infllm_flex.decoding import select_cached
 from infllm_flex.decoding.paged.selection import select_chunk
+from infllm_flex.selection import pool_queries as pool_for
 from infllm_flex.selection import select_blocks
 from infllm_flex_ops import pool_queries, select_paged_blocks_pooled, select_paged_chunk_pooled
 from tests.inputs import make_qkv, small_config
@@ -18,6 +19,8 @@ SETTINGS = [
     {**EVERY_KEY, "init_blocks": 0, "window_size": 0, "topk": 5},
     {**EVERY_KEY, "block_size": 64, "window_size": 64, "topk": 2, "dense_len": 231},
     PAIRS,
+    {**EVERY_KEY, "score_dims": 8},
+    {**PAIRS, "score_dims": 4},
 ]
 LENGTHS = [230, 17, 0, 64, 1, 231, 128]
 COUNTS = [5, 3, 0, 1, 1, 5, 2]
@@ -48,7 +51,8 @@ def test_few_queries_get_the_lists_of_a_cache_in_one_piece(settings, page_size, 
     capacity = rows.k.shape[2]
     expected = select_cached(q, rows.unpaged(config), capacity=capacity, key=rows.k)
     where = rows.block_table, rows.seq_lens, query_start(COUNTS)
-    limits = config.dense_len, expected.shape[-1], 5, config.score_dtype == "float8"
+    products = config.score_dtype == "float8", config.num_score_dims(16)
+    limits = config.dense_len, expected.shape[-1], 5, *products
     lists = select_paged_blocks_pooled(
         flat(q, COUNTS), rows.cache.scored, *where, *rows.cache.rule.pooled, *limits
     )
@@ -67,13 +71,13 @@ def test_a_chunk_gets_the_lists_of_a_whole_sequence(settings, page_size, Sq):
     queries = q[0].transpose(0, 1)
     lists = select_chunk(queries, rows.cache, table, 230, 0.25)
     whole = select_blocks(q, k, config)[0]
-    pooled = pool_queries(q, 2, config.score_dtype == "float8")[0]
+    pooled = pool_for(q, 2, config)[0]
     alone = select_paged_chunk_pooled(pooled, rows.cache.scored, table, 230, *config_rule(config))
     assert torch.equal(alone, whole)
     few = select_paged_blocks_pooled(
         queries, rows.cache.scored, table[None], rows.seq_lens[1:], query_start([Sq]),
         *config_rule(config), config.dense_len, lists.shape[-1], Sq,
-        config.score_dtype == "float8",
+        config.score_dtype == "float8", config.num_score_dims(16),
     )  # fmt: skip
     assert torch.equal(lists, few)
 
@@ -100,7 +104,7 @@ def test_rows_with_more_queries_are_left_out():
     where = rows.block_table, rows.seq_lens, query_start([3, 40, 7])
     rule = config_rule(rows.cache.config)
     some, everything = (
-        select_paged_blocks_pooled(q, rows.cache.key, *where, *rule, -1, 5, most, False)
+        select_paged_blocks_pooled(q, rows.cache.key, *where, *rule, -1, 5, most, False, 16)
         for most in (7, 40)
     )
     for own in (slice(0, 3), slice(43, 50)):
@@ -113,7 +117,7 @@ def test_a_row_that_does_not_fit_its_table_is_refused():
     where = rows.block_table, torch.tensor([65], dtype=torch.int32), query_start([1])
     q, rule = make_qkv(1)[0][0].transpose(0, 1), config_rule(rows.cache.config)
     with pytest.raises(ValueError, match="must hold the pages of 65 tokens in row 0, got 4 pages"):
-        select_paged_blocks_pooled(q, rows.cache.key, *where, *rule, -1, 5, 1, False)
+        select_paged_blocks_pooled(q, rows.cache.key, *where, *rule, -1, 5, 1, False, 16)
 
 
 @pytest.mark.parametrize("settings", [EVERY_KEY, PAIRS], ids=str)
@@ -123,7 +127,7 @@ def test_are_registered_right(settings):
     q = make_qkv(5, Hq=4)[0][0].transpose(0, 1).contiguous()
     where = rows.block_table.clamp(max=3), rows.seq_lens, query_start([2, 3])
     ops = torch.ops.infllm_flex
-    few = (q, scored, *where, *rule, -1, 5, 3, False)
+    few = (q, scored, *where, *rule, -1, 5, 3, False, 16)
     torch.library.opcheck(ops.select_paged_blocks_pooled.default, few)
     pooled = q.transpose(0, 1).unflatten(0, (2, 2)).mean(1)
     chunk = (pooled, scored, where[0][1], 100, *rule)
@@ -136,8 +140,8 @@ def test_compile_as_one_graph():
     where = rows.block_table, rows.seq_lens, query_start([2, 3])
 
     def step(q):
-        few = select_paged_blocks_pooled(q, rows.cache.key, *where, *rule, -1, 5, 3, True)
-        pooled = pool_queries(q.transpose(0, 1)[None], 2, False)[0]
+        few = select_paged_blocks_pooled(q, rows.cache.key, *where, *rule, -1, 5, 3, True, 8)
+        pooled = pool_queries(q.transpose(0, 1)[None], 2, False, 8)[0]
         table = rows.block_table[1]
         return few, select_paged_chunk_pooled(pooled, rows.cache.key, table, 100, *rule)
 

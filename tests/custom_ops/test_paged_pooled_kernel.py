@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from infllm_flex.selection import compress_for_pooled
+from infllm_flex.selection import pool_queries as pool_for
 from infllm_flex_ops import (
     pool_queries,
     select_cached_blocks_pooled,
@@ -42,6 +43,7 @@ from tests.custom_ops.selection_launches import (  # noqa: E402
 )
 
 FLOAT8 = {**EVERY_KEY, "score_dtype": "float8"}
+SLOWEST = {**EVERY_KEY, "score_dims": 32}
 WIDE = {**EVERY_KEY, "block_size": 64, "window_size": 64, "topk": 2}
 N = 3
 
@@ -64,7 +66,7 @@ class Case:
         config = self.config = self.rows.cache.config
         capacity = self.rows.k.shape[2]
         width = max(config.num_selected, -(-min(config.dense_len - 1, capacity) // 16))
-        self.float8 = config.score_dtype == "float8"
+        self.products = config.score_dtype == "float8", config.num_score_dims(D)
         self.limits = config.dense_len, width
 
     def unpaged(self) -> tuple[Any, ...]:
@@ -73,7 +75,7 @@ class Case:
         keys = self.rows.k if self.config.scores_keys else state.compressed
         return (
             self.q, keys, state.start, state.end, *config_rule(self.config), *self.limits,
-            self.float8,
+            *self.products,
         )  # fmt: skip
 
     def paged(self, counts: list[int]) -> tuple[Any, ...]:
@@ -81,7 +83,7 @@ class Case:
         where = self.rows.block_table, self.rows.seq_lens, query_start(counts)
         rule = config_rule(self.config)
         keys = self.rows.cache.scored
-        return (flat(self.q, counts), keys, *where, *rule, *self.limits, N, self.float8)
+        return (flat(self.q, counts), keys, *where, *rule, *self.limits, N, *self.products)
 
 
 def split(lists: Tensor, counts: list[int]) -> list[Tensor]:
@@ -98,6 +100,9 @@ def split(lists: Tensor, counts: list[int]) -> list[Tensor]:
         (FLOAT8, 8, 2, 24, DTYPES[-1]),
         (FLOAT8, 64, 1, 16, DTYPES[0]),
         (PAIRS, 32, 2, 16, DTYPES[1]),
+        (SLOWEST, 64, 3, 128, DTYPES[0]),
+        ({**SLOWEST, "score_dtype": "float8"}, 16, 2, 80, DTYPES[-1]),
+        ({**PAIRS, "score_dims": 4}, 32, 2, 24, DTYPES[1]),
     ],
     ids=str,
 )
@@ -134,7 +139,7 @@ def test_rows_with_more_queries_are_left_out() -> None:
     counts = [min(count, N) for count in COUNTS]
     args = list(case.paged(counts))
     everything = select_paged_blocks_pooled(*args)
-    args[-2] = N - 1
+    args[-3] = N - 1
     some = run_on_device(lambda *x: launch(select_paged_blocks_pooled, *x), *args)
     for count, few, own in zip(counts, split(some, counts), split(everything, counts), strict=True):
         assert count == N or torch.equal(few, own)
@@ -151,6 +156,9 @@ def test_rows_with_more_queries_are_left_out() -> None:
         (FLOAT8, 64, 9, 24, DTYPES[-1]),
         (FLOAT8, 16, 5, 256, DTYPES[0]),
         (PAIRS, 32, 5, 16, DTYPES[1]),
+        (SLOWEST, 64, 9, 80, DTYPES[0]),
+        ({**SLOWEST, "score_dtype": "float8"}, 16, 5, 128, DTYPES[-1]),
+        ({**PAIRS, "score_dims": 4}, 32, 5, 24, DTYPES[1]),
     ],
     ids=str,
 )
@@ -160,7 +168,7 @@ def test_a_chunk_gets_the_bits_of_one_piece(
     rows = filled_rows(settings, [40, 230], page_size, D=D, dtype=dtype)
     config = rows.cache.config
     q = make_qkv(Sq, Hq=6, D=D, dtype=dtype)[0]
-    pooled, rule = pool_queries(q, 2, config.score_dtype == "float8"), config_rule(config)
+    pooled, rule = pool_for(q, 2, config), config_rule(config)
     keys = compress_for_pooled(rows.k[1:, :, :230], config)
     expected = run_on_device(launch_select_pooled, pooled, keys, 230, *rule)
     args = pooled[0], rows.cache.scored, rows.block_table[1], 230, *rule
@@ -173,7 +181,7 @@ def test_many_queries_over_a_rounded_copy_get_the_bits_of_few(
     page_size: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     rows = filled_rows(FLOAT8, [40, 230], page_size, D=24, dtype=DTYPES[-1])
-    pooled = pool_queries(make_qkv(9, Hq=6, D=24, dtype=DTYPES[-1])[0], 2, True)[0]
+    pooled = pool_queries(make_qkv(9, Hq=6, D=24, dtype=DTYPES[-1])[0], 2, True, 24)[0]
     args = pooled, rows.cache.scored, rows.block_table[1], 230, *config_rule(rows.cache.config)
     lists = []
     for copy_from in (10, 9):
@@ -186,19 +194,19 @@ def test_many_queries_over_a_rounded_copy_get_the_bits_of_few(
 def test_a_chunk_of_whole_numbers_gets_what_the_definition_gives(settings: dict[str, Any]) -> None:
     rows = filled_rows(settings, [40, 500], 64, whole_numbers=True, dtype=torch.float16)
     q = (make_qkv(9, Hq=4, dtype=torch.float16)[0] * 3).round().mul(2)
-    pooled = pool_queries(q, 2, settings is FLOAT8)[0]
+    pooled = pool_queries(q, 2, settings is FLOAT8, 16)[0]
     args = pooled, rows.cache.key, rows.block_table[1], 500, *config_rule(rows.cache.config)
     lists = run_on_device(lambda *x: launch(select_paged_chunk_pooled, *x), *args)
     assert torch.equal(lists, select_paged_chunk_pooled(*args))
 
 
 @pytest.mark.skipif(not INTERPRETED, reason="guard pages surround CPU memory only")
-@pytest.mark.parametrize("settings", [EVERY_KEY, FLOAT8], ids=str)
+@pytest.mark.parametrize("settings", [EVERY_KEY, FLOAT8, {**FLOAT8, "score_dims": 8}], ids=str)
 def test_touches_nothing_outside(settings: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
     case = Case(settings, 16, [230, 0, 64, 17], D=24, whole_numbers=True)
     counts = [2, 0, 1, 2]
     few = case.paged(counts)
-    pooled = pool_queries(case.q[:1], 2, case.float8)[0]
+    pooled = pool_for(case.q[:1], 2, case.config)[0]
     rows, rule = case.rows, config_rule(case.config)
     chunk = pooled, rows.cache.key, rows.block_table[0], 230, *rule
     expected = select_paged_blocks_pooled(*few), select_paged_chunk_pooled(*chunk)

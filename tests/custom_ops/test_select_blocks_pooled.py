@@ -23,11 +23,12 @@ def pooled_config(window=1, **overrides):
     return small_config(pool_queries=True, **windows, **overrides)
 
 
+@pytest.mark.parametrize("score_dims", [0, 2, 12])
 @pytest.mark.parametrize("score_dtype", ["same", "float8"])
 @pytest.mark.parametrize("window", [1, 4])
 @pytest.mark.parametrize("shape", SHAPES)
-def test_selects_what_the_reference_selects(shape, window, score_dtype):
-    config = pooled_config(window, score_dtype=score_dtype)
+def test_selects_what_the_reference_selects(shape, window, score_dtype, score_dims):
+    config = pooled_config(window, score_dtype=score_dtype, score_dims=score_dims)
     q, k, _ = make_qkv(**shape)
     expected = reference.select_blocks(q, k, config, scale=0.25)
     assert torch.equal(select_for(q, k, config, scale=0.25), expected)
@@ -85,14 +86,14 @@ def test_a_row_depends_on_nothing_but_its_past():
 @pytest.mark.parametrize("float8", [False, True])
 def test_a_pooled_query_depends_on_nothing_but_its_heads(G, float8):
     q, _, _ = make_qkv(41, B=2, Hq=2 * G, D=24)
-    whole = pool_queries(q, 2, float8).float()
+    whole = pool_queries(q, 2, float8, 24).float()
     exact = q.double().unflatten(1, (2, G)).mean(2)
     assert float8 or torch.allclose(whole.double(), exact, rtol=0, atol=1e-6)
     for order in ((0, 2, 1, 3), (2, 3, 0, 1), (0, 1, 3, 2)):
         laid_out = q.permute(order).contiguous().permute(sorted(range(4), key=order.__getitem__))
-        assert torch.equal(pool_queries(laid_out, 2, float8).float(), whole), order
+        assert torch.equal(pool_queries(laid_out, 2, float8, 24).float(), whole), order
         for begin, end in ((0, 1), (7, 8), (3, 40)):
-            chunk = pool_queries(laid_out[:, :, begin:end], 2, float8).float()
+            chunk = pool_queries(laid_out[:, :, begin:end], 2, float8, 24).float()
             assert torch.equal(chunk, whole[:, :, begin:end]), (order, begin)
 
 
@@ -111,6 +112,32 @@ def test_blocks_that_differ_by_a_rounding_are_selected_alike_in_whole_and_in_par
         state.append(k, 30 if length == 30 else 1, end=torch.tensor(length))
         step = select_cached(q[:, :, length - 1 : length], state, capacity=90, key=k)
         assert torch.equal(step, whole[:, :, length - 1 : length])
+
+
+def test_dims_that_turn_fast_do_not_matter():
+    """A rotary embedding turns dims i and i + 8 by position / 10000 ** (i / 8)."""
+    q, k, _ = make_qkv(405)
+    other_q, other_k = q.clone(), k.clone()
+    fast = [*range(6), *range(8, 14)]
+    for other in (other_q, other_k):
+        other[..., fast] = torch.randn_like(other[..., fast]) * 10
+    config = pooled_config(score_dims=4)
+    selected = select_for(q, k, config)
+    assert torch.equal(select_for(other_q, other_k, config), selected)
+    assert not torch.equal(select_for(other_q, other_k, pooled_config()), selected)
+    slow = [6, 7, 14, 15]
+    assert torch.equal(select_for(q[..., slow], k[..., slow], pooled_config()), selected)
+
+
+def test_more_dims_than_the_head_has_are_refused():
+    q, k, _ = make_qkv(40)
+    message = "score_dims must be at most the head dim, an even number, got 18 for heads of 16"
+    with pytest.raises(ValueError, match=message):
+        select_for(q, k, pooled_config(score_dims=18))
+    with pytest.raises(ValueError, match=message):
+        CompressedKeys(pooled_config(score_dims=18), k)
+    with pytest.raises(ValueError, match="got 2 for heads of 15"):
+        select_for(q[..., :15], k[..., :15], pooled_config(score_dims=2))
 
 
 @pytest.mark.parametrize("factor", [2.0**-9, 2.0**40])
@@ -163,7 +190,7 @@ PARTS = torch.tensor([[[0, 60, 5], [0, 60, 5], [64, 80, 5], [0, 0, 0]]], dtype=t
 def test_is_registered_right(documents):  # the checks themselves know no float8
     config = pooled_config()
     q, k, _ = make_qkv(128)
-    args = (pool_queries(q, 2, False), compress_for_pooled(k, config), 128, 1, 16, 1, 2, 5)
+    args = (pool_queries(q, 2, False, 16), compress_for_pooled(k, config), 128, 1, 16, 1, 2, 5)
     torch.library.opcheck(torch.ops.infllm_flex.select_blocks_pooled.default, (*args, documents))
 
 

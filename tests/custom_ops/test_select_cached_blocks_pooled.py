@@ -5,6 +5,7 @@ import torch
 
 from infllm_flex_ops import compress_keys, select_blocks_pooled, select_cached_blocks_pooled
 from infllm_flex_ops.selection.pool_queries import pool_queries, round_to_float8
+from infllm_flex_ops.selection.rotary_dims import slowest_dims
 from tests.inputs import make_qkv
 
 S = 240
@@ -30,20 +31,28 @@ def draw_cache(window, *, n=1, dtype=torch.float32, whole_numbers=False, **shape
     return q, k, compressed, start, end
 
 
-def arguments(cache, window, dense_len, float8):
+def arguments(cache, window, dense_len, float8, num_dims=None):
     q, _, compressed, start, end = cache
+    num_dims = num_dims or q.shape[-1]
     width = max(RULE["num_selected"], -(-(dense_len - 1) // 16))
-    return (q, compressed, start, end, window, *RULE.values(), dense_len, width, float8)
+    return (q, compressed, start, end, window, *RULE.values(), dense_len, width, float8, num_dims)
 
 
 @pytest.mark.parametrize("float8", [False, True])
 @pytest.mark.parametrize(
-    ("window", "n", "shape"), [(1, 1, {}), (1, 6, {"Hq": 14}), (4, 3, {"D": 40})]
+    ("window", "n", "shape", "num_dims"),
+    [
+        (1, 1, {}, 16),
+        (1, 6, {"Hq": 14}, 16),
+        (4, 3, {"D": 40}, 40),
+        (1, 2, {"D": 24}, 8),
+        (4, 3, {}, 4),
+    ],
 )
-def test_has_the_bits_of_the_whole_sequence(window, n, shape, float8):
+def test_has_the_bits_of_the_whole_sequence(window, n, shape, num_dims, float8):
     cache = draw_cache(window, n=n, **shape)
     q, k = cache[:2]
-    selected = select_cached_blocks_pooled(*arguments(cache, window, -1, float8))
+    selected = select_cached_blocks_pooled(*arguments(cache, window, -1, float8, num_dims))
     for row, (start, end) in enumerate(ROWS):
         count = min(n, end - start)
         if count == 0:
@@ -51,8 +60,9 @@ def test_has_the_bits_of_the_whole_sequence(window, n, shape, float8):
             continue
         keys = k[row : row + 1, :, start:end]
         keys = compress_keys(keys, window, window) if window > 1 else keys
+        keys = slowest_dims(keys, num_dims)
         keys = round_to_float8(keys) if float8 else keys
-        pooled = pool_queries(q[row : row + 1, :, n - count :], 2, float8)
+        pooled = pool_queries(q[row : row + 1, :, n - count :], 2, float8, num_dims)
         alone = select_blocks_pooled(pooled, keys, end - start, window, *RULE.values())
         assert torch.equal(selected[row, :, n - count :, : alone.shape[-1]], alone[0])
         assert (selected[row, :, n - count :, alone.shape[-1] :] == -1).all()

@@ -43,6 +43,7 @@ SCORING = [
     {"pool_queries": True, "kernel_size": 1, "kernel_stride": 1},
     {"pool_queries": True, "kernel_size": 1, "kernel_stride": 1, "score_dtype": "float8"},
     {"pool_queries": True, "kernel_size": 4, "kernel_stride": 4},
+    {"pool_queries": True, "kernel_size": 1, "kernel_stride": 1, "score_dims": 8},
 ]
 
 

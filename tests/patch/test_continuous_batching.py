@@ -67,6 +67,7 @@ def test_each_request_gets_what_it_gets_alone(settings):
     [
         {"pool_queries": True, "kernel_size": 4},
         {"pool_queries": True, "kernel_size": 1, "kernel_stride": 1},
+        {"pool_queries": True, "kernel_size": 1, "kernel_stride": 1, "score_dims": 4},
         {"lse": "exact"},
     ],
     ids=str,

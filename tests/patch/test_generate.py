@@ -37,9 +37,9 @@ def test_generation_past_dense_len_is_the_loop_of_full_forwards(family):
         pytest.param({"cache_implementation": "static"}, id="static"),
     ],
 )
-@pytest.mark.parametrize("window", [1, 4])
-def test_a_cache_changes_nothing_where_queries_are_pooled(window, options):
-    windows = {"kernel_size": window, "kernel_stride": window}
+@pytest.mark.parametrize(("window", "score_dims"), [(1, 0), (4, 0), (1, 8), (4, 4)])
+def test_a_cache_changes_nothing_where_queries_are_pooled(window, score_dims, options):
+    windows = {"kernel_size": window, "kernel_stride": window, "score_dims": score_dims}
     settings = {**GROWING, **windows, "pool_queries": True, "score_dtype": "float8"}
     model = ifx.patch_model(build(), settings)
     ids = tokens(90)

@@ -57,16 +57,17 @@ def test_flops_of_sparse_attention_follow_from_the_budget_and_the_scores(model):
 
 
 @pytest.mark.parametrize(
-    ("settings", "heads", "keys_per_token"),
+    ("settings", "heads", "keys_per_token", "dims"),
     [
         # 4 query heads in groups of 2: pooled queries are half as many.
-        ({"kernel_size": 1, "kernel_stride": 1, "pool_queries": True}, 2, 1),
-        ({"kernel_size": 4, "kernel_stride": 4, "pool_queries": True}, 2, 1 / 4),
-        ({"lse": "exact"}, 4, 1 / 2),
+        ({"kernel_size": 1, "kernel_stride": 1, "pool_queries": True}, 2, 1, 16),
+        ({"kernel_size": 1, "kernel_stride": 1, "pool_queries": True, "score_dims": 4}, 2, 1, 4),
+        ({"kernel_size": 4, "kernel_stride": 4, "pool_queries": True}, 2, 1 / 4, 16),
+        ({"lse": "exact"}, 4, 1 / 2, 16),
     ],
 )
 def test_scores_count_the_queries_and_keys_that_are_multiplied(
-    model, settings, heads, keys_per_token
+    model, settings, heads, keys_per_token, dims
 ):
     attention = replace(ATTENTION, **settings)
     work = FlopCounter(model, stage(attention="sparse", max_length=256), attention)
@@ -74,7 +75,7 @@ def test_scores_count_the_queries_and_keys_that_are_multiplied(
     seen = budget * budget / 2 + (256 - budget) * budget
     scored = heads * 256 * 256 / 2 * keys_per_token
     head_dim = 16
-    expected = 3 * head_dim * 2 * (6 * 4 * seen + scored)
+    expected = 3 * 2 * (head_dim * 6 * 4 * seen + dims * scored)
     assert work.flops([256]) - 256 * work._per_token == expected
 
 

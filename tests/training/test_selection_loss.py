@@ -23,6 +23,9 @@ CONFIGS = {
     "long windows": replace(WINDOWS, kernel_size=32, kernel_stride=16, init_blocks=0),
     "no window": replace(WINDOWS, init_blocks=0, window_size=0),
     "every key": replace(WINDOWS, kernel_size=1, kernel_stride=1, pool_queries=True),
+    "slowest dims": replace(
+        WINDOWS, kernel_size=1, kernel_stride=1, pool_queries=True, score_dims=4
+    ),
     "pairs": replace(WINDOWS, kernel_size=2, kernel_stride=2, pool_queries=True),
     "float8": replace(
         WINDOWS, kernel_size=1, kernel_stride=1, pool_queries=True, score_dtype="float8"

@@ -4,11 +4,12 @@ import torch
 from torch import Tensor
 
 from infllm_flex_ops.dispatch import cuda_launcher, define_operator
+from infllm_flex_ops.selection.rotary_dims import slowest_dims
 from infllm_flex_ops.transforms import register_vmap
 
 
 @define_operator()
-def pool_queries(q: Tensor, num_kv_heads: int, float8: bool) -> Tensor:
+def pool_queries(q: Tensor, num_kv_heads: int, float8: bool, num_dims: int) -> Tensor:
     """Average the query heads that share a KV head, in at least float32.
 
     The bits of a token depend on its queries alone.
@@ -21,12 +22,14 @@ def pool_queries(q: Tensor, num_kv_heads: int, float8: bool) -> Tensor:
         q: Queries ``[B, Hq, S, D]``.
         num_kv_heads: ``Hkv``, which divides ``Hq``.
         float8: Round to e4m3 instead of to the dtype of ``q``.
+        num_dims: Head dims to pool, those that a rotary embedding turns slowest, an even number; D
+            pools all.
 
     Returns:
-        Pooled queries ``[B, Hkv, S, D]``, contiguous, in the dtype of ``q`` or ``float8_e4m3fn``.
-        No gradient flows.
+        Pooled queries ``[B, Hkv, S, num_dims]``, contiguous, in the dtype of ``q`` or
+        ``float8_e4m3fn``. No gradient flows.
     """
-    pooled = _average_heads(q.unflatten(1, (num_kv_heads, -1)))
+    pooled = _average_heads(slowest_dims(q, num_dims).unflatten(1, (num_kv_heads, -1)))
     if not float8:
         return pooled.to(q.dtype).contiguous()
     exponent = torch.frexp(pooled.abs().amax(-1, keepdim=True)).exponent  # largest < 2 ** exponent
@@ -52,9 +55,10 @@ def round_to_float8(x: Tensor) -> Tensor:
 
 
 @pool_queries.register_fake
-def _(q: Tensor, num_kv_heads: int, float8: bool) -> Tensor:
-    B, _, S, D = q.shape
-    return q.new_empty(B, num_kv_heads, S, D, dtype=torch.float8_e4m3fn if float8 else q.dtype)
+def _(q: Tensor, num_kv_heads: int, float8: bool, num_dims: int) -> Tensor:
+    B, _, S, _ = q.shape
+    dtype = torch.float8_e4m3fn if float8 else q.dtype
+    return q.new_empty(B, num_kv_heads, S, num_dims, dtype=dtype)
 
 
 cuda_launcher(pool_queries, "selection.kernels.pool_queries")

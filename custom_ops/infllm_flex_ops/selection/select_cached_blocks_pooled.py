@@ -8,6 +8,7 @@ from torch import Tensor
 from infllm_flex_ops.dispatch import cuda_launcher, define_operator
 from infllm_flex_ops.rows import check_room
 from infllm_flex_ops.selection.pool_queries import pool_queries, round_to_float8
+from infllm_flex_ops.selection.rotary_dims import slowest_dims
 from infllm_flex_ops.selection.rule import SelectionRule
 from infllm_flex_ops.selection.select_cached_blocks import list_full_queries, select_for_row
 
@@ -26,6 +27,7 @@ def select_cached_blocks_pooled(
     dense_len: int,
     width: int,
     float8: bool,
+    num_dims: int,
 ) -> Tensor:
     """Select the blocks of few queries per row, by the same rule as ``select_blocks_pooled``.
 
@@ -47,6 +49,8 @@ def select_cached_blocks_pooled(
             included; it lists every block.
         width: Slots per list: the budget, or the longest list of a dense query if that is longer.
         float8: Round pooled queries and compressed keys to e4m3 before they are multiplied.
+        num_dims: Head dims in which they are multiplied, those that a rotary embedding turns
+            slowest, an even number; D multiplies all.
 
     Returns:
         Selected blocks, int32 ``[B, Hkv, n, width]``, counted from each row's first token,
@@ -58,7 +62,7 @@ def select_cached_blocks_pooled(
     Hkv = compressed.shape[1]
     selected = torch.full((B, Hkv, n, width), -1, dtype=torch.int32, device=q.device)
     accumulate = torch.promote_types(q.dtype, torch.float32)
-    pooled = pool_queries(q, Hkv, float8).to(accumulate)
+    pooled = pool_queries(q, Hkv, float8, num_dims).to(accumulate)
     for b, (row_start, row_end) in enumerate(zip(start.tolist(), end.tolist(), strict=True)):
         positions = range(row_end - row_start - n, row_end - row_start)
         num_full = list_full_queries(positions, rule, dense_len, selected[b])
@@ -66,6 +70,7 @@ def select_cached_blocks_pooled(
             if window == 1:
                 check_room(b, row_end, compressed.shape[2])
             keys = compressed[b, :, row_start:row_end] if window == 1 else compressed[b]
+            keys = slowest_dims(keys, num_dims)
             keys = (round_to_float8(keys) if float8 else keys).to(accumulate)
             queries, out = pooled[b, :, num_full:], selected[b, :, num_full:, :num_selected]
             select_for_row(queries, keys, None, positions[num_full:], rule, 1.0, out)
@@ -74,7 +79,7 @@ def select_cached_blocks_pooled(
 
 @select_cached_blocks_pooled.register_fake
 def _(q: Tensor, compressed: Tensor, *rest: Any) -> Tensor:
-    width = rest[-2]
+    width = rest[-3]
     return q.new_empty(q.shape[0], compressed.shape[1], q.shape[2], width, dtype=torch.int32)
 
 

@@ -8,6 +8,7 @@ from torch import Tensor
 from infllm_flex_ops.dispatch import cuda_launcher, define_operator
 from infllm_flex_ops.pages import gather_windows, list_rows
 from infllm_flex_ops.selection.pool_queries import pool_queries, round_to_float8
+from infllm_flex_ops.selection.rotary_dims import slowest_dims
 from infllm_flex_ops.selection.rule import SelectionRule
 from infllm_flex_ops.selection.select_cached_blocks import list_full_queries, select_for_row
 
@@ -28,6 +29,7 @@ def select_paged_blocks_pooled(
     width: int,
     max_queries: int,
     float8: bool,
+    num_dims: int,
 ) -> Tensor:
     """Select blocks for few queries per row, as ``select_cached_blocks_pooled`` does, from pages.
 
@@ -52,6 +54,8 @@ def select_paged_blocks_pooled(
         width: Slots per list: the budget, or the longest list of a dense query if that is longer.
         max_queries: Rows with more queries than this are left out.
         float8: Round pooled queries and compressed keys to e4m3 before they are multiplied.
+        num_dims: Head dims in which they are multiplied, those that a rotary embedding turns
+            slowest, an even number; D multiplies all.
 
     Returns:
         Selected blocks, int32 ``[Hkv, T, width]``, a token's heads side by side in memory, counted
@@ -66,7 +70,8 @@ def select_paged_blocks_pooled(
     selected = torch.full((len(q), Hkv, width), -1, dtype=torch.int32, device=q.device)
     selected = selected.transpose(0, 1)
     accumulate = torch.promote_types(q.dtype, torch.float32)
-    pooled = pool_queries(q.transpose(0, 1)[None], Hkv, float8)[0].to(accumulate)
+    queries = q.transpose(0, 1)[None]
+    pooled = pool_queries(queries, Hkv, float8, num_dims)[0].to(accumulate)
     for row in list_rows(block_table, seq_lens, query_start, page_size):
         if len(row.positions) > max_queries:
             continue
@@ -76,6 +81,7 @@ def select_paged_blocks_pooled(
         if positions:
             count = rule.windows.num_visible(row.length - 1)
             keys = gather_windows(compressed, row.table, count, *rule.windows, page_size)
+            keys = slowest_dims(keys, num_dims)
             keys = (round_to_float8(keys) if float8 else keys).to(accumulate)
             queries, lists = pooled[:, row.queries][:, num_full:], out[:, num_full:, :num_selected]
             select_for_row(queries, keys, None, positions, rule, 1.0, lists)
@@ -84,7 +90,7 @@ def select_paged_blocks_pooled(
 
 @select_paged_blocks_pooled.register_fake
 def _(q: Tensor, compressed: Tensor, *rest: Any) -> Tensor:
-    width = rest[-3]
+    width = rest[-4]
     lists = q.new_empty(q.shape[0], compressed.shape[1], width, dtype=torch.int32)
     return lists.transpose(0, 1)
 

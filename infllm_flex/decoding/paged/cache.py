@@ -77,6 +77,7 @@ class PagedCache:
         if key.dim() != 4 or 0 in key.shape:
             raise ValueError(f"key must be [P, Hkv, page, D], got shape {tuple(key.shape)}")
         check_head_dim_and_dtype("key", key)
+        config.num_score_dims(key.shape[-1])  # raises where the head has fewer
         entries = window_entries(config, key.shape[2])
         _check_pages("key", key, key, key.shape[2])
         _check_pages("value", value, key, key.shape[2])

@@ -10,6 +10,7 @@ import infllm_flex_ops
 from infllm_flex.decoding.attention import list_width
 from infllm_flex.decoding.paged.batch import PagedBatch
 from infllm_flex.decoding.paged.cache import PagedCache
+from infllm_flex.selection import pool_queries
 from infllm_flex_ops.pages import gather_windows
 
 
@@ -35,8 +36,10 @@ def select_few(query: Tensor, cache: PagedCache, batch: PagedBatch, scale: float
     width = list_width(config, batch.block_table.shape[1] * cache.page_size)
     limits = config.dense_len, width, batch.max_few
     if config.pool_queries:
+        num_dims = config.num_score_dims(query.shape[-1])
+        products = config.score_dtype == "float8", num_dims
         return infllm_flex_ops.select_paged_blocks_pooled(
-            query, cache.scored, *rows, *rule.pooled, *limits, config.score_dtype == "float8"
+            query, cache.scored, *rows, *rule.pooled, *limits, *products
         )
     coarse = cache.scored if cache.coarse is None else cache.coarse
     return infllm_flex_ops.select_paged_blocks(
@@ -99,8 +102,7 @@ def _select_by_pooled(
     query: Tensor, cache: PagedCache, table: Tensor, length: int, scale: float
 ) -> Tensor:
     """Select for ``query [1, Hq, Sq, D]``, pooled, by keys in their pages; needs no scale."""
-    float8 = cache.config.score_dtype == "float8"
-    pooled = infllm_flex_ops.pool_queries(query, cache.key.shape[1], float8)[0]
+    pooled = pool_queries(query, cache.key.shape[1], cache.config)[0]
     return infllm_flex_ops.select_paged_chunk_pooled(
         pooled, cache.scored, table, length, *cache.rule.pooled
     )

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from infllm_flex.config import InfLLMConfig
 from infllm_flex.training.selection_loss.sampled_queries import SampledQueries
+from infllm_flex_ops.selection.rotary_dims import slowest_dims
 
 _BISECTIONS = 20  # to the last digits of float32
 CHUNK_PRODUCTS = 2**24  # 64 MiB in float32; a chunk needs several times as much
@@ -161,7 +162,9 @@ def log_scores(
         float32 ``[B, Hkv, c, Nkv]``, -inf where no window of the block is visible.
     """
     if config.pool_queries:
-        query = query.mean(2, keepdim=True)
+        num_dims = config.num_score_dims(query.shape[-1])
+        query = slowest_dims(query.mean(2, keepdim=True), num_dims)
+        windows = [w._replace(keys=slowest_dims(w.keys, num_dims)) for w in windows]
     logits = _window_logits(query, windows[0], at, scale)
     if config.pool_queries:
         return _best_of_blocks(logits[:, :, 0], windows[0], config.block_size, num_blocks)

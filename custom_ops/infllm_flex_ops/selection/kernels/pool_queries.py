@@ -6,6 +6,7 @@ import triton.language as tl
 from torch import Tensor
 
 from infllm_flex_ops.device import knows_float8
+from infllm_flex_ops.selection.kernels.rotary_dims import slowest_dim
 from infllm_flex_ops.triton_common.tensor_args import view
 
 _ROWS = 8  # tokens of a program
@@ -53,17 +54,18 @@ def _pool_kernel(
     G: tl.constexpr,
     D: tl.constexpr,
     BLOCK_D: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
     ROWS: tl.constexpr,
     FLOAT8: tl.constexpr,
 ):
-    """Average the heads of a group for ``ROWS`` tokens into ``out [B * Hkv, S, D]``."""
+    """Average ``D`` head dims of a group for ``ROWS`` tokens into ``out [B * Hkv, S, D]``."""
     tiles = tl.cdiv(S, ROWS)
     head = (tl.program_id(0) // tiles).to(tl.int64)
     row = tl.program_id(0) % tiles * ROWS + tl.arange(0, ROWS)
     d = tl.arange(0, BLOCK_D)
     mask = (row < S)[:, None] & (d < D)[None, :]
     q_head = head // Hkv * q.b + head % Hkv * G * q.h
-    at = row.to(tl.int64)[:, None] * q.s + d[None, :] * q.d
+    at = row.to(tl.int64)[:, None] * q.s + slowest_dim(d, D, HEAD_DIM)[None, :] * q.d
     x = average_heads(q.ptr + q_head + at, q.h, mask, G)
     if FLOAT8:
         x = round_like_float8(fit_float8(x))
@@ -71,12 +73,12 @@ def _pool_kernel(
     tl.store(out_ptr + out, x.to(out_ptr.dtype.element_ty), mask=mask)
 
 
-def launch(q: Tensor, num_kv_heads: int, float8: bool) -> Tensor:
+def launch(q: Tensor, num_kv_heads: int, float8: bool, num_dims: int) -> Tensor:
     """Average and round in one pass over the queries."""
     B, Hq, S, D = q.shape
     # Half precision holds every number of e4m3.
     dtype = q.dtype if not float8 else torch.float8_e4m3fn if knows_float8(q) else torch.float16
-    out = torch.empty(B, num_kv_heads, S, D, dtype=dtype, device=q.device)
+    out = torch.empty(B, num_kv_heads, S, num_dims, dtype=dtype, device=q.device)
     if out.numel():
         _pool_kernel[(B * num_kv_heads * triton.cdiv(S, _ROWS),)](
             q=view(q),
@@ -84,8 +86,9 @@ def launch(q: Tensor, num_kv_heads: int, float8: bool) -> Tensor:
             S=S,
             Hkv=num_kv_heads,
             G=Hq // num_kv_heads,
-            D=D,
-            BLOCK_D=triton.next_power_of_2(D),
+            D=num_dims,
+            BLOCK_D=triton.next_power_of_2(num_dims),
+            HEAD_DIM=D,
             ROWS=_ROWS,
             FLOAT8=float8,
             num_warps=4,

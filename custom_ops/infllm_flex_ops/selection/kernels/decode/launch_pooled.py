@@ -21,11 +21,19 @@ _PROGRAMS = 512  # as many as a GPU holds at a time: a second wave would wait fo
 
 
 class _Keys(NamedTuple):
-    """Compressed keys in one piece or in pages, how many a row has room for, and their rounding."""
+    """Compressed keys in one piece or in pages, and how they are multiplied.
+
+    Attributes:
+        compressed: The keys.
+        C: Keys that a row has room for.
+        float8: Whether they are rounded to e4m3.
+        num_dims: Head dims that are multiplied.
+    """
 
     compressed: Tensor
     C: int
     float8: bool
+    num_dims: int
 
 
 def launch(
@@ -37,11 +45,12 @@ def launch(
     dense_len: int,
     width: int,
     float8: bool,
+    num_dims: int,
 ) -> Tensor:
     """Score and select: two launches. Only the device reads lengths."""
     B, _, n, _ = q.shape
     out = torch.empty(B, compressed.shape[1], n, width, dtype=torch.int32, device=q.device)
-    keys = _Keys(compressed, compressed.shape[2], float8)
+    keys = _Keys(compressed, compressed.shape[2], float8, num_dims)
     rows = CachedRows.in_one_piece(q, start, end)
     _select("select_cached_blocks_pooled", q, keys, rows, out, rule, dense_len)
     return out
@@ -58,13 +67,14 @@ def launch_paged(
     width: int,
     max_queries: int,
     float8: bool,
+    num_dims: int,
 ) -> Tensor:
     """Do the same for ragged queries over pages."""
     _, Hkv, entries, _ = compressed.shape
     out = torch.empty(len(q), Hkv, width, dtype=torch.int32, device=q.device)
     page_size = entries * rule.kernel_size
     rows = CachedRows.in_pages(q, block_table, seq_lens, query_start, max_queries, page_size)
-    keys = _Keys(compressed, block_table.shape[1] * entries, float8)
+    keys = _Keys(compressed, block_table.shape[1] * entries, float8, num_dims)
     _select("select_paged_blocks_pooled", q, keys, rows, out, rule, dense_len)
     return out.transpose(0, 1)
 
@@ -110,7 +120,7 @@ def _score(
     """Fill the scores ``[B * Hkv, n, 1, columns]``."""
     heads, n, _, columns = scores.shape
     windows = choose_windows(rule)
-    tile, options = _choose_tile(q, keys.compressed, rows, windows)
+    tile, options = _choose_tile(q, keys, rows, windows)
     tiles = ceil_div(n, tile.TOKENS)
     step = tile.BLOCK_N // windows.SLOTS
     split_blocks = step * ceil_div(columns * heads * tiles, step * _PROGRAMS)
@@ -130,6 +140,7 @@ def _score(
         RULE=rule,
         WINDOWS=windows,
         TILE=tile,
+        HEAD_DIM=q.shape[-1],
         FLOAT8=keys.float8,
         HAS_FLOAT8=knows_float8(q),
         PAGING=rows.windows(*rule.windows),
@@ -139,17 +150,17 @@ def _score(
 
 
 def _choose_tile(
-    q: Tensor, compressed: Tensor, rows: CachedRows, windows: WindowSlots
+    q: Tensor, keys: _Keys, rows: CachedRows, windows: WindowSlots
 ) -> tuple[Tile, dict[str, int]]:
     """Choose as many rows as a matrix instruction takes, and more tokens where there are more."""
-    D = q.shape[-1]
-    wide = compressed.element_size() > 2
-    block_d = max(16, next_power_of_2(D))
+    wide = keys.compressed.element_size() > 2
+    block_d = max(16, next_power_of_2(keys.num_dims))
     max_tokens = 16 if wide or block_d > 128 else 64
     tokens = max(16, min(next_power_of_2(rows.n), max_tokens))
     stages = 1 if wide else 2 if block_d > 128 or has_little_shared_memory(q) else 3
-    group = q.shape[1] // compressed.shape[1]
-    block_n = max(32 if wide else 64, windows.SLOTS)
-    tile = Tile(group, 1, tokens, D, block_d, block_n, wide)
+    group = q.shape[1] // keys.compressed.shape[1]
+    # A step loads 64 keys of a whole head; of a part of it more, for as many bytes on their way.
+    block_n = max(32 if wide else 128 if block_d <= 32 else 64, windows.SLOTS)
+    tile = Tile(group, 1, tokens, keys.num_dims, block_d, block_n, wide)
     warps = 8 if wide and rows.pages is None else 4  # eight spill on Ada over pages
     return tile, rows.pipeline({"num_warps": warps, "num_stages": stages})

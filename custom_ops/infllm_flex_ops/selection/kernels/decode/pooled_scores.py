@@ -11,6 +11,7 @@ from infllm_flex_ops.selection.kernels.pool_queries import (
     round_like_float8,
 )
 from infllm_flex_ops.selection.kernels.prefill.pooled_scores import rank
+from infllm_flex_ops.selection.kernels.rotary_dims import slowest_dim
 from infllm_flex_ops.triton_common.dependent_launch import wait_for_previous
 from infllm_flex_ops.triton_common.pages import (
     count_queries,
@@ -37,6 +38,7 @@ def cached_pooled_score_kernel(
     RULE: tl.constexpr,
     WINDOWS: tl.constexpr,
     TILE: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
     FLOAT8: tl.constexpr,
     HAS_FLOAT8: tl.constexpr,
     PAGING: tl.constexpr,
@@ -45,7 +47,7 @@ def cached_pooled_score_kernel(
     """Fill ``scores [B * Hkv, n, columns]``, a run of blocks each.
 
     Only blocks before each token's local blocks are used later, and each token sees those whole:
-    nothing is masked here.
+    nothing is masked here. The ``TILE.D`` slowest of the ``HEAD_DIM`` head dims are multiplied.
     """
     STEP: tl.constexpr = TILE.BLOCK_N // WINDOWS.SLOTS
     STEP_WINDOWS: tl.constexpr = STEP * WINDOWS.PER_BLOCK
@@ -67,10 +69,12 @@ def cached_pooled_score_kernel(
         return
     q = view_queries(q, pages, b)
     token = tile * TILE.TOKENS + tl.arange(0, TILE.TOKENS)
-    d = tl.arange(0, TILE.BLOCK_D)
+    i = tl.arange(0, TILE.BLOCK_D)
+    in_head = i < TILE.D
+    d = slowest_dim(i, TILE.D, HEAD_DIM)
     q_ptr = q.ptr + (b * q.b + h * TILE.G * q.h)
     q_ptr += token.to(tl.int64)[:, None] * q.s + d[None, :] * q.d
-    q_mask = (token < num)[:, None] & (d < TILE.D)[None, :]
+    q_mask = (token < num)[:, None] & in_head[None, :]
     x = average_heads(q_ptr, q.h, q_mask, TILE.G)
     if FLOAT8:
         x = round_like_float8(fit_float8(x)).to(tl.float16)
@@ -87,15 +91,15 @@ def cached_pooled_score_kernel(
         keys_ptr += row_start * keys.s
         C -= row_start.to(tl.int32)
     at = (head.to(tl.int64) * n + token) * columns
-    i = tl.arange(0, TILE.BLOCK_N)
-    slot = i % WINDOWS.SLOTS
+    column = tl.arange(0, TILE.BLOCK_N)
+    slot = column % WINDOWS.SLOTS
     for start in range(first_block, tl.minimum(first_block + split_blocks, num_scored), STEP):
         first = start * WINDOWS.PER_BLOCK
-        window = (start + i // WINDOWS.SLOTS) * WINDOWS.PER_BLOCK + slot
+        window = (start + column // WINDOWS.SLOTS) * WINDOWS.PER_BLOCK + slot
         valid = (window < C) & (slot < WINDOWS.PER_BLOCK)
         offset = step_offset(keys, first, window, C, table, PAGING, STEP_WINDOWS)
         key_ptr = keys_ptr + offset[None, :] + d[:, None] * keys.d
-        k = tl.load(key_ptr, mask=valid[None, :] & (d < TILE.D)[:, None], other=0.0)
+        k = tl.load(key_ptr, mask=valid[None, :] & in_head[:, None], other=0.0)
         if FLOAT8:
             if HAS_FLOAT8:  # the device rounds in the same way
                 k = k.to(tl.float8e4nv).to(tl.float16)
