@@ -19,6 +19,7 @@ from infllm_flex.patch.head_groups import Heads, check_kv_heads, read_heads
 from infllm_flex.patch.layer_state import get_layer
 from infllm_flex.patch.module_names import Names, resolve_modules
 from infllm_flex.patch.report import describe_switch
+from infllm_flex.patch.rotary_layout import check_score_dims
 from infllm_flex.patch.settings import Settings, pays_from, resolve_config
 from infllm_flex.patch.unsupported import (
     reject_scripted,
@@ -80,7 +81,8 @@ def patch_model(
         UnsupportedModelError: No attention layer can be sparse, or a named one cannot.
         TypeError: ``model`` is no ``torch.nn.Module``, or ``config`` has another type.
         ValueError: A setting is unknown (the error shows the nearest known one) or has an invalid
-            value, or no module has a name in ``attention_modules``.
+            value, or no module has a name in ``attention_modules``. ``score_dims`` does not fit the
+            rotary embedding.
         RuntimeError: ``model`` is being traced.
         NotImplementedError: ``use_nope``.
     """
@@ -97,6 +99,8 @@ def patch_model(
     ]
     heads = _heads_of(model, layers, num_key_value_heads)
     resolved = resolve_config(config, overrides, model_configs, _device_of(model), heads)
+    sparse = {name: found.module for name, found in layers.items() if found.skip_reason is None}
+    check_score_dims(model, sparse, resolved.config)
     discovery.attach(model, layers, resolved.config, num_key_value_heads)
     for layer in discovery.patched_layers(model).values():
         layer.origin = resolved.origin

@@ -15,6 +15,7 @@ from vllm.logger import init_logger
 
 from infllm_flex.vllm.announcement import describe_served
 from infllm_flex.vllm.refusals import check_server, not_served
+from infllm_flex.vllm.rotation import check_rotation
 from infllm_flex.vllm.settings import STAY_DENSE
 from infllm_flex.vllm.version import SERVED_VERSION, is_served_version
 from infllm_flex.vllm.vllm_config import (
@@ -62,6 +63,7 @@ def prepare(vllm_config: Any) -> None:
     choose_page_size(vllm_config, served.config)
     facts = server_facts(vllm_config)
     check_server(facts, served)
+    check_rotation(vllm_config.model_config.hf_text_config, served.config)
     _check_registration()
     vllm_config.attention_config.backend_per_kind[FULL] = AttentionBackendEnum.CUSTOM
     for line in describe_served(served, facts.page_size):

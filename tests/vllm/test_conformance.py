@@ -21,6 +21,7 @@ MINICPM_SETTINGS = {
 }
 # Scored as `patch_model` scores models without a `sparse_config`.
 EVERY_KEY = {**SETTINGS, "kernel_size": 1, "kernel_stride": 1, "pool_queries": True}
+SLOWEST = {**EVERY_KEY, "score_dims": 8}
 WHOLE, CHUNKS = 8192, 200  # tokens of a step; chunks end within pages and blocks
 
 LLAMA = "llama", SETTINGS
@@ -81,18 +82,26 @@ def test_a_cached_prefix_changes_nothing(folders, page, step):
     Judge(folders["llama"], SETTINGS).check(first + again)
 
 
-@pytest.mark.parametrize(("page", "step"), [(16, CHUNKS), (64, WHOLE), (128, CHUNKS)])
-def test_every_key_scored_is_served_alike(folders, page, step):
-    prompts = prompts_around(EVERY_KEY["dense_len"])
+@pytest.mark.parametrize(
+    ("settings", "page", "step"),
+    [
+        (EVERY_KEY, 16, CHUNKS),
+        (EVERY_KEY, 64, WHOLE),
+        (EVERY_KEY, 128, CHUNKS),
+        (SLOWEST, 16, CHUNKS),
+    ],
+)
+def test_every_key_scored_is_served_alike(folders, settings, page, step):
+    prompts = prompts_around(settings["dense_len"])
     branch = prompts[-1][:777] + make_prompts(150, seed=1)[0]
     arguments = {"block_size": page, "max_num_batched_tokens": step, "enable_prefix_caching": True}
-    with engine(folders["llama"], EVERY_KEY, **arguments) as llm:
+    with engine(folders["llama"], settings, **arguments) as llm:
         for layer in layers_of(llm).values():
             assert layer.kv_cache.is_contiguous()  # pages as long as without the plugin
         answers = ask(llm, prompts, of_prompt=True)
         hits = ask(llm, [branch, prompts[-1]])
     assert [answer.num_cached // page for answer in hits] == [777 // page, 899 // page]
-    Judge(folders["llama"], EVERY_KEY).check(answers + hits)
+    Judge(folders["llama"], settings).check(answers + hits)
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,123 @@
+"""Refuse `score_dims` for models whose rotary embedding does not rotate dims as it expects.
+
+The dims of the lowest frequencies lie elsewhere where a rotary embedding rotates neighbours, or a
+part of the head only. In layers that do not rotate at all no dim has a frequency. Scores by the
+wrong dims select the wrong blocks, and nothing else would show it.
+"""
+
+from __future__ import annotations
+
+import ast
+import functools
+import inspect
+import sys
+from collections.abc import Iterator, Mapping
+from types import ModuleType
+
+import torch
+from torch import Tensor, nn
+
+from infllm_flex.config import InfLLMConfig
+from infllm_flex.patch.class_swap import original_class
+from infllm_flex.patch.head_dims import read_head_dim
+
+_ROTATE, _APPLY = "rotate_half", "rotary"
+_GIVEN = "position_embeddings"  # a condition that asks only whether there is an embedding
+
+
+def check_score_dims(
+    model: nn.Module, layers: Mapping[str, nn.Module], config: InfLLMConfig
+) -> None:
+    """Raise a ValueError where ``score_dims`` is set and does not fit the layers.
+
+    Args:
+        model: The model around the layers.
+        layers: The layers that become sparse, by name.
+        config: Their settings.
+    """
+    if not config.score_dims:
+        return
+    for name, layer in layers.items():
+        head_dim = read_head_dim(layer)
+        if head_dim is not None:
+            config.num_score_dims(head_dim)
+        reason = _other_rotation(model, name, layer, head_dim)
+        if reason is not None:
+            raise ValueError(
+                f"score_dims needs a rotary embedding that rotates dim i with i + D / 2, over "
+                f"whole heads of D, in every sparse layer; {name} ({type(layer).__name__}): "
+                f"{reason}; set score_dims=0, which scores by all dims"
+            )
+
+
+def _other_rotation(
+    model: nn.Module, name: str, layer: nn.Module, head_dim: int | None
+) -> str | None:
+    """Why a layer is not known to rotate as expected, in a few words; None if it is."""
+    code = _code_of(original_class(layer))
+    if code is None:
+        return f"its code has no function {_ROTATE}"
+    if not _rotates_halves(code):
+        return f"its {_ROTATE} rotates other dims together"
+    condition = _rotates_only_if(code)
+    if condition is not None:
+        return f"its code rotates only if {condition}"
+    frequencies = list(_frequencies_above(model, name))
+    if not frequencies:
+        return "its model has no rotary frequencies (a buffer inv_freq)"
+    for x in frequencies:
+        if head_dim is not None and x.numel() != head_dim // 2:
+            return f"{2 * x.numel()} of its {head_dim} head dims rotate"
+        if not x.is_meta and bool((x.diff() > 0).any()):
+            return "its rotary frequencies do not fall from dim to dim"
+    return None
+
+
+def _code_of(cls: type) -> ModuleType | None:
+    """The first module that defines a class or a base of it and has a function `rotate_half`."""
+    modules = (sys.modules.get(base.__module__) for base in cls.__mro__)
+    return next((module for module in modules if hasattr(module, _ROTATE)), None)
+
+
+@functools.cache
+def _rotates_halves(code: ModuleType) -> bool:
+    """Whether a module's `rotate_half` swaps the halves of a vector; signs may be either way."""
+    x = torch.arange(1.0, 9.0, device="cpu").view(1, 1, 1, 8)
+    try:
+        rotated = getattr(code, _ROTATE)(x)
+    except Exception:  # whatever other code raises: it is another function
+        return False
+    return isinstance(rotated, Tensor) and torch.equal(rotated.abs(), x.roll(4, -1))
+
+
+@functools.cache
+def _rotates_only_if(code: ModuleType) -> str | None:
+    """The condition under which a module's layers rotate, if there is one in its source."""
+    try:
+        tree = ast.parse(inspect.getsource(code))
+    except (OSError, SyntaxError):
+        return "its source, which is not there, says so"
+    for node in ast.walk(tree):
+        if not isinstance(node, ast.If):
+            continue
+        calls = (x for part in (*node.body, *node.orelse) for x in ast.walk(part))
+        if any(isinstance(x, ast.Call) and _applies(x) for x in calls):
+            condition = ast.unparse(node.test)
+            if _GIVEN not in condition:
+                return condition
+    return None
+
+
+def _applies(call: ast.Call) -> bool:
+    return isinstance(call.func, ast.Name) and _APPLY in call.func.id
+
+
+def _frequencies_above(model: nn.Module, name: str) -> Iterator[Tensor]:
+    """The rotary frequencies that lie beside the layer, or beside a module around it."""
+    for buffer_name, buffer in model.named_buffers():
+        owner, _, own_name = buffer_name.rpartition(".")
+        if not own_name.endswith("inv_freq"):
+            continue
+        around = owner.rpartition(".")[0]
+        if not around or f"{name}.".startswith(f"{around}."):
+            yield buffer

@@ -1,0 +1,136 @@
+"""`score_dims` is for models that rotate dim i with i + D / 2 over whole heads; others say so."""
+
+import copy
+
+import pytest
+import torch
+import transformers
+from torch import nn
+from transformers import AutoModelForCausalLM, LlamaForCausalLM
+
+import infllm_flex as ifx
+from infllm_flex.vllm.rotation import check_rotation
+from tests.patch.models import SETTINGS, build, logits
+
+SCORED = {**SETTINGS, "kernel_size": 1, "kernel_stride": 1, "pool_queries": True}
+SIZES = {
+    "hidden_size": 64,
+    "intermediate_size": 64,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 1,
+    "vocab_size": 64,
+    "pad_token_id": 0,
+}
+HEADS = {"head_dim": 32}
+
+
+def config_of(family, **changes):
+    return getattr(transformers, f"{family}Config")(**SIZES | changes)
+
+
+@pytest.mark.parametrize(
+    ("family", "changes"),
+    [
+        ("Llama", {}),
+        ("Llama", {"rope_parameters": {"rope_type": "linear", "factor": 4.0, "rope_theta": 1e4}}),
+        ("Qwen3", HEADS),
+        ("Gemma", HEADS),
+        ("Gemma3Text", {**HEADS, "layer_types": ["sliding_attention", "full_attention"]}),
+        ("Granite", {}),
+        ("Phi3", {}),
+    ],
+)
+def test_models_that_rotate_halves_are_scored_by_a_part_of_the_dims(family, changes):
+    config = config_of(family, **changes)
+    check_rotation(config, ifx.InfLLMConfig(**SCORED, score_dims=8))
+    model = AutoModelForCausalLM.from_config(config).eval()
+    ids = torch.arange(200)[None] % 64
+    results = {}
+    for dims in (0, 8, 32):
+        ifx.patch_model(model, {**SCORED, "score_dims": dims})
+        results[dims] = model(ids).logits
+    assert torch.equal(results[32], results[0])  # all of them
+    assert not torch.equal(results[8], results[0])
+
+
+@pytest.mark.parametrize(
+    ("family", "changes", "reason"),
+    [
+        ("GPTNeoX", {}, "8 of its 32 head dims rotate"),
+        ("Phi", {}, "16 of its 32 head dims rotate"),
+        ("Cohere", {}, "its rotate_half rotates other dims together"),
+        ("Glm", HEADS, "its rotate_half rotates other dims together"),
+        ("SmolLM3", {}, "its code rotates only if self.use_rope"),
+        ("GPT2", {"n_embd": 64, "n_head": 2}, "its code has no function rotate_half"),
+    ],
+)
+def test_models_that_rotate_otherwise_are_refused(family, changes, reason):
+    config = config_of(family, **changes)
+    model = AutoModelForCausalLM.from_config(config)
+    ifx.patch_model(model, SCORED)
+    settings = {**SCORED, "score_dims": 8}
+    with pytest.raises(ValueError, match=rf"over whole heads.*{reason}; set score_dims=0"):
+        ifx.patch_model(model, settings)
+    assert not any(row.config.score_dims for row in ifx.describe(model) if row.config)
+    with pytest.raises(ValueError, match=f"InfLLM-V2 in vLLM: .*{reason}"):
+        check_rotation(config, ifx.InfLLMConfig(**settings))
+
+
+def test_frequencies_that_rise_are_refused():
+    model = build()
+    rotary = model.model.rotary_emb
+    rotary.inv_freq = rotary.inv_freq.flip(0)
+    with pytest.raises(ValueError, match="its rotary frequencies do not fall from dim to dim"):
+        ifx.patch_model(model, {**SCORED, "score_dims": 8})
+
+
+def test_more_dims_than_a_head_has_are_refused():
+    model = build()
+    with pytest.raises(ValueError, match=r"at most the head dim.*got 64 for heads of"):
+        ifx.patch_model(model, {**SCORED, "score_dims": 64})
+
+
+class Tower(nn.Module):
+    """Another rotary embedding in the same model, as a vision tower has."""
+
+    def __init__(self):
+        super().__init__()
+        self.register_buffer("inv_freq", torch.ones(3))
+
+
+def test_the_frequencies_of_a_tower_do_not_count():
+    model = build()
+    model.model.vision = nn.ModuleDict({"rotary_emb": Tower()})
+    expected = logits(ifx.patch_model(build(), {**SCORED, "score_dims": 8}), 200)
+    ifx.patch_model(model, {**SCORED, "score_dims": 8})
+    assert torch.equal(logits(model, 200), expected)
+
+
+def test_a_subclass_in_another_file_is_read_by_its_base():
+    class OwnAttention(transformers.models.llama.modeling_llama.LlamaAttention):
+        pass
+
+    model = build()
+    for layer in model.model.layers:
+        layer.self_attn.__class__ = OwnAttention
+    ifx.patch_model(model, {**SCORED, "score_dims": 8})
+
+
+def test_a_checkpoint_carries_the_setting(tmp_path):
+    model = ifx.patch_model(build(), {**SCORED, "score_dims": 8})
+    model.config.sparse_config = ifx.InfLLMConfig(**SCORED, score_dims=8).to_sparse_config()
+    model.save_pretrained(tmp_path)
+    again = ifx.patch_model(LlamaForCausalLM.from_pretrained(tmp_path).eval())
+    assert again.model.layers[0].self_attn.infllm_layer.config.score_dims == 8
+
+
+def test_serving_asks_transformers_and_leaves_the_config_alone():
+    config = config_of("Llama")
+    before = copy.deepcopy(config.to_dict())
+    check_rotation(config, ifx.InfLLMConfig(**SCORED, score_dims=8))
+    assert config.to_dict() == before
+    unknown = transformers.PretrainedConfig()
+    check_rotation(unknown, ifx.InfLLMConfig(**SCORED))  # nothing is asked
+    with pytest.raises(ValueError, match="score_dims cannot be checked: transformers makes no"):
+        check_rotation(unknown, ifx.InfLLMConfig(**SCORED, score_dims=8))
