@@ -244,4 +244,8 @@ def test_the_config_that_compares_choices_is_complete(heads_and_dim):
         "decode",
     }
     assert {case.lengths for case in settings.cases.values()} == {(65536, 131072, 524288)}
-    assert settings.variants == {"every_key": dataclasses.replace(settings.attention, **EVERY_KEY)}
+    every_key = dataclasses.replace(settings.attention, **EVERY_KEY)
+    assert settings.variants == {
+        "every_key": every_key,
+        "every_key_d32": dataclasses.replace(every_key, score_dims=32),
+    }
