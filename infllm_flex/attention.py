@@ -41,7 +41,8 @@ def infllm_attention(
         cu_seqlens: int32 ``[N + 1]``: documents packed along S start at all but the last, which is
             S; they may be empty. B is 1 and Sq = Skv. No document sees another.
         selected: Blocks from an earlier call of ``select_blocks``, perhaps with other queries and
-            keys, with the same mask or bounds; int32 ``[B, Hkv, Sq, K]``. None selects them here.
+            keys, with the same mask or bounds; int32 ``[B, Hkv, Sq, K]``, ascending, each once,
+            unused slots last as -1. None selects them here.
 
     Returns:
         ``[B, Hq, Sq, D]`` in the dtype of ``query``. Gradients reach query, key and value through
@@ -49,13 +50,13 @@ def infllm_attention(
 
     Raises:
         ValueError: Shapes, dtypes or devices do not fit together, or the scale is not positive. A
-            mask with gaps, or bounds that do not ascend to S, raise it where finding out needs no
-            wait for a device.
+            mask with gaps, bounds that do not ascend to S, or blocks that do not ascend raise it
+            where finding out needs no wait for a device.
         NotImplementedError: ``use_nope`` without ``selected``.
 
     Source: arXiv 2509.24663, section 3.
     """
-    query, key, value, scale = prepare_attention(query, key, value, scale, selected)
+    query, key, value, scale, selected = prepare_attention(query, key, value, scale, selected)
     layout = lay_out_batch(key, query.shape[2], config, attention_mask, cu_seqlens)
     by_position = config.dense_by == "position"
     if layout is None:
@@ -79,7 +80,7 @@ def attend_in_layout(
     Arguments and result are those of ``infllm_attention``, which makes the ``layout`` itself; it is
     None for one sequence per row. ``by_position`` holds whatever ``config.dense_by`` is.
     """
-    query, key, value, scale = prepare_attention(query, key, value, scale, selected)
+    query, key, value, scale, selected = prepare_attention(query, key, value, scale, selected)
     by_position = by_position or config.dense_by == "position"
     if layout is None:
         return _attend_alone(query, key, value, config, scale, selected, by_position)

@@ -14,6 +14,7 @@ from infllm_flex_ops import torch_private
 
 MAX_HEAD_DIM = 256
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+_ASCENDING = "selected must hold ascending blocks, each once, and -1 in unused slots after them"
 _NUMBERS = (numbers.Real, torch.SymFloat, torch.SymInt)
 
 
@@ -23,14 +24,15 @@ def prepare_attention(
     value: Tensor,
     scale: float | None,
     selected: Tensor | None = None,
-) -> tuple[Tensor, Tensor, Tensor, float]:
+) -> tuple[Tensor, Tensor, Tensor, float, Tensor | None]:
     """Cast the inputs of attention as SDPA casts them, check them, and resolve the scale.
 
     Returns:
-        Query, key, value and scale.
+        Query, key, value, scale and selected blocks.
 
     Raises:
         ValueError: Shapes, dtypes or devices do not fit together, or the scale is not positive.
+            Blocks that do not ascend, where reading does not wait for a device.
     """
     query, key, scale = prepare_selection(query, key, scale)
     if is_autocast_on(value.device):
@@ -46,8 +48,8 @@ def prepare_attention(
             f"key and value must be on one device, got {key.device} and {value.device}"
         )
     if selected is not None:
-        check_selected(selected, query, key)
-    return query, key, value, scale
+        selected = check_selected(selected, query, key)
+    return query, key, value, scale, selected
 
 
 def prepare_selection(
@@ -121,8 +123,12 @@ def check_head_dim_and_dtype(name: str, x: Tensor) -> None:
         raise ValueError(f"{name} must be floating point, got {x.dtype}")
 
 
-def check_selected(selected: Tensor, query: Tensor, key: Tensor) -> None:
-    """Raise a ValueError unless the blocks are int32 ``[B, Hkv, Sq, K]``, beside ``key``."""
+def check_selected(selected: Tensor, query: Tensor, key: Tensor) -> Tensor:
+    """Raise a ValueError unless blocks are int32 ``[B, Hkv, Sq, K]``, beside ``key``, and ascend.
+
+    Returns:
+        ``selected``, to be used from here on, as `require_rows` returns it.
+    """
     _check_device("selected", selected, key)
     expected = (*key.shape[:2], query.shape[2])
     if selected.dim() != 4 or selected.shape[:3] != expected or selected.shape[3] == 0:
@@ -132,6 +138,24 @@ def check_selected(selected: Tensor, query: Tensor, key: Tensor) -> None:
         )
     if selected.dtype != torch.int32:
         raise ValueError(f"selected must be int32, got {selected.dtype}")
+    return require_ascending(selected)
+
+
+def require_ascending(selected: Tensor) -> Tensor:
+    """Raise a ValueError unless lists hold each block once, ascending, and negative numbers last.
+
+    Kernels merge lists, and read none beyond its first unused slot: lists in another order would
+    lose blocks, and a repeated block would count twice.
+
+    Args:
+        selected: int32 ``[B, Hkv, Sq, K]``.
+
+    Returns:
+        ``selected``, as `require_rows` returns it.
+    """
+    before, after = selected[..., :-1], selected[..., 1:]
+    ascends = (after < 0) | ((before >= 0) & (before < after))
+    return require_rows(ascends.flatten(1).all(-1), _ASCENDING, selected)
 
 
 def check_attention_mask(attention_mask: Tensor, key: Tensor) -> None:

@@ -4,7 +4,13 @@ import numpy as np
 import pytest
 import torch
 
-from infllm_flex import CompressedKeys, decode_attention, infllm_attention, select_blocks
+from infllm_flex import (
+    CompressedKeys,
+    build_block_mask,
+    decode_attention,
+    infllm_attention,
+    select_blocks,
+)
 from infllm_flex.attention import attend_in_layout
 from infllm_flex.autocast import attend_outside_autocast
 from infllm_flex.batches import lay_out_padded, read_bounds
@@ -113,6 +119,32 @@ def test_blocks_that_do_not_fit_the_queries_are_refused(change, message, length)
     for mask in (None, MASK[:, -length:]):
         with pytest.raises(ValueError, match=message):
             infllm_attention(q, k, v, CONFIG, selected=change(selected), attention_mask=mask)
+
+
+@pytest.mark.parametrize(
+    "disorder",
+    [
+        lambda s: s.flip(-1),
+        lambda s: torch.cat([s, s], -1),  # the union of two selections, not sorted
+        lambda s: s.repeat_interleave(2, -1),
+        lambda s: torch.cat([torch.full_like(s[..., :1], -1), s], -1),
+    ],
+)
+def test_blocks_in_no_order_are_refused(disorder):
+    """Kernels would lose some of them, and count others twice."""
+    q, k, v = make_qkv(150, B=2)
+    selected = select_blocks(q, k, CONFIG)
+    late = selected.clone()
+    late[1, :, 149] = selected[1, :, 149].flip(-1)
+    message = "selected must hold ascending blocks, each once, and -1 in unused slots after them"
+    for wrong in (disorder(selected), late):
+        with pytest.raises(ValueError, match=f"{message}: not so in row {int(wrong is late)}"):
+            infllm_attention(q, k, v, CONFIG, selected=wrong)
+        with pytest.raises(ValueError, match=message):
+            build_block_mask(wrong, CONFIG, kv_len=150, num_groups=2)
+    in_graph = torch.compile(lambda s: infllm_attention(q, k, v, CONFIG, selected=s))
+    with pytest.raises(RuntimeError, match=message):
+        in_graph(late)
 
 
 @pytest.mark.parametrize(

@@ -27,7 +27,7 @@ from infllm_flex.engines.flex_level_masks import (
     build_level_masks,
     can_split_backward,
 )
-from infllm_flex.engines.flex_masks import build_block_mask
+from infllm_flex.engines.flex_masks import make_block_mask
 from infllm_flex.engines.flex_options import (
     inference_options,
     single_mask_options,
@@ -68,7 +68,7 @@ class FlexOnCpu(NamedTuple):
         """Build one mask for the padded lengths."""
         Sq, Skv = selected.shape[2], key.shape[2]
         padded = F.pad(selected, (0, 0, 0, _power_of_two(Sq) - Sq), value=-1)
-        mask = build_block_mask(
+        mask = make_block_mask(
             padded,
             self.config,
             kv_len=_power_of_two(Skv),
@@ -103,7 +103,7 @@ class FlexUnderOneMask(NamedTuple):
     def build_lists(self, selected: Tensor, key: Tensor) -> FlexLists:
         """Build one mask."""
         kv_len, G = key.shape[2], self.fused.G
-        mask = build_block_mask(selected, self.config, kv_len=kv_len, num_groups=G)
+        mask = make_block_mask(selected, self.config, kv_len=kv_len, num_groups=G)
         return FlexLists(selected, [mask])
 
     def attend(self, query: Tensor, key: Tensor, value: Tensor, lists: FlexLists) -> Tensor:

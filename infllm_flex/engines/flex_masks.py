@@ -11,6 +11,7 @@ from torch.nn.attention.flex_attention import BlockMask
 
 import infllm_flex_ops
 from infllm_flex.config import InfLLMConfig
+from infllm_flex.validation import require_ascending
 from infllm_flex_ops import torch_private
 from infllm_flex_ops.block_lists.membership import check_tile_tokens
 from infllm_flex_ops.block_lists.union_lists import union_width
@@ -77,13 +78,35 @@ def build_block_mask(
 
     Raises:
         ValueError: ``selected`` is not int32 of four dimensions or is empty, or a number is out of
-            range.
+            range. Blocks that do not ascend, where reading does not wait for a device.
     """
     if selected.dim() != 4 or selected.dtype != torch.int32 or 0 in selected.shape:
         raise ValueError(
             f"selected must be int32 [B, Hkv, Sq, K], got {selected.dtype} "
             f"of shape {tuple(selected.shape)}"
         )
+    return make_block_mask(
+        require_ascending(selected),
+        config,
+        kv_len=kv_len,
+        num_groups=num_groups,
+        q_offset=q_offset,
+        tile_tokens=tile_tokens,
+        backward=backward,
+    )
+
+
+def make_block_mask(
+    selected: Tensor,
+    config: InfLLMConfig,
+    *,
+    kv_len: int,
+    num_groups: int,
+    q_offset: int | None = None,
+    tile_tokens: int | None = None,
+    backward: bool = False,
+) -> BlockMask:
+    """Build the same mask from lists that are known to be in order."""
     if num_groups < 1:
         raise ValueError(f"num_groups must be 1 or more, got {num_groups}")
     if tile_tokens is None:
