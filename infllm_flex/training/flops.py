@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable
 from typing import Any
 
@@ -10,6 +11,7 @@ from torch import Tensor
 
 from infllm_flex.config import InfLLMConfig
 from infllm_flex.selection import count_score_products
+from infllm_flex.training.attention_shapes import AttentionShape, attention_shapes
 from infllm_flex.training.settings import StageSettings
 
 # Peak dense bfloat16 FLOP/s from the data sheets; the first matching name counts.
@@ -70,13 +72,7 @@ class FlopCounter:
 
     def __init__(self, model: Any, stage: StageSettings, attention: InfLLMConfig) -> None:
         self._sparse, self._attention = stage.attention == "sparse", attention
-        config = model.config
-        self._heads = config.num_attention_heads
-        kv_heads = getattr(config, "num_key_value_heads", None) or self._heads
-        self._head_dim = getattr(config, "head_dim", None) or config.hidden_size // self._heads
-        self._score_dims = attention.num_score_dims(self._head_dim)
-        self._score_products = count_score_products(attention, self._heads, kv_heads)
-        self._layers = config.num_hidden_layers
+        self._layers = Counter(attention_shapes(model.config))
         self._per_token = 6 * _weights_per_token(model)
 
     def sparse_tokens(self, lengths: Iterable[int]) -> int:
@@ -91,16 +87,32 @@ class FlopCounter:
         return self._attention.count_dense(length) if self._sparse else length
 
     def _document_flops(self, length: int) -> float:
-        config, dense = self._attention, self._count_dense(length)
-        # Query s attends to s + 1 tokens, if it is sparse up to the budget.
-        full = max(dense, min(length, config.budget_tokens))
-        pairs = full * full / 2 + (length - full) * config.budget_tokens
+        layers = sum(
+            count * self._layer_products(layer, length) for layer, count in self._layers.items()
+        )
+        return length * self._per_token + 2 * layers
+
+    def _layer_products(self, layer: AttentionShape, length: int) -> float:
+        """Count the multiplications of a layer for a document."""
         # Attention has two products per pair and head, each computed once forward and twice
         # backward. Scores have theirs forward only.
-        products = self._head_dim * 6 * self._heads * pairs
-        scored = self._score_products * (length * length - dense * dense) / 2
-        products += self._score_dims * scored
-        return length * self._per_token + self._layers * 2 * products
+        per_pair = 6 * layer.heads * layer.head_dim
+        if layer.window is not None:
+            return per_pair * _count_pairs(length, layer.window, layer.window)
+        config, dense = self._attention, self._count_dense(length)
+        budget = config.budget_tokens
+        products = per_pair * _count_pairs(length, max(dense, budget), budget)
+        if dense < length:
+            scored = count_score_products(config, layer.heads, layer.kv_heads)
+            scored *= config.num_score_dims(layer.head_dim)
+            products += scored * (length * length - dense * dense) / 2
+        return products
+
+
+def _count_pairs(length: int, full: int, most: int) -> float:
+    """Pairs of a token and one that it sees: all earlier ones up to ``full``, then ``most``."""
+    full = min(full, length)
+    return full * full / 2 + (length - full) * most
 
 
 def _weights_per_token(model: Any) -> int:

@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from infllm_flex.process_memory import peak_resident_bytes
+from infllm_flex.training.attention_shapes import attention_shape, layer_configs
 from infllm_flex.training.model import decoder_layers
 from infllm_flex.training.selection_loss.divergence import CHUNK_PRODUCTS
 from infllm_flex.training.settings import StageSettings, TrainingSettings
@@ -121,11 +122,11 @@ def _activation_bytes(
 ) -> int:
     config = model.config
     _, tokens = _micro_batch_size(stage, settings, processes)
-    layer, layers = _layer_bytes(model, stage, settings, processes), config.num_hidden_layers
+    layers = [_layer_bytes(own, stage, settings, processes) for own in layer_configs(config)]
     hidden_states = tokens * config.hidden_size * _arithmetic_bytes(settings)
-    kept = layers * layer
+    kept = sum(layers)
     if settings.memory.activation_checkpointing:
-        kept = layers * hidden_states + layer
+        kept = len(layers) * hidden_states + max(layers)
     # Logits and their gradient, each also in the precision of the products.
     logits = 4 * min(settings.memory.logits_mib * 2**20, 4 * tokens * config.vocab_size)
     # A gradient is complete before it is accumulated. FSDP's gradient is counted as gathered.
@@ -136,13 +137,13 @@ def _activation_bytes(
 
 
 def _layer_bytes(
-    model: Any, stage: StageSettings, settings: TrainingSettings, processes: int
+    config: Any, stage: StageSettings, settings: TrainingSettings, processes: int
 ) -> int:
-    """Bytes of the tensors that a layer keeps for the backward pass."""
-    context, config = settings.parallel.context, model.config
+    """Bytes of the tensors that a layer of this config keeps for the backward pass."""
+    context = settings.parallel.context
     rows, tokens = _micro_batch_size(stage, settings, processes)
     size = _arithmetic_bytes(settings)
-    heads, kv_heads, head_dim = _heads(config)
+    heads, kv_heads, head_dim, _ = attention_shape(config)
     hidden, inner = config.hidden_size, config.intermediate_size
     # Two norms keep input and result, one of each in float32. The gated feed-forward layer keeps
     # four tensors of its width. Attention keeps its input, queries and output, and keys and values
@@ -170,10 +171,13 @@ def _selection_loss_bytes(
     if stage.selection_loss is None:
         return 0
     _, tokens = _micro_batch_size(stage, settings, processes)
-    heads, kv_heads, head_dim = _heads(model.config)
-    products = min(CHUNK_PRODUCTS, stage.selection_loss.queries * tokens * heads)
-    # Logits, weights and their gradients; keys, their means and the gradients of both.
-    return 4 * (5 * max(products, tokens * heads) + 4 * tokens * kv_heads * head_dim)
+    most = 0
+    for heads, kv_heads, head_dim, _ in map(attention_shape, layer_configs(model.config)):
+        products = min(CHUNK_PRODUCTS, stage.selection_loss.queries * tokens * heads)
+        # Logits, weights and their gradients; keys, their means and the gradients of both.
+        size = 4 * (5 * max(products, tokens * heads) + 4 * tokens * kv_heads * head_dim)
+        most = max(most, size)
+    return most
 
 
 def _fragmentation_bytes(
@@ -186,15 +190,19 @@ def _fragmentation_bytes(
     backward pass frees their neighbours.
     """
     _, tokens = _micro_batch_size(stage, settings, processes)
-    heads, kv_heads, head_dim = _heads(model.config)
-    # The squares of two norms and two residual branches; three products of the rotary embedding.
-    freed_per_token = 4 * model.config.hidden_size + 3 * (heads + kv_heads) * head_dim
-    freed = tokens * freed_per_token * _arithmetic_bytes(settings)
+    size = _arithmetic_bytes(settings)
+    configs, freed = layer_configs(model.config), []
+    for own in configs:
+        heads, kv_heads, head_dim, _ = attention_shape(own)
+        # The squares of two norms and two residual branches; three products of the rotary
+        # embedding.
+        freed.append(tokens * (4 * own.hidden_size + 3 * (heads + kv_heads) * head_dim) * size)
     if settings.memory.activation_checkpointing:
         # New gradients occupy the memory of the previous layers before the next one is recomputed,
         # and cannot reuse the memory of the previous step's gradients.
-        return freed + 2 * _layer_bytes(model, stage, settings, processes) + _bytes(model)
-    return model.config.num_hidden_layers * freed
+        layer = max(_layer_bytes(own, stage, settings, processes) for own in configs)
+        return max(freed) + 2 * layer + _bytes(model)
+    return sum(freed)
 
 
 def _micro_batch_size(
@@ -205,13 +213,6 @@ def _micro_batch_size(
     rows = stage.batch_size * context // processes
     rows = min(rows, stage.sequences_at_once or rows)
     return rows, rows * stage.max_length // context
-
-
-def _heads(config: Any) -> tuple[int, int, int]:
-    """Query heads, key/value heads and head dim."""
-    heads = config.num_attention_heads
-    head_dim = getattr(config, "head_dim", None) or config.hidden_size // heads
-    return heads, config.num_key_value_heads, head_dim
 
 
 def _resident_bytes() -> int:
