@@ -61,9 +61,11 @@ class InfLLMConfig:
         score_dtype: The dtype in which pooled queries and compressed keys are multiplied:
             ``"same"`` as the keys, or ``"float8"`` (e4m3).
         score_dims: Head dims in which they are multiplied: those of the lowest rotary frequencies,
-            which are ``i`` and ``i + D / 2`` for the last ``score_dims / 2`` of ``i < D / 2``. An
-            even number; 0: all. For rotary embeddings that rotate ``i`` with ``i + D / 2``, over
-            the whole head, as those of Llama, Qwen, Mistral, Gemma and MiniCPM do.
+            which are ``i`` and ``i + D / 2`` for the last ``score_dims / 2`` of ``i < D / 2``. A
+            multiple of 4, best a power of two from 32 on; 0: all. A cache keeps a copy of these
+            dims, in ``score_dtype`` where the device knows it, and generation scores by it. For
+            rotary embeddings that rotate ``i`` with ``i + D / 2`` over the whole head, as those of
+            Llama, Qwen, Mistral, Gemma and MiniCPM do.
 
     Raises:
         ValueError: A value has the wrong type or is impossible; the message names key and value.
@@ -132,8 +134,8 @@ class InfLLMConfig:
             raise ValueError(
                 f"score_dtype must be same where pool_queries is false, got {self.score_dtype!r}"
             )
-        if self.score_dims % 2:
-            raise ValueError(f"score_dims must be even, got {self.score_dims}")
+        if self.score_dims % 4:
+            raise ValueError(f"score_dims must be a multiple of 4, got {self.score_dims}")
         if self.score_dims and not self.pool_queries:
             raise ValueError(
                 f"score_dims must be 0 (all) where pool_queries is false, got {self.score_dims}"
@@ -194,7 +196,7 @@ class InfLLMConfig:
     @property
     def scores_keys(self) -> bool:
         """Whether the keys themselves are scored, so that no compressed keys are kept."""
-        return self.pool_queries and self.kernel_size == 1
+        return self.pool_queries and self.kernel_size == 1 and not self.score_dims
 
     def num_score_dims(self, head_dim: int) -> int:
         """Head dims in which queries and keys are multiplied to score blocks.
@@ -203,12 +205,12 @@ class InfLLMConfig:
             head_dim: Head dim ``D`` of queries and keys.
 
         Raises:
-            ValueError: ``score_dims`` is more than the head dim, or the head dim is odd.
+            ValueError: ``score_dims`` is not less than the head dim, or the head dim is odd.
         """
-        if self.score_dims > head_dim or (self.score_dims and head_dim % 2):
+        if self.score_dims and (self.score_dims >= head_dim or head_dim % 2):
             raise ValueError(
-                f"score_dims must be at most the head dim, an even number, got {self.score_dims} "
-                f"for heads of {head_dim}"
+                f"score_dims must be less than the head dim, an even number, got "
+                f"{self.score_dims} for heads of {head_dim} (0 scores by all)"
             )
         return self.score_dims or head_dim
 

@@ -6,9 +6,11 @@ import torch
 from torch import Tensor
 
 import infllm_flex_ops
+from infllm_flex.autocast import attention_dtype
 from infllm_flex.batches import lay_out_batch
 from infllm_flex.config import InfLLMConfig
 from infllm_flex.validation import prepare_selection
+from infllm_flex_ops.device import FLOAT8_CAPABILITY, device_capability
 from infllm_flex_ops.selection.pool_queries import round_to_float8
 from infllm_flex_ops.selection.rotary_dims import slowest_dims
 from infllm_flex_ops.selection.rule import SelectionRule
@@ -151,6 +153,28 @@ def pool_queries(query: Tensor, num_kv_heads: int, config: InfLLMConfig) -> Tens
     num_dims = config.num_score_dims(query.shape[-1])
     float8 = config.score_dtype == "float8"
     return infllm_flex_ops.pool_queries(query, num_kv_heads, float8, num_dims)
+
+
+def dtype_of_compressed(key: Tensor, config: InfLLMConfig) -> torch.dtype:
+    """Dtype in which the compressed keys of a cache are kept beside it.
+
+    Those that are multiplied in float8 are kept so if they are a copy of few dims, which is then a
+    fraction of the cache. A cache that autocast casts where it is read keeps the dtype of the cast.
+
+    Args:
+        key: The cache.
+        config: Sparsity settings.
+    """
+    dtype = attention_dtype(key)
+    if not config.score_dims or dtype != key.dtype:
+        return dtype
+    return dtype_of_slowest(dtype, config, key.device)
+
+
+def dtype_of_slowest(dtype: torch.dtype, config: InfLLMConfig, device: torch.device) -> torch.dtype:
+    """Do the same for a cache of this dtype, on this device, with ``score_dims``."""
+    keeps_float8 = device.type != "cuda" or device_capability(device) >= FLOAT8_CAPABILITY
+    return torch.float8_e4m3fn if config.score_dtype == "float8" and keeps_float8 else dtype
 
 
 def compress_for_pooled(key: Tensor, config: InfLLMConfig) -> Tensor:

@@ -7,7 +7,8 @@ import torch
 from torch import Tensor
 
 from infllm_flex import CompressedKeys, InfLLMConfig
-from infllm_flex.decoding import PagedBatch, PagedCache, window_entries
+from infllm_flex.decoding import PagedBatch, PagedCache
+from infllm_flex.vllm.page_layout import extra_elements, view_pages
 from tests.inputs import on_default_device
 
 _NO_PAGE = 1 << 30  # reading it is an error, or ends the process
@@ -109,14 +110,8 @@ def allocate_pages(
     config: InfLLMConfig, count: int, page_size: int, Hkv: int, D: int, dtype: torch.dtype
 ) -> PagedCache:
     """Allocate pages of NaN as vLLM does: key beside value, then windows in the page's padding."""
-    entries = window_entries(config, page_size)
-    sizes = [page_size * 2 * D, entries.compressed * D, entries.coarse * D]
-    memory = torch.full((count, Hkv * sum(sizes) + 24), torch.nan, dtype=dtype)
-    views, begin = [], 0
-    for size in sizes:
-        part = memory[:, begin : begin + Hkv * size]
-        views.append(part.unflatten(1, (Hkv, size)))
-        begin += Hkv * size
-    tokens = views[0].unflatten(2, (page_size, 2 * D))
-    compressed, coarse = (x.unflatten(2, (-1, D)) if x.shape[2] else None for x in views[1:])
-    return PagedCache(config, tokens[..., :D], tokens[..., D:], compressed, coarse)
+    tokens = Hkv * page_size * 2 * D
+    room = extra_elements(config, page_size, Hkv, D, dtype, torch.get_default_device())
+    memory = torch.full((count, tokens + room + 24), torch.nan, dtype=dtype)
+    kv_cache = memory[:, :tokens].unflatten(1, (Hkv, page_size, 2 * D))
+    return PagedCache(config, *view_pages(kv_cache, config))

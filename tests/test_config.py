@@ -69,8 +69,8 @@ def test_the_rule_decides_how_many_queries_are_dense(changes, length, dense, vis
         ({"score_dtype": "fp8"}, "score_dtype must be one of same, float8, got 'fp8'"),
         ({"score_dtype": "float8"}, "score_dtype must be same where pool_queries is false"),
         (
-            {"score_dims": 3, "pool_queries": True, "kernel_size": 16},
-            "score_dims must be even, got 3",
+            {"score_dims": 6, "pool_queries": True, "kernel_size": 16},
+            "score_dims must be a multiple of 4, got 6",
         ),
         ({"score_dims": 32}, r"score_dims must be 0 \(all\) where pool_queries is false, got 32"),
         (

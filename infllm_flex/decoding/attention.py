@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 import infllm_flex_ops
@@ -116,7 +117,8 @@ def select_cached(
     keys, config = compressed_keys, compressed_keys.config
     if key is not None:
         keys.check_key(key)
-    B, Hkv, _, D = keys.compressed.shape
+    B, Hkv = keys.compressed.shape[:2]
+    D = keys.head_dim
     if query.dim() != 4 or query.shape[1] % Hkv or (query.shape[0], query.shape[3]) != (B, D):
         raise ValueError(
             f"query must be [{B}, Hq, n, {D}] with Hq a multiple of {Hkv}, got {list(query.shape)}"
@@ -139,7 +141,6 @@ def select_cached(
             config.dense_len,
             width,
             config.score_dtype == "float8",
-            config.num_score_dims(D),
         )
     return skip_dispatcher(infllm_flex_ops.select_cached_blocks, query)(
         query.detach(),
@@ -167,11 +168,11 @@ def list_width(config: InfLLMConfig, capacity: int) -> int:
 
 
 def _windows(keys: CompressedKeys, query: Tensor) -> tuple[Tensor, Tensor]:
-    """Return the compressed and coarse keys in the dtype of the query.
+    """Return the compressed and coarse keys in the dtype of the query, or in float8.
 
     They differ in dtype if the autocast region was entered after the keys were compressed.
     """
     compressed, coarse = keys.compressed, keys.coarse
-    if compressed.dtype == query.dtype:
+    if compressed.dtype in (query.dtype, torch.float8_e4m3fn):
         return compressed, coarse
     return compressed.to(query.dtype), coarse.to(query.dtype)

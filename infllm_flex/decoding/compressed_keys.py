@@ -12,7 +12,7 @@ from torch import Tensor
 import infllm_flex_ops
 from infllm_flex.autocast import attention_dtype
 from infllm_flex.config import InfLLMConfig
-from infllm_flex.selection import selection_rule
+from infllm_flex.selection import dtype_of_compressed, selection_rule
 from infllm_flex_ops.dispatch import is_plain_on_cpu, skip_dispatcher, without_grad
 from infllm_flex_ops.rows import next_rows
 from infllm_flex_ops.selection.compress_keys import num_windows
@@ -39,15 +39,17 @@ class CompressedKeys:
             tokens is compressed yet.
 
     Raises:
-        ValueError: ``key`` is not floating point of four dimensions, or its heads have fewer dims
+        ValueError: ``key`` is not floating point of four dimensions, or its heads have no more dims
             than ``score_dims``.
 
     Attributes:
         config: Sparsity settings.
         rule: Those of the selection, as the operators take them.
         capacity: Slots of the longest cache for which memory is allocated.
+        head_dim: Head dim ``D`` of the cache.
         compressed: ``[B, Hkv, C, D]``, of which the first windows are valid, as many as the length
-            of a row makes whole. C is 0 if the keys of the cache themselves are scored.
+            of a row makes whole. C is 0 if the keys of the cache themselves are scored. With
+            ``score_dims`` ``[B, Hkv, C, score_dims]``, in float8 where they are multiplied so.
         coarse: ``[B, Hkv, C2, D]``, likewise; ``compressed`` itself if coarse keys are not used.
         start: Slot of each row's first token, int64 ``[B]``.
         end: One past the slot of each row's last token, int64 ``[B]``.
@@ -59,8 +61,7 @@ class CompressedKeys:
                 f"key must be floating point [B, Hkv, S, D], got {key.dtype} of shape "
                 f"{tuple(key.shape)}"
             )
-        config.num_score_dims(key.shape[-1])  # raises where the head has fewer
-        self.config = config
+        self.config, self.head_dim = config, key.shape[3]
         self.rule = selection_rule(config)
         fine = config.kernel_size, config.kernel_stride
         self._sizes = (*fine, config.coarse_size, config.coarse_stride)
@@ -70,10 +71,14 @@ class CompressedKeys:
             shape = (*key.shape[:2], 0, key.shape[3])
             self.compressed = key.new_empty(shape, dtype=attention_dtype(key))
         else:
-            self.compressed = _allocate(key, config.kernel_size, config.kernel_stride)
+            dims = config.num_score_dims(self.head_dim)
+            self.compressed = _allocate(
+                key[..., :dims], *fine, dtype=dtype_of_compressed(key, config)
+            )
         self.coarse = self.compressed
         if config.uses_coarse_keys:
-            self.coarse = _allocate(key, config.coarse_size, config.coarse_stride)
+            coarse = config.coarse_size, config.coarse_stride
+            self.coarse = _allocate(key, *coarse, dtype=attention_dtype(key))
         self.start = torch.zeros(key.shape[0], dtype=torch.int64, device=key.device)
         self.end = torch.zeros_like(self.start)
 
@@ -137,15 +142,15 @@ class CompressedKeys:
         have = self.compressed
         if (
             key.dim() != 4
-            or (key.shape[:2], key.shape[3]) != (have.shape[:2], have.shape[3])
+            or (key.shape[:2], key.shape[3]) != (have.shape[:2], self.head_dim)
             or key.device != have.device
         ):
             self._refuse(key)
 
     def _refuse(self, key: Tensor) -> NoReturn:
-        B, Hkv, _, D = self.compressed.shape
+        (B, Hkv), device = self.compressed.shape[:2], self.compressed.device
         raise ValueError(
-            f"key must be [{B}, {Hkv}, S, {D}], {self._key_dtype}, on {self.compressed.device} as "
+            f"key must be [{B}, {Hkv}, S, {self.head_dim}], {self._key_dtype}, on {device} as "
             f"before, got {tuple(key.shape)}, {key.dtype}, on {key.device}"
         )
 
@@ -217,10 +222,9 @@ def _num_slots(S: int, size: int, stride: int) -> int:
     return ceil_div(num_windows(S + _SLACK_TOKENS, size, stride), COLUMNS) * COLUMNS
 
 
-def _allocate(key: Tensor, size: int, stride: int) -> Tensor:
+def _allocate(key: Tensor, size: int, stride: int, dtype: torch.dtype) -> Tensor:
     B, Hkv, S, D = key.shape
-    shape = (B, Hkv, _num_slots(S, size, stride), D)
-    return key.new_zeros(shape, dtype=attention_dtype(key))
+    return key.new_zeros((B, Hkv, _num_slots(S, size, stride), D), dtype=dtype)
 
 
 def _lengthen(windows: Tensor, capacity: int, size: int, stride: int) -> Tensor:

@@ -20,6 +20,12 @@ def describe_served(served: Resolved, page_size: int | None) -> list[str]:
     ]
     if config.scores_keys:
         lines[0] += " Every key is scored, and nothing is kept beside keys and values."
+    elif config.score_dims:
+        lines[0] += (
+            f" Every key is scored in {config.score_dims} of its dims, a copy of which is kept."
+            if config.kernel_size == 1
+            else f" Compressed keys have {config.score_dims} dims."
+        )
     elif page_size is not None:
         share = extra_share(config, page_size)
         lines[0] += f" Compressed keys add {share:.1%} to pages of {page_size} tokens."

@@ -7,6 +7,7 @@ from typing import Any, ClassVar
 
 import torch
 from vllm.config import get_current_vllm_config_or_none
+from vllm.platforms import current_platform
 from vllm.v1.attention.backend import (
     AttentionBackend,
     AttentionMetadata,
@@ -17,7 +18,7 @@ from vllm.v1.attention.backend import (
 from vllm.v1.kv_cache_interface import AttentionSpec, KVCacheLayout
 
 from infllm_flex.config import InfLLMConfig
-from infllm_flex.decoding import PagedBatch
+from infllm_flex.decoding import PagedBatch, window_entries
 from infllm_flex.vllm.attention import InfLLMAttention
 from infllm_flex.vllm.page_layout import extra_elements, fitting_page, smallest_page
 from infllm_flex.vllm.refusals import not_served
@@ -73,7 +74,7 @@ class InfLLMBackend(AttentionBackend):
         if block_size is None or config is None:
             return True
         try:
-            extra_elements(config, block_size, 1, 1)
+            window_entries(config, block_size)
         except ValueError:
             return False
         return True
@@ -108,7 +109,9 @@ class InfLLMBackend(AttentionBackend):
             )
         config = _current_settings()
         assert config is not None, "vLLM makes the layers before it asks for their pages"
-        extra = extra_elements(config, spec.block_size, spec.num_kv_heads, spec.head_size)
+        sizes = spec.block_size, spec.num_kv_heads, spec.head_size
+        device = torch.device(current_platform.device_type)
+        extra = extra_elements(config, *sizes, spec.dtype, device)
         size = spec.unpadded_page_size_bytes + extra * spec.dtype.itemsize
         return replace(spec, page_size_padded=size)
 

@@ -2,7 +2,7 @@
 
 vLLM lays out a page as ``[Hkv, page, 2 D]``: each token's key, then its value. The plugin makes
 pages longer and keeps the compressed and then the coarse keys of the page behind that. Where every
-key is scored, pages stay as they are.
+key is scored in all dims, pages stay as they are.
 """
 
 from __future__ import annotations
@@ -10,14 +10,19 @@ from __future__ import annotations
 import math
 from typing import NamedTuple
 
+import torch
 from torch import Tensor
 
 from infllm_flex.config import InfLLMConfig
 from infllm_flex.decoding import window_entries
+from infllm_flex.selection import dtype_of_compressed, dtype_of_slowest
 
 
 class PageViews(NamedTuple):
-    """The pages of a layer, ``[P, Hkv, entries, D]`` each; None for windows that are not kept."""
+    """The pages of a layer, ``[P, Hkv, entries, D]`` each; None for windows that are not kept.
+
+    With ``score_dims`` compressed keys have so many dims instead of D, perhaps in float8.
+    """
 
     key: Tensor
     value: Tensor
@@ -39,26 +44,47 @@ def fitting_page(config: InfLLMConfig, default: int) -> int:
     return math.ceil(default / unit) * unit
 
 
-def extra_elements(config: InfLLMConfig, page_size: int, num_kv_heads: int, head_dim: int) -> int:
-    """Count the elements by which a page grows; 0 where every key is scored.
+def extra_elements(
+    config: InfLLMConfig,
+    page_size: int,
+    num_kv_heads: int,
+    head_dim: int,
+    dtype: torch.dtype,
+    device: torch.device,
+) -> int:
+    """Count the elements by which a page grows; 0 where every key is scored in all dims.
 
     Args:
         config: Sparsity settings.
         page_size: Tokens of a page.
         num_kv_heads: Key/value heads of this process.
         head_dim: Elements of a head.
+        dtype: Dtype of keys and values.
+        device: The device of the pages.
 
     Raises:
         ValueError: Pages of this size do not fit the settings.
         NotImplementedError: Settings that are not served from pages.
     """
     entries = window_entries(config, page_size)
-    return num_kv_heads * (entries.compressed + entries.coarse) * head_dim
+    compressed = entries.compressed * _compressed_width(config, head_dim, dtype, device)
+    return num_kv_heads * (compressed + entries.coarse * head_dim)
+
+
+def _compressed_width(
+    config: InfLLMConfig, head_dim: int, dtype: torch.dtype, device: torch.device
+) -> int:
+    """Elements of keys that a compressed key takes."""
+    if not config.score_dims:
+        return head_dim
+    kept = dtype_of_slowest(dtype, config, device)
+    return config.num_score_dims(head_dim) * kept.itemsize // dtype.itemsize
 
 
 def extra_share(config: InfLLMConfig, page_size: int) -> float:
-    """Share by which compressed and coarse keys enlarge a page of keys and values."""
-    return extra_elements(config, page_size, 1, 1) / (2 * page_size)
+    """Share by which compressed and coarse keys of all dims enlarge a page of keys and values."""
+    entries = window_entries(config, page_size)
+    return (entries.compressed + entries.coarse) / (2 * page_size)
 
 
 def view_pages(kv_cache: Tensor, config: InfLLMConfig) -> PageViews:
@@ -73,24 +99,28 @@ def view_pages(kv_cache: Tensor, config: InfLLMConfig) -> PageViews:
         ValueError: The pages are laid out otherwise, or too close to each other.
     """
     P, H, page, width = kv_cache.shape
-    D = width // 2
+    D, kind = width // 2, (kv_cache.dtype, kv_cache.device)
     inner = (page * width, width, 1)
     room = kv_cache.stride(0) - H * page * width
-    if kv_cache.stride()[1:] != inner or room < extra_elements(config, page, H, D):
+    needed = extra_elements(config, page, H, D, *kind)
+    if kv_cache.stride()[1:] != inner or room < needed:
         raise ValueError(
-            f"pages must be contiguous [{H}, {page}, {width}] with room for "
-            f"{extra_elements(config, page, H, D)} elements behind each, got strides "
-            f"{kv_cache.stride()}: unset VLLM_KV_CACHE_LAYOUT"
+            f"pages must be contiguous [{H}, {page}, {width}] with room for {needed} elements "
+            f"behind each, got strides {kv_cache.stride()}: unset VLLM_KV_CACHE_LAYOUT"
         )
     entries = window_entries(config, page)
     behind = kv_cache.storage_offset() + H * page * width
 
-    def windows(count: int, offset: int) -> Tensor | None:
+    def windows(count: int, size: int, offset: int) -> Tensor | None:
         if not count:
             return None
-        strides = (kv_cache.stride(0), count * D, D, 1)
-        return kv_cache.as_strided((P, H, count, D), strides, behind + offset)
+        strides = (kv_cache.stride(0), count * size, size, 1)
+        return kv_cache.as_strided((P, H, count, size), strides, behind + offset)
 
-    coarse = windows(entries.coarse, H * entries.compressed * D)
     key, value = kv_cache[..., :D], kv_cache[..., D:]
-    return PageViews(key, value, windows(entries.compressed, 0), coarse)
+    size = _compressed_width(config, D, *kind)
+    compressed = windows(entries.compressed, size, 0)
+    if compressed is not None:
+        compressed = compressed.view(dtype_of_compressed(key, config))
+    coarse = windows(entries.coarse, D, H * entries.compressed * size)
+    return PageViews(key, value, compressed, coarse)

@@ -42,6 +42,21 @@ def test_without_coarse_keys():
     assert torch.equal(args[1].nan_to_num(), both[1].nan_to_num())
 
 
+@pytest.mark.parametrize("size", [1, 4])
+@pytest.mark.parametrize("kept", [torch.float32, torch.bfloat16, torch.float8_e4m3fn], ids=str)
+def test_windows_of_the_slowest_dims_have_the_bits_of_a_row_of_its_own(kept, size):
+    k, _, _, *counters = arguments()[:5]
+    windows = torch.full((2, 2, 103, 6), 7.0).to(kept)
+    append_windows(k, windows, None, *counters, None, None, 100, size, size, 32, 16)
+    for row, (start, end) in enumerate(zip((0, 13), (100, 80), strict=True)):
+        keys = k[row : row + 1, :, start:end, [5, 6, 7, 13, 14, 15]]
+        keys = keys if kept == torch.float8_e4m3fn else keys.to(kept)
+        expected = compress_keys(keys, size, size)[0].to(kept)
+        count = expected.shape[1]
+        assert torch.equal(windows[row, :, :count].float(), expected.float())
+        assert (windows[row, :, count:].float() == 7).all()
+
+
 def test_counters_move_on_or_become_what_is_given():
     args = arguments(num_new=20)
     append_windows(*args)

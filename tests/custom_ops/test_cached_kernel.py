@@ -9,6 +9,7 @@ import torch
 from infllm_flex.decoding import select_cached
 from infllm_flex.selection import selection_rule
 from infllm_flex_ops import append_windows, attend_cached_blocks, select_cached_blocks
+from infllm_flex_ops.device import knows_float8
 from tests.custom_ops.cached import make_cache
 from tests.custom_ops.harness import (
     DEVICE,
@@ -49,6 +50,25 @@ def test_append_writes_what_the_definition_writes(num_new: int, D: int, dtype: t
     counters = [x.to(DEVICE, copy=True) for x in (start, end - num_new)]
     launch_append(k.to(DEVICE), alone, None, *counters, *rest)
     assert torch.equal(alone.cpu(), expected[0])
+
+
+@pytest.mark.parametrize("kept", [*DTYPES[:1], torch.float8_e4m3fn], ids=str)
+@pytest.mark.parametrize(
+    ("num_new", "size", "D", "num_dims"), [(1, 1, 24, 8), (240, 1, 80, 32), (9, 4, 16, 4)]
+)
+def test_append_writes_the_slowest_dims_as_the_definition_does(
+    num_new: int, size: int, D: int, num_dims: int, kept: torch.dtype
+) -> None:
+    if kept.itemsize == 1 and DEVICE != "cpu" and not knows_float8(torch.empty(0, device=DEVICE)):
+        pytest.skip("no float8 on this GPU")
+    k = make_qkv(240, B=6, D=D, dtype=DTYPES[0])[1] * 100  # some are beyond the largest float8
+    start, end = (torch.tensor(x) for x in zip(*ROWS, strict=True))
+    expected = [torch.full((6, 2, 243, num_dims), 7.0).to(kept), None, start, end - num_new]
+    ours = [x if x is None else x.to(DEVICE, copy=True) for x in expected]
+    rest = (None, None, num_new, size, size, 32, 16)
+    append_windows(k, *expected, *rest)
+    launch_append(k.to(DEVICE), *ours, *rest)
+    assert torch.equal(ours[0].cpu().float(), expected[0].float())
 
 
 @pytest.mark.parametrize(

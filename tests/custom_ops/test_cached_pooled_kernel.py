@@ -82,20 +82,22 @@ def test_selects_what_the_definition_selects(
     float8: bool,
     dtype: torch.dtype,
 ) -> None:
-    cache = draw_cache(window, n=n, dtype=dtype, whole_numbers=True, **shape)
+    kept = torch.float8_e4m3fn if float8 and num_dims else None
+    sizes = {"whole_numbers": True, "num_dims": num_dims, "kept": kept, **shape}
+    cache = draw_cache(window, n=n, dtype=dtype, **sizes)
     if shape.get("Hq", 4) > 2:  # means that both sides round in the same way
         cache[0].mul_(2)
-    args = arguments(cache, window, dense_len, float8, num_dims)
+    args = arguments(cache, window, dense_len, float8)
     assert torch.equal(
         run_on_device(launch_select_cached_pooled, *args), select_cached_blocks_pooled(*args)
     )
 
 
 @pytest.mark.skipif(not INTERPRETED, reason="guard pages surround CPU memory only")
-@pytest.mark.parametrize("num_dims", [24, 8])
-def test_touches_nothing_outside(num_dims: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    cache = draw_cache(1, n=2, D=24, whole_numbers=True)
-    args = list(arguments(cache, 1, -1, True, num_dims))
+@pytest.mark.parametrize("num_dims", [None, 8])
+def test_touches_nothing_outside(num_dims: int | None, monkeypatch: pytest.MonkeyPatch) -> None:
+    cache = draw_cache(1, n=2, D=24, whole_numbers=True, num_dims=num_dims)
+    args = list(arguments(cache, 1, -1, True))
     args[1] = args[1].nan_to_num()
     args[3] = torch.full_like(args[3], 240)  # rows that fill the cache to its last slot
     expected = select_cached_blocks_pooled(*args)

@@ -69,15 +69,15 @@ def _paged_pooled(
     page_size: int = 64,
     window: int = 1,
     num_dims: int | None = None,
+    kept: torch.dtype | None = None,
 ) -> None:
     from infllm_flex_ops.selection.kernels.decode.launch_pooled import launch_paged
 
-    q, keys = (
-        meta(*shape, D, dtype=dtype) for shape in ((4, 2 * G), (4096, 2, page_size // window))
-    )
+    q = meta(4, 2 * G, D, dtype=dtype)
+    keys = meta(4096, 2, page_size // window, num_dims or D, dtype=kept or dtype)
     where = (meta(4, 32768 // page_size, dtype=torch.int32), *meta(2, 4, dtype=torch.int32))
     rule = SelectionRule.from_pooled(window, 64, 1, 4, 96)
-    launch_paged(q, keys, *where, rule, 8192, 128, n, float8, num_dims or D)
+    launch_paged(q, keys, *where, rule, 8192, 128, n, float8)
 
 
 def _paged_pooled_chunk(
@@ -88,11 +88,12 @@ def _paged_pooled_chunk(
     window: int = 1,
     kv_len: int = 8192,
     num_dims: int | None = None,
+    kept: torch.dtype | None = None,
 ) -> None:
     from infllm_flex_ops.selection.kernels.prefill.launch_pooled import launch_paged
 
     q = meta(2, 2048, num_dims or D, dtype=EIGHT if float8 else dtype)
-    keys = meta(4096, 2, page_size // window, D, dtype=dtype)
+    keys = meta(4096, 2, page_size // window, num_dims or D, dtype=kept or dtype)
     table = meta(kv_len // page_size, dtype=torch.int32)
     launch_paged(q, keys, table, kv_len, SelectionRule.from_pooled(window, 64, 1, 4, 96))
 
@@ -120,13 +121,13 @@ CASES: list[Any] = [
     *case(_paged_pooled, FLOAT, 128, 3, 1, False, on=EACH),
     *case(_paged_pooled, BRAIN, 80, 7, 16, True, 16, 4, on=NONE),
     *case(_paged_pooled, FLOAT, 256, 4, 5, True, on=NONE),
-    *case(_paged_pooled, BRAIN, 128, 4, 1, True, 64, 1, 32, on=EACH),
+    *case(_paged_pooled, BRAIN, 128, 4, 1, True, 64, 1, 32, EIGHT, on=EACH),
     *case(_paged_pooled_chunk, BRAIN, 128, True, on=EACH),
     *case(_paged_pooled_chunk, BRAIN, 128, False, 128, on=EACH),
     *case(_paged_pooled_chunk, BRAIN, 64, True, 16, on=EACH),
     *case(_paged_pooled_chunk, HALF, 256, True, on=EACH),
     *case(_paged_pooled_chunk, HALF, 256, False, 16, on=EACH),
-    *case(_paged_pooled_chunk, BRAIN, 128, True, 64, 1, 8192, 32, on=EACH),
+    *case(_paged_pooled_chunk, BRAIN, 128, True, 64, 1, 8192, 32, EIGHT, on=EACH),
     *case(_paged_pooled_chunk, FLOAT, 128, True, on=EACH),
     *case(_paged_pooled_chunk, FLOAT, 128, False, on=EACH),
     *case(_paged_pooled_chunk, BRAIN, 80, True, 64, 4, 1 << 18, on=EACH),  # picks from segments

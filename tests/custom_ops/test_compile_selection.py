@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from benchmarking.ahead_of_time import SHARED_LIMIT, compile_kernel, record_launches
+from infllm_flex_ops.device import knows_float8
 from infllm_flex_ops.selection.rule import SelectionRule
 from tests.custom_ops.compiled import (
     AMPERE_TOO,
@@ -88,12 +89,31 @@ def _pool(dtype: torch.dtype, D: int, G: int, float8: bool, num_dims: int) -> No
     launch(meta(1, 2 * G, 4096, D, dtype=dtype), 2, float8, num_dims)
 
 
-def _cached_pooled(dtype: torch.dtype, D: int, G: int, n: int, float8: bool, num_dims: int) -> None:
+def _cached_pooled(
+    dtype: torch.dtype,
+    D: int,
+    G: int,
+    n: int,
+    float8: bool,
+    num_dims: int | None = None,
+    kept: torch.dtype | None = None,
+) -> None:
     from infllm_flex_ops.selection.kernels.decode.launch_pooled import launch
 
-    q, k = meta(1, 2 * G, n, D, dtype=dtype), meta(1, 2, 32768, D, dtype=dtype)
+    q = meta(1, 2 * G, n, D, dtype=dtype)
+    k = meta(1, 2, 32768, num_dims or D, dtype=kept or dtype)
     ends = [meta(1, dtype=torch.int64) for _ in range(2)]
-    launch(q, k, *ends, SelectionRule.from_pooled(1, 64, 1, 4, 96), 8192, 128, float8, num_dims)
+    launch(q, k, *ends, SelectionRule.from_pooled(1, 64, 1, 4, 96), 8192, 128, float8)
+
+
+def _append_slowest(dtype: torch.dtype, D: int, num_dims: int, float8: bool) -> None:
+    from infllm_flex_ops.selection.kernels import append_windows
+
+    k, ends = meta(1, 8, 8192, D, dtype=dtype), [meta(1, dtype=torch.int64) for _ in range(2)]
+    kept = EIGHT if float8 and knows_float8(k) else dtype
+    windows = meta(1, 8, 8192, num_dims, dtype=kept)
+    for num_new in (1, 4096):
+        append_windows.launch(k, windows, None, *ends, None, None, num_new, 1, 1, 4, 4)
 
 
 def _select_cached(
@@ -150,14 +170,16 @@ CASES: list[Any] = [
     *case(_pool, BRAIN, 128, 16, True, 128, on=EACH),
     *case(_pool, HALF, 80, 3, False, 80, on=EACH),
     *case(_pool, BRAIN, 128, 4, True, 32, on=EACH),
-    *case(_cached_pooled, BRAIN, 128, 16, 1, True, 128, on=EACH),
-    *case(_cached_pooled, BRAIN, 64, 3, 1, False, 64, on=EACH),
-    *case(_cached_pooled, HALF, 256, 4, 5, True, 256, on=EACH),
-    *case(_cached_pooled, FLOAT, 128, 3, 1, False, 128, on=EACH),
-    *case(_cached_pooled, FLOAT, 256, 4, 5, True, 256, on=EACH),
-    *case(_cached_pooled, BRAIN, 128, 4, 1, True, 32, on=EACH),
+    *case(_cached_pooled, BRAIN, 128, 16, 1, True, on=EACH),
+    *case(_cached_pooled, BRAIN, 64, 3, 1, False, on=EACH),
+    *case(_cached_pooled, HALF, 256, 4, 5, True, on=EACH),
+    *case(_cached_pooled, FLOAT, 128, 3, 1, False, on=EACH),
+    *case(_cached_pooled, FLOAT, 256, 4, 5, True, on=EACH),
+    *case(_cached_pooled, BRAIN, 128, 4, 1, True, 32, EIGHT, on=EACH),
     *case(_cached_pooled, BRAIN, 80, 16, 5, False, 32, on=EACH),
     *case(_cached_pooled, FLOAT, 256, 4, 1, False, 64, on=EACH),
+    *case(_append_slowest, BRAIN, 128, 32, True, on=EACH),
+    *case(_append_slowest, HALF, 80, 32, False),
     *case(_select_cached, BRAIN, 128, 16, on=EACH),
     *case(_select_cached, BRAIN, 128, 64),
     *case(_select_cached, BRAIN, 128, 16, 1, 64, 1 << 19),
@@ -188,12 +210,13 @@ def test_each_run_compiles_every_kernel(monkeypatch: pytest.MonkeyPatch) -> None
     assert_each_run_has_every_kernel(monkeypatch, CASES)
 
 
-@pytest.mark.parametrize("D", [64, 80, 128, 256])
+@pytest.mark.parametrize("D", [64, 80, 256])
+@pytest.mark.parametrize("kept", [BRAIN, EIGHT], ids=str)
 def test_keys_of_a_part_of_the_dims_are_copied_in_the_widest_steps(
-    D: int, monkeypatch: pytest.MonkeyPatch
+    kept: torch.dtype, D: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def step() -> None:
-        _cached_pooled(BRAIN, D, 4, 1, True, 32)
+        _cached_pooled(BRAIN, D, 4, 1, True, 32, kept)
 
     scores = record_launches(monkeypatch, step, 90)[0]
     copies = re.findall(r"cp\.async\.c[ag].*, (\w+), ", compile_kernel(scores, 90).asm["ptx"])
@@ -211,7 +234,7 @@ def test_keys_of_a_part_of_the_dims_are_copied_in_the_widest_steps(
         (_select_documents, (BRAIN, 128, 16)),
         (_select_pooled, (BRAIN, 128)),
         (_pool, (BRAIN, 128, 16, True, 128)),
-        (_cached_pooled, (BRAIN, 128, 16, 1, True, 128)),
+        (_cached_pooled, (BRAIN, 128, 16, 1, True, 32, EIGHT)),
         (_select_cached, (BRAIN, 128, 16)),
     ],
 )

@@ -33,7 +33,7 @@ def step(dtype: torch.dtype = BRAIN, S: int = 32768) -> None:
     append_windows.launch(k, *windows, *ends, None, None, 1, *SIZES)
     launch.launch(q, *windows, *ends, RULE, 8192, 128, 1.0)
     pooled = SelectionRule.from_pooled(1, 64, 1, 4, 96)
-    launch_pooled.launch(q, k, *ends, pooled, 8192, 128, False, 128)
+    launch_pooled.launch(q, k, *ends, pooled, 8192, 128, False)
     selected = meta(1, 2, 1, 128, dtype=torch.int32)
     attend_cached_blocks.launch(q, k, v, selected, *ends, 64, 1.0)
 
@@ -50,7 +50,7 @@ def paged_step() -> None:
     append_windows.launch_paged(k, *windows, *where, 1, *SIZES)
     launch.launch_paged(q, *windows, *where, RULE, 8192, 128, 1, 1.0)
     pooled = SelectionRule.from_pooled(1, 64, 1, 4, 96)
-    launch_pooled.launch_paged(q, k, *where, pooled, 8192, 128, 1, False, 128)
+    launch_pooled.launch_paged(q, k, *where, pooled, 8192, 128, 1, False)
     attend_cached_blocks.launch_paged(q, k, v, meta(2, 1, 128, dtype=torch.int32), *where, 64, 1, 1)
 
 

@@ -51,8 +51,7 @@ def test_few_queries_get_the_lists_of_a_cache_in_one_piece(settings, page_size, 
     capacity = rows.k.shape[2]
     expected = select_cached(q, rows.unpaged(config), capacity=capacity, key=rows.k)
     where = rows.block_table, rows.seq_lens, query_start(COUNTS)
-    products = config.score_dtype == "float8", config.num_score_dims(16)
-    limits = config.dense_len, expected.shape[-1], 5, *products
+    limits = config.dense_len, expected.shape[-1], 5, config.score_dtype == "float8"
     lists = select_paged_blocks_pooled(
         flat(q, COUNTS), rows.cache.scored, *where, *rows.cache.rule.pooled, *limits
     )
@@ -77,7 +76,7 @@ def test_a_chunk_gets_the_lists_of_a_whole_sequence(settings, page_size, Sq):
     few = select_paged_blocks_pooled(
         queries, rows.cache.scored, table[None], rows.seq_lens[1:], query_start([Sq]),
         *config_rule(config), config.dense_len, lists.shape[-1], Sq,
-        config.score_dtype == "float8", config.num_score_dims(16),
+        config.score_dtype == "float8",
     )  # fmt: skip
     assert torch.equal(lists, few)
 
@@ -104,7 +103,7 @@ def test_rows_with_more_queries_are_left_out():
     where = rows.block_table, rows.seq_lens, query_start([3, 40, 7])
     rule = config_rule(rows.cache.config)
     some, everything = (
-        select_paged_blocks_pooled(q, rows.cache.key, *where, *rule, -1, 5, most, False, 16)
+        select_paged_blocks_pooled(q, rows.cache.key, *where, *rule, -1, 5, most, False)
         for most in (7, 40)
     )
     for own in (slice(0, 3), slice(43, 50)):
@@ -117,7 +116,7 @@ def test_a_row_that_does_not_fit_its_table_is_refused():
     where = rows.block_table, torch.tensor([65], dtype=torch.int32), query_start([1])
     q, rule = make_qkv(1)[0][0].transpose(0, 1), config_rule(rows.cache.config)
     with pytest.raises(ValueError, match="must hold the pages of 65 tokens in row 0, got 4 pages"):
-        select_paged_blocks_pooled(q, rows.cache.key, *where, *rule, -1, 5, 1, False, 16)
+        select_paged_blocks_pooled(q, rows.cache.key, *where, *rule, -1, 5, 1, False)
 
 
 @pytest.mark.parametrize("settings", [EVERY_KEY, PAIRS], ids=str)
@@ -127,7 +126,7 @@ def test_are_registered_right(settings):
     q = make_qkv(5, Hq=4)[0][0].transpose(0, 1).contiguous()
     where = rows.block_table.clamp(max=3), rows.seq_lens, query_start([2, 3])
     ops = torch.ops.infllm_flex
-    few = (q, scored, *where, *rule, -1, 5, 3, False, 16)
+    few = (q, scored, *where, *rule, -1, 5, 3, False)
     torch.library.opcheck(ops.select_paged_blocks_pooled.default, few)
     pooled = q.transpose(0, 1).unflatten(0, (2, 2)).mean(1)
     chunk = (pooled, scored, where[0][1], 100, *rule)
@@ -140,8 +139,8 @@ def test_compile_as_one_graph():
     where = rows.block_table, rows.seq_lens, query_start([2, 3])
 
     def step(q):
-        few = select_paged_blocks_pooled(q, rows.cache.key, *where, *rule, -1, 5, 3, True, 8)
-        pooled = pool_queries(q.transpose(0, 1)[None], 2, False, 8)[0]
+        few = select_paged_blocks_pooled(q, rows.cache.key, *where, *rule, -1, 5, 3, True)
+        pooled = pool_queries(q.transpose(0, 1)[None], 2, False, 16)[0]
         table = rows.block_table[1]
         return few, select_paged_chunk_pooled(pooled, rows.cache.key, table, 100, *rule)
 

@@ -9,12 +9,14 @@ from torch import Tensor
 from infllm_flex.selection import compress_for_pooled
 from infllm_flex.selection import pool_queries as pool_for
 from infllm_flex_ops import (
+    append_paged_windows,
     pool_queries,
     select_cached_blocks_pooled,
     select_paged_blocks_pooled,
     select_paged_chunk_pooled,
 )
 from tests.custom_ops.harness import (
+    DEVICE,
     DTYPES,
     INTERPRETED,
     fenced_allocations,
@@ -30,8 +32,8 @@ from tests.custom_ops.test_paged_pooled import (
     filled_rows,
     flat,
 )
-from tests.inputs import make_qkv
-from tests.paged import Rows, query_start
+from tests.inputs import make_qkv, small_config
+from tests.paged import Rows, draw_rows, query_start
 
 require_kernels()
 pytestmark = pytest.mark.filterwarnings("ignore:.* encountered:RuntimeWarning")  # by numpy
@@ -66,7 +68,7 @@ class Case:
         config = self.config = self.rows.cache.config
         capacity = self.rows.k.shape[2]
         width = max(config.num_selected, -(-min(config.dense_len - 1, capacity) // 16))
-        self.products = config.score_dtype == "float8", config.num_score_dims(D)
+        self.float8 = config.score_dtype == "float8"
         self.limits = config.dense_len, width
 
     def unpaged(self) -> tuple[Any, ...]:
@@ -75,7 +77,7 @@ class Case:
         keys = self.rows.k if self.config.scores_keys else state.compressed
         return (
             self.q, keys, state.start, state.end, *config_rule(self.config), *self.limits,
-            *self.products,
+            self.float8,
         )  # fmt: skip
 
     def paged(self, counts: list[int]) -> tuple[Any, ...]:
@@ -83,7 +85,7 @@ class Case:
         where = self.rows.block_table, self.rows.seq_lens, query_start(counts)
         rule = config_rule(self.config)
         keys = self.rows.cache.scored
-        return (flat(self.q, counts), keys, *where, *rule, *self.limits, N, *self.products)
+        return (flat(self.q, counts), keys, *where, *rule, *self.limits, N, self.float8)
 
 
 def split(lists: Tensor, counts: list[int]) -> list[Tensor]:
@@ -117,6 +119,22 @@ def test_few_queries_get_the_bits_of_one_piece(
         assert torch.equal(own, expected[row])
 
 
+@pytest.mark.parametrize("score_dtype", ["same", "float8"])
+@pytest.mark.parametrize(("page_size", "D"), [(16, 24), (64, 80)])
+def test_append_copies_the_slowest_dims_as_the_definition_does(
+    page_size: int, D: int, score_dtype: str
+) -> None:
+    settings = {**EVERY_KEY, "score_dims": 8, "score_dtype": score_dtype}
+    rows = draw_rows(small_config(**settings), LENGTHS, page_size, D=D)
+    cache, batch = rows.cache, rows.batch([9, 17, 0, 4, 1, 30, 1])
+    sizes = (*cache.rule.windows, *cache.rule.coarse_windows)
+    args = (cache.key, cache.compressed, None, *batch[:3], batch.max_new, *sizes)
+    ours = [x.to(DEVICE, copy=True) if isinstance(x, Tensor) else x for x in args]
+    append_paged_windows(*args)
+    append_paged_windows.launcher()(*ours)
+    assert torch.equal(ours[1].cpu().float().nan_to_num(), args[1].float().nan_to_num())
+
+
 @pytest.mark.parametrize(
     ("settings", "page_size"), [(EVERY_KEY, 16), (FLOAT8, 128), (PAIRS, 64)], ids=str
 )
@@ -139,7 +157,7 @@ def test_rows_with_more_queries_are_left_out() -> None:
     counts = [min(count, N) for count in COUNTS]
     args = list(case.paged(counts))
     everything = select_paged_blocks_pooled(*args)
-    args[-3] = N - 1
+    args[-2] = N - 1
     some = run_on_device(lambda *x: launch(select_paged_blocks_pooled, *x), *args)
     for count, few, own in zip(counts, split(some, counts), split(everything, counts), strict=True):
         assert count == N or torch.equal(few, own)
@@ -208,7 +226,7 @@ def test_touches_nothing_outside(settings: dict[str, Any], monkeypatch: pytest.M
     few = case.paged(counts)
     pooled = pool_for(case.q[:1], 2, case.config)[0]
     rows, rule = case.rows, config_rule(case.config)
-    chunk = pooled, rows.cache.key, rows.block_table[0], 230, *rule
+    chunk = pooled, rows.cache.scored, rows.block_table[0], 230, *rule
     expected = select_paged_blocks_pooled(*few), select_paged_chunk_pooled(*chunk)
     with fenced_allocations(monkeypatch):
         lists = launch(select_paged_blocks_pooled, *few)

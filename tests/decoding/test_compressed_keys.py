@@ -10,7 +10,8 @@ from infllm_flex import CompressedKeys
 from infllm_flex_ops import compress_keys
 from tests.inputs import draw_normal, small_config
 
-D = 3
+D = 6
+SLOWEST = {"pool_queries": True, "kernel_size": 4, "score_dims": 4, "score_dtype": "float8"}
 
 
 class Cache:
@@ -37,11 +38,11 @@ class FollowsACache(RuleBasedStateMachine):
     @initialize(
         pads=st.lists(st.integers(0, 40), min_size=1, max_size=3),
         room=st.sampled_from([0, 5, 1000]),
-        lse=st.sampled_from(["coarse", "exact"]),
+        scoring=st.sampled_from([{}, {"lse": "exact"}, SLOWEST]),
     )
-    def begin(self, pads, room, lse):
+    def begin(self, pads, room, scoring):
         self.cache = Cache(pads, room)
-        self.config = small_config(lse=lse)
+        self.config = small_config(**scoring)
         self.state = CompressedKeys(self.config, self.cache.all_slots())
 
     @rule(count=st.integers(0, 70), seed=st.integers(0, 10_000))
@@ -83,15 +84,18 @@ class FollowsACache(RuleBasedStateMachine):
     def equals_compression_from_scratch(self):
         config = self.config
         levels = [(self.state.compressed, config.kernel_size, config.kernel_stride)]
-        if config.lse == "coarse":
+        if config.uses_coarse_keys:
             levels.append((self.state.coarse, config.coarse_size, config.coarse_stride))
         else:
             assert self.state.coarse is self.state.compressed
         assert (self.state.end == self.cache.keys.shape[2]).all()
         for row, pad in enumerate(self.cache.pads):
             for windows, size, stride in levels:
-                expected = compress_keys(self.cache.keys[row : row + 1, :, pad:], size, stride)[0]
-                assert torch.equal(windows[row, :, : expected.shape[1]], expected)
+                keys = self.cache.keys[row : row + 1, :, pad:]
+                keys = keys[..., [1, 2, 4, 5]] if config.score_dims else keys
+                expected = compress_keys(keys, size, stride)[0].to(windows.dtype)
+                found = windows[row, :, : expected.shape[1]]
+                assert torch.equal(found.float(), expected.float())
 
 
 FollowsACache.TestCase.settings = settings(
@@ -126,7 +130,7 @@ def test_memory_grows_seldom():
 
 def test_a_cache_of_another_kind_is_refused():
     state = CompressedKeys(small_config(), torch.zeros(1, 2, 20, D))
-    with pytest.raises(ValueError, match=r"key must be \[1, 2, S, 3\], torch.float32"):
+    with pytest.raises(ValueError, match=r"key must be \[1, 2, S, 6\], torch.float32"):
         state.append(torch.zeros(2, 2, 20, D), 20)
 
 
@@ -134,7 +138,7 @@ def test_a_cache_of_another_kind_is_refused():
 def test_keys_of_another_shape_or_dtype_are_refused(key):
     with pytest.raises(ValueError, match=r"key must be floating point \[B, Hkv, S, D\], got"):
         CompressedKeys(small_config(), key)
-    with pytest.raises(ValueError, match=r"key must be \[1, 2, S, 3\], torch.float32"):
+    with pytest.raises(ValueError, match=r"key must be \[1, 2, S, 6\], torch.float32"):
         CompressedKeys(small_config(), torch.zeros(1, 2, 20, D)).append(key, 1)
 
 

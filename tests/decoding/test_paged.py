@@ -19,6 +19,7 @@ SCORINGS = [
     {"lse": "exact"},
     {"pool_queries": True, "kernel_size": 1, "kernel_stride": 1},
     {"pool_queries": True, "kernel_size": 4, "kernel_stride": 4},
+    {"pool_queries": True, "kernel_size": 1, "kernel_stride": 1, "score_dims": 8},
 ]
 
 

@@ -47,10 +47,9 @@ def test_models_that_rotate_halves_are_scored_by_a_part_of_the_dims(family, chan
     model = AutoModelForCausalLM.from_config(config).eval()
     ids = torch.arange(200)[None] % 64
     results = {}
-    for dims in (0, 8, 32):
+    for dims in (0, 8):
         ifx.patch_model(model, {**SCORED, "score_dims": dims})
         results[dims] = model(ids).logits
-    assert torch.equal(results[32], results[0])  # all of them
     assert not torch.equal(results[8], results[0])
 
 
@@ -87,7 +86,7 @@ def test_frequencies_that_rise_are_refused():
 
 def test_more_dims_than_a_head_has_are_refused():
     model = build()
-    with pytest.raises(ValueError, match=r"at most the head dim.*got 64 for heads of"):
+    with pytest.raises(ValueError, match=r"less than the head dim.*got 64 for heads of"):
         ifx.patch_model(model, {**SCORED, "score_dims": 64})
 
 

@@ -1,16 +1,19 @@
 """Room for compressed keys behind a page's keys and values. Needs no vLLM."""
 
+import dataclasses
 import math
 
 import pytest
 import torch
 
-from infllm_flex import InfLLMConfig
+from infllm_flex import InfLLMConfig, selection
 from infllm_flex.vllm.page_layout import extra_elements, extra_share, smallest_page, view_pages
 
 RELEASED = InfLLMConfig()  # the settings of the released checkpoints
 EXACT = InfLLMConfig(lse="exact")
 EVERY_KEY = InfLLMConfig(kernel_size=1, kernel_stride=1, pool_queries=True)
+SLOWEST = dataclasses.replace(EVERY_KEY, score_dims=32)
+KIND = torch.bfloat16, torch.device("cpu")
 PAIRS = InfLLMConfig(kernel_size=2, kernel_stride=2, pool_queries=True)
 
 
@@ -33,7 +36,7 @@ def test_pages_of_the_smallest_size_hold_whole_blocks_and_steps(config):
     assert page % config.block_size == 0
     assert page % config.kernel_stride == 0
     assert config.lse == "exact" or page % config.coarse_stride == 0
-    assert extra_elements(config, page, 2, 128) % (2 * 128) == 0
+    assert extra_elements(config, page, 2, 128, *KIND) % (2 * 128) == 0
 
 
 @pytest.mark.parametrize("page", [8, 24, 48, 100])
@@ -45,7 +48,8 @@ def test_a_page_size_that_does_not_fit_is_an_error_of_one_line(page):
 
 def make_cache(config, num_pages, heads, page, dim, *, room=None):
     """Pages as vLLM lays them out, followed by ``room`` elements, each element its own number."""
-    room = extra_elements(config, page, heads, dim) if room is None else room
+    kind = torch.float64, torch.device("cpu")
+    room = extra_elements(config, page, heads, dim, *kind) if room is None else room
     stride = heads * page * 2 * dim + room
     memory = torch.arange(num_pages * stride, dtype=torch.float64)
     strides = (stride, page * 2 * dim, 2 * dim, 1)
@@ -54,9 +58,28 @@ def make_cache(config, num_pages, heads, page, dim, *, room=None):
 
 @pytest.mark.parametrize("page", [16, 64, 128])
 def test_every_key_scored_costs_nothing(page):
-    assert extra_elements(EVERY_KEY, page, 2, 128) == 0
+    assert extra_elements(EVERY_KEY, page, 2, 128, *KIND) == 0
     assert smallest_page(EVERY_KEY) == 64
     assert extra_share(PAIRS, page) == 1 / 4
+
+
+@pytest.mark.parametrize("page", [16, 64])
+@pytest.mark.parametrize(("score_dtype", "share"), [("same", 1 / 8), ("float8", 1 / 16)])
+def test_a_copy_of_a_quarter_of_the_dims_costs_a_share(score_dtype, share, page, monkeypatch):
+    config = dataclasses.replace(SLOWEST, score_dtype=score_dtype)
+    room = extra_elements(config, page, 2, 128, *KIND)
+    assert room == share * 2 * page * 2 * 128
+    memory = torch.zeros(3, 2 * page * 2 * 128 + room + 8, dtype=torch.bfloat16)
+    tokens = memory[:, : 2 * page * 2 * 128].unflatten(1, (2, page, 256))
+    views = view_pages(tokens, config)
+    assert views.compressed.shape == (3, 2, page, 32)
+    views.compressed.copy_(torch.ones(32))
+    assert (tokens == 0).all()
+    assert (memory[:, -8:] == 0).all()
+    assert (memory[:, -room - 8 : -8] != 0).all()
+    monkeypatch.setattr(selection, "device_capability", lambda device: 80)  # has no float8
+    gpu = torch.device("cuda")
+    assert extra_elements(config, page, 2, 128, torch.bfloat16, gpu) == 2 * page * 32
 
 
 @pytest.mark.parametrize(

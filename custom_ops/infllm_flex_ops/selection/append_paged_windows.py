@@ -6,7 +6,9 @@ from torch import Tensor
 
 from infllm_flex_ops.dispatch import cuda_launcher, define_operator
 from infllm_flex_ops.pages import gather_tokens, last_tokens, list_rows, locate
-from infllm_flex_ops.selection.compress_keys import average_windows, num_windows
+from infllm_flex_ops.selection.append_windows import average_slowest
+from infllm_flex_ops.selection.compress_keys import num_windows
+from infllm_flex_ops.selection.rule import Windows
 
 
 @define_operator(mutates_args=("compressed", "coarse"))
@@ -32,7 +34,8 @@ def append_paged_windows(
     Args:
         k: Pages of keys ``[P, Hkv, page, D]``, which hold the new ones. ``page`` is a multiple of
             ``kernel_stride``, and either a multiple or a divisor of ``coarse_stride``.
-        compressed: Pages of compressed keys ``[P, Hkv, page / kernel_stride, D]``.
+        compressed: Pages of compressed keys ``[P, Hkv, page / kernel_stride, num_dims]``, with dims
+            and dtype as in ``append_windows``.
         coarse: Pages of coarse keys ``[P, Hkv, ceil(page / coarse_stride), D]``; None for
             compressed keys only.
         block_table: Pages of each row in order, int32 ``[B, max_pages]``.
@@ -49,20 +52,20 @@ def append_paged_windows(
         ValueError: A row does not fit its block table. This is checked on the CPU only.
     """
     page_size = k.shape[2]
-    levels = [(compressed, kernel_size, kernel_stride)]
+    levels = [(compressed, Windows(kernel_size, kernel_stride))]
     if coarse is not None:
-        levels.append((coarse, coarse_size, coarse_stride))
+        levels.append((coarse, Windows(coarse_size, coarse_stride)))
     for row in list_rows(block_table, seq_lens, query_start, page_size):
-        for pages, size, stride in levels:
-            written = num_windows(row.positions[0], size, stride)
-            complete = num_windows(row.length, size, stride)
+        for pages, windows in levels:
+            written = num_windows(row.positions[0], *windows)
+            complete = num_windows(row.length, *windows)
             if complete <= written:
                 continue
-            end = (complete - 1) * stride + size
-            tokens = gather_tokens(k, row.table, written * stride, end)
-            averages = average_windows(tokens[None], complete - written, size, stride)[0]
-            last = last_tokens(range(written, complete), size, stride, k.device)
-            page, entry = locate(row.table, last, stride, page_size)
+            end = (complete - 1) * windows.stride + windows.size
+            tokens = gather_tokens(k, row.table, written * windows.stride, end)[None]
+            averages = average_slowest(tokens, complete - written, windows, pages)[0]
+            last = last_tokens(range(written, complete), *windows, k.device)
+            page, entry = locate(row.table, last, windows.stride, page_size)
             pages[page, :, entry] = averages.transpose(0, 1)
 
 

@@ -8,6 +8,8 @@ from torch import Tensor
 from infllm_flex_ops.dispatch import cuda_launcher, define_operator
 from infllm_flex_ops.rows import next_rows
 from infllm_flex_ops.selection.compress_keys import average_windows
+from infllm_flex_ops.selection.pool_queries import round_to_float8
+from infllm_flex_ops.selection.rotary_dims import slowest_dims
 from infllm_flex_ops.selection.rule import Windows
 
 
@@ -29,15 +31,17 @@ def append_windows(
     """Append the next ``num_new`` slots of a cache: count them and write the completed windows.
 
     A window has the bits that ``compress_keys`` gives it in a row of its own, of keys cast to the
-    dtype of ``compressed``. Windows that end before the new slots are not touched, and nothing is
+    dtype of ``compressed``; for e4m3 they are not cast, and the window is rounded to it at last.
+    Windows that end before the new slots are not touched, and nothing is
     written beyond the last complete window. After a cache was cropped, the windows that lost a
     token are written again when their last token is. All windows of a row whose ``start`` changes
     are written again.
 
     Args:
         k: Cache of keys ``[B, Hkv, S, D]`` that holds the new ones.
-        compressed: Compressed keys ``[B, Hkv, C, D]``, with room for those of the longest row.
-            Window j of row b averages the slots from ``start[b] + j * kernel_stride`` on.
+        compressed: Compressed keys ``[B, Hkv, C, num_dims]``, with room for those of the longest
+            row: of all D head dims, or of those that a rotary embedding turns slowest. Window j of
+            row b averages the slots from ``start[b] + j * kernel_stride`` on.
         coarse: Coarse keys ``[B, Hkv, C2, D]`` in the same layout; None for compressed keys only.
         start: Slot of each row's first token, int64 ``[B]``: the row's padding on the left.
         end: One past the slot of each row's last token, int64 ``[B]``; grows by ``num_new``.
@@ -79,10 +83,21 @@ def append_windows(
                 continue
             slot = row_start + written * windows.stride
             end_slot = row_start + (complete - 1) * windows.stride + windows.size
-            tokens = k[b : b + 1, :, slot:end_slot].to(averages.dtype)
-            averages[b, :, written:complete] = average_windows(
-                tokens, complete - written, *windows
-            )[0]
+            tokens = k[b : b + 1, :, slot:end_slot]
+            found = average_slowest(tokens, complete - written, windows, averages)
+            averages[b, :, written:complete] = found[0]
+
+
+def average_slowest(tokens: Tensor, count: int, windows: Windows, like: Tensor) -> Tensor:
+    """Average windows of ``tokens [B, Hkv, S, D]``, in the dims and the dtype of ``like``.
+
+    Returns:
+        ``[B, Hkv, count, num_dims]``.
+    """
+    tokens = slowest_dims(tokens, like.shape[-1])
+    if like.dtype != torch.float8_e4m3fn:
+        return average_windows(tokens.to(like.dtype), count, *windows)
+    return round_to_float8(average_windows(tokens, count, *windows))
 
 
 @append_windows.register_fake

@@ -49,7 +49,9 @@ def _average_heads(heads: Tensor) -> Tensor:
 
 
 def round_to_float8(x: Tensor) -> Tensor:
-    """Round to e4m3. It has no infinity, so larger numbers become the largest one."""
+    """Round to e4m3, if ``x`` is not. It has no infinity: larger numbers become the largest one."""
+    if x.dtype == torch.float8_e4m3fn:
+        return x
     largest = torch.finfo(torch.float8_e4m3fn).max
     return x.clamp(-largest, largest).to(torch.float8_e4m3fn)
 

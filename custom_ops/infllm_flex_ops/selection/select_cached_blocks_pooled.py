@@ -8,7 +8,6 @@ from torch import Tensor
 from infllm_flex_ops.dispatch import cuda_launcher, define_operator
 from infllm_flex_ops.rows import check_room
 from infllm_flex_ops.selection.pool_queries import pool_queries, round_to_float8
-from infllm_flex_ops.selection.rotary_dims import slowest_dims
 from infllm_flex_ops.selection.rule import SelectionRule
 from infllm_flex_ops.selection.select_cached_blocks import list_full_queries, select_for_row
 
@@ -27,7 +26,6 @@ def select_cached_blocks_pooled(
     dense_len: int,
     width: int,
     float8: bool,
-    num_dims: int,
 ) -> Tensor:
     """Select the blocks of few queries per row, by the same rule as ``select_blocks_pooled``.
 
@@ -35,9 +33,11 @@ def select_cached_blocks_pooled(
 
     Args:
         q: Queries ``[B, Hq, n, D]``, the last ``n`` tokens of their rows, not yet pooled.
-        compressed: For windows of one key the cache of keys ``[B, Hkv, S, D]``; for longer ones the
-            compressed keys ``[B, Hkv, C, D]``, whose windows begin at a row's first token. Slots
-            beyond a row's length may hold anything.
+        compressed: For windows of one key in all dims the cache of keys ``[B, Hkv, S, D]``. Else
+            compressed keys ``[B, Hkv, C, num_dims]`` as ``append_windows`` writes them: of all head
+            dims or of the slowest ones, in which alone they and the queries are then multiplied.
+            Their windows begin at a row's first token. Slots beyond a row's length may hold
+            anything.
         start: Cache slot of each row's first token, int64 ``[B]``.
         end: One past the slot of each row's last token, int64 ``[B]``.
         window: Pooling window of the compressed keys, in tokens.
@@ -48,9 +48,8 @@ def select_cached_blocks_pooled(
         dense_len: A query is dense if its row holds fewer tokens than this up to it, its own
             included; it lists every block.
         width: Slots per list: the budget, or the longest list of a dense query if that is longer.
-        float8: Round pooled queries and compressed keys to e4m3 before they are multiplied.
-        num_dims: Head dims in which they are multiplied, those that a rotary embedding turns
-            slowest, an even number; D multiplies all.
+        float8: Round pooled queries and compressed keys to e4m3 before they are multiplied. True
+            for compressed keys in that dtype.
 
     Returns:
         Selected blocks, int32 ``[B, Hkv, n, width]``, counted from each row's first token,
@@ -62,24 +61,29 @@ def select_cached_blocks_pooled(
     Hkv = compressed.shape[1]
     selected = torch.full((B, Hkv, n, width), -1, dtype=torch.int32, device=q.device)
     accumulate = torch.promote_types(q.dtype, torch.float32)
-    pooled = pool_queries(q, Hkv, float8, num_dims).to(accumulate)
+    pooled = pool_queries(q, Hkv, float8, compressed.shape[3]).to(accumulate)
+    is_cache = scores_cache(q, compressed, window)
     for b, (row_start, row_end) in enumerate(zip(start.tolist(), end.tolist(), strict=True)):
         positions = range(row_end - row_start - n, row_end - row_start)
         num_full = list_full_queries(positions, rule, dense_len, selected[b])
         if num_full < n:
-            if window == 1:
+            if is_cache:
                 check_room(b, row_end, compressed.shape[2])
-            keys = compressed[b, :, row_start:row_end] if window == 1 else compressed[b]
-            keys = slowest_dims(keys, num_dims)
+            keys = compressed[b, :, row_start:row_end] if is_cache else compressed[b]
             keys = (round_to_float8(keys) if float8 else keys).to(accumulate)
             queries, out = pooled[b, :, num_full:], selected[b, :, num_full:, :num_selected]
             select_for_row(queries, keys, None, positions[num_full:], rule, 1.0, out)
     return selected
 
 
+def scores_cache(q: Tensor, compressed: Tensor, window: int) -> bool:
+    """Whether the keys that are scored are the cache itself, not a copy of a part of their dims."""
+    return window == 1 and compressed.shape[3] == q.shape[3]
+
+
 @select_cached_blocks_pooled.register_fake
 def _(q: Tensor, compressed: Tensor, *rest: Any) -> Tensor:
-    width = rest[-3]
+    width = rest[-2]
     return q.new_empty(q.shape[0], compressed.shape[1], q.shape[2], width, dtype=torch.int32)
 
 

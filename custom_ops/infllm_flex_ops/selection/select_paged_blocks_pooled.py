@@ -8,7 +8,6 @@ from torch import Tensor
 from infllm_flex_ops.dispatch import cuda_launcher, define_operator
 from infllm_flex_ops.pages import gather_windows, list_rows
 from infllm_flex_ops.selection.pool_queries import pool_queries, round_to_float8
-from infllm_flex_ops.selection.rotary_dims import slowest_dims
 from infllm_flex_ops.selection.rule import SelectionRule
 from infllm_flex_ops.selection.select_cached_blocks import list_full_queries, select_for_row
 
@@ -29,7 +28,6 @@ def select_paged_blocks_pooled(
     width: int,
     max_queries: int,
     float8: bool,
-    num_dims: int,
 ) -> Tensor:
     """Select blocks for few queries per row, as ``select_cached_blocks_pooled`` does, from pages.
 
@@ -37,9 +35,11 @@ def select_paged_blocks_pooled(
 
     Args:
         q: Queries ``[T, Hq, D]``, those of a row side by side, not yet pooled.
-        compressed: For windows of one key the pages of keys ``[P, Hkv, page, D]``; for longer ones
-            those of compressed keys ``[P, Hkv, page / window, D]``, as ``append_paged_windows``
-            writes them. Slots beyond a row's length, or in no row's pages, may hold anything.
+        compressed: For windows of one key in all dims the pages of keys ``[P, Hkv, page, D]``. Else
+            those of compressed keys ``[P, Hkv, page / window, num_dims]``, as
+            ``append_paged_windows`` writes them: of all head dims or of the slowest ones, in which
+            alone they and the queries are then multiplied. Slots beyond a row's length, or in no
+            row's pages, may hold anything.
         block_table: Pages of each row in order, int32 ``[B, max_pages]``.
         seq_lens: Tokens of each row, int32 ``[B]``.
         query_start: Row b has the queries from ``query_start[b]`` to ``query_start[b + 1]``, its
@@ -53,9 +53,8 @@ def select_paged_blocks_pooled(
             included; it lists every block.
         width: Slots per list: the budget, or the longest list of a dense query if that is longer.
         max_queries: Rows with more queries than this are left out.
-        float8: Round pooled queries and compressed keys to e4m3 before they are multiplied.
-        num_dims: Head dims in which they are multiplied, those that a rotary embedding turns
-            slowest, an even number; D multiplies all.
+        float8: Round pooled queries and compressed keys to e4m3 before they are multiplied. True
+            for compressed keys in that dtype.
 
     Returns:
         Selected blocks, int32 ``[Hkv, T, width]``, a token's heads side by side in memory, counted
@@ -71,7 +70,7 @@ def select_paged_blocks_pooled(
     selected = selected.transpose(0, 1)
     accumulate = torch.promote_types(q.dtype, torch.float32)
     queries = q.transpose(0, 1)[None]
-    pooled = pool_queries(queries, Hkv, float8, num_dims)[0].to(accumulate)
+    pooled = pool_queries(queries, Hkv, float8, compressed.shape[3])[0].to(accumulate)
     for row in list_rows(block_table, seq_lens, query_start, page_size):
         if len(row.positions) > max_queries:
             continue
@@ -81,7 +80,6 @@ def select_paged_blocks_pooled(
         if positions:
             count = rule.windows.num_visible(row.length - 1)
             keys = gather_windows(compressed, row.table, count, *rule.windows, page_size)
-            keys = slowest_dims(keys, num_dims)
             keys = (round_to_float8(keys) if float8 else keys).to(accumulate)
             queries, lists = pooled[:, row.queries][:, num_full:], out[:, num_full:, :num_selected]
             select_for_row(queries, keys, None, positions, rule, 1.0, lists)
@@ -90,7 +88,7 @@ def select_paged_blocks_pooled(
 
 @select_paged_blocks_pooled.register_fake
 def _(q: Tensor, compressed: Tensor, *rest: Any) -> Tensor:
-    width = rest[-4]
+    width = rest[-3]
     lists = q.new_empty(q.shape[0], compressed.shape[1], width, dtype=torch.int32)
     return lists.transpose(0, 1)
 

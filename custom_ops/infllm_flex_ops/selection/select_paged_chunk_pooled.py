@@ -8,7 +8,6 @@ from torch import Tensor
 from infllm_flex_ops.dispatch import cuda_launcher, define_operator
 from infllm_flex_ops.pages import gather_windows
 from infllm_flex_ops.selection.pool_queries import round_to_float8
-from infllm_flex_ops.selection.rotary_dims import slowest_dims
 from infllm_flex_ops.selection.rule import SelectionRule
 from infllm_flex_ops.selection.select_blocks_pooled import select_blocks_pooled
 
@@ -27,18 +26,17 @@ def select_paged_chunk_pooled(
 ) -> Tensor:
     """Select the blocks of a row's last tokens, as ``select_blocks_pooled`` does, from pages.
 
-    On a GPU the keys are read from their pages. Only where fewer dims than D are multiplied, or for
-    1024 and more queries in e4m3, is a copy of the row's keys made, of those dims in the dtype of
-    ``q``.
+    On a GPU the keys are read from their pages. Only for 1024 and more queries in e4m3, over keys
+    in another dtype, is a copy of the row's keys made, of one byte per number.
 
     Args:
-        q: Pooled queries ``[Hkv, Sq, num_dims]``, the last ``Sq`` of ``kv_len`` tokens, as
-            ``pool_queries`` makes them: of all D head dims, or of those that a rotary embedding
-            turns slowest. In the dtype of the keys or in e4m3; the keys are then rounded to e4m3 as
-            well, as ``pool_queries`` and ``select_cached_blocks_pooled`` round.
-        compressed: For windows of one key the pages of keys ``[P, Hkv, page, D]``; for longer ones
-            those of compressed keys ``[P, Hkv, page / window, D]``, as ``append_paged_windows``
-            writes them. Slots beyond the row's length, or in other rows' pages, may hold anything.
+        q: Pooled queries ``[Hkv, Sq, num_dims]``, the last ``Sq`` of ``kv_len`` tokens, of the dims
+            that the keys have, in the dtype of the keys or in e4m3. The keys are then rounded to
+            e4m3 as well, as ``pool_queries`` and ``select_cached_blocks_pooled`` round.
+        compressed: For windows of one key in all dims the pages of keys ``[P, Hkv, page, D]``. Else
+            those of compressed keys ``[P, Hkv, page / window, num_dims]``, as
+            ``append_paged_windows`` writes them. Slots beyond the row's length, or in other rows'
+            pages, may hold anything.
         table: The row's pages in order, int32 ``[max_pages]``.
         kv_len: Tokens of the row.
         window: Pooling window of the compressed keys, in tokens.
@@ -54,7 +52,6 @@ def select_paged_chunk_pooled(
     rule = SelectionRule.from_pooled(window, block_size, init_blocks, local_blocks, num_selected)
     page_size, count = compressed.shape[2] * window, rule.windows.num_visible(kv_len - 1)
     keys = gather_windows(compressed, table, count, *rule.windows, page_size)
-    keys = slowest_dims(keys, q.shape[-1])
     keys = round_to_float8(keys) if q.dtype == torch.float8_e4m3fn else keys
     return select_blocks_pooled(q[None], keys[None], kv_len, *rule.pooled)[0]
 

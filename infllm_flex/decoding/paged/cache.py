@@ -10,7 +10,7 @@ from torch import Tensor
 import infllm_flex_ops
 from infllm_flex.config import InfLLMConfig
 from infllm_flex.decoding.paged.batch import PagedBatch
-from infllm_flex.selection import selection_rule
+from infllm_flex.selection import dtype_of_compressed, selection_rule
 from infllm_flex.validation import check_head_dim_and_dtype
 from infllm_flex_ops.pages import entries_per_page
 
@@ -58,6 +58,7 @@ class PagedCache:
         key: ``[P, Hkv, page, D]``.
         value: ``[P, Hkv, page, D]``.
         compressed: ``[P, Hkv, window_entries(config, page).compressed, D]``; None where that is 0.
+            With ``score_dims`` these many instead of D, in `dtype_of_compressed`.
         coarse: ``[P, Hkv, window_entries(config, page).coarse, D]``; None where that is 0.
 
     Raises:
@@ -77,12 +78,13 @@ class PagedCache:
         if key.dim() != 4 or 0 in key.shape:
             raise ValueError(f"key must be [P, Hkv, page, D], got shape {tuple(key.shape)}")
         check_head_dim_and_dtype("key", key)
-        config.num_score_dims(key.shape[-1])  # raises where the head has fewer
         entries = window_entries(config, key.shape[2])
-        _check_pages("key", key, key, key.shape[2])
-        _check_pages("value", value, key, key.shape[2])
-        _check_windows("compressed", compressed, key, entries.compressed)
-        _check_windows("coarse", coarse, key, entries.coarse)
+        _check_pages("key", key, key, key.shape[2], key)
+        _check_pages("value", value, key, key.shape[2], key)
+        like = key.new_empty((0, config.num_score_dims(key.shape[3])))
+        like = like.to(dtype_of_compressed(key, config))
+        _check_windows("compressed", compressed, key, entries.compressed, like)
+        _check_windows("coarse", coarse, key, entries.coarse, key)
         self.config = config
         self.key, self.value = key, value
         self.compressed, self.coarse = compressed, coarse
@@ -135,23 +137,27 @@ def _check_config(config: InfLLMConfig, page_size: int) -> None:
             )
 
 
-def _check_windows(name: str, windows: Tensor | None, key: Tensor, entries: int) -> None:
+def _check_windows(
+    name: str, windows: Tensor | None, key: Tensor, entries: int, like: Tensor
+) -> None:
     if (windows is None) != (entries == 0):
         raise ValueError(
             f"{name} must hold {entries} entries per page for these settings, "
             f"got {'none' if windows is None else windows.shape[2]}"
         )
     if windows is not None:
-        _check_pages(name, windows, key, entries)
+        _check_pages(name, windows, key, entries, like)
 
 
-def _check_pages(name: str, pages: Tensor, key: Tensor, entries: int) -> None:
-    expected = (*key.shape[:2], entries, key.shape[3])
+def _check_pages(name: str, pages: Tensor, key: Tensor, entries: int, like: Tensor) -> None:
+    """Check pages ``[P, Hkv, entries, D]`` beside ``key``, with the D and the dtype of ``like``."""
+    expected = (*key.shape[:2], entries, like.shape[-1])
     if pages.shape != expected:
         raise ValueError(f"{name} must be {list(expected)}, got {list(pages.shape)}")
-    if (pages.dtype, pages.device) != (key.dtype, key.device):
+    if (pages.dtype, pages.device) != (like.dtype, key.device):
+        as_key = " as key is" if like.dtype == key.dtype else ""
         raise ValueError(
-            f"{name} must be {key.dtype} on {key.device} as key is, "
+            f"{name} must be {like.dtype} on {key.device}{as_key}, "
             f"got {pages.dtype} on {pages.device}"
         )
     if pages.stride(-1) != 1:

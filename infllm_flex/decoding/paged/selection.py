@@ -36,10 +36,8 @@ def select_few(query: Tensor, cache: PagedCache, batch: PagedBatch, scale: float
     width = list_width(config, batch.block_table.shape[1] * cache.page_size)
     limits = config.dense_len, width, batch.max_few
     if config.pool_queries:
-        num_dims = config.num_score_dims(query.shape[-1])
-        products = config.score_dtype == "float8", num_dims
         return infllm_flex_ops.select_paged_blocks_pooled(
-            query, cache.scored, *rows, *rule.pooled, *limits, *products
+            query, cache.scored, *rows, *rule.pooled, *limits, config.score_dtype == "float8"
         )
     coarse = cache.scored if cache.coarse is None else cache.coarse
     return infllm_flex_ops.select_paged_blocks(

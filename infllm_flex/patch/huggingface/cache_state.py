@@ -8,9 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from infllm_flex.autocast import attention_dtype
 from infllm_flex.config import InfLLMConfig
 from infllm_flex.decoding import CompressedKeys
+from infllm_flex.selection import dtype_of_compressed
 from infllm_flex_ops import torch_private
 
 
@@ -56,7 +56,7 @@ class CacheState:
         """Whether they have these settings, and the dtype that attention casts ``key`` to."""
         keys = self.compressed_keys
         same = keys.config is config or keys.config == config  # comparing takes microseconds
-        return same and keys.compressed.dtype == attention_dtype(key)
+        return same and keys.compressed.dtype == dtype_of_compressed(key, keys.config)
 
     def __reduce__(self) -> tuple[Any, ...]:
         """Copy and pickle as None, because a copied layer holds another tensor."""

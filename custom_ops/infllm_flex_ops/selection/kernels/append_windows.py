@@ -12,6 +12,8 @@ from torch import Tensor
 
 from infllm_flex_ops.selection.compress_keys import num_windows
 from infllm_flex_ops.selection.kernels.compress_keys import Level, average_windows
+from infllm_flex_ops.selection.kernels.pool_queries import round_like_float8
+from infllm_flex_ops.selection.kernels.rotary_dims import slowest_dim
 from infllm_flex_ops.sizes import ceil_div, next_power_of_2
 from infllm_flex_ops.triton_common.dependent_launch import dependent_launch, wait_for_previous
 from infllm_flex_ops.triton_common.pages import (
@@ -28,10 +30,18 @@ _WINDOWS = 8
 
 
 class _Tile(NamedTuple):
-    """Compile-time sizes of a program: head dim, its power of two, and windows at a time."""
+    """Compile-time sizes of a program.
+
+    Attributes:
+        D: Dims of a window.
+        BLOCK_D: The same, padded to a power of two.
+        HEAD_DIM: Dims of a key, of which windows have the slowest.
+        WINDOWS: Windows at a time.
+    """
 
     D: int
     BLOCK_D: int
+    HEAD_DIM: int
     WINDOWS: int
 
 
@@ -80,7 +90,11 @@ def _write_windows(cache, windows, C, LEVEL: tl.constexpr, TILE: tl.constexpr):
     windows_ptr = windows.ptr
     if cache.table is None:
         windows_ptr += cache.b * windows.b
+    # Keys in another dtype are cast before they are averaged, but for e4m3 the average is rounded.
+    KEPT: tl.constexpr = windows.ptr.dtype.element_ty
+    DTYPE: tl.constexpr = k.ptr.dtype.element_ty if KEPT.is_fp8() else KEPT
     d = tl.arange(0, TILE.BLOCK_D)[None, :].to(tl.int64)
+    key_dim = slowest_dim(d, TILE.D, TILE.HEAD_DIM)
     for begin in range(tl.program_id(0) * TILE.WINDOWS, count, tl.num_programs(0) * TILE.WINDOWS):
         i = begin + tl.arange(0, TILE.WINDOWS)
         window = (written + i // Hkv).to(tl.int64)
@@ -92,15 +106,17 @@ def _write_windows(cache, windows, C, LEVEL: tl.constexpr, TILE: tl.constexpr):
         if cache.table is not None:
             row = RowPages(cache.table, exists)
         mean = average_windows(
-            View(k.ptr + head * k.h + d * k.d, k.b, k.h, k.s, k.d),
+            View(k.ptr + head * k.h + key_dim * k.d, k.b, k.h, k.s, k.d),
             token,
             mask,
             row,
-            windows.ptr.dtype.element_ty,
+            DTYPE,
             LEVEL,
             TILE.WINDOWS,
             TILE.BLOCK_D,
         )
+        if KEPT.is_fp8():
+            mean = round_like_float8(mean.to(DTYPE).to(tl.float32)).to(KEPT)
         out_ptr = windows_ptr + head * windows.h
         out_ptr = out_ptr + entry_offset(windows, window[:, None], row, PAGING)
         out_ptr = out_ptr + d * windows.d
@@ -185,6 +201,11 @@ def _append_paged_kernel(
         _write_windows(cache, coarse, C2, COARSE_LEVEL, TILE)
 
 
+def _make_tile(head_dim: int, compressed: Tensor) -> _Tile:
+    num_dims = compressed.shape[3]
+    return _Tile(num_dims, next_power_of_2(num_dims), head_dim, _WINDOWS)
+
+
 def launch(
     k: Tensor,
     compressed: Tensor,
@@ -234,7 +255,7 @@ def launch(
         HAS_COARSE=has_coarse,
         HAS_START=new_start is not start,
         HAS_END=has_end,
-        TILE=_Tile(D, next_power_of_2(D), _WINDOWS),
+        TILE=_make_tile(D, compressed),
         num_warps=8,
         **dependent_launch(k),
     )
@@ -276,7 +297,7 @@ def launch_paged(
         Hkv=Hkv,
         LEVEL=level,
         COARSE_LEVEL=coarse_level,
-        TILE=_Tile(D, next_power_of_2(D), _WINDOWS),
+        TILE=_make_tile(D, compressed),
         num_warps=8,
         **dependent_launch(k),
     )

@@ -12,6 +12,7 @@ from infllm_flex_ops.selection.kernels.kernel_args import Tile, WindowSlots
 from infllm_flex_ops.selection.kernels.prefill.plan import MAX_BLOCKS
 from infllm_flex_ops.selection.kernels.prefill.tiles import MAX_WINDOWS, choose_windows
 from infllm_flex_ops.selection.rule import SelectionRule
+from infllm_flex_ops.selection.select_cached_blocks_pooled import scores_cache
 from infllm_flex_ops.sizes import ceil_div, next_power_of_2
 from infllm_flex_ops.triton_common.dependent_launch import dependent_launch, single_launch
 from infllm_flex_ops.triton_common.pages import CachedRows
@@ -21,19 +22,24 @@ _PROGRAMS = 512  # as many as a GPU holds at a time: a second wave would wait fo
 
 
 class _Keys(NamedTuple):
-    """Compressed keys in one piece or in pages, and how they are multiplied.
+    """Compressed keys in one piece or in pages.
 
     Attributes:
         compressed: The keys.
         C: Keys that a row has room for.
-        float8: Whether they are rounded to e4m3.
-        num_dims: Head dims that are multiplied.
+        is_cache: Whether they are the cache itself, in one piece, whose rows begin anywhere.
+        float8: Whether they are multiplied in e4m3.
     """
 
     compressed: Tensor
     C: int
+    is_cache: bool
     float8: bool
-    num_dims: int
+
+    @property
+    def num_dims(self) -> int:
+        """Head dims that are multiplied."""
+        return self.compressed.shape[3]
 
 
 def launch(
@@ -45,12 +51,12 @@ def launch(
     dense_len: int,
     width: int,
     float8: bool,
-    num_dims: int,
 ) -> Tensor:
     """Score and select: two launches. Only the device reads lengths."""
     B, _, n, _ = q.shape
     out = torch.empty(B, compressed.shape[1], n, width, dtype=torch.int32, device=q.device)
-    keys = _Keys(compressed, compressed.shape[2], float8, num_dims)
+    is_cache = scores_cache(q, compressed, rule.kernel_size)
+    keys = _Keys(_readable(compressed, q), compressed.shape[2], is_cache, float8)
     rows = CachedRows.in_one_piece(q, start, end)
     _select("select_cached_blocks_pooled", q, keys, rows, out, rule, dense_len)
     return out
@@ -67,16 +73,21 @@ def launch_paged(
     width: int,
     max_queries: int,
     float8: bool,
-    num_dims: int,
 ) -> Tensor:
     """Do the same for ragged queries over pages."""
     _, Hkv, entries, _ = compressed.shape
     out = torch.empty(len(q), Hkv, width, dtype=torch.int32, device=q.device)
     page_size = entries * rule.kernel_size
     rows = CachedRows.in_pages(q, block_table, seq_lens, query_start, max_queries, page_size)
-    keys = _Keys(compressed, block_table.shape[1] * entries, float8, num_dims)
+    keys = _Keys(_readable(compressed, q), block_table.shape[1] * entries, False, float8)
     _select("select_paged_blocks_pooled", q, keys, rows, out, rule, dense_len)
     return out.transpose(0, 1)
+
+
+def _readable(compressed: Tensor, q: Tensor) -> Tensor:
+    """Return keys that the device can read: half precision holds e4m3 exactly."""
+    reads = compressed.element_size() > 1 or knows_float8(q)
+    return compressed if reads else compressed.half()
 
 
 def _select(
@@ -141,6 +152,7 @@ def _score(
         WINDOWS=windows,
         TILE=tile,
         HEAD_DIM=q.shape[-1],
+        IS_CACHE=keys.is_cache,
         FLOAT8=keys.float8,
         HAS_FLOAT8=knows_float8(q),
         PAGING=rows.windows(*rule.windows),

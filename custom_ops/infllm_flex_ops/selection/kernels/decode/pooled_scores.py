@@ -39,6 +39,7 @@ def cached_pooled_score_kernel(
     WINDOWS: tl.constexpr,
     TILE: tl.constexpr,
     HEAD_DIM: tl.constexpr,
+    IS_CACHE: tl.constexpr,
     FLOAT8: tl.constexpr,
     HAS_FLOAT8: tl.constexpr,
     PAGING: tl.constexpr,
@@ -47,7 +48,7 @@ def cached_pooled_score_kernel(
     """Fill ``scores [B * Hkv, n, columns]``, a run of blocks each.
 
     Only blocks before each token's local blocks are used later, and each token sees those whole:
-    nothing is masked here. The ``TILE.D`` slowest of the ``HEAD_DIM`` head dims are multiplied.
+    nothing is masked here. Queries have ``HEAD_DIM`` dims and keys ``TILE.D``, the slowest of them.
     """
     STEP: tl.constexpr = TILE.BLOCK_N // WINDOWS.SLOTS
     STEP_WINDOWS: tl.constexpr = STEP * WINDOWS.PER_BLOCK
@@ -69,12 +70,10 @@ def cached_pooled_score_kernel(
         return
     q = view_queries(q, pages, b)
     token = tile * TILE.TOKENS + tl.arange(0, TILE.TOKENS)
-    i = tl.arange(0, TILE.BLOCK_D)
-    in_head = i < TILE.D
-    d = slowest_dim(i, TILE.D, HEAD_DIM)
+    d = tl.arange(0, TILE.BLOCK_D)
     q_ptr = q.ptr + (b * q.b + h * TILE.G * q.h)
-    q_ptr += token.to(tl.int64)[:, None] * q.s + d[None, :] * q.d
-    q_mask = (token < num)[:, None] & in_head[None, :]
+    q_ptr += token.to(tl.int64)[:, None] * q.s + slowest_dim(d, TILE.D, HEAD_DIM)[None, :] * q.d
+    q_mask = (token < num)[:, None] & (d < TILE.D)[None, :]
     x = average_heads(q_ptr, q.h, q_mask, TILE.G)
     if FLOAT8:
         x = round_like_float8(fit_float8(x)).to(tl.float16)
@@ -87,21 +86,23 @@ def cached_pooled_score_kernel(
     if pages is not None:
         C = count_windows(length - 1, RULE.kernel_size, RULE.kernel_stride, C)  # those written
         table = pages.table + b * pages.row
-    elif RULE.kernel_size == 1:  # the cache of keys itself
+    elif IS_CACHE:
         keys_ptr += row_start * keys.s
         C -= row_start.to(tl.int32)
     at = (head.to(tl.int64) * n + token) * columns
-    column = tl.arange(0, TILE.BLOCK_N)
-    slot = column % WINDOWS.SLOTS
+    i = tl.arange(0, TILE.BLOCK_N)
+    slot = i % WINDOWS.SLOTS
     for start in range(first_block, tl.minimum(first_block + split_blocks, num_scored), STEP):
         first = start * WINDOWS.PER_BLOCK
-        window = (start + column // WINDOWS.SLOTS) * WINDOWS.PER_BLOCK + slot
+        window = (start + i // WINDOWS.SLOTS) * WINDOWS.PER_BLOCK + slot
         valid = (window < C) & (slot < WINDOWS.PER_BLOCK)
         offset = step_offset(keys, first, window, C, table, PAGING, STEP_WINDOWS)
         key_ptr = keys_ptr + offset[None, :] + d[:, None] * keys.d
-        k = tl.load(key_ptr, mask=valid[None, :] & in_head[:, None], other=0.0)
+        k = tl.load(key_ptr, mask=valid[None, :] & (d < TILE.D)[:, None], other=0.0)
         if FLOAT8:
-            if HAS_FLOAT8:  # the device rounds in the same way
+            if k.dtype.is_fp8():
+                k = k.to(tl.float16)
+            elif HAS_FLOAT8:  # the device rounds in the same way
                 k = k.to(tl.float8e4nv).to(tl.float16)
             else:
                 k = round_like_float8(k.to(tl.float32)).to(tl.float16)

@@ -30,13 +30,11 @@ from infllm_flex_ops.selection.kernels.prefill.tiles import (
     choose_windows,
 )
 from infllm_flex_ops.selection.pool_queries import round_to_float8
-from infllm_flex_ops.selection.rotary_dims import slowest_parts
 from infllm_flex_ops.selection.rule import SelectionRule
 from infllm_flex_ops.triton_common.pages import Paging, deepen_pipeline
 from infllm_flex_ops.triton_common.tensor_args import view
 
 # Queries from which keys in pages are rounded once, into a copy, and not by each tile of queries.
-# Keys that are not multiplied in all dims are always copied: these dims are few, and lie apart.
 _COPY_FROM = 1024
 
 
@@ -48,12 +46,14 @@ class _Keys(NamedTuple):
         C: Keys of a row.
         table: The row's pages; None for keys in one piece.
         paging: How keys lie in pages; None for keys in one piece.
+        rounds: Whether the kernel rounds them to e4m3.
     """
 
     compressed: Tensor
     C: int
     table: Tensor | None = None
     paging: Paging | None = None
+    rounds: bool = False
 
 
 def launch(
@@ -76,31 +76,27 @@ def launch_paged(
     """Do the same for queries ``[Hkv, Sq, D]`` of one row over pages."""
     size = rule.kernel_size
     page_size = compressed.shape[2] * size
-    float8 = q.dtype == torch.float8_e4m3fn
-    if q.shape[2] < compressed.shape[3] or (float8 and q.shape[1] >= _COPY_FROM):
-        count = kv_len // size
-        keys = compressed.new_empty(compressed.shape[1], count, q.shape[2], dtype=q.dtype)
-        _copy_keys(compressed, table, rule, page_size, out=keys)
+    rounds = q.dtype == torch.float8_e4m3fn and compressed.dtype != torch.float8_e4m3fn
+    if rounds and q.shape[1] >= _COPY_FROM:
+        keys = _copy_rounded(compressed, table, kv_len // size, rule, page_size)
         return launch(q[None], keys[None], kv_len, rule)[0]
+    if compressed.element_size() == 1 and not knows_float8(q):
+        compressed = compressed.half()
     paging = Paging.of_windows(page_size, size, size)
-    keys = _Keys(compressed, kv_len // size, table, paging)
+    keys = _Keys(compressed, kv_len // size, table, paging, rounds)
     return _launch("select_paged_chunk_pooled", q[None], keys, kv_len, rule, None)[0]
 
 
-def _copy_keys(
-    compressed: Tensor, table: Tensor, rule: SelectionRule, page_size: int, out: Tensor
-) -> None:
-    """Copy a row's keys from its pages ``[P, Hkv, entries, D]`` to ``out [Hkv, count, num_dims]``.
-
-    They are rounded to e4m3 where that is the dtype of ``out``. One head at a time: the others take
-    twice the memory.
-    """
-    count, num_dims = out.shape[1:]
-    for head, keys in enumerate(out):
-        of_head = slowest_parts(compressed[:, head : head + 1], num_dims)
-        for pages, part in zip(of_head, keys.split(num_dims // len(of_head), -1), strict=True):
-            found = gather_windows(pages, table, count, *rule.windows, page_size)[0]
-            part.copy_(round_to_float8(found) if out.element_size() == 1 else found)
+def _copy_rounded(
+    compressed: Tensor, table: Tensor, count: int, rule: SelectionRule, page_size: int
+) -> Tensor:
+    """Copy a row's keys from its pages ``[P, Hkv, entries, D]``, in e4m3 ``[Hkv, count, D]``."""
+    shape = compressed.shape[1], count, compressed.shape[3]
+    keys = compressed.new_empty(shape, dtype=torch.float8_e4m3fn)
+    for head, out in enumerate(keys):  # one at a time, since the others take twice the memory
+        pages = compressed[:, head : head + 1]
+        out.copy_(round_to_float8(gather_windows(pages, table, count, *rule.windows, page_size))[0])
+    return keys
 
 
 def _launch(
@@ -117,8 +113,7 @@ def _launch(
     out = allocate(sizes, rule, documents, q.device)
     if out.selected.numel() == 0:
         return out.selected
-    float8 = q.dtype == torch.float8_e4m3fn
-    if float8 and not knows_float8(q):
+    if q.dtype == torch.float8_e4m3fn and not knows_float8(q):
         q = q.half()
     tile, options = _choose_tile(q, keys, windows.SLOTS)
     plan = make_plan(sizes, rule, tile.TOKENS, 0, stores_segments=True)
@@ -141,7 +136,7 @@ def _launch(
             splits=splits,
             SIZES=KernelSizes(rule, plan.part, windows, tile, SEGMENT_BLOCKS),
             PAGING=keys.paging,
-            FLOAT8=float8 and keys.paging is not None,
+            FLOAT8=keys.rounds,
             **row_arguments(plan, heads, rows, out),
             **options,
         )
