@@ -66,8 +66,8 @@ def _other_rotation(
     if not frequencies:
         return "its model has no rotary frequencies (a buffer inv_freq)"
     for x in frequencies:
-        if head_dim is not None and x.numel() != head_dim // 2:
-            return f"{2 * x.numel()} of its {head_dim} head dims rotate"
+        if head_dim is not None and x.shape[-1] != head_dim // 2:
+            return f"{2 * x.shape[-1]} of its {head_dim} head dims rotate"
         if not x.is_meta and bool((x.diff() > 0).any()):
             return "its rotary frequencies do not fall from dim to dim"
     return None
@@ -113,7 +113,11 @@ def _applies(call: ast.Call) -> bool:
 
 
 def _frequencies_above(model: nn.Module, name: str) -> Iterator[Tensor]:
-    """The rotary frequencies that lie beside the layer, or beside a module around it."""
+    """The rotary frequencies that lie beside the layer, or beside a module around it.
+
+    Each has one for two dims in its last dimension; some have a row for short and one for long
+    sequences.
+    """
     for buffer_name, buffer in model.named_buffers():
         owner, _, own_name = buffer_name.rpartition(".")
         if not own_name.endswith("inv_freq"):

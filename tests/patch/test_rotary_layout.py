@@ -133,3 +133,14 @@ def test_serving_asks_transformers_and_leaves_the_config_alone():
     check_rotation(unknown, ifx.InfLLMConfig(**SCORED))  # nothing is asked
     with pytest.raises(ValueError, match="score_dims cannot be checked: transformers makes no"):
         check_rotation(unknown, ifx.InfLLMConfig(**SCORED, score_dims=8))
+
+
+def test_beside_the_rules_scoring_it_may_be_named_alone():
+    model = ifx.patch_model(build(), score_dims=8)
+    config = model.model.layers[0].self_attn.infllm_layer.config
+    assert config.score_dims == 8
+    assert config.kernel_size == 1
+    assert config.pool_queries
+    wide = AutoModelForCausalLM.from_config(config_of("Llama", head_dim=256))
+    with pytest.raises(ValueError, match=r"must be 0 \(all\) where pool_queries is false, got 8"):
+        ifx.patch_model(wide, score_dims=8)
