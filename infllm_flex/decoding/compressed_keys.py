@@ -6,7 +6,6 @@ from collections.abc import Callable
 from typing import NoReturn
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 import infllm_flex_ops
@@ -212,7 +211,11 @@ class CompressedKeys:
 
     def _replace(self, change: Callable[[Tensor], Tensor]) -> None:
         is_exact = self.coarse is self.compressed
-        self.compressed = change(self.compressed)
+        if self.compressed.element_size() == 1:  # float8, which few of PyTorch's operations know
+            dtype = self.compressed.dtype
+            self.compressed = change(self.compressed.view(torch.uint8)).view(dtype)
+        else:
+            self.compressed = change(self.compressed)
         self.coarse = self.compressed if is_exact else change(self.coarse)
         self.start, self.end = change(self.start), change(self.end)
 
@@ -228,4 +231,7 @@ def _allocate(key: Tensor, size: int, stride: int, dtype: torch.dtype) -> Tensor
 
 
 def _lengthen(windows: Tensor, capacity: int, size: int, stride: int) -> Tensor:
-    return F.pad(windows, (0, 0, 0, _num_slots(capacity, size, stride) - windows.shape[2]))
+    B, Hkv, C, D = windows.shape
+    longer = windows.new_zeros(B, Hkv, _num_slots(capacity, size, stride), D)
+    longer[:, :, :C] = windows
+    return longer

@@ -91,8 +91,8 @@ def _write_windows(cache, windows, C, LEVEL: tl.constexpr, TILE: tl.constexpr):
     if cache.table is None:
         windows_ptr += cache.b * windows.b
     # Keys in another dtype are cast before they are averaged, but for e4m3 the average is rounded.
-    KEPT: tl.constexpr = windows.ptr.dtype.element_ty
-    DTYPE: tl.constexpr = k.ptr.dtype.element_ty if KEPT.is_fp8() else KEPT
+    ROUNDS: tl.constexpr = windows.ptr.dtype.element_ty == tl.float8e4nv
+    DTYPE: tl.constexpr = k.ptr.dtype.element_ty if ROUNDS else windows.ptr.dtype.element_ty
     d = tl.arange(0, TILE.BLOCK_D)[None, :].to(tl.int64)
     key_dim = slowest_dim(d, TILE.D, TILE.HEAD_DIM)
     for begin in range(tl.program_id(0) * TILE.WINDOWS, count, tl.num_programs(0) * TILE.WINDOWS):
@@ -115,8 +115,9 @@ def _write_windows(cache, windows, C, LEVEL: tl.constexpr, TILE: tl.constexpr):
             TILE.WINDOWS,
             TILE.BLOCK_D,
         )
-        if KEPT.is_fp8():
-            mean = round_like_float8(mean.to(DTYPE).to(tl.float32)).to(KEPT)
+        if ROUNDS:
+            mean = round_like_float8(mean.to(DTYPE).to(tl.float32))
+            mean = mean.to(windows.ptr.dtype.element_ty)
         out_ptr = windows_ptr + head * windows.h
         out_ptr = out_ptr + entry_offset(windows, window[:, None], row, PAGING)
         out_ptr = out_ptr + d * windows.d

@@ -100,7 +100,7 @@ def cached_pooled_score_kernel(
         key_ptr = keys_ptr + offset[None, :] + d[:, None] * keys.d
         k = tl.load(key_ptr, mask=valid[None, :] & (d < TILE.D)[:, None], other=0.0)
         if FLOAT8:
-            if k.dtype.is_fp8():
+            if k.dtype == tl.float8e4nv:
                 k = k.to(tl.float16)
             elif HAS_FLOAT8:  # the device rounds in the same way
                 k = k.to(tl.float8e4nv).to(tl.float16)
