@@ -6,6 +6,7 @@ from infllm_flex.decoding.paged import (
     FEW_QUERIES,
     PagedBatch,
     PagedCache,
+    allocate_windows,
     paged_attention,
     window_entries,
 )
@@ -15,6 +16,7 @@ __all__ = [
     "CompressedKeys",
     "PagedBatch",
     "PagedCache",
+    "allocate_windows",
     "decode_attention",
     "paged_attention",
     "select_cached",

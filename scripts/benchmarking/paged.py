@@ -10,7 +10,7 @@ from torch import Tensor
 
 from benchmarking.inputs import QKV
 from infllm_flex.config import InfLLMConfig
-from infllm_flex.decoding import PagedBatch, PagedCache, paged_attention, window_entries
+from infllm_flex.decoding import PagedBatch, PagedCache, allocate_windows, paged_attention
 from infllm_flex_ops.sizes import ceil_div
 
 
@@ -96,8 +96,4 @@ def _fill_pages(qkv: QKV, page_size: int) -> Pages:
 
 def _make_cache(pages: Pages, config: InfLLMConfig) -> PagedCache:
     """Put the pages beside empty windows."""
-    P, Hkv, page_size, _ = pages.both.shape
-    entries = window_entries(config, page_size)
-    D = pages.query.shape[-1]
-    windows = (pages.both.new_zeros(P, Hkv, count, D) if count else None for count in entries)
-    return PagedCache(config, pages.key, pages.value, *windows)
+    return PagedCache(config, pages.key, pages.value, *allocate_windows(config, pages.key))

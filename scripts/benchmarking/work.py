@@ -80,7 +80,9 @@ def _work_of_step(op: str, settings: BenchmarkSettings, heads: Heads, S: int) ->
     key_bytes = B * heads.kv * D * element
     dims = config.num_score_dims(D)
     select = _scores(config, heads, B * dims * S)
-    select += Work(0.0, key_bytes * dims / D * S * count_scored_keys(config))
+    in_float8 = config.score_dims > 0 and config.score_dtype == "float8"
+    scored_bytes = B * heads.kv * dims * (1 if in_float8 else element)
+    select += Work(0.0, scored_bytes * S * count_scored_keys(config))
 
     def attend(num_keys: int) -> Work:
         keys_and_values = 2.0 * num_keys

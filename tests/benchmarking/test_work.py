@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
+import pytest
+
 from benchmarking.memory import limit_mib, tensors_mib
 from benchmarking.settings import Heads
 from benchmarking.work import visible_pairs, work_of
@@ -17,6 +21,22 @@ def test_useful_pairs_are_those_of_the_mask(settings):
     assert visible_pairs(config, S) == seen
     attend = work_of("attend", "forward", settings, Heads(4, 2), S)
     assert attend.flops == 4 * 4 * 16 * seen
+
+
+@pytest.mark.parametrize(
+    ("score_dims", "score_dtype", "bytes_per_key"),
+    [(0, "same", 16 * 4), (0, "float8", 16 * 4), (8, "same", 8 * 4), (8, "float8", 8)],
+)
+def test_a_step_reads_what_is_scored_of_each_key(settings, score_dims, score_dtype, bytes_per_key):
+    changes = {"kernel_size": 1, "kernel_stride": 1, "pool_queries": True}
+    attention = replace(
+        settings.attention, score_dims=score_dims, score_dtype=score_dtype, **changes
+    )
+    step = work_of(
+        "select_blocks", "decode", replace(settings, attention=attention), Heads(4, 2), 512
+    )
+    assert step.bytes == 2 * 512 * bytes_per_key
+    assert step.flops == 2 * 2 * 512 * (score_dims or 16)
 
 
 def test_the_memory_limit_is_three_times_the_tensors_and_half_a_gibibyte(settings):

@@ -8,7 +8,13 @@ from hypothesis import strategies as st
 import infllm_flex.decoding.paged.attention as paged_module
 import infllm_flex_ops
 from infllm_flex import reference
-from infllm_flex.decoding import PagedBatch, PagedCache, paged_attention, window_entries
+from infllm_flex.decoding import (
+    PagedBatch,
+    PagedCache,
+    allocate_windows,
+    paged_attention,
+    window_entries,
+)
 from tests.inputs import make_qkv, small_config
 from tests.paged import allocate_pages, draw_rows, query_start
 from tests.tolerance import assert_within_rounding
@@ -204,6 +210,29 @@ def test_every_key_scored_takes_nothing_of_the_cache():
     every_key = {"pool_queries": True, "kernel_size": 1, "kernel_stride": 1}
     assert window_entries(small_config(**every_key), 16) == (0, 0)
     assert window_entries(small_config(pool_queries=True, kernel_size=4), 16) == (4, 0)
+
+
+@pytest.mark.parametrize(
+    ("settings", "compressed", "coarse"),
+    [
+        ({}, (4, 16, torch.bfloat16), (1, 16, torch.bfloat16)),
+        (SCORINGS[2], None, None),
+        ({**SCORINGS[2], "score_dims": 4}, (16, 4, torch.bfloat16), None),
+        (
+            {**SCORINGS[2], "score_dims": 4, "score_dtype": "float8"},
+            (16, 4, torch.float8_e4m3fn),
+            None,
+        ),
+    ],
+    ids=str,
+)
+def test_windows_are_allocated_as_the_settings_keep_them(settings, compressed, coarse):
+    key = torch.zeros(3, 2, 16, 16, dtype=torch.bfloat16)
+    windows = allocate_windows(small_config(**settings), key)
+    PagedCache(small_config(**settings), key, key, *windows)  # which checks them
+    for x, expected in zip(windows, (compressed, coarse), strict=True):
+        found = None if x is None else (*x.shape[2:], x.dtype)
+        assert found == expected
 
 
 def test_settings_that_pages_do_not_serve_are_refused_by_name():

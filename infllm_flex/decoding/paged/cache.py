@@ -45,6 +45,24 @@ def window_entries(config: InfLLMConfig, page_size: int) -> WindowEntries:
     return WindowEntries(compressed, coarse)
 
 
+def allocate_windows(config: InfLLMConfig, key: Tensor) -> tuple[Tensor | None, Tensor | None]:
+    """Allocate the compressed and coarse keys beside pages of keys.
+
+    Args:
+        config: Sparsity settings.
+        key: ``[P, Hkv, page, D]``.
+
+    Returns:
+        ``compressed`` and ``coarse`` of `PagedCache`, zero; None for those that are not kept.
+    """
+    entries = window_entries(config, key.shape[2])
+    P, H, _, D = key.shape
+    dims, dtype = config.num_score_dims(D), dtype_of_compressed(key, config)
+    compressed = key.new_zeros((P, H, entries.compressed, dims), dtype=dtype)
+    coarse = key.new_zeros(P, H, entries.coarse, D)
+    return compressed if entries.compressed else None, coarse if entries.coarse else None
+
+
 class PagedCache:
     """The pages of one layer: views of keys, values and averages of windows of keys.
 
@@ -58,7 +76,8 @@ class PagedCache:
         key: ``[P, Hkv, page, D]``.
         value: ``[P, Hkv, page, D]``.
         compressed: ``[P, Hkv, window_entries(config, page).compressed, D]``; None where that is 0.
-            With ``score_dims`` these many instead of D, in `dtype_of_compressed`.
+            With ``score_dims`` these many instead of D, perhaps in float8: `allocate_windows` makes
+            them.
         coarse: ``[P, Hkv, window_entries(config, page).coarse, D]``; None where that is 0.
 
     Raises:
