@@ -29,18 +29,36 @@ def judge_generation(
     judge = settings.judge
     maker = evaluation_maker(settings, vocabulary, text)
     rows = [maker.row(STEPS, Random(f"generate/{seed}/{n}")) for n in range(judge.programs)]
-    # Prompts of equal length need no padding; longer ones lose text before their first fact.
-    shortest = min(_prompt_end(row) for row in rows)
+    prompts = of_equal_length(rows)
     longest = max(len(row.tokens) - _prompt_end(row) for row in rows)
     if scorer.is_half:
         scorer.model.to(torch.bfloat16)
     hits: list[list[int]] = []
     for first in range(0, len(rows), judge.generation_batch):
         some = rows[first : first + judge.generation_batch]
-        prompts = [row.tokens[_prompt_end(row) - shortest : _prompt_end(row)] for row in some]
-        for row, made in zip(some, _generate(scorer, torch.stack(prompts), longest), strict=True):
+        made_of_some = _generate(scorer, prompts[first : first + len(some)], longest)
+        for row, made in zip(some, made_of_some, strict=True):
             hits.append(_lines_right(row, made, vocabulary))
     return {"hits": hits, "tokens": longest}
+
+
+def of_equal_length(rows: list[Row]) -> Tensor:
+    """Return prompts that need no padding: longer ones lose their first tokens outside of facts.
+
+    Returns:
+        int64 ``[N, S]``, ``S`` the length of the shortest prompt.
+    """
+    shortest = min(_prompt_end(row) for row in rows)
+    prompts = []
+    for row in rows:
+        kept = torch.ones(_prompt_end(row), dtype=torch.bool)
+        is_text = kept.clone()
+        for question in row.questions:
+            for needle in question.needles:
+                is_text[needle.start : needle.end] = False
+        kept[is_text.nonzero()[: len(kept) - shortest, 0]] = False
+        prompts.append(row.tokens[: len(kept)][kept])
+    return torch.stack(prompts)
 
 
 def _prompt_end(row: Row) -> int:

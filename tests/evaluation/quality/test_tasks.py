@@ -8,6 +8,7 @@ from random import Random
 import pytest
 import torch
 
+from evaluation.quality.generation import of_equal_length
 from evaluation.quality.mixture import MixtureSampler
 from evaluation.quality.names import STEPS, TASKS
 from evaluation.quality.settings import TuningSettings
@@ -42,6 +43,23 @@ def solve(facts: list[str], form: str, name: str) -> str:
         elif found := re.fullmatch(rf"\nThe {name} has the same {form} as the ([a-z ]+)\.\n", fact):
             values.append(solve(facts, form, found[1]))
     return " ".join(values)
+
+
+def test_prompts_of_generation_are_as_long_and_lose_no_fact(vocabulary, text):
+    rows = [make(vocabulary, text, STEPS, seed) for seed in range(12)]
+    ends = [row.questions[0].answer.start for row in rows]
+    prompts = of_equal_length(rows)
+    assert prompts.shape[1] == min(ends)
+    assert any(
+        min(question.needles[0].start for question in row.questions) < end - min(ends)
+        for row, end in zip(rows, ends, strict=True)
+    )  # else cutting the beginning would do, too
+    for row, prompt in zip(rows, prompts, strict=True):
+        whole = vocabulary.decode(prompt.tolist())
+        for question in row.questions:
+            span = question.needles[0]
+            assert vocabulary.decode(row.tokens[span.start : span.end].tolist()) in whole
+        assert whole.endswith("\nQuestion: Run all steps in order.\nAnswer:")
 
 
 @pytest.mark.parametrize("task", [task for task in TASKS if task != STEPS])
