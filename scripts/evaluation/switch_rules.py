@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from evaluation.quality.statistics import Interval, bootstrap
+from evaluation.quality.statistics import Interval, interval
 from infllm_flex import dense, patch_model
 from infllm_flex.config import InfLLMConfig
 
@@ -117,7 +117,8 @@ def difference(rows: list[Row], region: str, rule: str) -> tuple[Interval, Inter
     ours, theirs = (torch.tensor([row.nats for row in chosen[which]]) for which in chosen)
     mean = torch.tensor([row.mean for row in chosen[rule]])
     nats, change = (
-        bootstrap(x[None, :, None], lambda means: means[..., 0], nested=False)
+        interval(x[None, :, None], lambda means: means[0], nested=False)
         for x in (ours - theirs, mean)
     )
+    change = change._replace(low=max(0.0, change.low))  # a mean of absolute values
     return nats, change, max(row.largest for row in chosen[rule])

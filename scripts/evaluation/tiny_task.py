@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from evaluation.pairs import PairsSampler, PairsText, right_answers
-from evaluation.quality.statistics import bootstrap
+from evaluation.quality.statistics import interval
 from evaluation.saved_results import Result
 from infllm_flex.training.loop import train
 from infllm_flex.training.settings import TrainingSettings
@@ -53,7 +53,8 @@ def share(results: Sequence[Result], mode: str) -> str:
     """
     columns = [[r[mode] for r in results], [r["asked"] for r in results]]
     values = torch.tensor(columns).movedim(0, -1).double()
-    found = bootstrap(values, lambda m: m[..., 0] / m[..., 1], nested=False)
+    asked = values[..., 1].sum()[None]
+    found = interval(values, lambda m: m[0] / m[1], nested=False, counts=asked)
     return f"{found.value:.2f} [{found.low:.2f}, {found.high:.2f}]"
 
 

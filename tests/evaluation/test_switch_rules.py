@@ -60,7 +60,9 @@ def test_a_difference_has_an_interval_over_texts():
     ]
     nats, change, largest = difference(rows, "between", "position")
     assert nats.value == pytest.approx(2.5 / 3)
-    assert 0 <= nats.low < nats.value < nats.high <= 1.5
+    # Student's interval over three texts.
+    assert (nats.low, nats.high) == pytest.approx((2.5 / 3 - 1.897, 2.5 / 3 + 1.897), abs=2e-3)
+    assert 0 == change.low < change.value < change.high
     assert (change.value, largest) == (pytest.approx(0.2), 0.3)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 from pathlib import Path
 from typing import Any
@@ -38,8 +39,9 @@ def plot_quality(results: Results, path: Path) -> None:
     for arm in results.arms("nats"):
         gap = closed_gap(results, arm)
         if gap is not None and arm.run != DENSE:
-            error = [[gap.value - gap.low], [gap.high - gap.value]]
-            nats.errorbar(results.visible(arm), gap.value, error, color=_colour(arm), capsize=3)
+            if math.isfinite(gap.high):
+                error = [[gap.value - gap.low], [gap.high - gap.value]]
+                nats.errorbar(results.visible(arm), gap.value, error, color=_colour(arm), capsize=3)
             _mark(nats, arm, results.visible(arm), gap.value)
     for axes, title in (
         (answers, "retained accuracy, mean over tasks that dense can do"),

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from evaluation.quality.arms import DENSE, Arm
+from evaluation.quality.arms import DENSE, WINDOW, Arm
 from evaluation.quality.nats import buckets
 from evaluation.quality.results import Results, group_of
 from evaluation.quality.statistics import Interval
-from evaluation.quality.verdicts import ABLE, closed_gap, mean_of_ruler, retained_accuracy
+from evaluation.quality.verdicts import ABLE, closed_gap, has_gap, mean_of_ruler, retained_accuracy
 from evaluation.table import format_table
+
+_ANSWERS = ("retrieval", "generation", "ruler")  # groups with correct answers to count
 
 
 def report(results: Results) -> str:
@@ -58,6 +60,8 @@ def _kept(results: Results) -> str:
     lines = [f"({number}) {remark}" for number, remark in enumerate(remarks, start=1)]
     if unable:
         lines.append(f"Left out, since dense answers less than half: {', '.join(unable)}")
+    if rows and (alone := _of_one_training(results)):
+        lines.append(f"Of one seed, without the variance between trainings: {', '.join(alone)}")
     notes = "\n".join(lines)
     if not rows:
         return notes
@@ -76,9 +80,12 @@ def _nats(results: Results) -> str:
         means = [results.nats(name, arm) for name in names]
         cells = [f"{mean[0].mean():.3f}" if mean else "" for mean in means]
         rows.append([*_head(results, arm), *cells, _interval(closed_gap(results, arm))])
-    return "Nats per token of held-out text, by position\n\n" + format_table(
-        ["variant", "visible", *names, "gap window-dense closed"], rows
-    )
+    table = format_table(["variant", "visible", *names, "gap window-dense closed"], rows)
+    compared = [arm for arm in some if arm.run not in (DENSE, WINDOW)]
+    without = [arm.name for arm in compared if has_gap(results, arm) is False]
+    note = f"No gap, since the interval of window - dense reaches 0: {', '.join(without)}"
+    title = "Nats per token of held-out text, by position"
+    return "\n\n".join([title, table, *([note] if without else [])])
 
 
 def _shares(results: Results) -> str:
@@ -103,10 +110,20 @@ def _shares(results: Results) -> str:
     )
 
 
+def _of_one_training(results: Results) -> list[str]:
+    """Return the names of arms other than dense that a single seed answers for."""
+    if results.settings.tuning is None:
+        return []
+    return [
+        arm.name
+        for arm in _that_answer(results)
+        if arm != Arm(DENSE, DENSE) and all(len(results.seeds(g, arm)) < 2 for g in _ANSWERS)
+    ]
+
+
 def _that_answer(results: Results) -> list[Arm]:
     """Return the arms for which a task is done."""
-    groups = ("retrieval", "generation", "ruler")
-    return list(dict.fromkeys(arm for group in groups for arm in results.arms(group)))
+    return list(dict.fromkeys(arm for group in _ANSWERS for arm in results.arms(group)))
 
 
 def _head(results: Results, arm: Arm) -> list[str]:

@@ -68,7 +68,11 @@ class Results:
         return [*found, *generated, *sorted(ruler)]
 
     def hits(self, task: str, *some: Arm) -> list[Tensor] | None:
-        """Return correct answers ``[seeds, sequences]`` of each arm, for the seeds of all arms."""
+        """Return correct answers ``[seeds, sequences]`` of each arm, for the seeds of all arms.
+
+        Where nothing was trained, seeds differ in questions only: their sequences are those of one
+        seed.
+        """
         group = group_of(task)
         seeds = [
             seed
@@ -77,7 +81,7 @@ class Results:
         ]
         if not seeds:
             return None
-        return [
+        found = [
             torch.tensor(
                 [
                     [sum(row) for row in _hits(self.found[arm, seed, group], task) or []]
@@ -86,6 +90,7 @@ class Results:
             )
             for arm in some
         ]
+        return found if self.settings.tuning else [hits.flatten()[None] for hits in found]
 
     def accuracy(self, task: str, arm: Arm) -> float:
         """Return the fraction of correct answers over all seeds; nan where none is done."""

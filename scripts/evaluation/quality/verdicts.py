@@ -9,7 +9,7 @@ import torch
 from evaluation.quality.arms import DENSE, RANDOM, WINDOW, Arm
 from evaluation.quality.nats import buckets
 from evaluation.quality.results import Results, group_of
-from evaluation.quality.statistics import Interval, gap_closed, mean_retained, retained
+from evaluation.quality.statistics import Interval, excess, gap_closed, mean_retained, retained
 
 ABLE = 0.5  # least accuracy of the dense model on a task that counts
 PASSED = 0.9  # retained accuracy from which an arm passes a task
@@ -57,11 +57,27 @@ def controls(arm: Arm) -> tuple[Arm, Arm]:
 
 
 def closed_gap(results: Results, arm: Arm) -> Interval | None:
-    """Return the fraction of the gap window to dense that an arm closes, in the second half."""
+    """Return the fraction of the gap window to dense that an arm closes, in the second half.
+
+    None where it is not measured, and where there is no gap: the window predicts the text no worse
+    than dense attention, within the interval.
+    """
     last = str(buckets(results.settings.length)[-1])
     window = controls(arm)[0]
     found = results.nats(last, arm, _DENSE, window)
-    return None if found is None or arm in (_DENSE, window) else gap_closed(*found)
+    if found is None or arm in (_DENSE, window) or not has_gap(results, arm):
+        return None
+    return gap_closed(*found)
+
+
+def has_gap(results: Results, arm: Arm) -> bool | None:
+    """Return whether the window of an arm predicts the second half worse than dense attention.
+
+    None where one of both is not measured.
+    """
+    last = str(buckets(results.settings.length)[-1])
+    found = results.nats(last, _DENSE, controls(arm)[0])
+    return None if found is None else excess(found[1], found[0]).low > 0
 
 
 def mean_of_retrieval(results: Results, arm: Arm) -> float | None:

@@ -1,4 +1,4 @@
-"""Intervals against closed forms."""
+"""Intervals against closed forms, and how often they hold what they are about."""
 
 from __future__ import annotations
 
@@ -7,36 +7,73 @@ import math
 import pytest
 import torch
 
-from evaluation.quality.statistics import bootstrap, gap_closed, mean_retained, retained
+from evaluation.quality.statistics import excess, gap_closed, interval, mean_retained, retained
 
 
 def test_a_mean_has_the_interval_of_the_normal_distribution():
     random = torch.Generator().manual_seed(0)
     values = torch.randn(1, 400, 1, generator=random, dtype=torch.float64) * 3 + 5
-    found = bootstrap(values, lambda m: m[..., 0], nested=True)
-    error = 1.96 * float(values.std()) / math.sqrt(400)
+    found = interval(values, lambda m: m[0], nested=True)
+    error = 1.966 * float(values.std()) / math.sqrt(400)
     assert found.value == pytest.approx(float(values.mean()))
-    assert found.low == pytest.approx(found.value - error, abs=0.08 * error)
-    assert found.high == pytest.approx(found.value + error, abs=0.08 * error)
+    assert found.low == pytest.approx(found.value - error, abs=1e-3 * error)
+    assert found.high == pytest.approx(found.value + error, abs=1e-3 * error)
 
 
 @pytest.mark.parametrize("nested", [True, False])
-def test_seeds_that_differ_widen_the_interval(nested):
-    # Seeds differ much more than sequences, hence the interval is that of the mean over seeds.
-    seeds = torch.linspace(-1, 1, 40, dtype=torch.float64)
-    values = seeds[:, None, None].repeat(1, 30, 1)
-    found = bootstrap(values, lambda m: m[..., 0], nested=nested)
-    error = 1.96 * float(seeds.std(correction=0)) / math.sqrt(40)
-    assert found.high - found.low == pytest.approx(2 * error, rel=0.08)
+@pytest.mark.parametrize(("seeds", "student"), [(2, 12.706), (3, 4.303), (4, 3.182), (40, 2.023)])
+def test_seeds_that_differ_have_students_interval(nested, seeds, student):
+    values = torch.linspace(-1, 1, seeds, dtype=torch.float64)[:, None, None].repeat(1, 30, 1)
+    found = interval(values, lambda m: m[0], nested=nested)
+    error = student * float(values[:, 0].std()) / math.sqrt(seeds)
+    assert (found.low, found.high) == pytest.approx((-error, error), rel=2e-3)
 
 
-def test_what_is_paired_is_drawn_together():
+@pytest.mark.parametrize("between", [0.0, 0.05, 0.15])
+def test_the_intervals_of_three_seeds_hold_the_share_that_many_seeds_would_have(between):
+    random = torch.Generator().manual_seed(1)
+    inside = 0
+    for _ in range(200):
+        keeps = 0.6 + between * torch.randn(3, 1, 1, generator=random)
+        dense = torch.rand(3, 20, 12, generator=random) < 0.98
+        ours = dense & (torch.rand(3, 20, 12, generator=random) < keeps)
+        found = retained(ours.sum(-1), dense.sum(-1))
+        inside += found.low <= 0.6 <= found.high
+    assert inside / 200 >= 0.92
+
+
+def test_the_intervals_of_three_seeds_hold_the_gap_that_many_windows_would_close():
+    random = torch.Generator().manual_seed(2)
+    inside = 0
+    for _ in range(200):
+        dense = torch.randn(1, 4, generator=random).expand(3, 4)
+        share = 0.9 + 0.1 * torch.randn(1, 4, generator=random)
+        found = gap_closed(dense + 0.2 * (1 - share), dense, dense + 0.2)
+        inside += found.low <= 0.9 <= found.high
+    assert inside / 200 >= 0.92
+
+
+def test_columns_of_a_sequence_stay_together():
     dense = torch.randint(2, 13, (3, 40), generator=torch.Generator().manual_seed(1))
-    half = retained(dense.float() / 2, dense.float())
-    assert half.value == half.low == half.high == 0.5  # whichever rows are drawn
-    one = torch.full((3, 40), 6.0)
-    apart = retained(one, dense.float())
-    assert apart.low < apart.value < apart.high
+    half = retained(dense / 2, dense)
+    answers = int(dense.sum())
+    assert half.value == 0.5
+    assert half.high - half.value == pytest.approx(1.96 * math.sqrt(2) / answers, rel=1e-3)
+    apart = retained(torch.full((3, 40), 6.0), dense)
+    assert apart.high - apart.low > 10 * (half.high - half.low)
+
+
+@pytest.mark.parametrize("share", [0, 1])
+@pytest.mark.parametrize("sequences", [1, 3, 100])
+def test_equal_answers_have_an_interval_that_narrows_with_their_number(share, sequences):
+    dense = torch.full((1, sequences), 12)
+    found = retained(share * dense, dense)
+    assert found.value == share
+    if sequences == 1:
+        assert (found.low, found.high) == (0.0, math.inf)  # nothing says how sequences vary
+    else:
+        assert found.high == pytest.approx(share + 1.96 * math.sqrt(2) / (12 * sequences), rel=1e-3)
+        assert found.low == pytest.approx(max(0.0, 2 * share - found.high))
 
 
 def test_the_interval_of_a_share_is_that_of_the_delta_method():
@@ -47,8 +84,8 @@ def test_the_interval_of_a_share_is_that_of_the_delta_method():
     ratio = float(ours.mean() / dense.mean())
     spread = float((ours - ratio * dense).std()) / float(dense.mean()) / math.sqrt(600)
     assert found.value == pytest.approx(ratio)
-    assert found.low == pytest.approx(ratio - 1.96 * spread, abs=0.15 * spread)
-    assert found.high == pytest.approx(ratio + 1.96 * spread, abs=0.15 * spread)
+    assert found.low == pytest.approx(ratio - 1.96 * spread, abs=0.03 * spread)
+    assert found.high == pytest.approx(ratio + 1.96 * spread, abs=0.03 * spread)
 
 
 def test_a_mean_over_unrelated_tasks_has_a_narrower_interval():
@@ -68,9 +105,11 @@ def test_the_gap_closed_is_one_at_dense_and_zero_at_the_window():
     assert gap_closed(dense, dense, window).value == pytest.approx(1.0)
     assert gap_closed(window, dense, window) == pytest.approx((0.0, 0.0, 0.0), abs=1e-6)
     assert gap_closed(dense + 0.06, dense, window) == pytest.approx((0.8, 0.8, 0.8), abs=1e-5)
+    assert excess(window, dense) == pytest.approx((0.3, 0.3, 0.3), abs=1e-5)
+    assert gap_closed(dense[:, :1] + 0.06, dense[:, :1], window[:, :1]).high == math.inf
 
 
-def test_what_cannot_be_told_is_nan():
+def test_what_is_undefined_is_nan():
     nothing = torch.zeros(3, 10)
     assert all(math.isnan(number) for number in retained(nothing, nothing))
     same = torch.ones(3, 10)
