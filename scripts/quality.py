@@ -143,14 +143,15 @@ def check_inputs(
     """
     if folder.result(parts[TEXT]) is None:
         text.find_folders(settings.text)
+    variants = {name: variant.attention for name, variant in settings.variants.items()}
     prepared = folder.result(parts[BASE])
     if prepared is not None:
         source = base.Source(settings.run.folder / "base", None)
         base.check_links(source.folder, prepared.get(base.LINKS, {}))
-        base.check(settings.base, source, longest(settings))
+        base.check(settings.base, source, longest(settings), variants)
         return None
     source = base.find(settings.base)
-    base.check(settings.base, source, longest(settings))
+    base.check(settings.base, source, longest(settings), variants)
     return source
 
 

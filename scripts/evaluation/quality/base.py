@@ -4,18 +4,21 @@ from __future__ import annotations
 
 import importlib.util
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 
 from evaluation.quality.settings import BaseSettings
+from infllm_flex.config import InfLLMConfig
 from infllm_flex.patch import UnsupportedModelError, patch_model
 from infllm_flex.training.atomic_folder import publish, remove_leftovers
 from infllm_flex.training.model_weights import load_weights
 from infllm_flex.training.quiet import quiet_transformers
 
-LINKS = "links"  # key of what `prepare` returns, in the result of the part
+# Keys of what `prepare` and `beginning` return, in the result of the part.
+LINKS, BEGINNING = "links", "beginning"
 
 
 class BaseError(ValueError):
@@ -48,17 +51,20 @@ def find(settings: BaseSettings) -> Source:
         raise BaseError(str(error)) from error
 
 
-def check(settings: BaseSettings, source: Source, longest: int) -> None:
+def check(
+    settings: BaseSettings, source: Source, longest: int, variants: Mapping[str, InfLLMConfig]
+) -> None:
     """Check by its configuration that a base can be tuned and judged.
 
     Args:
         settings: The ``base`` section.
         source: The result of `find`.
         longest: Tokens of the longest sequence.
+        variants: The sparse attentions by name.
 
     Raises:
-        BaseError: transformers does not know the model, no layer can be sparse, or the model has
-            too few positions.
+        BaseError: transformers does not know the model, no layer can be sparse, the model has too
+            few positions, or a variant does not fit its heads.
     """
     with quiet_transformers() as transformers:
         config = _read_config(transformers, source)
@@ -74,6 +80,11 @@ def check(settings: BaseSettings, source: Source, longest: int) -> None:
         patch_model(model)
     except UnsupportedModelError as error:
         raise BaseError(f"base: {type(model).__name__} cannot be sparse: {_line(error)}") from error
+    for name, attention in variants.items():
+        try:
+            patch_model(model, attention)
+        except ValueError as error:
+            raise BaseError(f"variants.{name}: {_line(error)}") from error
 
 
 def prepare(
@@ -172,6 +183,15 @@ def load_tokenizer(folder: Path) -> Any:
             f"base: expected a fast tokenizer with a tokenizer.json in {folder}, got a slow one"
         )
     return tokenizer
+
+
+def beginning(tokenizer: Any) -> list[int]:
+    """Return the tokens that a tokenizer puts in front of every sequence."""
+    text = "a"
+    ids, alone = (
+        tokenizer(text, add_special_tokens=special).input_ids for special in (True, False)
+    )
+    return list(ids[: next(n for n in range(len(ids)) if ids[n : n + len(alone)] == alone)])
 
 
 def _save(model: Any, tokenizer: Any, folder: Path) -> None:

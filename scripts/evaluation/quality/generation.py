@@ -8,7 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from evaluation.quality.arms import AttentionMode
 from evaluation.quality.names import STEPS
+from evaluation.quality.parts import SkippedError
 from evaluation.quality.rows import Row
 from evaluation.quality.scoring import Scorer
 from evaluation.quality.settings import QualitySettings
@@ -17,19 +19,41 @@ from evaluation.quality.words import Vocabulary
 
 
 def judge_generation(
-    settings: QualitySettings, scorer: Scorer, vocabulary: Vocabulary, text: Tensor, seed: int
+    settings: QualitySettings,
+    scorer: Scorer,
+    mode: AttentionMode,
+    vocabulary: Vocabulary,
+    text: Tensor,
+    seed: int,
 ) -> dict[str, Any]:
     """Let a model execute programs by greedy generation, and compare the answers line by line.
 
-    Weights are in bfloat16 on a GPU. The arguments are those of `judge_retrieval`.
+    Weights are in bfloat16 on a GPU.
+
+    Args:
+        settings: All settings.
+        scorer: The model.
+        mode: The attention that the model has now.
+        vocabulary: Words and values of the facts.
+        text: Held-out tokens ``[N]``.
+        seed: Seed of the programs.
 
     Returns:
         ``hits``: for each program, 0 or 1 for each line; ``tokens``: tokens generated for each.
+
+    Raises:
+        SkippedError: The prompts are so short that a query sees all of them.
     """
     judge = settings.judge
     maker = evaluation_maker(settings, vocabulary, text)
     rows = [maker.row(STEPS, Random(f"generate/{seed}/{n}")) for n in range(judge.programs)]
-    prompts = of_equal_length(rows)
+    prompts = of_equal_length(rows, len(vocabulary.beginning))
+    length = prompts.shape[1]
+    if mode.attention is not None and mode.visible(length) == length:
+        raise SkippedError(
+            f"a query of {mode.name} sees all {length} tokens of a prompt: lower "
+            f"attention.dense_len, or raise judge.length by {settings.length - length}"
+        )
     longest = max(len(row.tokens) - _prompt_end(row) for row in rows)
     if scorer.is_half:
         scorer.model.to(torch.bfloat16)
@@ -42,8 +66,12 @@ def judge_generation(
     return {"hits": hits, "tokens": longest}
 
 
-def of_equal_length(rows: list[Row]) -> Tensor:
-    """Return prompts that need no padding: longer ones lose their first tokens outside of facts.
+def of_equal_length(rows: list[Row], beginning: int) -> Tensor:
+    """Return prompts that need no padding: longer ones lose their first tokens of text.
+
+    Args:
+        rows: The sequences.
+        beginning: Number of the tokens that begin every sequence, which stay, as facts do.
 
     Returns:
         int64 ``[N, S]``, ``S`` the length of the shortest prompt.
@@ -53,6 +81,7 @@ def of_equal_length(rows: list[Row]) -> Tensor:
     for row in rows:
         kept = torch.ones(_prompt_end(row), dtype=torch.bool)
         is_text = kept.clone()
+        is_text[:beginning] = False
         for question in row.questions:
             for needle in question.needles:
                 is_text[needle.start : needle.end] = False

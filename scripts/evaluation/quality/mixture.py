@@ -44,6 +44,7 @@ class Mixture:
         self._store, self._words, self._tuning = store, vocabulary, tuning
         self._tokenizer = tokenizer
         what = [tuning.tasks, tuning.task_share, tuning.emphasis, tuning.questions]
+        what += [vocabulary.beginning] if vocabulary.beginning else []
         described = json.dumps([store.identity, what])
         self.identity = hashlib.sha256(described.encode()).hexdigest()
         self.vocabulary = store.vocabulary
@@ -58,7 +59,8 @@ class Mixture:
         tasks = tuple(task for task in tuning.tasks if task in RULER_TASKS)
         samples = int(tuning.steps * tuning.batch_size * tuning.task_share)
         prompts = max(1, min(_MOST_PROMPTS, samples // len(tuning.tasks)))
-        ruler = RulerRows(tasks, text, length + 1, self._tokenizer, seed, prompts)
+        beginning = self._words.beginning
+        ruler = RulerRows(tasks, text, length + 1, self._tokenizer, seed, prompts, beginning)
         sampler = MixtureSampler(text, self._words, tuning, length, seed, ruler)
         sampler.check()
         return sampler
@@ -86,7 +88,7 @@ class MixtureSampler:
         ruler: RulerRows | None = None,
     ) -> None:
         self._text, self._tuning, self._length, self._seed = text, tuning, length, seed
-        self._ruler = ruler
+        self._ruler, self._beginning = ruler, torch.tensor(vocabulary.beginning, dtype=torch.long)
         self._maker = TaskMaker(vocabulary, text, length + 1, False, tuning.questions)
 
     def check(self) -> None:
@@ -110,7 +112,9 @@ class MixtureSampler:
         random, tuning = Random(f"{self._seed}/{index}"), self._tuning
         weights = torch.ones(self._length + 1)
         if random.random() >= tuning.task_share:
-            return random_window(random, self._text, self._length + 1).long(), weights
+            size = self._length + 1 - len(self._beginning)
+            window = random_window(random, self._text, size).long()
+            return torch.cat([self._beginning, window]), weights
         task = random.choices(list(tuning.tasks), list(tuning.tasks.values()))[0]
         row = self._row(task, random)
         answer = row.is_answer()

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
+
+import torch
 
 from evaluation.quality.scoring import Scorer
 from evaluation.quality.settings import QualitySettings
@@ -29,13 +32,23 @@ def buckets(length: int) -> list[Bucket]:
     return [Bucket(first, last) for first, last in zip(starts, ends, strict=False)]
 
 
-def judge_nats(settings: QualitySettings, scorer: Scorer, store: TokenStore) -> dict[str, Any]:
+def judge_nats(
+    settings: QualitySettings, scorer: Scorer, store: TokenStore, beginning: Sequence[int]
+) -> dict[str, Any]:
     """Measure held-out text: the same windows for every model and seed.
+
+    Args:
+        settings: All settings.
+        scorer: The model.
+        store: The text.
+        beginning: Tokens at the beginning of every sequence.
 
     Returns:
         ``buckets``: by name of a bucket, the mean of each window.
     """
-    cut = windows(store.held_out, settings.length, settings.judge.windows)
+    length = settings.length - len(beginning)
+    cut = windows(store.held_out, length, settings.judge.windows)
+    cut = torch.cat([torch.tensor([list(beginning)] * len(cut), dtype=cut.dtype), cut], 1)
     found: dict[str, list[float]] = {str(b): [] for b in buckets(settings.length)}
     for batch in cut.split(settings.judge.batch_size):
         costs = scorer.nats(batch)

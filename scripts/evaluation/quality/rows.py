@@ -75,6 +75,7 @@ def compose(
     length: int,
     facts: Sequence[list[int]],
     asked: Sequence[QuestionTokens],
+    beginning: Sequence[int] = (),
 ) -> Row:
     """Insert facts at random places of a random window of text, and append questions.
 
@@ -84,19 +85,20 @@ def compose(
         length: Tokens of the row.
         facts: Tokens of each fact; the row keeps their order.
         asked: The questions.
+        beginning: Tokens at the beginning of the row.
 
     Raises:
         ValueError: The text or the row is too short.
     """
     tail = sum(len(item.prompt) + len(item.answer) for item in asked)
-    room = length - tail - sum(map(len, facts))
+    room = length - len(beginning) - tail - sum(map(len, facts))
     if room < len(facts):
         raise ValueError(
             f"a sequence of {length} tokens is too short for {len(facts)} facts and {len(asked)} "
             f"questions, which have {length - room} tokens: use longer sequences"
         )
     hay = random_window(random, text, room).tolist()
-    tokens: list[int] = []
+    tokens = list(beginning)
     needles: list[Span] = []
     last = 0
     for place, fact in zip(sorted(random.sample(range(room), len(facts))), facts, strict=True):

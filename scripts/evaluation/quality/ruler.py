@@ -52,10 +52,12 @@ def judge_ruler(
         check_variable_tracking(load_tokenizer(model), min(settings.judge.ruler_lengths))
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
     network = load_model(model, dtype).to(device).eval()
+    # Random blocks are a function of positions, which padding would shift.
+    batch = settings.judge.ruler_batch if mode.attend is None else 1
     tasks: dict[str, Any] = {}
     with mode.on(network), no_sentences():
         for length in settings.judge.ruler_lengths:
-            samples = _evaluate(settings, network, model, length, seed)
+            samples = _evaluate(settings, network, model, length, seed, batch)
             for task, some in samples.items():
                 scores = [[float(sample[str(length)])] for sample in some]
                 tasks[f"{task}@{length}"] = {"hits": scores}
@@ -92,7 +94,7 @@ def check_variable_tracking(tokenizer: Any, length: int) -> None:
 
 
 def _evaluate(
-    settings: QualitySettings, network: Any, model: Path, length: int, seed: int
+    settings: QualitySettings, network: Any, model: Path, length: int, seed: int, batch: int
 ) -> dict[str, list[dict[str, Any]]]:
     from lm_eval.evaluator import evaluate
     from lm_eval.models.huggingface import HFLM
@@ -106,7 +108,7 @@ def _evaluate(
                 pretrained=network,
                 tokenizer=load_tokenizer(model),
                 max_length=network.config.max_position_embeddings,
-                batch_size=judge.ruler_batch,
+                batch_size=batch,
             ),
             task_dict=make_prompts(judge.ruler_tasks, length, str(base), seed, judge.ruler_items),
             limit=judge.ruler_items,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import io
 import logging
+from collections.abc import Sequence
 from pathlib import Path
 from random import Random
 from typing import NamedTuple
@@ -37,6 +38,7 @@ class RulerRows:
         tokenizer: Folder of the tokenizer.
         seed: Seed of the run.
         prompts: Prompts of each task; sequences draw from them.
+        beginning: Tokens at the beginning of a sequence.
 
     Raises:
         ValueError: A task has no prompt of this length.
@@ -50,15 +52,20 @@ class RulerRows:
         tokenizer: Path,
         seed: int,
         prompts: int,
+        beginning: Sequence[int] = (),
     ) -> None:
-        self._text, self._length = text, length
-        self._prompts = _read_prompts(tasks, length, tokenizer, seed, prompts) if tasks else {}
+        self._text, self._length, self._beginning = text, length, list(beginning)
+        most = length - len(beginning)
+        self._prompts = _read_prompts(tasks, most, tokenizer, seed, prompts) if tasks else {}
 
     def row(self, task: str, random: Random) -> Row:
         """Make a sequence of a task, a function of the state of ``random``."""
         prompt = random.choice(self._prompts[task])
-        room = self._length - len(prompt.context) - len(prompt.answer)
-        tokens = random_window(random, self._text, room).tolist() + prompt.context
+        tokens = [*self._beginning, *prompt.context]
+        room = self._length - len(tokens) - len(prompt.answer)
+        tokens[len(self._beginning) : len(self._beginning)] = random_window(
+            random, self._text, room
+        ).tolist()
         answer = Span(len(tokens), len(tokens) + len(prompt.answer))
         return Row(torch.tensor(tokens + prompt.answer), (Question(answer, ()),))
 

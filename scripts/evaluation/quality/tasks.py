@@ -47,7 +47,8 @@ class TaskMaker:
     def row(self, task: str, random: Random) -> Row:
         """Make a sequence of a task, a function of the state of ``random``."""
         facts, asked = _TASKS[task](self, random)
-        return compose(random, self.text, self.length, facts, asked)
+        beginning = self.vocabulary.beginning
+        return compose(random, self.text, self.length, facts, asked, beginning)
 
     def _fit(self, count: int, facts_each: int = 1) -> int:
         return max(1, min(count, self.length // (_TOKENS_PER_FACT * facts_each)))

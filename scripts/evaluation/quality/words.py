@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import zlib
+from collections.abc import Sequence
 from random import Random
 from typing import Any
 
@@ -12,11 +13,15 @@ _MOST = 4096
 _FEWEST = 48
 _HELD_OUT = 5  # one of this many words and values is held out
 _DIGITS = 6
+_SPACE = "\u2581"  # in the tokens of SentencePiece
 _POOLS = {2: 32, 4: 12}
 
 
 class Encoder:
-    """Text to token numbers, without special tokens.
+    """Text in the middle of a sequence to token numbers, without special tokens.
+
+    Some tokenizers, such as those of Llama 2, Mistral and MiniCPM, begin every text with a space.
+    Such a text is encoded behind another character, whose tokens are left out.
 
     Args:
         tokenizer: A fast tokenizer of transformers.
@@ -26,10 +31,34 @@ class Encoder:
         # One text at a time, since the tokenizer's threads do not survive the fork of a worker.
         self._backend = tokenizer.backend_tokenizer
         self._known: dict[str, list[int]] = {}
+        # The tokens that each of these characters has at the beginning of a text.
+        anchors = {text: self._backend.encode(text, add_special_tokens=False) for text in "\n;"}
+        adds_space = any(token[0] == _SPACE for one in anchors.values() for token in one.tokens[:1])
+        self._anchors = {text: list(one.ids) for text, one in anchors.items() if adds_space}
 
     def __call__(self, text: str) -> list[int]:
-        """Return the tokens of a text."""
-        return list(self._backend.encode(text, add_special_tokens=False).ids)
+        """Return the tokens of a text.
+
+        Raises:
+            ValueError: The tokenizer joins the text with whatever is before it.
+        """
+        for before, known in (self._anchors or {"": []}).items():
+            ids = list(self._backend.encode(before + text, add_special_tokens=False).ids)
+            if ids[: len(known)] == known:
+                return ids[len(known) :]
+        raise ValueError(
+            f"base: its tokenizer must divide texts behind a line break or a semicolon, it joins "
+            f"{text!r} with both: choose another base"
+        )
+
+    def text_of(self, number: int) -> str:
+        """Return the text of a token in the middle of a sequence."""
+        anchor = next(iter(self._anchors.values()), [])
+        before, both = (
+            str(self._backend.decode(ids, skip_special_tokens=False))
+            for ids in (anchor, [*anchor, number])
+        )
+        return both[len(before) :]
 
     def fixed(self, text: str) -> list[int]:
         """Return the tokens of a text, cached."""
@@ -46,16 +75,18 @@ class Vocabulary:
 
     Args:
         tokenizer: A fast tokenizer of transformers.
+        beginning: Tokens at the beginning of every sequence.
 
     Raises:
         ValueError: The tokenizer has too few words of one token.
     """
 
-    def __init__(self, tokenizer: Any) -> None:
+    def __init__(self, tokenizer: Any, beginning: Sequence[int] = ()) -> None:
+        self.beginning = list(beginning)
         encode = Encoder(tokenizer)
         words = []
         for number in range(len(tokenizer)):
-            text = tokenizer.decode([number])
+            text = encode.text_of(number)
             if _WORD.fullmatch(text) and encode(text) == [number]:
                 words.append(text)
         words = words[len(words) // 8 :][:_MOST]  # the most frequent words are no plausible names

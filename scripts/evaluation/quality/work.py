@@ -23,7 +23,7 @@ from evaluation.quality.mixture import Mixture
 from evaluation.quality.names import SHARES, STEPS
 from evaluation.quality.nats import judge_nats
 from evaluation.quality.parts import Folder, Part, SkippedError
-from evaluation.quality.plan import judge_name
+from evaluation.quality.plan import BASE, judge_name
 from evaluation.quality.retrieval import judge_retrieval
 from evaluation.quality.scoring import Scorer
 from evaluation.quality.settings import QualitySettings
@@ -140,11 +140,11 @@ class Worker:
             if self.source is None:
                 return {}
             as_it_is = self.settings.tuning is None
-            return {
-                base.LINKS: base.prepare(
-                    self.settings.base, self.source, self._longest, self._base, as_it_is
-                )
-            }
+            links = base.prepare(
+                self.settings.base, self.source, self._longest, self._base, as_it_is
+            )
+            beginning = base.beginning(base.load_tokenizer(self._base))
+            return {base.LINKS: links, base.BEGINNING: beginning}
         if kind == "text":
             text.prepare(self.settings.text, self._base, self._text)
             store = text.open_text(self._text)
@@ -205,10 +205,11 @@ class Worker:
         scorer = Scorer(model, self.device)
         with mode.on(scorer.model):
             if group == "nats":
-                return judge_nats(self.settings, scorer, self._store)
+                return judge_nats(self.settings, scorer, self._store, self._vocabulary.beginning)
             words, held_out = self._maker_parts
-            judge = judge_retrieval if group == "retrieval" else judge_generation
-            return judge(self.settings, scorer, words, held_out, seed)
+            if group == "generation":
+                return judge_generation(self.settings, scorer, mode, words, held_out, seed)
+            return judge_retrieval(self.settings, scorer, words, held_out, seed)
 
     def _arm(self, part: Part) -> tuple[Arm, int, str]:
         for arm in arms(self.settings):
@@ -239,7 +240,9 @@ class Worker:
 
     @cached_property
     def _vocabulary(self) -> Vocabulary:
-        return Vocabulary(base.load_tokenizer(self._base))
+        about = self.folder.result(Part(BASE, (), {})) or {}
+        # Folders from before this key keep sequences without a beginning.
+        return Vocabulary(base.load_tokenizer(self._base), about.get(base.BEGINNING, []))
 
     @property
     def _maker_parts(self) -> tuple[Vocabulary, torch.Tensor]:

@@ -60,6 +60,33 @@ def test_what_cannot_be_used_is_said_in_one_line_before_any_work(tmp_path, refus
     assert "base: " in refused(f"base.folder={other}")
 
 
+def test_variants_that_do_not_fit_are_named_before_any_work(tmp_path, refused):
+    attention = "variants.fine.attention"
+    said = refused(f"{attention}.dense_len=4096")
+    assert "variants.fine: a query must see a part of the sequence, with dense_len = 4096" in said
+    assert "all 512 tokens of judge.length" in said
+    assert "all 512 tokens of judge.length" in refused(f"{attention}.topk=80")
+    long = ("judge.length=512", "tuning.length=256")
+    assert "all 256 tokens of tuning.length" in refused(*long, f"{attention}.dense_len=300")
+    ruler = ("judge.groups=[ruler]", f"{attention}.dense_len=420")
+    said = refused(*ruler, "judge.ruler_lengths=[512]")
+    assert "all 384 tokens of judge.ruler_lengths" in said
+    pooled = [f"{attention}.{name}" for name in ("pool_queries=true", "kernel_size=2")]
+    said = refused(*pooled, f"{attention}.score_dims=40")
+    assert said.startswith("error: variants.fine: score_dims must be at most the head dim")
+    for name, value in (("tasks", "[]"), ("ruler_lengths", "[]"), ("groups", "[nats,nats]")):
+        assert f"{name}: must be at least one, none twice" in refused(f"judge.{name}={value}")
+    assert not (tmp_path / "run").exists()
+
+
+def test_prompts_of_generation_that_are_dense_are_skipped(config):
+    settings = ("judge.groups=[generation]", "variants.fine.attention.dense_len=500")
+    status, out, err = run(config, *settings, "--parts", "judge:*->fine:0:generation")
+    assert status == 0, err
+    assert "a query of fine sees all" in err
+    assert "skipped: judge:dense->fine:0:generation" in out
+
+
 def test_without_tuning_a_length_and_a_variant_are_needed(tmp_path, base, texts):
     for changes, wanted in (
         ({}, "judge.length must be given"),

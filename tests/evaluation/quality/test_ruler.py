@@ -75,12 +75,11 @@ def test_prompts_that_are_continued_together_get_the_answers_they_get_alone(tmp_
     described = settings_of(tmp_path / "run", base, tmp_path)
     described["judge"] |= {"ruler_tasks": ["niah_multikey_2"], "ruler_items": 3}
     answers = []
+    write_settings(tmp_path / "config.yaml", described)
+    settings = build_dataclass(QualitySettings, load_yaml(tmp_path / "config.yaml"))
     for batch in (1, 3):
-        described["judge"]["ruler_batch"] = batch
-        write_settings(tmp_path / "config.yaml", described)
-        settings = build_dataclass(QualitySettings, load_yaml(tmp_path / "config.yaml"))
         with attention_modes(settings)["fine"].on(network), no_sentences():
-            (some,) = _evaluate(settings, network, base, length, 0).values()
+            (some,) = _evaluate(settings, network, base, length, 0, batch).values()
         answers.append([sample["resps"] for sample in some])
         lengths = {len(sample["arguments"][0][0]) for sample in some}
     assert len(lengths) > 1

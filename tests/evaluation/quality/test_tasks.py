@@ -8,13 +8,14 @@ from random import Random
 import pytest
 import torch
 
+from evaluation.quality.base import beginning
 from evaluation.quality.generation import of_equal_length
 from evaluation.quality.mixture import MixtureSampler
 from evaluation.quality.names import STEPS, TASKS
 from evaluation.quality.settings import TuningSettings
 from evaluation.quality.tasks import TaskMaker
 from evaluation.quality.words import Vocabulary
-from tests.evaluation.quality.tiny import make_tokenizer
+from tests.evaluation.quality.tiny import make_spaced_tokenizer, make_tokenizer
 
 LENGTH = 2048
 ASKED = re.compile(r"Question: What (?:is|are) the ([a-z ]+?)s? of the ([a-z ]+?)(?:, in order)?\?")
@@ -45,10 +46,44 @@ def solve(facts: list[str], form: str, name: str) -> str:
     return " ".join(values)
 
 
+def test_facts_have_no_second_space_where_a_tokenizer_begins_texts_with_one():
+    spaced = Vocabulary(make_spaced_tokenizer())
+    filler = torch.tensor(spaced.encode(".")).repeat(3000)
+    row = make(spaced, filler, "keys12")
+    whole = spaced.decode(row.tokens.tolist())
+    asked = re.findall(
+        r"\nQuestion: What is the secret code of the( \w+ \w+)\?\nAnswer: (\d{6})", whole
+    )
+    assert len(asked) == 12
+    for name, value in asked:
+        assert f"\nThe secret code of the{name} is {value}.\n" in whole
+
+
+def test_every_sequence_begins_as_the_tokenizer_begins_it():
+    tokenizer = make_spaced_tokenizer()
+    assert beginning(make_tokenizer()) == []
+    begin = beginning(tokenizer)
+    assert begin == [tokenizer.bos_token_id]
+    spaced = Vocabulary(tokenizer, begin)
+    filler = torch.tensor(spaced.encode(".")).repeat(3000)
+    rows = [make(spaced, filler, STEPS, seed) for seed in range(4)]
+    tuning = TuningSettings(length=LENGTH, batch_size=1, steps=1, learning_rate=1.0, warmup_steps=0)
+    trained = MixtureSampler(filler, spaced, tuning, LENGTH, 0).batch(range(8)).input_ids
+    prompts = of_equal_length(rows, len(begin))
+    for some in (torch.stack([row.tokens for row in rows]), trained, prompts):
+        assert ((some == begin[0]) == (torch.arange(some.shape[1]) == 0)).all()
+    assert trained.shape == (8, LENGTH)
+    assert {len(row.tokens) for row in rows} == {LENGTH}
+    row = rows[0]
+    for question in row.questions:
+        line = spaced.decode(row.tokens[question.answer.start : question.answer.end].tolist())
+        assert re.fullmatch(r"\nStep \d+: \w+ =( \w+ =)? \d{3}", line)
+
+
 def test_prompts_of_generation_are_as_long_and_lose_no_fact(vocabulary, text):
     rows = [make(vocabulary, text, STEPS, seed) for seed in range(12)]
     ends = [row.questions[0].answer.start for row in rows]
-    prompts = of_equal_length(rows)
+    prompts = of_equal_length(rows, 0)
     assert prompts.shape[1] == min(ends)
     assert any(
         min(question.needles[0].start for question in row.questions) < end - min(ends)

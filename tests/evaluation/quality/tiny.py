@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 import yaml
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 LENGTH = 512
@@ -39,6 +39,31 @@ def make_tokenizer() -> PreTrainedTokenizerFast:
     )
     tokenizer.train_from_iterator([" " + " ".join(words())] * 4, trainer)
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<end>")
+
+
+def make_spaced_tokenizer() -> PreTrainedTokenizerFast:
+    """A tokenizer that begins a text with a space, and a sequence with a token, as Llama 2's."""
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [
+            pre_tokenizers.Metaspace(prepend_scheme="first"),
+            pre_tokenizers.Digits(individual_digits=True),
+        ]
+    )
+    tokenizer.decoder = decoders.Metaspace(prepend_scheme="first")
+    trainer = trainers.BpeTrainer(
+        vocab_size=1200,
+        show_progress=False,
+        initial_alphabet=[chr(code) for code in (10, *range(33, 127))],
+        special_tokens=["<begin>", "<end>"],
+    )
+    tokenizer.train_from_iterator([" " + " ".join(words())] * 4, trainer)
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single="<begin> $A", special_tokens=[("<begin>", 0)]
+    )
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, bos_token="<begin>", eos_token="<end>"
+    )
 
 
 def make_base(folder: Path, **changes: Any) -> Path:

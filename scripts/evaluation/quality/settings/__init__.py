@@ -28,6 +28,8 @@ __all__ = [
 
 RESERVED = ("dense", "window", "random")
 
+_RULER_ANSWER = 128  # tokens by which RULER's prompts may be shorter than their length
+
 _NAME = re.compile(r"[a-z][a-z0-9_]*")
 
 
@@ -122,6 +124,29 @@ class QualitySettings:
             raise ValueError("variants must have one with training_free where tuning is not given")
         if self.control is not None and self.control not in self.variants:
             raise ValueError(f"control must be one of the variants, got {self.control!r}")
+        for name, variant in self.variants.items():
+            self._check_sparse(name, variant)
+
+    def _check_sparse(self, name: str, variant: VariantSettings) -> None:
+        """Refuse a variant that is dense attention where it is trained or judged.
+
+        Raises:
+            ValueError: Names the variant and the length.
+        """
+        groups, attention = set(self.judge.groups), variant.attention
+        tokens = {"judge.length": self.length} if groups - {"ruler"} else {}
+        if self.tuning is not None and variant.trained:
+            tokens["tuning.length"] = self.tuning.length
+        if "ruler" in groups:
+            tokens["judge.ruler_lengths"] = min(self.judge.ruler_lengths) - _RULER_ANSWER
+        for key, length in tokens.items():
+            if attention.max_visible(length) >= length:
+                raise ValueError(
+                    f"variants.{name}: a query must see a part of the sequence, with dense_len = "
+                    f"{attention.dense_len} and {attention.budget_tokens} visible tokens it sees "
+                    f"all {length} tokens of {key}: lower dense_len or topk, or make sequences "
+                    "longer"
+                )
 
     @property
     def length(self) -> int:

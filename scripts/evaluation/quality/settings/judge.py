@@ -52,6 +52,10 @@ class JudgeSettings:
             if unknown:
                 raise ValueError(f"{name} must be among {', '.join(known)}, got {unknown[0]}")
         check_tasks(self.tasks)
+        for name in ("groups", "tasks", "ruler_tasks", "ruler_lengths"):
+            value = list(getattr(self, name))
+            if len(set(value)) < len(value) or (name != "groups" and not value):
+                raise ValueError(f"{name} must be at least one, none twice, got {value}")
         for name in (
             "items",
             "batch_size",
