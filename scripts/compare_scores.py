@@ -22,6 +22,7 @@ import torch
 
 from benchmarking.environment import describe_environment
 from benchmarking.settings import Heads
+from commands.outputs import check_output
 from commands.standard_output import run_command
 from evaluation.controls import window_only
 from evaluation.saved_results import Result, read_result, write_result
@@ -59,8 +60,12 @@ def main() -> int:
     options = parse_arguments()
     try:
         settings = build_dataclass(TrainingSettings, load_yaml(options.config, options.overrides))
+        check_output("--table", options.table)
     except ConfigError as error:
         print(error, file=sys.stderr)
+        return 2
+    except ValueError as error:
+        print(f"error: {error}", file=sys.stderr)
         return 2
     found = {
         model: result
@@ -90,7 +95,10 @@ def parse_arguments() -> argparse.Namespace:
     )
     parser.add_argument("--table", type=Path, required=True, metavar="CSV")
     parser.add_argument("overrides", nargs="*", metavar="section.key=value")
-    return parser.parse_intermixed_args()
+    options = parser.parse_intermixed_args()
+    if len(set(options.seeds)) < len(options.seeds):
+        parser.error(f"--seeds must name no seed twice, got {options.seeds}")
+    return options
 
 
 def pair(text: str) -> Heads:

@@ -23,6 +23,7 @@ from typing import Any, Literal
 import torch
 
 from benchmarking.environment import describe_environment
+from commands.outputs import check_output
 from commands.standard_output import run_command
 from evaluation.saved_results import Result, read_result, write_result
 from evaluation.table import format_table
@@ -69,8 +70,12 @@ def main() -> int:
     options = parse_arguments()
     try:
         settings = build_dataclass(TrainingSettings, load_yaml(options.config, options.overrides))
+        check_output("--table", options.table)
     except ConfigError as error:
         print(error, file=sys.stderr)
+        return 2
+    except ValueError as error:
+        print(f"error: {error}", file=sys.stderr)
         return 2
     found = {
         (arm, seed): result
@@ -92,7 +97,10 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--queries", type=int, default=512, metavar="N", help="of a sequence")
     parser.add_argument("--table", type=Path, required=True, metavar="CSV")
     parser.add_argument("overrides", nargs="*", metavar="section.key=value")
-    return parser.parse_intermixed_args()
+    options = parser.parse_intermixed_args()
+    if len(set(options.seeds)) < len(options.seeds):
+        parser.error(f"--seeds must name no seed twice, got {options.seeds}")
+    return options
 
 
 def judge_seed(settings: TrainingSettings, seed: int, queries: int) -> Iterator[tuple[Arm, Result]]:

@@ -36,12 +36,15 @@ def main() -> int:
         overrides = parse_overrides(options.overrides)
         if not options.model.is_dir():
             raise ValueError(f"--model must be a folder, got {options.model}")
+        device = torch.device(options.device)
+        if device.type == "cuda" and not torch.cuda.is_available():
+            raise ValueError(f"--device must be there, got {device} where PyTorch sees no GPU")
         tokens = read_tokens(options.text, options.model, options.length)
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, RuntimeError) as error:  # RuntimeError: no such device
         print(f"error: {error}", file=sys.stderr)
         return 2
     try:
-        evaluate(options.model, tokens, overrides, torch.device(options.device))
+        evaluate(options.model, tokens, overrides, device)
     except (ValueError, OSError, RuntimeError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1

@@ -24,6 +24,7 @@ from types import FrameType
 import torch
 
 from commands.messages import NO_PLOT, say, show_warnings
+from commands.outputs import check_output
 from commands.standard_output import run_command
 from evaluation.quality import base, text
 from evaluation.quality.parts import Folder, Part
@@ -85,8 +86,7 @@ def main() -> int:
     except (ValueError, OSError, RuntimeError, TrainingDivergedError) as error:
         say(f"error: {error}")
         return 1
-    show(settings, folder, parts, skipped)
-    return 0
+    return show(settings, folder, parts, skipped)
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -133,14 +133,16 @@ def state(folder: Folder, part: Part) -> str:
 def check_inputs(
     settings: QualitySettings, folder: Folder, parts: dict[str, Part]
 ) -> base.Source | None:
-    """Check base and text before any work.
+    """Check outputs, base and text before any work.
 
     Returns:
         The source of the base; None where the base is in the folder already.
 
     Raises:
-        ValueError: Base or text cannot be used.
+        ValueError: Base or text cannot be used, or an output cannot be written.
     """
+    for name in ("table", "plot"):
+        check_output(f"run.{name}", getattr(settings.run, name))
     if folder.result(parts[TEXT]) is None:
         text.find_folders(settings.text)
     variants = {name: variant.attention for name, variant in settings.variants.items()}
@@ -169,8 +171,8 @@ def stop_on_signals(max_seconds: float | None) -> None:
         timer.start()
 
 
-def show(settings: QualitySettings, folder: Folder, parts: list[Part], skipped: list[Part]) -> None:
-    """Print the tables and write the CSV and the plot of all finished parts."""
+def show(settings: QualitySettings, folder: Folder, parts: list[Part], skipped: list[Part]) -> int:
+    """Print the tables, write the CSV and the plot of all finished parts, and return the status."""
     results = gather(settings, folder, parts)
     print(report(results), flush=True)
     missing = [part.name for part in parts if folder.result(part) is None]
@@ -179,15 +181,18 @@ def show(settings: QualitySettings, folder: Folder, parts: list[Part], skipped: 
     for part in skipped:
         print(f"skipped: {part.name}")
     if not results.found:
-        return
-    write_table(results, settings.run.table)
-    print(f"\nCSV: {settings.run.table}")
+        return 0
+    plotted = f"Plot: {settings.run.plot}"
     try:
+        write_table(results, settings.run.table)
         plot_quality(results, settings.run.plot)
     except ImportError:
-        print(NO_PLOT)
-    else:
-        print(f"Plot: {settings.run.plot}")
+        plotted = NO_PLOT
+    except OSError as error:
+        say(f"error: {error}: the parts are saved; give another run.table or run.plot")
+        return 1
+    print(f"\nCSV: {settings.run.table}\n{plotted}")
+    return 0
 
 
 if __name__ == "__main__":

@@ -72,8 +72,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
             files = {path: path.read_text(encoding="utf-8") for path in options.text}
             model, tokenizer = load(options.model, options.package)
             texts = {
-                path.name: tokenize(text, path, tokenizer, options.length)
-                for path, text in files.items()
+                name: tokenize(files[path], path, tokenizer, options.length)
+                for name, path in named(options.text).items()
             }
             patch_model(model, None, **overrides)
             config = next(row.config for row in describe(model) if row.config is not None)
@@ -124,6 +124,18 @@ def load(folder: Path | None, package: str) -> tuple[Any, Any]:
     with quiet_transformers() as transformers:
         tokenizer = transformers.AutoTokenizer.from_pretrained(source.folder, **options)
     return model.eval(), tokenizer
+
+
+def named(paths: Sequence[Path]) -> dict[str, Path]:
+    """Return files by their names, or by their paths where two have one name.
+
+    Raises:
+        ValueError: A file is given twice.
+    """
+    if len({path.resolve() for path in paths}) < len(paths):
+        raise ValueError(f"--text must name no file twice, got {' '.join(map(str, paths))}")
+    names = [path.name for path in paths]
+    return {p.name if names.count(p.name) == 1 else str(p): p for p in paths}
 
 
 def tokenize(text: str, path: Path, tokenizer: Any, length: int) -> torch.Tensor:

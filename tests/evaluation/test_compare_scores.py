@@ -41,6 +41,19 @@ def test_every_model_answers_the_same_questions_once(tmp_path):
     assert again.stdout == first.stdout
 
 
+def test_equal_seeds_and_tables_that_cannot_be_written_are_refused_before_any_work(tmp_path):
+    settings = [f"run.folder={tmp_path}/run", "--heads", "4/2"]
+    found = run(*settings, "--seeds", 1, 1, "--table", tmp_path / "scores.csv")
+    assert found.returncode == 2
+    assert "--seeds must name no seed twice, got [1, 1]" in found.stderr
+    found = run(*settings, "--seeds", 1, "--table", tmp_path)
+    assert found.returncode == 2
+    assert (
+        found.stderr == f"error: --table must be a file, {tmp_path} is a folder: add a file name\n"
+    )
+    assert not (tmp_path / "run").exists()
+
+
 @pytest.mark.parametrize("heads", ["16-1", "16/3", "0/1"])
 def test_heads_that_do_not_divide_are_refused_in_one_line(heads, tmp_path):
     found = run("--heads", heads, "--table", tmp_path / "scores.csv")

@@ -98,7 +98,8 @@ def evaluate(monkeypatch, capsys):
     return run
 
 
-def test_the_command_shows_a_row_per_layer(evaluate, tmp_path):
+def test_the_command_shows_a_row_per_layer(evaluate, tmp_path, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     tiny_llama().save_pretrained(tmp_path / "model")
     (tmp_path / "text").write_text("def f(x): return x\n" * 40)
     settings = [f"attention.{name}={value}" for name, value in SMALL.items()]
@@ -112,6 +113,8 @@ def test_the_command_shows_a_row_per_layer(evaluate, tmp_path):
         (("--length", 9999), "--length must be between 1 and the text's 760 tokens, got 9999"),
         (("--length", 400, "topk=3"), "settings must be written attention.key=value, got topk=3"),
         (("--length", 400, "attention.top=3"), "topk"),
+        (("--length", 400, "--device", "cuda"), "got cuda where PyTorch sees no GPU"),
+        (("--length", 400, "--device", "gpu"), "gpu"),
     ):
         status, _, err = evaluate(*common, *bad)
         assert status == 2

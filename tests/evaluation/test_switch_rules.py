@@ -96,7 +96,15 @@ def test_the_command_prints_a_table_and_adds_rows(tmp_path, capsys):
         rows = list(csv.DictReader(file))
     assert len(rows) == 2 * 2 * 2 * 3
     assert {row["budget"] for row in rows} == {"80"}
+    (tmp_path / "more").mkdir()
+    same = tmp_path / "more" / "a"
+    same.write_text(texts[1].read_text())
+    named = [*common[:-1], str(same), "--length", "200", "--csv", str(tmp_path / "same.csv")]
+    assert switch_rules.main(named) == 0  # two files of one name are two texts
+    with (tmp_path / "same.csv").open() as file:
+        assert {row["text"] for row in csv.DictReader(file)} == {str(texts[0]), str(same)}
     for bad, message in (
+        (["--length", "200", "--text", str(texts[0]), str(texts[0])], "name no file twice"),
         (["--length", "9999"], "must have 9999 tokens, got"),
         (["--length", "100"], "length must exceed dense_len"),
     ):

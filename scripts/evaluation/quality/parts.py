@@ -6,6 +6,7 @@ import contextlib
 import fcntl
 import json
 import os
+import textwrap
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -56,11 +57,10 @@ class Folder:
         for part in parts:
             begun = self._read(part, "settings")
             if begun is not None and begun != _as_json(part.settings):
-                now = _as_json(part.settings)
-                names = [name for name in now if begun.get(name) != now[name]]
+                changes = _changes(_as_json(part.settings), begun)
                 self._refuse(
-                    f"{self.path} holds {part.name} with another {', '.join(names)}: give the "
-                    "settings it was made with, or choose another folder"
+                    f"{self.path} holds {part.name} with other settings ({', '.join(changes)}): "
+                    "give the settings it was made with, or choose another folder"
                 )
 
     def result(self, part: Part) -> dict[str, Any] | None:
@@ -114,6 +114,18 @@ class Folder:
 
     def _refuse(self, problem: str) -> None:
         raise ConfigError([Mistake("", "run.folder", problem)])
+
+
+def _changes(now: Any, begun: Any, place: str = "") -> list[str]:
+    """Describe the settings that differ, such as ``judge.items: 9, there 4``."""
+    if not isinstance(now, dict) or not isinstance(begun, dict):
+        shown = [textwrap.shorten(json.dumps(value), 60) for value in (now, begun)]
+        return [f"{place}: {shown[0]}, there {shown[1]}"] if now != begun else []
+    return [
+        change
+        for name in now | begun
+        for change in _changes(now.get(name), begun.get(name), f"{place}.{name}".lstrip("."))
+    ]
 
 
 def _as_json(settings: Mapping[str, Any]) -> Any:

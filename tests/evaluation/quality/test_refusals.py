@@ -112,6 +112,15 @@ def test_tasks_that_do_not_fit_are_told_before_any_training(config):
     assert "judge.questions: must be at least 1, got 0" in err
 
 
+@pytest.mark.parametrize("name", ["table", "plot"])
+def test_an_output_that_cannot_be_written_is_named_before_any_work(tmp_path, refused, name):
+    assert f"run.{name} must be a file, {tmp_path} is a folder" in refused(f"run.{name}={tmp_path}")
+    (tmp_path / "file").touch()
+    said = refused(f"run.{name}={tmp_path / 'file' / 'more' / 'name.csv'}")
+    assert f"run.{name} must lie in a folder that can be written to" in said
+    assert not (tmp_path / "run").exists()
+
+
 def test_a_device_without_memory_is_one_line_that_says_what_to_do(config, monkeypatch, capsys):
     import quality
 
@@ -129,7 +138,10 @@ def test_a_device_without_memory_is_one_line_that_says_what_to_do(config, monkey
 
 def test_a_folder_of_other_settings_is_refused(config, refused, tmp_path):
     assert run(config, "--parts", "base")[0] == 0
-    assert "holds base with another base" in refused("base.rope_theta=50000")
+    said = refused("base.rope_theta=50000")
+    assert "holds base with other settings (base.rope_theta: 50000.0, there null): give" in said
+    said = refused("base.positions=900", "base.rope_theta=50000")
+    assert "(base.rope_theta: 50000.0, there null, base.positions: 900, there null)" in said
     (tmp_path / "strange").mkdir()
     (tmp_path / "strange" / "file").write_text("")
     assert "holds something else" in refused(f"run.folder={tmp_path / 'strange'}")
