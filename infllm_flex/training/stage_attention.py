@@ -92,7 +92,8 @@ def stage_attention(
         attention: Settings of the sparse attention.
         world: The processes. None: this process alone.
         attend: Replaces the attention of a sparse stage, for example with another selection. It
-            maps the number of a layer to a function for `infllm_flex.patch.attend_through`.
+            maps the number of a layer to a function for `infllm_flex.patch.attend_through`. Layers
+            that cannot be sparse keep their own attention, as without it.
         seed: Seed of the queries that a selection loss looks at.
 
     Yields:
@@ -100,8 +101,8 @@ def stage_attention(
 
     Raises:
         UnsupportedModelError: No layer of the model can be sparse.
-        ValueError: ``attend`` is given together with context parallelism, or a layer supports
-            neither, or the stage has a selection loss besides.
+        ValueError: ``attend`` is given together with context parallelism or a selection loss, or a
+            layer does not support context parallelism.
     """
     context_world = world if world is not None and world.context > 1 else None
     if attend is not None and context_world is not None:
@@ -128,7 +129,7 @@ def stage_attention(
             rows = describe(model)
             fraction = sum(row.sparse for row in rows) / len(rows)
         if attend is not None:
-            with attend_through(model, attend):
+            with attend_through(model, attend, leave_others=True):
                 yield StageAttention(fraction)
             return
         if loss is not None:

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import pytest
 import torch
+from transformers import Gemma3ForCausalLM, Gemma3TextConfig
 
 import infllm_flex as ifx
 from evaluation.quality.arms import RANDOM, AttentionMode
 from evaluation.quality.random_blocks import RandomBlocks, select_at_random
+from infllm_flex.training.settings import StageSettings
+from infllm_flex.training.stage_attention import stage_attention
 from tests.evaluation.quality.tiny import make_base
 
 CONFIG = ifx.InfLLMConfig(
@@ -73,6 +76,39 @@ def test_queries_in_parts_see_what_they_see_at_once():
         query[:, :, :50], key[:, :, :50], value[:, :, :50], is_causal=True, enable_gqa=True
     )
     assert torch.allclose(shorter, dense, atol=1e-6)  # below dense_len
+
+
+def test_a_model_with_windowed_layers_trains_with_random_blocks():
+    model = tiny_gemma3()
+    stage = StageSettings(
+        max_length=200, batch_size=1, steps=1, learning_rate=0.1, attention="sparse"
+    )
+    tokens = torch.randint(200, (1, 200), generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        dense = model(tokens).logits
+        with stage_attention(model, stage, CONFIG, attend=RandomBlocks(CONFIG)):
+            found = model(tokens).logits
+        with AttentionMode(RANDOM, CONFIG).on(model):
+            judged = model(tokens).logits
+    assert not torch.allclose(found, dense, atol=1e-3)
+    assert torch.equal(found, judged)
+
+
+def tiny_gemma3():
+    torch.manual_seed(0)
+    return Gemma3ForCausalLM(
+        Gemma3TextConfig(
+            vocab_size=200,
+            hidden_size=32,
+            intermediate_size=48,
+            num_hidden_layers=2,
+            num_attention_heads=4,
+            num_key_value_heads=1,
+            head_dim=16,
+            sliding_window=32,
+            layer_types=["sliding_attention", "full_attention"],
+        )
+    ).eval()
 
 
 def test_a_model_generates_what_it_would_without_a_cache(tmp_path):
