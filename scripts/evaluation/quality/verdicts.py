@@ -46,6 +46,10 @@ def retained_accuracy(results: Results, arm: Arm, task: str) -> Retained | None:
             if share.value >= PASSED:
                 return Retained(share, f"no evidence: {control.run} keeps {theirs.value:.2f}")
             return Retained(share, f"no better than {control.run}, {theirs.value:.2f}")
+    if (seen := results.visible(controls(arm)[0])) < results.visible(arm):
+        return Retained(
+            share, f"the controls see fewer tokens, {seen}: compare by control={arm.run}"
+        )
     return Retained(share, "")
 
 

@@ -83,6 +83,18 @@ def test_what_is_no_better_than_a_control_is_said_to_be(settings):
     )
 
 
+def test_controls_that_see_fewer_tokens_are_said_to(settings):
+    fine = settings.variants["fine"]
+    wide = replace(fine, attention=replace(fine.attention, topk=12))
+    more = replace(settings, variants={"fine": fine, "wide": wide})
+    answers = {DENSE: 10, FINE: 9, Arm("wide", "wide"): 9, WINDOW: 1, RANDOM: 1}
+    results = results_of(more, {arm: {"keys12": right} for arm, right in answers.items()}, {})
+    assert retained_accuracy(results, FINE, "keys12").remark == ""
+    assert retained_accuracy(results, Arm("wide", "wide"), "keys12").remark == (
+        "the controls see fewer tokens, 64: compare by control=wide"
+    )
+
+
 def test_no_empty_table_stands_where_dense_can_do_nothing(settings):
     answers = {arm: dict.fromkeys(("keys12", "keys200", "single"), 1) for arm in (DENSE, FINE)}
     text = report(results_of(settings, answers, {}))
