@@ -125,12 +125,12 @@ def logits(model: PreTrainedModel, length: int, **kwargs: object) -> torch.Tenso
         return model(tokens(length), **kwargs).logits
 
 
-def loss_and_gradients(model: PreTrainedModel, length: int) -> list[torch.Tensor]:
+def loss_and_gradients(model: PreTrainedModel, length: int, **kwargs: object) -> list[torch.Tensor]:
     """The training loss over `tokens`, then the gradient of every parameter that has one."""
     model.train()
     model.zero_grad()
     batch = tokens(length)
-    loss = model(batch, labels=batch, use_cache=False).loss
+    loss = model(batch, labels=batch, use_cache=False, **kwargs).loss
     loss.backward()
     model.eval()
     return [loss.detach(), *(p.grad.clone() for p in model.parameters() if p.grad is not None)]

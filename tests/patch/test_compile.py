@@ -12,6 +12,7 @@ from tests.patch.models import (
     SETTINGS,
     SHORT,
     build,
+    enable_checkpointing,
     logits,
     loss_and_gradients,
     tokens,
@@ -35,6 +36,18 @@ def test_one_graph_forward_and_backward(length):
     eager = loss_and_gradients(model, length)
     for ours, theirs in zip(loss_and_gradients(compiled(model), length), eager, strict=True):
         assert_close(ours, theirs)
+
+
+@pytest.mark.parametrize("padding", [0, 30])
+def test_one_graph_below_dense_len_with_checkpointed_layers(padding):
+    model = ifx.patch_model(build(one_layer()), SETTINGS)
+    mask = torch.ones_like(tokens(SHORT))
+    mask[0, :padding] = 0
+    eager = loss_and_gradients(model, SHORT, attention_mask=mask)
+    enable_checkpointing(model)
+    ours = loss_and_gradients(compiled(model), SHORT, attention_mask=mask)
+    for our, their in zip(ours, eager, strict=True):
+        assert_close(our, their)
 
 
 @pytest.mark.private_api

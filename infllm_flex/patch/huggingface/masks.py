@@ -81,7 +81,7 @@ class LazyMask(TensorProxy):
         tensor = self.materialize()
         if tensor is None:
             raise TypeError("a plain causal mask is None to transformers: there is no tensor")
-        self._is_exposed = True
+        self._tensor, self._is_exposed = tensor, True
         return tensor.to(self.dtype)
 
     def is_edited(self) -> bool:
@@ -94,12 +94,17 @@ class LazyMask(TensorProxy):
 
     def materialize(self) -> Tensor | None:
         """The mask of ``sdpa_mask``: None for plain causal, else bool ``[B, 1, S, S]``."""
-        if self._tensor is None:
-            # transformers reads the padding to see whether it may skip the mask.
-            can_read = self.padding is None or has_values(self.padding)
-            tensor = make_sdpa_mask(self._arguments, skip_causal=can_read)
-            self._tensor = None if tensor is None else tensor.to(self._device)
-        return self._tensor
+        if self._tensor is not None:
+            return self._tensor
+        # transformers reads the padding to see whether it may skip the mask.
+        can_read = self.padding is None or has_values(self.padding)
+        tensor = make_sdpa_mask(self._arguments, skip_causal=can_read)
+        tensor = None if tensor is None else tensor.to(self._device)
+        # In a graph the layers may be checkpointed, and such a layer may not change what lies
+        # outside of it. The compiler merges the equal tables of the layers.
+        if not torch.compiler.is_compiling():
+            self._tensor = tensor
+        return tensor
 
     def begin_verdict(self, positions: Tensor, verdict: Tensor) -> None:
         """Begin to read a verdict, bool ``[]``, that follows from ``positions``."""
