@@ -11,7 +11,7 @@ from pathlib import Path
 
 from infllm_flex.strict_yaml import ConfigError, Mistake, build_dataclass, load_yaml, to_yaml
 from infllm_flex.training import checkpoints
-from infllm_flex.training.checkpoints.exporting import is_exported
+from infllm_flex.training.checkpoints.exporting import other_file
 from infllm_flex.training.settings import DataSettings, TrainingSettings
 
 SETTINGS = "run.yaml"
@@ -42,9 +42,11 @@ def check_folder(settings: TrainingSettings, resume: bool) -> None:
         return
     if SETTINGS not in content:
         _refuse(f"{folder} holds other files ({sorted(content)[0]}): choose another folder")
-    if (folder / MODEL).exists() and not is_exported(folder / MODEL):
+    is_finished = checkpoints.last_step(folder / CHECKPOINTS) == settings.total_steps
+    if not is_finished and (other := other_file(folder / MODEL)):
         _refuse(
-            f"{folder / MODEL} holds other files: move it away, the model will be written there"
+            f"{folder / MODEL} holds other files ({other}): move them away, the model will be "
+            "written there"
         )
     if not _has_steps(folder):
         return

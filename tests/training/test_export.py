@@ -79,7 +79,9 @@ def test_an_export_is_replaced_and_other_folders_are_refused(checkpoint, tmp_pat
     assert weights_hash(export(checkpoint, tmp_path / "model")) != first
     (tmp_path / "thesis").mkdir()
     (tmp_path / "thesis" / "model.safetensors").write_text("mine")
-    with pytest.raises(FileExistsError, match="thesis holds other files: choose another folder"):
+    with pytest.raises(
+        FileExistsError, match=r"thesis holds other files \(model\.safetensors\): move"
+    ):
         export(checkpoint, tmp_path / "thesis")
     assert (tmp_path / "thesis" / "model.safetensors").read_text() == "mine"
     assert sorted(os.listdir(tmp_path)) == ["model", "thesis"]
@@ -107,6 +109,18 @@ def test_a_finished_run_that_lost_its_model_exports_it_again(tmp_path, texts):
     assert weights_hash(model) == expected
 
 
+def test_files_that_a_user_adds_to_a_model_are_never_lost(checkpoint, tmp_path, texts):
+    model = export(checkpoint.with_name("step-00000001"), tmp_path / "model")
+    (model / "README.md").write_text("mine")
+    with pytest.raises(FileExistsError, match=r"model holds other files \(README\.md\): move"):
+        export(checkpoint, model)
+    run = settings(tmp_path / "run", texts, stages={"only": stage(steps=2)})
+    model = train(run, show=False).model
+    (model / "README.md").write_text("mine")
+    assert train(run, resume=True, show=False).model == model
+    assert (model / "README.md").read_text() == "mine"
+
+
 def test_training_continues_from_an_exported_model(trained, tmp_path, texts):
     run = settings(
         tmp_path / "run",
@@ -125,6 +139,7 @@ def test_the_command_exports_the_newest_undamaged_checkpoint(trained, tmp_path, 
     assert capsys.readouterr().out == f"model in {tmp_path / 'model'}\n"
     assert weights_hash(tmp_path / "model") == weights_hash(trained.run.folder / "model")
     (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "notes").write_text("mine")
     assert command.export(trained, tmp_path / "other") == 1
     assert "other holds other files" in capsys.readouterr().err
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+import os
 import re
 import shutil
 from pathlib import Path
@@ -20,8 +21,8 @@ from infllm_flex.training.checkpoints.shards import Outline, read_on_this_rank, 
 from infllm_flex.training.manifest import (
     MANIFEST,
     BrokenFolderError,
+    check_file,
     read_manifest,
-    verify,
 )
 
 _INDEX = "model.safetensors.index.json"
@@ -44,7 +45,8 @@ def export(checkpoint: Path, target: Path, origin: Path | None = None) -> Path:
 
     Args:
         checkpoint: A checkpoint that `newest` returned.
-        target: The model folder. An earlier export is replaced, any other folder is refused.
+        target: The model folder. An earlier export is replaced; a folder with other files, beside
+            an export or alone, is refused.
         origin: The model folder that training started from. Its tokenizer is copied, and the code
             that the model's ``auto_map`` names.
 
@@ -59,8 +61,10 @@ def export(checkpoint: Path, target: Path, origin: Path | None = None) -> Path:
     from safetensors import SafetensorError
 
     read_state(checkpoint)
-    if target.exists() and not is_exported(target):
-        raise FileExistsError(f"{target} holds other files: choose another folder")
+    if other := other_file(target):
+        raise FileExistsError(
+            f"{target} holds other files ({other}): move them away, or choose another folder"
+        )
     target.parent.mkdir(parents=True, exist_ok=True)
     remove_leftovers(target.parent, re.escape(target.name))
     try:
@@ -85,18 +89,28 @@ def export_newest(folder: Path, target: Path, origin: Path | None = None) -> Pat
     return export(checkpoint, target, origin)
 
 
-def is_exported(folder: Path) -> bool:
-    """Whether `export` wrote the folder, damaged or not."""
+def other_file(folder: Path) -> str | None:
+    """The first file in a folder that `export` did not write, and so would be lost; None if none.
+
+    The folder may be missing, and the files of an export may be damaged.
+    """
+    if not os.path.lexists(folder):
+        return None
+    if not folder.is_dir():
+        return folder.name
     try:
-        return CONFIG in read_manifest(folder)
+        listed = read_manifest(folder)
     except BrokenFolderError:
-        return False
+        listed = {}
+    own = {MANIFEST, *listed} if CONFIG in listed else set()
+    return min((path.name for path in folder.iterdir() if path.name not in own), default=None)
 
 
 def is_export_of(folder: Path, checkpoint: Path) -> bool:
-    """Whether a folder is the undamaged export of this checkpoint."""
+    """Whether a folder holds the undamaged export of this checkpoint, alone or with other files."""
     try:
-        verify(folder)
+        for name, expected in read_manifest(folder).items():
+            check_file(folder / name, expected)
     except (BrokenFolderError, OSError):
         return False
     source = (folder / _SOURCE).read_text() if (folder / _SOURCE).is_file() else ""
