@@ -184,7 +184,10 @@ def test_the_model_is_unpatched_and_unobserved_after_the_block():
     ("changes", "said"),
     [
         ({"parallel": ParallelSettings(context=2)}, "parallel must have context: 1, because stag"),
-        ({"attention": replace(ATTENTION, window_size=112)}, "more than 17 blocks of 8 tokens"),
+        (
+            {"attention": replace(ATTENTION, window_size=112)},
+            "17 blocks of attention.block_size = 8",
+        ),
     ],
 )
 def test_runs_that_cannot_have_it_are_refused(tmp_path, changes, said):

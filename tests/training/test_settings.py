@@ -93,6 +93,12 @@ def test_a_model_folder_must_be_complete(read, tmp_path, missing):
         read(f"model={{path: {tmp_path}}}")
 
 
+def test_a_wrong_section_is_not_reported_at_another_that_depends_on_it(read):
+    with pytest.raises(ConfigError) as error:
+        read("attention={block_size: 0}", "stages.a.selection_loss={queries: 4}")
+    assert len(error.value.mistakes) == 1
+
+
 def test_a_stage_must_be_long_enough_for_its_schedule(read):
     with pytest.raises(
         ConfigError, match=r"steps: must be at least warmup_steps \+ decay_steps = 9, "

@@ -5,13 +5,14 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from infllm_flex.training.data.errors import DataError
 from infllm_flex.training.data.files import find_files
-from infllm_flex.training.settings import DataSettings
+from infllm_flex.training.settings import DataSettings, has_rows
 
 _SEPARATOR = b"\n\n"
 _MAX_BYTES = 2**32
@@ -44,9 +45,11 @@ def load_corpus(settings: DataSettings) -> Corpus:
     and unaffected by added files. A copy of a training file is not held out.
 
     Raises:
-        DataError: There are no files, there is too much text, or a part would be empty.
+        DataError: There are no files, a file is not plain text, there is too much text, or a
+            part would be empty.
     """
     root, names = find_files(settings)
+    _check_plain_text(root, names)
     files = [TextFile(name, (root / name).read_bytes()) for name in names]
     files = sorted((f for f in files if f.content.strip()), key=lambda file: _hash(file.name))
     if sum(len(file.content) for file in files) > _MAX_BYTES:
@@ -106,6 +109,18 @@ def held_out_windows(files: Sequence[TextFile], length: int, count: int) -> Tens
     if not windows:
         raise DataError(f"data.source: no held-out file has {size} bytes")
     return torch.stack(windows[:count]).long()
+
+
+def _check_plain_text(root: Path, names: list[str]) -> None:
+    """Refuse files that are no plain text: their bytes would be trained on as they are."""
+    advice = "set data.packing to documents"
+    if names == ["."]:
+        raise DataError(f"data.source: {root} is a data set, and not plain text: {advice}")
+    if rows := [name for name in names if has_rows(name)]:
+        raise DataError(
+            f"data.source: {root / rows[0]} is not plain text: {advice}, or data.pattern to match "
+            "the names of text files alone"
+        )
 
 
 def _hash(name: str) -> int:

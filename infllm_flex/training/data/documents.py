@@ -47,7 +47,7 @@ def read_documents(path: Path, name: str, field: str) -> Iterator[Chunks]:
 def _reader(path: Path) -> Callable[[Path, str, str], Iterator[Chunks]]:
     if path.is_dir():
         return _read_dataset
-    return {".jsonl": _read_jsonl, ".parquet": _read_parquet}.get(path.suffix, _read_text)
+    return {".jsonl": _read_jsonl, ".parquet": _read_parquet}.get(path.suffix.lower(), _read_text)
 
 
 def _read_text(path: Path, name: str, field: str) -> Iterator[Chunks]:
@@ -94,7 +94,12 @@ def _json_text(line: bytes, where: str, field: str) -> Chunks:
         raise DamagedError(f"{where}: not JSON: {error}") from error
     if not isinstance(record, dict):
         raise DamagedError(f"{where}: expected a JSON object, got {type(record).__name__}")
-    yield _text_of(record.get(field), where, field)
+    if field not in record:
+        raise DamagedError(
+            f"{where}: no key {field!r} (data.text_field), "
+            f"the keys are {', '.join(record) or 'none'}"
+        )
+    yield _text_of(record[field], where, field)
 
 
 def _text_of(value: Any, where: str, field: str) -> str:

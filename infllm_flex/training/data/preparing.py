@@ -31,14 +31,25 @@ def open_or_write(settings: DataSettings, folder: Path, encoding: Encoding) -> T
     Raises:
         DataError: A file cannot be read, too many documents are damaged, or the store is damaged.
     """
-    from tqdm import tqdm
-
     root, names = find_files(settings)
     target = folder / _key(settings, encoding, root, names)
-    if is_published(target):
-        return open_store(target)
+    if not is_published(target):
+        _write_once(target, root, names, settings, encoding)
+    store = open_store(target)
+    # Another run may have written the store, with another limit.
+    check_damage(target, settings.damaged_percent)
+    return store
+
+
+def _write_once(
+    target: Path, root: Path, names: list[str], settings: DataSettings, encoding: Encoding
+) -> None:
+    """Write a token store, unless another process does it meanwhile."""
+    from tqdm import tqdm
+
+    folder = target.parent
     with _locked(folder):
-        if not is_published(target):  # another process may have written it meanwhile
+        if not is_published(target):
             remove_leftovers(folder, target.name)
 
             def write(temporary: Path) -> None:
@@ -52,7 +63,6 @@ def open_or_write(settings: DataSettings, folder: Path, encoding: Encoding) -> T
                 check_damage(temporary, settings.damaged_percent)
 
             publish(target, write)
-    return open_store(target)
 
 
 def _all_documents(root: Path, names: list[str], field: str) -> Iterator[Chunks]:

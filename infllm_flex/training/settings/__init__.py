@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 from infllm_flex.config import InfLLMConfig
-from infllm_flex.training.settings.data import STDLIB, DataSettings
+from infllm_flex.training.settings.data import STDLIB, DataSettings, has_rows
 from infllm_flex.training.settings.model import (
     ModelSettings,
     TinyModelSettings,
@@ -38,6 +38,7 @@ __all__ = [
     "TinyModelSettings",
     "TrainingSettings",
     "check_llama_sizes",
+    "has_rows",
 ]
 
 
@@ -102,8 +103,9 @@ class TrainingSettings:
         if blocks < forced + 2:
             raise ValueError(
                 f"stages must have a max_length of more than {forced + 1} blocks of "
-                f"{attention.block_size} tokens where they have selection_loss, so that there are "
-                f"two blocks to choose between; stages.{name} has {stage.max_length}"
+                f"attention.block_size = {attention.block_size} tokens where they have "
+                f"selection_loss, so that there are two blocks to choose between; stages.{name} "
+                f"has {stage.max_length}"
             )
 
     @property

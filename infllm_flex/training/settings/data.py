@@ -9,7 +9,13 @@ from typing import Literal
 from infllm_flex.strict_yaml import check_range
 
 STDLIB = "python_stdlib"
+_ROW_SUFFIXES = (".jsonl", ".parquet")
 _DOCUMENT_SETTINGS = ("text_field", "tokenizer", "damaged_percent", "cache")
+
+
+def has_rows(name: str) -> bool:
+    """Whether a file of this name has a document in each row, and is not plain text."""
+    return Path(name).suffix.lower() in _ROW_SUFFIXES
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -69,7 +75,7 @@ class DataSettings:
                     "set packing to documents"
                 )
         for name in ("source", "pattern"):
-            if Path(getattr(self, name)).suffix in (".jsonl", ".parquet"):
+            if has_rows(getattr(self, name)):
                 raise ValueError(
                     f"{name} must be plain text with packing: stream, got "
                     f"{getattr(self, name)!r}: set packing to documents"

@@ -66,6 +66,15 @@ def test_a_folder_without_text_is_refused_with_the_setting_to_change(tmp_path):
         load_corpus(DataSettings(source=str(tmp_path)))
 
 
+@pytest.mark.parametrize("name", ["a.jsonl", "b.PARQUET", "dataset_info.json"])
+def test_a_stream_of_files_that_are_not_plain_text_is_refused(tmp_path, name):
+    (tmp_path / "text.txt").write_text("text")
+    (tmp_path / "state.json").write_text("{}")  # with dataset_info.json: a data set
+    (tmp_path / name).write_text("{}")
+    with pytest.raises(DataError, match=r"data\.source: .* plain text: set data\.packing to doc"):
+        load_corpus(DataSettings(source=str(tmp_path), pattern="*"))
+
+
 def test_held_out_windows_lie_within_one_file_and_do_not_overlap(texts):
     corpus = load_corpus(DataSettings(source=str(texts), held_out_percent=20))
     windows = held_out_windows(corpus.held_out, 99, 1000)

@@ -70,7 +70,7 @@ def test_damaged_lines_are_reported_one_by_one_and_the_others_are_read(tmp_path,
         "a.jsonl:2: not JSON: Expecting property name enclosed in double quotes: "
         "line 1 column 2 (char 1)",
         "a.jsonl:4: expected a JSON object, got list",
-        "a.jsonl:5: expected text under 'text', got NoneType",
+        "a.jsonl:5: no key 'text' (data.text_field), the keys are body",
         "a.jsonl:6: expected text under 'text', got NoneType",
         "a.jsonl:7: not Unicode text: surrogates not allowed",
         "a.jsonl:8: the line is longer than 64 bytes",
@@ -84,6 +84,12 @@ def test_a_line_that_is_not_utf_8_is_damaged(tmp_path):
     error, good = read(path)
     assert str(error).startswith("a.jsonl:1: not JSON: 'utf-8' codec can't decode")
     assert good == "good"
+
+
+def test_the_case_of_a_suffix_means_nothing(tmp_path):
+    path = tmp_path / "lines.JSONL"
+    path.write_text('{"text": "first"}\n{"text": "second"}\n')
+    assert read(path) == ["first", "second"]
 
 
 def test_the_field_can_have_another_name(tmp_path):

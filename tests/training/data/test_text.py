@@ -127,6 +127,15 @@ def test_damage_below_the_limit_is_a_warning_and_above_it_an_error(tmp_path):
     assert len(text.store.train) == 98
 
 
+def test_the_limit_of_damage_holds_for_the_store_of_another_run(tmp_path):
+    path = write_lines(tmp_path / "lines.jsonl", [f"text {n}" for n in range(9)])
+    path.write_text(path.read_text() + "damaged\n")
+    with pytest.warns(UserWarning, match="left out 1 damaged documents"):
+        open_text(settings(path, damaged_percent=10.0), tmp_path / "stores")
+    with pytest.raises(DataError, match=r"1 of 10 documents are damaged, more than .* = 5"):
+        open_text(settings(path, damaged_percent=5.0), tmp_path / "stores")
+
+
 def test_a_long_damaged_document_leaves_no_tokens(tmp_path, monkeypatch):
     (tmp_path / "a.txt").write_text("good " * 30)
     (tmp_path / "b.txt").write_bytes(b"line\n" * 100 + b"\xff")
