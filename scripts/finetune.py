@@ -15,12 +15,13 @@ from __future__ import annotations
 
 import argparse
 import sys
+import warnings
 from pathlib import Path
 
 from commands.messages import show_warnings
 from commands.standard_output import run_command
 from infllm_flex.strict_yaml import ConfigError, build_dataclass, load_yaml, to_yaml
-from infllm_flex.training.checkpoints import export_newest
+from infllm_flex.training.checkpoints import export_newest, last_step
 from infllm_flex.training.collectives import RankError
 from infllm_flex.training.loop import TrainingDivergedError, train
 from infllm_flex.training.model_config import find_model
@@ -42,6 +43,7 @@ def main() -> int:
             return export(settings, options.export)
         if is_first:
             check_folder(settings, resume)
+            warn_if_new(settings.run.folder, options.resume)
     except ConfigError as error:
         if is_first:
             print(error, file=sys.stderr)
@@ -93,7 +95,12 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument(
         "--processes", type=int, metavar="N", help="with --dry-run: assume N processes"
     )
-    return parser.parse_intermixed_args()
+    options = parser.parse_intermixed_args()
+    if options.processes is not None and not options.dry_run:
+        parser.error("--processes needs --dry-run: torchrun sets the number of processes of a run")
+    if options.processes is not None and options.processes < 1:
+        parser.error(f"--processes must be at least 1, got {options.processes}")
+    return options
 
 
 def export(settings: TrainingSettings, target: Path) -> int:
@@ -106,6 +113,12 @@ def export(settings: TrainingSettings, target: Path) -> int:
         return 1
     print(f"model in {target}")
     return 0
+
+
+def warn_if_new(folder: Path, resume: bool) -> None:
+    """Warn if there is nothing to resume, because the folder may be another than was meant."""
+    if resume and last_step(folder / CHECKPOINTS) < 1:
+        warnings.warn(f"{folder} holds no step to resume: the run begins anew", stacklevel=2)
 
 
 def plan(settings: TrainingSettings) -> str:

@@ -156,6 +156,38 @@ def test_a_dry_run_can_assume_many_processes(finetune, config):
 
 
 @pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--processes", "8"], "--processes needs --dry-run"),
+        (["--processes", "0", "--dry-run"], "--processes must be at least 1, got 0"),
+    ],
+)
+def test_a_number_of_processes_without_effect_is_refused(
+    finetune, config, capsys, options, message
+):
+    with pytest.raises(SystemExit, match="2"):
+        finetune("--config", config, *options)
+    assert message in capsys.readouterr().err
+
+
+def test_processes_that_torchrun_did_not_start_are_refused(finetune, config, monkeypatch, tmp_path):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    status, _, err = finetune("--config", config)
+    assert status == 1
+    assert "2 processes (WORLD_SIZE) must be started by torchrun, this one was not" in err
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_resumed_folder_without_a_step_is_a_warning(finetune, config, tmp_path):
+    with warnings.catch_warnings():
+        warnings.simplefilter("default")
+        status, _, err = finetune("--config", config, "--resume")
+    assert status == 0
+    assert f"warning: {tmp_path / 'out'} holds no step to resume: the run begins anew" in err
+    assert "warning" not in finetune("--config", config, "--resume")[2]
+
+
+@pytest.mark.parametrize(
     ("overrides", "message"),
     [
         (["stages.only.max_length=100000"], "too few for sequences of 100000"),

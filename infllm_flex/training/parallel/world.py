@@ -123,6 +123,11 @@ def open_world(settings: TrainingSettings) -> Iterator[World]:
     size = num_processes()
     check_processes(settings, size)
     if not dist.is_torchelastic_launched():
+        if size > 1:
+            raise ValueError(
+                f"{size} processes (WORLD_SIZE) must be started by torchrun, this one was not: "
+                "use torchrun, with --nnodes on several machines, or unset WORLD_SIZE"
+            )
         if settings.memory.cpu_offload:
             raise ValueError(
                 "memory.cpu_offload needs torchrun, also for one process: "
