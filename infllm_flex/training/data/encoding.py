@@ -70,8 +70,11 @@ class ModelTokenizer:
                 folder, local_files_only=True, trust_remote_code=False
             )
         except (OSError, ValueError, KeyError) as error:
-            reason = str(error).strip().splitlines()[0]
-            raise DataError(f"data.tokenizer: no tokenizer in {folder}: {reason}") from error
+            reason = " ".join(str(error).split()).rstrip(".")
+            raise DataError(
+                f"data.tokenizer: no tokenizer in {folder}: {reason}; set data.tokenizer to bytes, "
+                "or to a folder with tokenizer.json"
+            ) from error
         self.vocabulary = len(self._tokenizer)
         end = self._tokenizer.eos_token_id
         begin = [token for token in self._tokenizer("")["input_ids"] if token != end]

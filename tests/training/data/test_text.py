@@ -11,6 +11,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
+from transformers import LlamaConfig
 
 from infllm_flex.training.data import (
     DataError,
@@ -222,6 +223,16 @@ def test_tokenizer_model_is_the_models_own(tmp_path, tokenizer):
     (tmp_path / "empty").mkdir()
     with pytest.raises(DataError, match=r"data\.tokenizer: no tokenizer in .*empty"):
         open_text(settings(path, tokenizer=str(tmp_path / "empty")), tmp_path / "c")
+
+
+def test_a_folder_without_a_tokenizer_is_refused_with_the_setting_to_change(tmp_path, lines):
+    LlamaConfig().save_pretrained(tmp_path / "model")
+    documents = settings(lines, tokenizer="model")
+    with pytest.raises(
+        DataError, match=r"no tokenizer in .*[^:]; set data\.tokenizer to bytes"
+    ) as e:
+        open_text(documents, tmp_path / "stores", tmp_path / "model")
+    assert len(str(e.value).splitlines()) == 1
 
 
 def test_a_stream_and_its_identity_follow_from_the_files(tmp_path):
