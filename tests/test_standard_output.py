@@ -37,6 +37,23 @@ def test_work_and_status_do_not_depend_on_who_reads(lines):
         assert process.wait(30) == 3
 
 
+def test_a_stopped_command_does_not_wait_for_threads():
+    """Ctrl-C while a library starts a thread leaves one behind that nothing ends."""
+    code = f"""
+{IMPORTS}
+import threading
+def main():
+    threading.Thread(target=threading.Event().wait).start()
+    print("saved")
+    return 130
+sys.exit(run_command(main))
+"""
+    ended = subprocess.run(
+        [sys.executable, "-c", code], env=environment(), capture_output=True, text=True, timeout=30
+    )
+    assert (ended.stdout, ended.stderr, ended.returncode) == ("saved\n", "", 130)
+
+
 def test_a_closed_output_is_no_error():
     code = f"{IMPORTS}\nsys.exit(run_command(lambda: 7))"
     command = ["sh", "-c", '"$0" -c "$1" >&-', sys.executable, code]

@@ -119,8 +119,8 @@ def view_pages(kv_cache: Tensor, config: InfLLMConfig) -> PageViews:
 
     key, value = kv_cache[..., :D], kv_cache[..., D:]
     size = _compressed_width(config, D, *kind)
-    compressed = windows(entries.compressed, size, 0)
-    if compressed is not None:
-        compressed = compressed.view(dtype_of_compressed(key, config))
+    compressed, kept = windows(entries.compressed, size, 0), dtype_of_compressed(key, config)
+    if compressed is not None and compressed.dtype != kept:
+        compressed = compressed.view(kept)
     coarse = windows(entries.coarse, D, H * entries.compressed * size)
     return PageViews(key, value, compressed, coarse)

@@ -1,10 +1,13 @@
-"""End a command whose standard output nobody reads to the end, as in ``| head -1``."""
+"""End a command: one whose standard output nobody reads to the end, and one that was stopped."""
 
 from __future__ import annotations
 
 import io
+import os
 import sys
 from collections.abc import Callable
+
+_SIGNALS = 128  # plus its number is the status of a command that a signal stopped
 
 
 class _Output(io.FileIO):
@@ -20,12 +23,23 @@ class _Output(io.FileIO):
 def run_command(main: Callable[[], int]) -> int:
     """Run a command; its work and its exit status do not depend on who reads its output.
 
+    A command that a signal stopped ends without waiting for threads. A library that was interrupted
+    while it started one may have lost it, and Python would wait for it forever.
+
     Args:
         main: The command.
 
     Returns:
         Its exit status.
     """
+    status = _run(main)
+    if status > _SIGNALS:
+        sys.stderr.flush()
+        os._exit(status)
+    return status
+
+
+def _run(main: Callable[[], int]) -> int:
     before = sys.stdout
     if sys.__stdout__ is not before or not isinstance(before, io.TextIOWrapper):
         # Closed, or replaced by a caller.

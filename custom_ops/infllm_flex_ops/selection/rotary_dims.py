@@ -19,3 +19,8 @@ def slowest_dims(x: Tensor, num_dims: int) -> Tensor:
         return x
     first = half - num_dims // 2
     return torch.cat([x[..., first:half], x[..., half + first :]], -1)
+
+
+def scores_cache(q: Tensor, compressed: Tensor, window: int) -> bool:
+    """Whether the keys that are scored are the cache itself, not a copy of a part of their dims."""
+    return window == 1 and compressed.shape[3] == q.shape[3]

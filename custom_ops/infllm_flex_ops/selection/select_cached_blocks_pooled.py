@@ -8,6 +8,7 @@ from torch import Tensor
 from infllm_flex_ops.dispatch import cuda_launcher, define_operator
 from infllm_flex_ops.rows import check_room
 from infllm_flex_ops.selection.pool_queries import pool_queries, round_to_float8
+from infllm_flex_ops.selection.rotary_dims import scores_cache
 from infllm_flex_ops.selection.rule import SelectionRule
 from infllm_flex_ops.selection.select_cached_blocks import list_full_queries, select_for_row
 
@@ -74,11 +75,6 @@ def select_cached_blocks_pooled(
             queries, out = pooled[b, :, num_full:], selected[b, :, num_full:, :num_selected]
             select_for_row(queries, keys, None, positions[num_full:], rule, 1.0, out)
     return selected
-
-
-def scores_cache(q: Tensor, compressed: Tensor, window: int) -> bool:
-    """Whether the keys that are scored are the cache itself, not a copy of a part of their dims."""
-    return window == 1 and compressed.shape[3] == q.shape[3]
 
 
 @select_cached_blocks_pooled.register_fake

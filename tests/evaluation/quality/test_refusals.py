@@ -73,7 +73,7 @@ def test_variants_that_do_not_fit_are_named_before_any_work(tmp_path, refused):
     assert "all 384 tokens of judge.ruler_lengths" in said
     pooled = [f"{attention}.{name}" for name in ("pool_queries=true", "kernel_size=2")]
     said = refused(*pooled, f"{attention}.score_dims=40")
-    assert said.startswith("error: variants.fine: score_dims must be at most the head dim")
+    assert said.startswith("error: variants.fine: score_dims must be less than the head dim")
     for name, value in (("tasks", "[]"), ("ruler_lengths", "[]"), ("groups", "[nats,nats]")):
         assert f"{name}: must be at least one, none twice" in refused(f"judge.{name}={value}")
     assert not (tmp_path / "run").exists()

@@ -11,8 +11,8 @@ from infllm_flex_ops.selection.kernels.decode.topk import make_scores, select_ca
 from infllm_flex_ops.selection.kernels.kernel_args import Tile, WindowSlots
 from infllm_flex_ops.selection.kernels.prefill.plan import MAX_BLOCKS
 from infllm_flex_ops.selection.kernels.prefill.tiles import MAX_WINDOWS, choose_windows
+from infllm_flex_ops.selection.rotary_dims import scores_cache
 from infllm_flex_ops.selection.rule import SelectionRule
-from infllm_flex_ops.selection.select_cached_blocks_pooled import scores_cache
 from infllm_flex_ops.sizes import ceil_div, next_power_of_2
 from infllm_flex_ops.triton_common.dependent_launch import dependent_launch, single_launch
 from infllm_flex_ops.triton_common.pages import CachedRows
