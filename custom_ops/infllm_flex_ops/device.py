@@ -46,6 +46,11 @@ def knows_float8(x: Tensor) -> bool:
     return compute_capability(x) >= FLOAT8_CAPABILITY
 
 
+def as_readable(x: Tensor) -> Tensor:
+    """Return ``x``; in half precision, which holds e4m3 exactly, if its device knows no e4m3."""
+    return x.half() if x.dtype == torch.float8_e4m3fn and not knows_float8(x) else x
+
+
 def has_little_shared_memory(x: Tensor) -> bool:
     """Whether a program gets 99 KiB of shared memory at most, as on Ada; others have 163 up."""
     return compute_capability(x) in (75, 86, 89, 120, 121)

@@ -59,9 +59,8 @@ def _other_rotation(
         return f"its code has no function {_ROTATE}"
     if not _rotates_halves(code):
         return f"its {_ROTATE} rotates other dims together"
-    condition = _rotates_only_if(code)
-    if condition is not None:
-        return f"its code rotates only if {condition}"
+    if (condition := _find_condition(code)) is not None:
+        return condition
     frequencies = list(_frequencies_above(model, name))
     if not frequencies:
         return "its model has no rotary frequencies (a buffer inv_freq)"
@@ -91,12 +90,12 @@ def _rotates_halves(code: ModuleType) -> bool:
 
 
 @functools.cache
-def _rotates_only_if(code: ModuleType) -> str | None:
-    """The condition under which a module's layers rotate, if there is one in its source."""
+def _find_condition(code: ModuleType) -> str | None:
+    """Why a module's layers may not rotate, by its source; None if they always do."""
     try:
         tree = ast.parse(inspect.getsource(code))
-    except (OSError, SyntaxError):
-        return "its source, which is not there, says so"
+    except (OSError, SyntaxError, TypeError):  # TypeError: a module of no file, as in a notebook
+        return "its source cannot be read"
     for node in ast.walk(tree):
         if not isinstance(node, ast.If):
             continue
@@ -104,7 +103,7 @@ def _rotates_only_if(code: ModuleType) -> str | None:
         if any(isinstance(x, ast.Call) and _applies(x) for x in calls):
             condition = ast.unparse(node.test)
             if _GIVEN not in condition:
-                return condition
+                return f"its code rotates only if {condition}"
     return None
 
 

@@ -1,6 +1,8 @@
 """`score_dims` is for models that rotate dim i with i + D / 2 over whole heads; others say so."""
 
 import copy
+import sys
+import types
 
 import pytest
 import torch
@@ -144,3 +146,16 @@ def test_beside_the_rules_scoring_it_may_be_named_alone():
     wide = AutoModelForCausalLM.from_config(config_of("Llama", head_dim=256))
     with pytest.raises(ValueError, match=r"must be 0 \(all\) where pool_queries is false, got 8"):
         ifx.patch_model(wide, score_dims=8)
+
+
+def test_code_without_source_is_refused(monkeypatch):
+    made = types.ModuleType("made_at_run_time")
+    made.rotate_half = transformers.models.llama.modeling_llama.rotate_half
+    monkeypatch.setitem(sys.modules, made.__name__, made)
+    model = build()
+    attention = type(model.model.layers[0].self_attn)
+    own = type("OwnAttention", (attention,), {"__module__": made.__name__})
+    for layer in model.model.layers:
+        layer.self_attn.__class__ = own
+    with pytest.raises(ValueError, match=r"\(OwnAttention\): its source cannot be read; set"):
+        ifx.patch_model(model, {**SCORED, "score_dims": 8})

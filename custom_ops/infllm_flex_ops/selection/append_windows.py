@@ -32,10 +32,9 @@ def append_windows(
 
     A window has the bits that ``compress_keys`` gives it in a row of its own, of keys cast to the
     dtype of ``compressed``; for e4m3 they are not cast, and the window is rounded to it at last.
-    Windows that end before the new slots are not touched, and nothing is
-    written beyond the last complete window. After a cache was cropped, the windows that lost a
-    token are written again when their last token is. All windows of a row whose ``start`` changes
-    are written again.
+    Windows that end before the new slots are not touched, and nothing is written beyond the last
+    complete window. After a cache was cropped, the windows that lost a token are written again when
+    their last token is. All windows of a row whose ``start`` changes are written again.
 
     Args:
         k: Cache of keys ``[B, Hkv, S, D]`` that holds the new ones.

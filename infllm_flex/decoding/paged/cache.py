@@ -57,7 +57,7 @@ def allocate_windows(config: InfLLMConfig, key: Tensor) -> tuple[Tensor | None, 
     """
     entries = window_entries(config, key.shape[2])
     P, H, _, D = key.shape
-    dims, dtype = config.num_score_dims(D), dtype_of_compressed(key, config)
+    dims, dtype = _kind_of_compressed(config, key)
     compressed = key.new_zeros((P, H, entries.compressed, dims), dtype=dtype)
     coarse = key.new_zeros(P, H, entries.coarse, D)
     return compressed if entries.compressed else None, coarse if entries.coarse else None
@@ -98,12 +98,12 @@ class PagedCache:
             raise ValueError(f"key must be [P, Hkv, page, D], got shape {tuple(key.shape)}")
         check_head_dim_and_dtype("key", key)
         entries = window_entries(config, key.shape[2])
-        _check_pages("key", key, key, key.shape[2], key)
-        _check_pages("value", value, key, key.shape[2], key)
-        like = key.new_empty((0, config.num_score_dims(key.shape[3])))
-        like = like.to(dtype_of_compressed(key, config))
-        _check_windows("compressed", compressed, key, entries.compressed, like)
-        _check_windows("coarse", coarse, key, entries.coarse, key)
+        kind = _Kind(key.shape[3], key.dtype)
+        _check_pages("key", key, key, key.shape[2], kind)
+        _check_pages("value", value, key, key.shape[2], kind)
+        of_compressed = _kind_of_compressed(config, key)
+        _check_windows("compressed", compressed, key, entries.compressed, of_compressed)
+        _check_windows("coarse", coarse, key, entries.coarse, kind)
         self.config = config
         self.key, self.value = key, value
         self.compressed, self.coarse = compressed, coarse
@@ -156,8 +156,19 @@ def _check_config(config: InfLLMConfig, page_size: int) -> None:
             )
 
 
+class _Kind(NamedTuple):
+    """Dims of an entry's heads, and their dtype."""
+
+    dims: int
+    dtype: torch.dtype
+
+
+def _kind_of_compressed(config: InfLLMConfig, key: Tensor) -> _Kind:
+    return _Kind(config.num_score_dims(key.shape[3]), dtype_of_compressed(key, config))
+
+
 def _check_windows(
-    name: str, windows: Tensor | None, key: Tensor, entries: int, like: Tensor
+    name: str, windows: Tensor | None, key: Tensor, entries: int, kind: _Kind
 ) -> None:
     if (windows is None) != (entries == 0):
         raise ValueError(
@@ -165,18 +176,17 @@ def _check_windows(
             f"got {'none' if windows is None else windows.shape[2]}"
         )
     if windows is not None:
-        _check_pages(name, windows, key, entries, like)
+        _check_pages(name, windows, key, entries, kind)
 
 
-def _check_pages(name: str, pages: Tensor, key: Tensor, entries: int, like: Tensor) -> None:
-    """Check pages ``[P, Hkv, entries, D]`` beside ``key``, with the D and the dtype of ``like``."""
-    expected = (*key.shape[:2], entries, like.shape[-1])
+def _check_pages(name: str, pages: Tensor, key: Tensor, entries: int, kind: _Kind) -> None:
+    expected = (*key.shape[:2], entries, kind.dims)
     if pages.shape != expected:
         raise ValueError(f"{name} must be {list(expected)}, got {list(pages.shape)}")
-    if (pages.dtype, pages.device) != (like.dtype, key.device):
-        as_key = " as key is" if like.dtype == key.dtype else ""
+    if (pages.dtype, pages.device) != (kind.dtype, key.device):
+        as_key = " as key is" if kind.dtype == key.dtype else ""
         raise ValueError(
-            f"{name} must be {like.dtype} on {key.device}{as_key}, "
+            f"{name} must be {kind.dtype} on {key.device}{as_key}, "
             f"got {pages.dtype} on {pages.device}"
         )
     if pages.stride(-1) != 1:

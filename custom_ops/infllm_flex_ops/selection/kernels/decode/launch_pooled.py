@@ -5,7 +5,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from infllm_flex_ops.device import has_little_shared_memory, knows_float8
+from infllm_flex_ops.device import as_readable, has_little_shared_memory, knows_float8
 from infllm_flex_ops.selection.kernels.decode.pooled_scores import cached_pooled_score_kernel
 from infllm_flex_ops.selection.kernels.decode.topk import make_scores, select_cached
 from infllm_flex_ops.selection.kernels.kernel_args import Tile, WindowSlots
@@ -56,7 +56,7 @@ def launch(
     B, _, n, _ = q.shape
     out = torch.empty(B, compressed.shape[1], n, width, dtype=torch.int32, device=q.device)
     is_cache = scores_cache(q, compressed, rule.kernel_size)
-    keys = _Keys(_readable(compressed, q), compressed.shape[2], is_cache, float8)
+    keys = _Keys(as_readable(compressed), compressed.shape[2], is_cache, float8)
     rows = CachedRows.in_one_piece(q, start, end)
     _select("select_cached_blocks_pooled", q, keys, rows, out, rule, dense_len)
     return out
@@ -79,15 +79,9 @@ def launch_paged(
     out = torch.empty(len(q), Hkv, width, dtype=torch.int32, device=q.device)
     page_size = entries * rule.kernel_size
     rows = CachedRows.in_pages(q, block_table, seq_lens, query_start, max_queries, page_size)
-    keys = _Keys(_readable(compressed, q), block_table.shape[1] * entries, False, float8)
+    keys = _Keys(as_readable(compressed), block_table.shape[1] * entries, False, float8)
     _select("select_paged_blocks_pooled", q, keys, rows, out, rule, dense_len)
     return out.transpose(0, 1)
-
-
-def _readable(compressed: Tensor, q: Tensor) -> Tensor:
-    """Return keys that the device can read: half precision holds e4m3 exactly."""
-    reads = compressed.element_size() > 1 or knows_float8(q)
-    return compressed if reads else compressed.half()
 
 
 def _select(

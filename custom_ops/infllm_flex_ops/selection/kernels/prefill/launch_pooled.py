@@ -6,7 +6,7 @@ import torch
 import triton
 from torch import Tensor
 
-from infllm_flex_ops.device import has_little_shared_memory, knows_float8
+from infllm_flex_ops.device import as_readable, has_little_shared_memory
 from infllm_flex_ops.pages import gather_windows
 from infllm_flex_ops.selection.kernels.kernel_args import KernelSizes, Tile
 from infllm_flex_ops.selection.kernels.prefill.plan import (
@@ -64,9 +64,7 @@ def launch(
     documents: Tensor | None = None,
 ) -> Tensor:
     """List every block for the rows that take all, and score the others chunk by chunk."""
-    if q.element_size() == 1 and not knows_float8(q):  # half precision holds e4m3 exactly
-        compressed = compressed.half()
-    keys = _Keys(compressed, compressed.shape[2])
+    keys = _Keys(as_readable(compressed), compressed.shape[2])
     return _launch("select_blocks_pooled", q, keys, kv_len, rule, documents)
 
 
@@ -80,10 +78,8 @@ def launch_paged(
     if rounds and q.shape[1] >= _COPY_FROM:
         keys = _copy_rounded(compressed, table, kv_len // size, rule, page_size)
         return launch(q[None], keys[None], kv_len, rule)[0]
-    if compressed.element_size() == 1 and not knows_float8(q):
-        compressed = compressed.half()
     paging = Paging.of_windows(page_size, size, size)
-    keys = _Keys(compressed, kv_len // size, table, paging, rounds)
+    keys = _Keys(as_readable(compressed), kv_len // size, table, paging, rounds)
     return _launch("select_paged_chunk_pooled", q[None], keys, kv_len, rule, None)[0]
 
 
@@ -113,8 +109,7 @@ def _launch(
     out = allocate(sizes, rule, documents, q.device)
     if out.selected.numel() == 0:
         return out.selected
-    if q.dtype == torch.float8_e4m3fn and not knows_float8(q):
-        q = q.half()
+    q = as_readable(q)
     tile, options = _choose_tile(q, keys, windows.SLOTS)
     plan = make_plan(sizes, rule, tile.TOKENS, 0, stores_segments=True)
     fill_full_rows(plan, out)
