@@ -19,6 +19,7 @@ from infllm_flex_ops.triton_common.pages import CachedRows
 from infllm_flex_ops.triton_common.tensor_args import view
 
 _PROGRAMS = 512  # as many as a GPU holds at a time: a second wave would wait for the first
+_STEP_BYTES = 8 << 10  # of keys that a step loads: more on their way gained nothing on an H200
 
 
 class _Keys(NamedTuple):
@@ -165,8 +166,10 @@ def _choose_tile(
     tokens = max(16, min(next_power_of_2(rows.n), max_tokens))
     stages = 1 if wide else 2 if block_d > 128 or has_little_shared_memory(q) else 3
     group = q.shape[1] // keys.compressed.shape[1]
-    # A step loads 64 keys of a whole head; of a part of it more, for as many bytes on their way.
-    block_n = max(32 if wide else 128 if block_d <= 32 else 64, windows.SLOTS)
+    # Of few dims a step loads more keys, up to 8 KiB where registers hold their scores.
+    fitting = _STEP_BYTES // (block_d * keys.compressed.element_size())
+    block_n = 32 if wide else min(max(fitting, 64), 256 if tokens == 16 else 128)
+    block_n = max(block_n, windows.SLOTS)
     tile = Tile(group, 1, tokens, keys.num_dims, block_d, block_n, wide)
     warps = 8 if wide and rows.pages is None else 4  # eight spill on Ada over pages
     return tile, rows.pipeline({"num_warps": warps, "num_stages": stages})
