@@ -2,21 +2,22 @@
 """Compare how blocks are scored, for several numbers of query heads per key/value head.
 
 Tiny models learn keys and values in short sequences, then in long ones: densely, with every key
-scored, and with means of 32 keys scored. Each answers questions about facts outside the window. The
-densely tuned one attends in every mode, and as a control to the nearest tokens alone. Parts that
-are finished are not repeated.
+scored, in all head dims or in a quarter of them, and with means of 32 keys scored. Each answers
+questions about facts outside the window. The densely tuned one attends in every mode, and as a
+control to the nearest tokens alone. Parts that are finished are not repeated.
 """
 
 from __future__ import annotations
 
 import argparse
+import re
 import sys
 import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -32,11 +33,17 @@ from infllm_flex.config import InfLLMConfig
 from infllm_flex.strict_yaml import ConfigError, build_dataclass, load_yaml
 from infllm_flex.training.model import load_model
 from infllm_flex.training.run_folder import MODEL
-from infllm_flex.training.settings import ModelSettings, TrainingSettings
+from infllm_flex.training.settings import ModelSettings, TinyModelSettings, TrainingSettings
 from infllm_flex.training.stage_attention import stage_attention
 
-DENSE, EVERY_KEY, MEANS, WINDOW = "dense", "every key", "means of 32", "window only"
-RUNS = {DENSE: (DENSE, EVERY_KEY, MEANS, WINDOW), EVERY_KEY: (EVERY_KEY,), MEANS: (MEANS,)}
+DENSE, MEANS, WINDOW = "dense", "means of 32", "window only"
+EVERY_KEY, PART = "every key", "every key, 1/4 of dims"
+RUNS = {
+    DENSE: (DENSE, EVERY_KEY, PART, MEANS, WINDOW),
+    EVERY_KEY: (EVERY_KEY,),
+    PART: (PART,),
+    MEANS: (MEANS,),
+}
 
 
 @dataclass(frozen=True, order=True)
@@ -60,6 +67,7 @@ def main() -> int:
     options = parse_arguments()
     try:
         settings = build_dataclass(TrainingSettings, load_yaml(options.config, options.overrides))
+        tiny_sizes(settings)
         check_output("--table", options.table)
     except ConfigError as error:
         print(error, file=sys.stderr)
@@ -111,24 +119,51 @@ def pair(text: str) -> Heads:
         ) from error
 
 
+class TinySizes(NamedTuple):
+    """The sizes of the models that are trained, but for their heads."""
+
+    model: TinyModelSettings
+    head_dim: int
+
+
+def tiny_sizes(settings: TrainingSettings) -> TinySizes:
+    """Return the sizes.
+
+    Raises:
+        ValueError: They do not suit the comparison.
+    """
+    tiny = settings.model.tiny
+    if tiny is None or tiny.head_dim is None or tiny.head_dim % 16:
+        found = None if tiny is None else tiny.head_dim
+        raise ValueError(
+            "model.tiny.head_dim must be a multiple of 16: the script sets the heads of new models "
+            f"and scores a quarter of their dims, got {found}"
+        )
+    return TinySizes(tiny, tiny.head_dim)
+
+
 def attentions(settings: TrainingSettings) -> dict[str, InfLLMConfig]:
     """Return the sparse attentions by name; all see as many tokens."""
-    common = settings.attention
+    common, head_dim = settings.attention, tiny_sizes(settings).head_dim
+    every_key = replace(common, kernel_size=1, kernel_stride=1, pool_queries=True)
     return {
-        EVERY_KEY: replace(common, kernel_size=1, kernel_stride=1, pool_queries=True),
+        EVERY_KEY: every_key,
+        PART: replace(every_key, score_dims=head_dim // 4),
         MEANS: replace(common, kernel_size=32, kernel_stride=16),
         WINDOW: window_only(common),
     }
+
+
+def folder_name(tuned: str) -> str:
+    """Return a name of letters, digits and ``_``."""
+    return re.sub(r"\W+", "_", tuned)
 
 
 def judge_models(
     settings: TrainingSettings, heads: Heads, seed: int
 ) -> Iterator[tuple[Model, Result]]:
     """Train and judge the models of one shape and seed."""
-    tiny = settings.model.tiny
-    if tiny is None:
-        raise SystemExit("model.tiny must be given: the script sets the heads of a new model")
-    sizes = replace(tiny, num_heads=heads.query, num_kv_heads=heads.kv)
+    sizes = replace(tiny_sizes(settings).model, num_heads=heads.query, num_kv_heads=heads.kv)
     folder = settings.run.folder / f"{heads.query}-{heads.kv}" / str(seed)
     (short, short_stage), (long, long_stage) = settings.stages.items()
     place = replace(settings.run, folder=folder / "short", seed=seed)
@@ -142,7 +177,7 @@ def judge_models(
         stage = replace(long_stage, attention="dense" if tuned == DENSE else "sparse")
         run = replace(
             settings,
-            run=replace(settings.run, folder=folder / tuned.replace(" ", "_"), seed=seed),
+            run=replace(settings.run, folder=folder / folder_name(tuned), seed=seed),
             model=trained,
             attention=attentions(settings).get(tuned, settings.attention),
             stages={long: stage},

@@ -27,25 +27,33 @@ def test_every_model_answers_the_same_questions_once(tmp_path):
         rows = list(csv.DictReader(file))
     ways = [(row["tuned"], row["run"]) for row in rows]
     assert ways == [
-        *(("dense", run) for run in ("dense", "every key", "means of 32", "window only")),
+        ("dense", "dense"),
+        ("dense", "every key"),
+        ("dense", "every key, 1/4 of dims"),
+        ("dense", "means of 32"),
+        ("dense", "window only"),
         ("every key", "every key"),
+        ("every key, 1/4 of dims", "every key, 1/4 of dims"),
         ("means of 32", "means of 32"),
     ]
     assert len({row["items"] for row in rows}) == 1
     assert all((row["Hq"], row["Hkv"], row["seed"]) == ("4", "2", "3") for row in rows)
     saved = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("result.json")}
-    assert len(saved) == 3
+    assert len(saved) == 4
     again = run(*arguments, *SHORT, *LONG, *SMALL)
     assert again.returncode == 0, again.stderr
     assert {path: path.stat().st_mtime_ns for path in saved} == saved
     assert again.stdout == first.stdout
 
 
-def test_equal_seeds_and_tables_that_cannot_be_written_are_refused_before_any_work(tmp_path):
+def test_what_cannot_be_done_is_refused_before_any_work(tmp_path):
     settings = [f"run.folder={tmp_path}/run", "--heads", "4/2"]
     found = run(*settings, "--seeds", 1, 1, "--table", tmp_path / "scores.csv")
     assert found.returncode == 2
     assert "--seeds must name no seed twice, got [1, 1]" in found.stderr
+    found = run(*settings, "--table", tmp_path / "scores.csv", "model.tiny.head_dim=24")
+    assert (found.returncode, found.stdout) == (2, "")
+    assert "model.tiny.head_dim must be a multiple of 16" in found.stderr
     found = run(*settings, "--seeds", 1, "--table", tmp_path)
     assert found.returncode == 2
     assert (
