@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import logging
 from collections import Counter
 from collections.abc import Iterator, Mapping
@@ -19,7 +20,7 @@ from infllm_flex.patch.head_groups import Heads, check_kv_heads, read_heads
 from infllm_flex.patch.layer_state import get_layer
 from infllm_flex.patch.module_names import Names, resolve_modules
 from infllm_flex.patch.report import describe_switch
-from infllm_flex.patch.rotary_layout import check_score_dims
+from infllm_flex.patch.rotary_layout import check_score_dims, rotates_halves
 from infllm_flex.patch.settings import Settings, pays_from, resolve_config
 from infllm_flex.patch.unsupported import (
     reject_scripted,
@@ -98,15 +99,17 @@ def patch_model(
         getattr(m, "config", None) for m in (model, *(f.module for f in layers.values()))
     ]
     heads = _heads_of(model, layers, num_key_value_heads)
-    resolved = resolve_config(config, overrides, model_configs, _device_of(model), heads)
     sparse = {name: found.module for name, found in layers.items() if found.skip_reason is None}
+    rotation = functools.partial(rotates_halves, model, sparse)
+    device = _device_of(model)
+    resolved = resolve_config(config, overrides, model_configs, device, heads, rotation)
     check_score_dims(model, sparse, resolved.config)
     discovery.attach(model, layers, resolved.config, num_key_value_heads)
     for layer in discovery.patched_layers(model).values():
         layer.origin = resolved.origin
     _log_decisions(model, layers)
     _log_how_to_save(model)
-    _log_where_it_pays(_device_of(model), heads, resolved.config.dense_len)
+    _log_where_it_pays(device, heads, resolved.config.dense_len)
     return model
 
 

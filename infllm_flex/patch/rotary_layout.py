@@ -1,4 +1,4 @@
-"""Refuse `score_dims` for models whose rotary embedding does not rotate dims as it expects.
+"""Whether a model's rotary embedding rotates dims as `score_dims` expects.
 
 The dims of the lowest frequencies lie elsewhere where a rotary embedding rotates neighbours, or a
 part of the head only. In layers that do not rotate at all no dim has a frequency. Scores by the
@@ -22,16 +22,17 @@ from infllm_flex.patch.class_swap import original_class
 from infllm_flex.patch.head_dims import read_head_dim
 
 _ROTATE, _APPLY = "rotate_half", "rotary"
+_SHARE = "partial_rotary_factor"
 _GIVEN = "position_embeddings"  # a condition that asks only whether there is an embedding
 
 
 def check_score_dims(
-    model: nn.Module, layers: Mapping[str, nn.Module], config: InfLLMConfig
+    model: nn.Module | None, layers: Mapping[str, nn.Module], config: InfLLMConfig
 ) -> None:
     """Raise a ValueError where ``score_dims`` is set and does not fit the layers.
 
     Args:
-        model: The model around the layers.
+        model: The model around the layers; None where it cannot be reached from them.
         layers: The layers that become sparse, by name.
         config: Their settings.
     """
@@ -50,8 +51,21 @@ def check_score_dims(
             )
 
 
+def rotates_halves(model: nn.Module | None, layers: Mapping[str, nn.Module]) -> bool:
+    """Whether all layers are known to rotate dim i with i + D / 2, over whole heads of D.
+
+    Args:
+        model: The model around the layers; None where it cannot be reached from them.
+        layers: The layers, by name.
+    """
+    return all(
+        _other_rotation(model, name, layer, read_head_dim(layer)) is None
+        for name, layer in layers.items()
+    )
+
+
 def _other_rotation(
-    model: nn.Module, name: str, layer: nn.Module, head_dim: int | None
+    model: nn.Module | None, name: str, layer: nn.Module, head_dim: int | None
 ) -> str | None:
     """Why a layer is not known to rotate as expected, in a few words; None if it is."""
     code = _code_of(original_class(layer))
@@ -61,6 +75,8 @@ def _other_rotation(
         return f"its {_ROTATE} rotates other dims together"
     if (condition := _find_condition(code)) is not None:
         return condition
+    if model is None:
+        return _other_share(getattr(layer, "config", None))
     frequencies = list(_frequencies_above(model, name))
     if not frequencies:
         return "its model has no rotary frequencies (a buffer inv_freq)"
@@ -109,6 +125,18 @@ def _find_condition(code: ModuleType) -> str | None:
 
 def _applies(call: ast.Call) -> bool:
     return isinstance(call.func, ast.Name) and _APPLY in call.func.id
+
+
+def _other_share(config: object) -> str | None:
+    """Why the layers of a config are not known to rotate whole heads; None if they are."""
+    rope = getattr(config, "rope_parameters", None) or getattr(config, "rope_scaling", None)
+    by_kind = [x for x in rope.values() if isinstance(x, Mapping)] if rope else []
+    shares = [x.get(_SHARE) for x in (rope or {}, *by_kind)]
+    shares += [getattr(config, name, None) for name in (_SHARE, "rotary_pct")]
+    if getattr(config, "rope_theta", None) is None and rope is None:
+        return "its config says nothing of a rotary embedding"
+    other = next((share for share in shares if share not in (None, 1)), None)
+    return None if other is None else f"{other:.2g} of its head dims rotate"
 
 
 def _frequencies_above(model: nn.Module, name: str) -> Iterator[Tensor]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import torch
@@ -18,14 +18,20 @@ Settings = InfLLMConfig | Mapping[str, Any] | str | os.PathLike[str] | None
 GIVEN = "given to patch_model"
 OWN = "the model's sparse_config"
 RULE = "for models without a sparse_config: every key scored, docs/choosing-settings.md"
+RULE_PART = (
+    "for models without a sparse_config: every key scored in a part of the head dims, "
+    "docs/choosing-settings.md"
+)
 RULE_WIDE = (
     "for models without a sparse_config, head dim above 128: means of 8 keys scored, "
     "docs/choosing-settings.md"
 )
 
 _MOST_POOLED = 128  # head dim up to which the mean query of a group finds what its heads look for
-# Tokens from which sparse attention is measured to be faster than dense on a GPU.
-_PAYS, _PAYS_ALONE = 32768, 131072  # the second with one query head to a key/value head
+_PART = 32  # head dims that find as much as all do
+# Tokens from which sparse attention is measured to be faster than dense on a GPU: the second with
+# one query head to a key/value head. Above a head dim of 128 it is slower up to 131072.
+_PAYS, _PAYS_ALONE, _PAYS_WIDE = 32768, 131072, 262144
 
 # Settings of the scoring. A user who names one of them does not want the rule's scoring.
 _SCORING = ("kernel_size", "kernel_stride", "lse", "use_nope", "pool_queries", "score_dtype")
@@ -44,6 +50,7 @@ def resolve_config(
     model_configs: list[object],
     device: torch.device | None,
     heads: Heads = Heads(),  # noqa: B008 (a tuple)
+    rotates_halves: Callable[[], bool] = lambda: False,
 ) -> Resolved:
     """Read settings in any of their forms, then apply overrides by name.
 
@@ -53,13 +60,14 @@ def resolve_config(
         model_configs: Configs whose ``sparse_config`` is used when ``settings`` is None, in order.
         device: Device of the model.
         heads: Heads of its attention layers.
+        rotates_halves: Asks whether they rotate dims as ``score_dims`` expects.
 
     Raises:
         TypeError: ``settings`` is none of these.
         ValueError: An unknown name (the error shows the nearest known one) or an invalid value.
         NotImplementedError: ``use_nope``.
     """
-    resolved = override(_read(settings, model_configs, device, heads), overrides)
+    resolved = override(_read(settings, model_configs, device, heads, rotates_halves), overrides)
     if resolved.config.use_nope:
         raise NotImplementedError(
             "use_nope=True scores blocks by queries and keys from before the rotary embedding, "
@@ -84,22 +92,26 @@ def override(resolved: Resolved, overrides: Mapping[str, Any]) -> Resolved:
     if not overrides:
         return resolved
     config, origin = resolved
-    if origin in (RULE, RULE_WIDE) and any(name in overrides for name in _SCORING):
+    if origin in (RULE, RULE_PART, RULE_WIDE) and any(name in overrides for name in _SCORING):
         config, origin = InfLLMConfig(dense_len=config.dense_len), GIVEN
     return Resolved(InfLLMConfig.from_dict({**dataclasses.asdict(config), **overrides}), origin)
 
 
-def settings_by_rule(has_float8: bool, heads: Heads) -> Resolved:
+def settings_by_rule(
+    has_float8: bool, heads: Heads, rotates_halves: Callable[[], bool]
+) -> Resolved:
     """Settings for a model that was trained with dense attention and has no settings of its own.
 
     Means of 32 keys hide single keys, which such models look for. Up to a head dim of 128 the mean
-    query of a group against every key finds them. With 256 it misses half of them in the one model
-    that was measured, and each head against means of 8 keys finds them. Sequences are dense where
-    dense attention is faster.
+    query of a group against every key finds them, also in the 32 dims of the lowest rotary
+    frequencies alone. With 256 it misses a third of them in the one model that was measured, and
+    each head against means of 8 keys finds them. Sequences are dense where dense attention is
+    faster.
 
     Args:
         has_float8: Whether the device multiplies float8, which is for speed.
         heads: Heads of the attention layers.
+        rotates_halves: Asks whether the layers rotate dims as ``score_dims`` expects.
     """
     length = pays_from(heads)
     if heads.head_dim is not None and heads.head_dim > _MOST_POOLED:
@@ -109,21 +121,33 @@ def settings_by_rule(has_float8: bool, heads: Heads) -> Resolved:
     pooled = InfLLMConfig(
         kernel_size=1, kernel_stride=1, pool_queries=True, score_dtype=dtype, dense_len=length
     )
+    has_more = heads.head_dim is not None and heads.head_dim > _PART and heads.head_dim % 2 == 0
+    if has_more and rotates_halves():
+        return Resolved(dataclasses.replace(pooled, score_dims=_PART), RULE_PART)
     return Resolved(pooled, RULE)
 
 
 def pays_from(heads: Heads) -> int:
     """Tokens from which sparse attention is measured to be faster than dense on a GPU."""
+    if heads.head_dim is not None and heads.head_dim > _MOST_POOLED:
+        return _PAYS_WIDE
     return _PAYS_ALONE if heads.per_group == 1 else _PAYS
 
 
-def read_own(model_config: object, device: torch.device | None, heads: Heads) -> Resolved:
+def read_own(
+    model_config: object,
+    device: torch.device | None,
+    heads: Heads,
+    rotates_halves: Callable[[], bool] = lambda: False,
+) -> Resolved:
     """The settings in a model config's ``sparse_config``, else those of the rule.
 
     Args:
         model_config: The config.
         device: Device of the model; None where it has no parameters.
         heads: Heads of its attention layers.
+        rotates_halves: Asks whether they rotate dims as ``score_dims`` expects; without it they
+            are not known to.
 
     Raises:
         ValueError: ``sparse_config`` is no valid mapping of settings.
@@ -131,7 +155,7 @@ def read_own(model_config: object, device: torch.device | None, heads: Heads) ->
     if getattr(model_config, "sparse_config", None) is not None:
         return Resolved(InfLLMConfig.from_model_config(model_config), OWN)
     has_float8 = device is not None and device_capability(device) >= FLOAT8_CAPABILITY
-    return settings_by_rule(has_float8, heads)
+    return settings_by_rule(has_float8, heads, rotates_halves)
 
 
 def _read(
@@ -139,6 +163,7 @@ def _read(
     model_configs: list[object],
     device: torch.device | None,
     heads: Heads,
+    rotates_halves: Callable[[], bool],
 ) -> Resolved:
     if isinstance(settings, InfLLMConfig):
         return Resolved(settings, GIVEN)
@@ -153,5 +178,5 @@ def _read(
         )
     for model_config in model_configs:
         if getattr(model_config, "sparse_config", None) is not None:
-            return read_own(model_config, device, heads)
-    return read_own(None, device, heads)
+            return read_own(model_config, device, heads, rotates_halves)
+    return read_own(None, device, heads, rotates_halves)

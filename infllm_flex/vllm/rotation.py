@@ -1,23 +1,26 @@
-"""Check `score_dims` against the rotary embedding of a model that vLLM is about to load."""
+"""Check a model that vLLM is about to load for the rotary embedding that `score_dims` expects.
+
+vLLM's layers do not show it before they are loaded. Those of transformers do, which are made here
+of the same config, without memory for weights.
+"""
 
 from __future__ import annotations
 
 import copy
+import functools
 from typing import Any
 
 import torch
+from torch import nn
 
 from infllm_flex.config import InfLLMConfig
 from infllm_flex.patch import discovery
-from infllm_flex.patch.rotary_layout import check_score_dims
+from infllm_flex.patch.rotary_layout import check_score_dims, rotates_halves
 from infllm_flex.vllm.settings import STAY_DENSE
 
 
 def check_rotation(text_config: Any, config: InfLLMConfig) -> None:
     """Refuse ``score_dims`` for a model that does not rotate its dims as it expects.
-
-    vLLM's layers do not show this before they are loaded. Those of transformers do, which are made
-    here of the same config, without memory for weights.
 
     Args:
         text_config: transformers' config of the language model.
@@ -28,19 +31,54 @@ def check_rotation(text_config: Any, config: InfLLMConfig) -> None:
     """
     if not config.score_dims:
         return
-    from transformers import AutoModelForCausalLM
-
     try:
-        with torch.device("meta"):
-            model = AutoModelForCausalLM.from_config(copy.deepcopy(text_config))
+        model = _make_model(text_config)
     except Exception as error:  # whatever a model's own code raises
         raise ValueError(
             f"score_dims cannot be checked: transformers makes no model of {text_config.model_type}"
             f" ({type(error).__name__}: {error}); set score_dims=0; {STAY_DENSE}"
         ) from None
-    found = discovery.find_layers(model).items()
-    layers = {name: layer.module for name, layer in found if layer.skip_reason is None}
     try:
-        check_score_dims(model, layers, config)
+        check_score_dims(model, _sparse_layers(model), config)
     except ValueError as error:
         raise ValueError(f"InfLLM-V2 in vLLM: {error}; {STAY_DENSE}") from None
+
+
+def is_known_to_rotate_halves(text_config: Any) -> bool:
+    """Whether a model of this config rotates dims as ``score_dims`` expects, as far as is known."""
+    return _is_known_to_rotate_halves(_Config(text_config))
+
+
+class _Config:
+    """A config that is told from others by its values."""
+
+    def __init__(self, config: Any) -> None:
+        self.config = config
+        self._values = config.to_json_string(use_diff=False)
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, _Config) and other._values == self._values
+
+    def __hash__(self) -> int:
+        return hash(self._values)
+
+
+@functools.lru_cache(maxsize=8)  # vLLM asks in each layer
+def _is_known_to_rotate_halves(text_config: _Config) -> bool:
+    try:
+        model = _make_model(text_config.config)
+    except Exception:  # whatever a model's own code raises
+        return False
+    return rotates_halves(model, _sparse_layers(model))
+
+
+def _make_model(text_config: Any) -> nn.Module:
+    from transformers import AutoModelForCausalLM
+
+    with torch.device("meta"):
+        return AutoModelForCausalLM.from_config(copy.deepcopy(text_config))
+
+
+def _sparse_layers(model: nn.Module) -> dict[str, nn.Module]:
+    found = discovery.find_layers(model).items()
+    return {name: layer.module for name, layer in found if layer.skip_reason is None}

@@ -17,7 +17,10 @@ STAY_DENSE = f"to serve the model densely, pass --additional-config '{{\"{KEY}\"
 
 
 def read_settings(
-    additional_config: object, model_config: object, has_float8: Callable[[], bool]
+    additional_config: object,
+    model_config: object,
+    has_float8: Callable[[], bool],
+    rotates_halves: Callable[[], bool],
 ) -> Resolved | None:
     """Read what a model is to be served with.
 
@@ -27,6 +30,7 @@ def read_settings(
             **mapping)``; or false.
         model_config: The model's config, for its ``sparse_config``.
         has_float8: Asks whether the device multiplies float8.
+        rotates_halves: Asks whether the model rotates dims as ``score_dims`` expects.
 
     Returns:
         The settings; None for a model that asks for nothing, or where the user declined.
@@ -39,7 +43,9 @@ def read_settings(
     if given is False or (own is None and given is None):
         return None
     if own is None:
-        resolved = settings_by_rule(has_float8(), read_heads_of_config(model_config))
+        resolved = settings_by_rule(
+            has_float8(), read_heads_of_config(model_config), rotates_halves
+        )
     else:
         resolved = _read_own(model_config)
     if given is None or given is True:

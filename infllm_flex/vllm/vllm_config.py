@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 from infllm_flex.config import InfLLMConfig
 from infllm_flex.patch.settings import Resolved
 from infllm_flex.vllm.page_layout import fitting_page
 from infllm_flex.vllm.refusals import ServerFacts
+from infllm_flex.vllm.rotation import is_known_to_rotate_halves
 from infllm_flex.vllm.settings import read_settings
 from infllm_flex_ops.device import FLOAT8_CAPABILITY
 
@@ -23,7 +25,12 @@ def read_served(vllm_config: Any) -> Resolved | None:
     if model_config is None:
         return None
     text_config = model_config.hf_text_config
-    return read_settings(vllm_config.additional_config, text_config, _has_float8)
+    return read_settings(
+        vllm_config.additional_config,
+        text_config,
+        _has_float8,
+        functools.partial(is_known_to_rotate_halves, text_config),
+    )
 
 
 def move_sparse_config(vllm_config: Any) -> None:

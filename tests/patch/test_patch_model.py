@@ -60,8 +60,9 @@ def test_wide_heads_score_means_of_few_keys_each(head_dim, windows):
     found = layer_config(model)
     assert (found.kernel_size, found.kernel_stride, found.topk) == (*windows, 7)
     assert found.pool_queries == (head_dim == 128)
+    assert found.score_dims == (32 if head_dim == 128 else 0)
     assert ("head dim above 128" in ifx.describe(model)[0].origin) == (head_dim == 256)
-    exact = ifx.InfLLMConfig(lse="exact", dense_len=32768)
+    exact = ifx.InfLLMConfig(lse="exact", dense_len=32768 if head_dim == 128 else 262144)
     assert layer_config(ifx.patch_model(build(config), lse="exact")) == exact
 
 
@@ -161,13 +162,16 @@ def test_a_model_inside_another_module_is_found():
 
 
 @pytest.mark.parametrize(
-    ("heads", "kv_heads", "dense_len"), [(4, 2, 32768), (4, 1, 32768), (4, 4, 131072)]
+    ("heads", "kv_heads", "head_dim", "dense_len"),
+    [(4, 2, 8, 32768), (4, 1, 8, 32768), (4, 4, 8, 131072), (4, 2, 136, 262144)],
 )
 @pytest.mark.parametrize("overrides", [{}, {"topk": 80}, {"kernel_size": 32}])
-def test_models_without_settings_are_sparse_where_it_pays(heads, kv_heads, dense_len, overrides):
+def test_models_without_settings_are_sparse_where_it_pays(
+    heads, kv_heads, head_dim, dense_len, overrides
+):
     config = LlamaConfig(
         vocab_size=64, hidden_size=32, intermediate_size=32, num_hidden_layers=1,
-        num_attention_heads=heads, num_key_value_heads=kv_heads,
+        num_attention_heads=heads, num_key_value_heads=kv_heads, head_dim=head_dim,
     )  # fmt: skip
     model = build(config)
     [row, *_] = ifx.describe(ifx.patch_model(model, **overrides))

@@ -11,7 +11,7 @@ from torch import nn
 from transformers import AutoModelForCausalLM, LlamaForCausalLM
 
 import infllm_flex as ifx
-from infllm_flex.vllm.rotation import check_rotation
+from infllm_flex.vllm.rotation import check_rotation, is_known_to_rotate_halves
 from tests.patch.models import SETTINGS, build, logits
 
 SCORED = {**SETTINGS, "kernel_size": 1, "kernel_stride": 1, "pool_queries": True}
@@ -25,6 +25,14 @@ SIZES = {
     "pad_token_id": 0,
 }
 HEADS = {"head_dim": 32}
+ROTATE_OTHERWISE = [
+    ("GPTNeoX", {}, "8 of its 32 head dims rotate"),
+    ("Phi", {}, "16 of its 32 head dims rotate"),
+    ("Cohere", {}, "its rotate_half rotates other dims together"),
+    ("Glm", HEADS, "its rotate_half rotates other dims together"),
+    ("SmolLM3", {}, "its code rotates only if self.use_rope"),
+    ("GPT2", {"n_embd": 64, "n_head": 2}, "its code has no function rotate_half"),
+]
 
 
 def config_of(family, **changes):
@@ -55,17 +63,7 @@ def test_models_that_rotate_halves_are_scored_by_a_part_of_the_dims(family, chan
     assert not torch.equal(results[8], results[0])
 
 
-@pytest.mark.parametrize(
-    ("family", "changes", "reason"),
-    [
-        ("GPTNeoX", {}, "8 of its 32 head dims rotate"),
-        ("Phi", {}, "16 of its 32 head dims rotate"),
-        ("Cohere", {}, "its rotate_half rotates other dims together"),
-        ("Glm", HEADS, "its rotate_half rotates other dims together"),
-        ("SmolLM3", {}, "its code rotates only if self.use_rope"),
-        ("GPT2", {"n_embd": 64, "n_head": 2}, "its code has no function rotate_half"),
-    ],
-)
+@pytest.mark.parametrize(("family", "changes", "reason"), ROTATE_OTHERWISE)
 def test_models_that_rotate_otherwise_are_refused(family, changes, reason):
     config = config_of(family, **changes)
     model = AutoModelForCausalLM.from_config(config)
@@ -135,6 +133,58 @@ def test_serving_asks_transformers_and_leaves_the_config_alone():
     check_rotation(unknown, ifx.InfLLMConfig(**SCORED))  # nothing is asked
     with pytest.raises(ValueError, match="score_dims cannot be checked: transformers makes no"):
         check_rotation(unknown, ifx.InfLLMConfig(**SCORED, score_dims=8))
+
+
+WIDER = {"hidden_size": 128}  # 64 dims in each of two heads
+
+
+@pytest.mark.parametrize(
+    ("family", "changes", "dims"),
+    [
+        ("Llama", WIDER, 32),
+        ("Qwen3", {"head_dim": 128}, 32),
+        ("Llama", {}, 0),  # heads of 32 dims: there are no more
+        *(
+            (family, changes | {"head_dim": 64} | WIDER, 0)
+            for family, changes, _ in ROTATE_OTHERWISE
+        ),
+    ],
+)
+def test_without_settings_a_part_of_the_dims_is_scored_where_it_is_known_which(
+    family, changes, dims
+):
+    config = config_of(family, **changes)
+    patched = ifx.patch_model(AutoModelForCausalLM.from_config(config))
+    row = next(row for row in ifx.describe(patched) if row.config)
+    assert row.config.score_dims == dims
+    assert ("every key scored in a part of the head dims" in row.origin) == (dims > 0)
+    assert is_known_to_rotate_halves(config) == (family in ("Llama", "Qwen3"))
+
+
+@pytest.mark.parametrize(
+    ("family", "changes", "reason"),
+    [
+        ("Llama", {}, None),
+        ("Gemma3Text", {**HEADS, "layer_types": ["sliding_attention", "full_attention"]}, None),
+        ("GPTNeoX", {}, "0.25 of its head dims rotate"),
+        ("Phi", {}, "0.5 of its head dims rotate"),
+        ("Cohere", {}, "its rotate_half rotates other dims together"),
+    ],
+)
+def test_layers_that_are_switched_one_by_one_are_asked_too(family, changes, reason):
+    """With attn_implementation="infllm_flex" the model is not reached from its layers."""
+    ids = torch.arange(200)[None] % 64
+    config = config_of(family, **changes)
+    config.sparse_config = {**SCORED, "score_dims": 8}
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(config, attn_implementation="infllm_flex").eval()
+    if reason is not None:
+        with pytest.raises(ValueError, match=rf"over whole heads.*{reason}; set score_dims=0"):
+            model(ids)
+        return
+    torch.manual_seed(0)
+    patched = ifx.patch_model(AutoModelForCausalLM.from_config(config).eval())
+    assert torch.equal(model(ids).logits, patched(ids).logits)
 
 
 def test_beside_the_rules_scoring_it_may_be_named_alone():

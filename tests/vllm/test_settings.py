@@ -7,6 +7,7 @@ from transformers import Gemma4TextConfig, LlamaConfig, LlamaForCausalLM
 
 from infllm_flex import InfLLMConfig, describe, patch_model
 from infllm_flex.vllm.announcement import describe_served
+from infllm_flex.vllm.rotation import is_known_to_rotate_halves
 from infllm_flex.vllm.settings import read_settings
 from infllm_flex.vllm.vllm_config import move_sparse_config, read_served
 
@@ -15,8 +16,8 @@ OWN = {"block_size": 32, "window_size": 32, "topk": 3, "dense_len": 100}
 PLAIN, TRAINED = SimpleNamespace(), SimpleNamespace(sparse_config=OWN)
 
 
-def read(additional, model_config, has_float8=False):
-    return read_settings(additional, model_config, lambda: has_float8)
+def read(additional, model_config, has_float8=False, rotates_halves=False):
+    return read_settings(additional, model_config, lambda: has_float8, lambda: rotates_halves)
 
 
 @pytest.mark.parametrize("additional", [{}, {"another_plugin": {"x": 1}}, None, object()])
@@ -54,7 +55,9 @@ def test_given_settings_mean_what_they_mean_to_patch_model(given, head_dim, kv_h
     )
     model = patch_model(LlamaForCausalLM(model_config), **given)
     [patched, *_] = describe(model)
-    assert read({"infllm": given}, model_config).config == patched.config
+    rotates_halves = is_known_to_rotate_halves(model_config)
+    served = read({"infllm": given}, model_config, rotates_halves=rotates_halves)
+    assert served.config == patched.config
 
 
 @pytest.mark.parametrize(("has_float8", "score_dtype"), [(False, "same"), (True, "float8")])
@@ -63,6 +66,14 @@ def test_a_user_may_ask_for_the_settings_that_patch_model_takes(has_float8, scor
     assert config == InfLLMConfig(**EVERY_KEY, score_dtype=score_dtype, dense_len=32768)
     assert "without a sparse_config" in origin
     assert read({"infllm": True}, TRAINED) == read({}, TRAINED)
+
+
+@pytest.mark.parametrize(("rotates_halves", "dims"), [(True, 32), (False, 0)])
+def test_a_part_of_the_dims_is_scored_where_the_model_is_known_to_rotate_them(rotates_halves, dims):
+    model_config = LlamaConfig(hidden_size=128, num_attention_heads=2, num_key_value_heads=1)
+    found = read({"infllm": True}, model_config, rotates_halves=rotates_halves)
+    assert found.config.score_dims == dims
+    assert ("a part of the head dims" in found.origin) == rotates_halves
 
 
 @pytest.mark.parametrize("declined", [False, None])
