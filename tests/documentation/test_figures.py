@@ -1,4 +1,4 @@
-"""Every figure in README follows from rows of docs/results, within its rounding."""
+"""Every figure in README, and others that name their rows, follow from rows of docs/results."""
 
 from __future__ import annotations
 
@@ -13,9 +13,10 @@ import pytest
 
 from tests.documentation.pages import PAGES, ROOT, name_of, prose
 
-# The file, conditions on all rows, then a rule in each line.
+# The file, conditions on all rows, then a rule in each line. A rule may name another file of that
+# folder (``file=``).
 _COMMENT = re.compile(r"<!-- figures: (\S+)([^\n]*?)(?:\n(.*?))?-->", re.DOTALL)
-_DECIMAL = re.compile(r"(?<![\w.])\d+\.\d+(?![\w.]*\d)")
+_DECIMAL = re.compile(r"(?<![\w.])(?:(?<=\()-)?\d+\.\d+(?![\w.]*\d)")
 _MEASURED = re.compile(r"(?<![\w.,-])\d+(?:\.\d+)?(?:x\b| ?(?:%|ms\b|µs\b|GB/s\b))")
 
 
@@ -47,12 +48,17 @@ def _above(text: str, comment: re.Match[str]) -> str:
 
 @functools.cache
 def expected(file: Path, rule: str) -> list[float]:
-    """The values of a rule such as ``speed_up Hq=32 S=1024,2048``, in the order of its lists."""
-    formula, *conditions = rule.split()
-    names, choices = zip(*(c.split("=", 1) for c in conditions), strict=True)
+    """The values of a rule such as ``speed_up Hq=32 S=1024,2048``, in the order of its lists.
+
+    Several formulas (``microseconds,speed_up``) give a value each for every row.
+    """
+    formulas, *pairs = rule.split()
+    conditions = dict(pair.split("=", 1) for pair in pairs)
+    rows = _rows(file.with_name(conditions.pop("file", file.name)))
     return [
-        _FORMULAS[formula](_rows(file), dict(zip(names, values, strict=True)))
-        for values in itertools.product(*(choice.split(",") for choice in choices))
+        _FORMULAS[formula](rows, dict(zip(conditions, values, strict=True)))
+        for values in itertools.product(*(choice.split(",") for choice in conditions.values()))
+        for formula in formulas.split(",")
     ]
 
 
@@ -62,20 +68,61 @@ def _rows(file: Path) -> list[dict[str, str]]:
         return list(csv.DictReader(lines))
 
 
-def speed_up(rows: list[dict[str, str]], wanted: dict[str, str]) -> float:
-    """Median of the fastest dense attention over ours, of the first run that has both.
+class Medians(NamedTuple):
+    """Times of one run, in milliseconds."""
 
-    Without ``settings``, ours has those of ``attention:``.
+    ours: float
+    dense: float  # the fastest dense attention
+
+
+def medians(rows: list[dict[str, str]], wanted: dict[str, str]) -> Medians:
+    """Medians of the first run that has ours and dense attention.
+
+    Without ``settings``, ours has those of ``attention:``. ``variant=decode_paged`` is ours over
+    pages.
     """
     settings = wanted.get("settings", "")
-    shape = {name: value for name, value in wanted.items() if name != "settings"}
+    variants = [wanted["variant"]] if "variant" in wanted else _OURS
+    shape = {n: value for n, value in wanted.items() if n not in ("settings", "variant")}
     chosen = [row for row in rows if row["ms_p50"] and _fits(row, shape)]
     for ours in chosen:
         dense = [r for r in chosen if r["op"] == "dense" and r["date"] == ours["date"]]
-        is_ours = ours["op"] == "infllm_attention" and ours["variant"] in _OURS
+        is_ours = ours["op"] == "infllm_attention" and ours["variant"] in variants
         if is_ours and ours.get("settings", "") == settings and dense:
-            return min(float(row["ms_p50"]) for row in dense) / float(ours["ms_p50"])
+            return Medians(float(ours["ms_p50"]), min(float(row["ms_p50"]) for row in dense))
     raise LookupError(f"no rows for {wanted}")
+
+
+def speed_up(rows: list[dict[str, str]], wanted: dict[str, str]) -> float:
+    """Time of the fastest dense attention over ours."""
+    found = medians(rows, wanted)
+    return found.dense / found.ours
+
+
+def selection_milliseconds(rows: list[dict[str, str]], wanted: dict[str, str]) -> float:
+    """Median of the first run that has it, with ``settings`` as for ``medians``."""
+    shape = {"op": "select_blocks", "settings": "", **wanted}
+    found = [row for row in rows if row["ms_p50"] and _fits(row, shape)]
+    if not found:
+        raise LookupError(f"no rows for {wanted}")
+    return float(found[0]["ms_p50"])
+
+
+def microseconds_lost(rows: list[dict[str, str]], wanted: dict[str, str]) -> float:
+    """How much longer ours takes than the fastest dense attention."""
+    found = medians(rows, wanted)
+    return 1000 * (found.ours - found.dense)
+
+
+def of_windows(rows: list[dict[str, str]], wanted: dict[str, str]) -> float:
+    """Our speed-up with ``settings`` over the one with those of ``attention:``."""
+    return speed_up(rows, wanted) / speed_up(rows, {**wanted, "settings": ""})
+
+
+def pages_cost(rows: list[dict[str, str]], wanted: dict[str, str]) -> float:
+    """How much longer ours takes over pages than over one piece, in percent."""
+    paged = medians(rows, {**wanted, "variant": "decode_paged"})
+    return 100 * (paged.ours / medians(rows, wanted).ours - 1)
 
 
 def model_speed_up(rows: list[dict[str, str]], wanted: dict[str, str]) -> float:
@@ -104,7 +151,17 @@ def share_of_dense(rows: list[dict[str, str]], wanted: dict[str, str]) -> float:
 
 
 _FORMULAS = {
+    "milliseconds": lambda rows, wanted: medians(rows, wanted).ours,
+    "microseconds": lambda rows, wanted: 1000 * medians(rows, wanted).ours,
+    "dense_microseconds": lambda rows, wanted: 1000 * medians(rows, wanted).dense,
+    "paged_microseconds": lambda rows, wanted: (
+        1000 * medians(rows, {**wanted, "variant": "decode_paged"}).ours
+    ),
+    "selection_milliseconds": selection_milliseconds,
+    "microseconds_lost": microseconds_lost,
     "speed_up": speed_up,
+    "of_windows": of_windows,
+    "pages_cost": pages_cost,
     "model_speed_up": model_speed_up,
     "share_of_dense": share_of_dense,
 }
