@@ -166,7 +166,7 @@ def _choose_tile(
     tokens = max(16, min(next_power_of_2(rows.n), max_tokens))
     stages = 1 if wide else 2 if block_d > 128 or has_little_shared_memory(q) else 3
     group = q.shape[1] // keys.compressed.shape[1]
-    # Of few dims a step loads more keys, up to 8 KiB where registers hold their scores.
+    # A step loads more keys of few dims: up to 8 KiB, where registers hold their scores.
     fitting = _STEP_BYTES // (block_d * keys.compressed.element_size())
     block_n = 32 if wide else min(max(fitting, 64), 256 if tokens == 16 else 128)
     block_n = max(block_n, windows.SLOTS)
