@@ -59,9 +59,10 @@ def patch_model(
         config: All settings, as a config, a mapping, or the path of a YAML file; what a mapping or
             file does not name has the default of InfLLMConfig. With None, the model's own
             ``config.sparse_config`` is used. A model without one scores every key by pooled
-            queries, in float8 if it is on a GPU that multiplies float8, and means of 8 keys where
-            its head dim is above 128. It is sparse from 32768 tokens on, with one query head to a
-            key/value head from 131072 on (docs/choosing-settings.md says why).
+            queries, in 32 head dims if it is known to rotate halves, and in float8 if it is on a
+            GPU that multiplies float8. It is sparse from 32768 tokens on, with one query head to a
+            key/value head from 131072 on. Where its head dim is above 128 it scores means of 8
+            keys and is sparse from 262144 tokens on (docs/choosing-settings.md says why).
         attention_modules: The attention layers, instead of a search for them: names as in
             ``named_modules``, in which ``*`` stands for anything between dots, classes, or modules.
         num_key_value_heads: Key/value heads of a model that expands them before attention, if
