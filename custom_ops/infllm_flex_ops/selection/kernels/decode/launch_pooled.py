@@ -166,9 +166,11 @@ def _choose_tile(
     tokens = max(16, min(next_power_of_2(rows.n), max_tokens))
     stages = 1 if wide else 2 if block_d > 128 or has_little_shared_memory(q) else 3
     group = q.shape[1] // keys.compressed.shape[1]
-    # A step loads more keys of few dims: up to 8 KiB, where registers hold their scores.
+    # A step loads more keys of few dims: up to 8 KiB, where registers hold their scores. Over pages
+    # it looks up the page of each key where it does not lie in one.
     fitting = _STEP_BYTES // (block_d * keys.compressed.element_size())
-    block_n = 32 if wide else min(max(fitting, 64), 256 if tokens == 16 else 128)
+    most = 256 if tokens == 16 and rows.pages is None else 128
+    block_n = 32 if wide else min(max(fitting, 64), most)
     block_n = max(block_n, windows.SLOTS)
     tile = Tile(group, 1, tokens, keys.num_dims, block_d, block_n, wide)
     warps = 8 if wide and rows.pages is None else 4  # eight spill on Ada over pages
