@@ -20,7 +20,7 @@ from infllm_flex.patch.head_groups import Heads, check_kv_heads, read_heads
 from infllm_flex.patch.layer_state import get_layer
 from infllm_flex.patch.module_names import Names, resolve_modules
 from infllm_flex.patch.report import describe_switch
-from infllm_flex.patch.rotary_layout import check_score_dims, rotates_halves
+from infllm_flex.patch.rotary_layout import check_score_dims, suits_score_dims
 from infllm_flex.patch.settings import Settings, pays_from, resolve_config
 from infllm_flex.patch.unsupported import (
     reject_scripted,
@@ -101,9 +101,9 @@ def patch_model(
     ]
     heads = _heads_of(model, layers, num_key_value_heads)
     sparse = {name: found.module for name, found in layers.items() if found.skip_reason is None}
-    rotation = functools.partial(rotates_halves, model, sparse)
+    suits = functools.partial(suits_score_dims, model, sparse)
     device = _device_of(model)
-    resolved = resolve_config(config, overrides, model_configs, device, heads, rotation)
+    resolved = resolve_config(config, overrides, model_configs, device, heads, suits)
     check_score_dims(model, sparse, resolved.config)
     discovery.attach(model, layers, resolved.config, num_key_value_heads)
     for layer in discovery.patched_layers(model).values():

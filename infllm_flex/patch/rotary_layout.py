@@ -51,17 +51,23 @@ def check_score_dims(
             )
 
 
-def rotates_halves(model: nn.Module | None, layers: Mapping[str, nn.Module]) -> bool:
-    """Whether all layers are known to rotate dim i with i + D / 2, over whole heads of D.
+def suits_score_dims(
+    model: nn.Module | None, layers: Mapping[str, nn.Module], num_dims: int
+) -> bool:
+    """Whether all layers have more head dims, and are known to rotate i with i + D / 2 of all D.
 
     Args:
         model: The model around the layers; None where it cannot be reached from them.
         layers: The layers, by name.
+        num_dims: The head dims to score.
     """
-    return all(
-        _other_rotation(model, name, layer, read_head_dim(layer)) is None
-        for name, layer in layers.items()
-    )
+    for name, layer in layers.items():
+        head_dim = read_head_dim(layer)
+        if head_dim is None or head_dim <= num_dims or head_dim % 2:
+            return False
+        if _other_rotation(model, name, layer, head_dim) is not None:
+            return False
+    return bool(layers)
 
 
 def _other_rotation(

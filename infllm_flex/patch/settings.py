@@ -50,7 +50,7 @@ def resolve_config(
     model_configs: list[object],
     device: torch.device | None,
     heads: Heads = Heads(),  # noqa: B008 (a tuple)
-    rotates_halves: Callable[[], bool] = lambda: False,
+    suits_score_dims: Callable[[int], bool] = lambda num_dims: False,
 ) -> Resolved:
     """Read settings in any of their forms, then apply overrides by name.
 
@@ -60,14 +60,14 @@ def resolve_config(
         model_configs: Configs whose ``sparse_config`` is used when ``settings`` is None, in order.
         device: Device of the model.
         heads: Heads of its attention layers.
-        rotates_halves: Asks whether they rotate dims as ``score_dims`` expects.
+        suits_score_dims: Asks whether they suit so many ``score_dims``.
 
     Raises:
         TypeError: ``settings`` is none of these.
         ValueError: An unknown name (the error shows the nearest known one) or an invalid value.
         NotImplementedError: ``use_nope``.
     """
-    resolved = override(_read(settings, model_configs, device, heads, rotates_halves), overrides)
+    resolved = override(_read(settings, model_configs, device, heads, suits_score_dims), overrides)
     if resolved.config.use_nope:
         raise NotImplementedError(
             "use_nope=True scores blocks by queries and keys from before the rotary embedding, "
@@ -98,7 +98,7 @@ def override(resolved: Resolved, overrides: Mapping[str, Any]) -> Resolved:
 
 
 def settings_by_rule(
-    has_float8: bool, heads: Heads, rotates_halves: Callable[[], bool]
+    has_float8: bool, heads: Heads, suits_score_dims: Callable[[int], bool]
 ) -> Resolved:
     """Settings for a model that was trained with dense attention and has no settings of its own.
 
@@ -111,7 +111,7 @@ def settings_by_rule(
     Args:
         has_float8: Whether the device multiplies float8, which is for speed.
         heads: Heads of the attention layers.
-        rotates_halves: Asks whether the layers rotate dims as ``score_dims`` expects.
+        suits_score_dims: Asks whether the layers suit so many ``score_dims``.
     """
     length = pays_from(heads)
     if heads.head_dim is not None and heads.head_dim > _MOST_POOLED:
@@ -121,8 +121,7 @@ def settings_by_rule(
     pooled = InfLLMConfig(
         kernel_size=1, kernel_stride=1, pool_queries=True, score_dtype=dtype, dense_len=length
     )
-    has_more = heads.head_dim is not None and heads.head_dim > _PART and heads.head_dim % 2 == 0
-    if has_more and rotates_halves():
+    if suits_score_dims(_PART):
         return Resolved(dataclasses.replace(pooled, score_dims=_PART), RULE_PART)
     return Resolved(pooled, RULE)
 
@@ -138,7 +137,7 @@ def read_own(
     model_config: object,
     device: torch.device | None,
     heads: Heads,
-    rotates_halves: Callable[[], bool] = lambda: False,
+    suits_score_dims: Callable[[int], bool] = lambda num_dims: False,
 ) -> Resolved:
     """The settings in a model config's ``sparse_config``, else those of the rule.
 
@@ -146,8 +145,7 @@ def read_own(
         model_config: The config.
         device: Device of the model; None where it has no parameters.
         heads: Heads of its attention layers.
-        rotates_halves: Asks whether they rotate dims as ``score_dims`` expects; without it they
-            are not known to.
+        suits_score_dims: Asks whether they suit so many ``score_dims``.
 
     Raises:
         ValueError: ``sparse_config`` is no valid mapping of settings.
@@ -155,7 +153,7 @@ def read_own(
     if getattr(model_config, "sparse_config", None) is not None:
         return Resolved(InfLLMConfig.from_model_config(model_config), OWN)
     has_float8 = device is not None and device_capability(device) >= FLOAT8_CAPABILITY
-    return settings_by_rule(has_float8, heads, rotates_halves)
+    return settings_by_rule(has_float8, heads, suits_score_dims)
 
 
 def _read(
@@ -163,7 +161,7 @@ def _read(
     model_configs: list[object],
     device: torch.device | None,
     heads: Heads,
-    rotates_halves: Callable[[], bool],
+    suits_score_dims: Callable[[int], bool],
 ) -> Resolved:
     if isinstance(settings, InfLLMConfig):
         return Resolved(settings, GIVEN)
@@ -178,5 +176,5 @@ def _read(
         )
     for model_config in model_configs:
         if getattr(model_config, "sparse_config", None) is not None:
-            return read_own(model_config, device, heads, rotates_halves)
-    return read_own(None, device, heads, rotates_halves)
+            return read_own(model_config, device, heads, suits_score_dims)
+    return read_own(None, device, heads, suits_score_dims)

@@ -15,7 +15,7 @@ from torch import nn
 
 from infllm_flex.config import InfLLMConfig
 from infllm_flex.patch import discovery
-from infllm_flex.patch.rotary_layout import check_score_dims, rotates_halves
+from infllm_flex.patch.rotary_layout import check_score_dims, suits_score_dims
 from infllm_flex.vllm.settings import STAY_DENSE
 
 
@@ -44,9 +44,9 @@ def check_rotation(text_config: Any, config: InfLLMConfig) -> None:
         raise ValueError(f"InfLLM-V2 in vLLM: {error}; {STAY_DENSE}") from None
 
 
-def is_known_to_rotate_halves(text_config: Any) -> bool:
-    """Whether a model of this config rotates dims as ``score_dims`` expects, as far as is known."""
-    return _is_known_to_rotate_halves(_Config(text_config))
+def is_known_to_suit(text_config: Any, score_dims: int) -> bool:
+    """Whether a model of this config suits ``score_dims``, as far as transformers knows it."""
+    return _is_known_to_suit(_Config(text_config), score_dims)
 
 
 class _Config:
@@ -64,12 +64,12 @@ class _Config:
 
 
 @functools.lru_cache(maxsize=8)  # vLLM asks in each layer
-def _is_known_to_rotate_halves(text_config: _Config) -> bool:
+def _is_known_to_suit(text_config: _Config, score_dims: int) -> bool:
     try:
         model = _make_model(text_config.config)
     except Exception:  # whatever a model's own code raises
         return False
-    return rotates_halves(model, _sparse_layers(model))
+    return suits_score_dims(model, _sparse_layers(model), score_dims)
 
 
 def _make_model(text_config: Any) -> nn.Module:

@@ -20,7 +20,7 @@ def read_settings(
     additional_config: object,
     model_config: object,
     has_float8: Callable[[], bool],
-    rotates_halves: Callable[[], bool],
+    suits_score_dims: Callable[[int], bool],
 ) -> Resolved | None:
     """Read what a model is to be served with.
 
@@ -30,7 +30,7 @@ def read_settings(
             **mapping)``; or false.
         model_config: The model's config, for its ``sparse_config``.
         has_float8: Asks whether the device multiplies float8.
-        rotates_halves: Asks whether the model rotates dims as ``score_dims`` expects.
+        suits_score_dims: Asks whether the model suits so many ``score_dims``.
 
     Returns:
         The settings; None for a model that asks for nothing, or where the user declined.
@@ -44,7 +44,7 @@ def read_settings(
         return None
     if own is None:
         resolved = settings_by_rule(
-            has_float8(), read_heads_of_config(model_config), rotates_halves
+            has_float8(), read_heads_of_config(model_config), suits_score_dims
         )
     else:
         resolved = _read_own(model_config)

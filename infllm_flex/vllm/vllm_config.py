@@ -9,7 +9,7 @@ from infllm_flex.config import InfLLMConfig
 from infllm_flex.patch.settings import Resolved
 from infllm_flex.vllm.page_layout import fitting_page
 from infllm_flex.vllm.refusals import ServerFacts
-from infllm_flex.vllm.rotation import is_known_to_rotate_halves
+from infllm_flex.vllm.rotation import is_known_to_suit
 from infllm_flex.vllm.settings import read_settings
 from infllm_flex_ops.device import FLOAT8_CAPABILITY
 
@@ -29,7 +29,7 @@ def read_served(vllm_config: Any) -> Resolved | None:
         vllm_config.additional_config,
         text_config,
         _has_float8,
-        functools.partial(is_known_to_rotate_halves, text_config),
+        functools.partial(is_known_to_suit, text_config),
     )
 
 

@@ -11,7 +11,7 @@ from torch import nn
 from transformers import AutoModelForCausalLM, LlamaForCausalLM
 
 import infllm_flex as ifx
-from infllm_flex.vllm.rotation import check_rotation, is_known_to_rotate_halves
+from infllm_flex.vllm.rotation import check_rotation, is_known_to_suit
 from tests.patch.models import SETTINGS, build, logits
 
 SCORED = {**SETTINGS, "kernel_size": 1, "kernel_stride": 1, "pool_queries": True}
@@ -158,7 +158,14 @@ def test_without_settings_a_part_of_the_dims_is_scored_where_it_is_known_which(
     row = next(row for row in ifx.describe(patched) if row.config)
     assert row.config.score_dims == dims
     assert ("every key scored in a part of the head dims" in row.origin) == (dims > 0)
-    assert is_known_to_rotate_halves(config) == (family in ("Llama", "Qwen3"))
+    assert is_known_to_suit(config, 32) == (dims > 0)
+
+
+def test_every_layer_must_have_more_dims():
+    model = AutoModelForCausalLM.from_config(config_of("Llama", **WIDER))
+    model.model.layers[1].self_attn.head_dim = 32
+    patched = ifx.patch_model(model)
+    assert {row.config.score_dims for row in ifx.describe(patched)} == {0}
 
 
 @pytest.mark.parametrize(

@@ -1,5 +1,6 @@
 """Which models are served sparsely, by what settings. Needs no vLLM."""
 
+import functools
 from types import SimpleNamespace
 
 import pytest
@@ -7,7 +8,7 @@ from transformers import Gemma4TextConfig, LlamaConfig, LlamaForCausalLM
 
 from infllm_flex import InfLLMConfig, describe, patch_model
 from infllm_flex.vllm.announcement import describe_served
-from infllm_flex.vllm.rotation import is_known_to_rotate_halves
+from infllm_flex.vllm.rotation import is_known_to_suit
 from infllm_flex.vllm.settings import read_settings
 from infllm_flex.vllm.vllm_config import move_sparse_config, read_served
 
@@ -16,8 +17,8 @@ OWN = {"block_size": 32, "window_size": 32, "topk": 3, "dense_len": 100}
 PLAIN, TRAINED = SimpleNamespace(), SimpleNamespace(sparse_config=OWN)
 
 
-def read(additional, model_config, has_float8=False, rotates_halves=False):
-    return read_settings(additional, model_config, lambda: has_float8, lambda: rotates_halves)
+def read(additional, model_config, has_float8=False, suits_score_dims=lambda num: False):
+    return read_settings(additional, model_config, lambda: has_float8, suits_score_dims)
 
 
 @pytest.mark.parametrize("additional", [{}, {"another_plugin": {"x": 1}}, None, object()])
@@ -55,8 +56,8 @@ def test_given_settings_mean_what_they_mean_to_patch_model(given, head_dim, kv_h
     )
     model = patch_model(LlamaForCausalLM(model_config), **given)
     [patched, *_] = describe(model)
-    rotates_halves = is_known_to_rotate_halves(model_config)
-    served = read({"infllm": given}, model_config, rotates_halves=rotates_halves)
+    suits = functools.partial(is_known_to_suit, model_config)
+    served = read({"infllm": given}, model_config, suits_score_dims=suits)
     assert served.config == patched.config
 
 
@@ -68,12 +69,12 @@ def test_a_user_may_ask_for_the_settings_that_patch_model_takes(has_float8, scor
     assert read({"infllm": True}, TRAINED) == read({}, TRAINED)
 
 
-@pytest.mark.parametrize(("rotates_halves", "dims"), [(True, 32), (False, 0)])
-def test_a_part_of_the_dims_is_scored_where_the_model_is_known_to_rotate_them(rotates_halves, dims):
+@pytest.mark.parametrize(("most", "dims"), [(64, 32), (16, 0)])
+def test_a_part_of_the_dims_is_scored_where_the_model_suits_it(most, dims):
     model_config = LlamaConfig(hidden_size=128, num_attention_heads=2, num_key_value_heads=1)
-    found = read({"infllm": True}, model_config, rotates_halves=rotates_halves)
+    found = read({"infllm": True}, model_config, suits_score_dims=lambda num: num <= most)
     assert found.config.score_dims == dims
-    assert ("a part of the head dims" in found.origin) == rotates_halves
+    assert ("a part of the head dims" in found.origin) == (dims > 0)
 
 
 @pytest.mark.parametrize("declined", [False, None])

@@ -12,7 +12,7 @@ from infllm_flex.patch.huggingface.attention_layers import find_skip_reason, mak
 from infllm_flex.patch.huggingface.cache_hook import install_cache_hook
 from infllm_flex.patch.huggingface.config_view import is_view
 from infllm_flex.patch.layer_state import NOT_PATCHED, PatchedLayer, set_layer
-from infllm_flex.patch.rotary_layout import check_score_dims, rotates_halves
+from infllm_flex.patch.rotary_layout import check_score_dims, suits_score_dims
 from infllm_flex.patch.settings import read_own
 
 
@@ -23,8 +23,8 @@ def make_own_layer(module: nn.Module) -> PatchedLayer:
     """Read the settings and the code of a layer, which cannot be traced."""
     device = next((weight.device for weight in module.parameters()), None)
     alone = {type(module).__name__: module}  # the model is not reached from its layers
-    rotation = functools.partial(rotates_halves, None, alone)
-    config, origin = read_own(module.config, device, read_heads(module, module), rotation)
+    suits = functools.partial(suits_score_dims, None, alone)
+    config, origin = read_own(module.config, device, read_heads(module, module), suits)
     check_score_dims(None, alone, config)
     skip_reason = NOT_PATCHED if is_view(module.config) else find_skip_reason(module)
     layer = make_layer(module, config, skip_reason, origin=origin)
