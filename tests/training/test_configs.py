@@ -9,6 +9,8 @@ import warnings
 import pytest
 import torch
 
+from infllm_flex.patch.head_groups import Heads
+from infllm_flex.patch.settings import settings_by_rule
 from infllm_flex.strict_yaml import build_dataclass, load_yaml
 from infllm_flex.training.settings import TrainingSettings
 from tests.checkout import ROOT
@@ -111,6 +113,17 @@ def test_a_large_config_passes_its_dry_run_and_its_comment_gives_the_estimate(
     (estimate,) = re.findall(r"memory, estimated: (.*)", out)
     assert re.search(r"not measured: (.*)", config.read_text())[1] == estimate
     assert float(estimate.split()[0]) < 72  # of 80 GB, which are 74.5 GiB
+
+
+@pytest.mark.parametrize("name", ["llama3_8b_64k", "qwen3_8b_128k"])
+def test_a_large_config_attends_as_patch_model_would(name):
+    """Its comment says so; the model was trained with dense attention."""
+    elsewhere = ["data.source=python_stdlib"]  # the text is not here
+    settings = load_yaml(ROOT / "configs" / f"{name}.yaml", elsewhere)
+    config = build_dataclass(TrainingSettings, settings)
+    heads = Heads(head_dim=128, per_group=4)
+    by_rule = settings_by_rule(True, heads, suits_score_dims=lambda num_dims: True)
+    assert config.attention == by_rule.config
 
 
 def test_a_large_config_without_its_text_names_the_missing_folder(finetune, tmp_path):
