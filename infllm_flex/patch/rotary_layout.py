@@ -23,7 +23,9 @@ from infllm_flex.patch.head_dims import read_head_dim
 
 _ROTATE, _APPLY = "rotate_half", "rotary"
 _SHARE = "partial_rotary_factor"
-_GIVEN = "position_embeddings"  # a condition that asks only whether there is an embedding
+# Models whose code asks the second give the embedding to all layers or to none; others leave it out
+# for single layers.
+_GIVEN, _HAS = "position_embeddings is not None", "self.rotary_emb is not None"
 
 
 def check_score_dims(
@@ -79,7 +81,7 @@ def _other_rotation(
         return f"its code has no function {_ROTATE}"
     if not _rotates_halves(code):
         return f"its {_ROTATE} rotates other dims together"
-    if (condition := _find_condition(code)) is not None:
+    if (condition := _find_condition(code, model is not None)) is not None:
         return condition
     if model is None:
         return _other_share(getattr(layer, "config", None))
@@ -95,9 +97,17 @@ def _other_rotation(
 
 
 def _code_of(cls: type) -> ModuleType | None:
-    """The first module that defines a class or a base of it and has a function `rotate_half`."""
-    modules = (sys.modules.get(base.__module__) for base in cls.__mro__)
-    return next((module for module in modules if hasattr(module, _ROTATE)), None)
+    """The first module that defines a class or a base of it and has a function `rotate_half`.
+
+    None if a class before that has a ``forward`` of its own, which may rotate otherwise.
+    """
+    for base in cls.__mro__:
+        module = sys.modules.get(base.__module__)
+        if hasattr(module, _ROTATE):
+            return module
+        if "forward" in vars(base):
+            return None
+    return None
 
 
 @functools.cache
@@ -112,19 +122,27 @@ def _rotates_halves(code: ModuleType) -> bool:
 
 
 @functools.cache
-def _find_condition(code: ModuleType) -> str | None:
-    """Why a module's layers may not rotate, by its source; None if they always do."""
+def _find_condition(code: ModuleType, has_model: bool) -> str | None:
+    """Why a module's layers may not rotate, by its source; None if they always do.
+
+    Args:
+        code: The module.
+        has_model: Whether the model's frequencies can be looked for.
+    """
     try:
         tree = ast.parse(inspect.getsource(code))
     except (OSError, SyntaxError, TypeError):  # TypeError: a module of no file, as in a notebook
         return "its source cannot be read"
-    for node in ast.walk(tree):
+    nodes = list(ast.walk(tree))
+    tests = {ast.unparse(node) for node in nodes if isinstance(node, ast.Compare)}
+    is_given = _GIVEN if has_model and _HAS in tests else None
+    for node in nodes:
         if not isinstance(node, ast.If):
             continue
         calls = (x for part in (*node.body, *node.orelse) for x in ast.walk(part))
         if any(isinstance(x, ast.Call) and _applies(x) for x in calls):
             condition = ast.unparse(node.test)
-            if _GIVEN not in condition:
+            if condition != is_given:
                 return f"its code rotates only if {condition}"
     return None
 

@@ -9,6 +9,7 @@ import torch
 import transformers
 from torch import nn
 from transformers import AutoModelForCausalLM, LlamaForCausalLM
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 import infllm_flex as ifx
 from infllm_flex.vllm.rotation import check_rotation, is_known_to_suit
@@ -192,6 +193,28 @@ def test_layers_that_are_switched_one_by_one_are_asked_too(family, changes, reas
     torch.manual_seed(0)
     patched = ifx.patch_model(AutoModelForCausalLM.from_config(config).eval())
     assert torch.equal(model(ids).logits, patched(ids).logits)
+
+
+def test_a_forward_in_another_file_may_rotate_otherwise():
+    class OwnAttention(transformers.models.llama.modeling_llama.LlamaAttention):
+        """Rotates nothing."""
+
+        def forward(self, hidden_states, attention_mask=None, **kwargs):
+            shape = (*hidden_states.shape[:2], -1, self.head_dim)
+            q, k, v = (
+                x(hidden_states).view(shape).transpose(1, 2)
+                for x in (self.q_proj, self.k_proj, self.v_proj)
+            )
+            attend = ALL_ATTENTION_FUNCTIONS[self.config._attn_implementation]
+            out, weights = attend(self, q, k, v, attention_mask)
+            return self.o_proj(out.flatten(2)), weights
+
+    model = build()
+    for layer in model.model.layers:
+        layer.self_attn.__class__ = OwnAttention
+    ifx.patch_model(model, {**SCORED, "score_dims": 0})
+    with pytest.raises(ValueError, match="its code has no function rotate_half"):
+        ifx.patch_model(model, {**SCORED, "score_dims": 8})
 
 
 def test_beside_the_rules_scoring_it_may_be_named_alone():
