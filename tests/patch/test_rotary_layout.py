@@ -195,6 +195,18 @@ def test_layers_that_are_switched_one_by_one_are_asked_too(family, changes, reas
     assert torch.equal(model(ids).logits, patched(ids).logits)
 
 
+def test_layers_that_stay_as_they_were_are_not_asked():
+    config = config_of("Llama", **WIDER, sparse_config={**SCORED, "score_dims": 8})
+    model = AutoModelForCausalLM.from_config(config, attn_implementation="infllm_flex").eval()
+    skipped = model.model.layers[0].self_attn
+    skipped.is_causal = False
+    skipped.config = copy.deepcopy(skipped.config)
+    skipped.config.rope_parameters["partial_rotary_factor"] = 0.5
+    model(torch.arange(200)[None] % 64)
+    assert "not causal" in ifx.describe(model)[0].status
+    assert ifx.describe(model)[1].sparse
+
+
 def test_a_forward_in_another_file_may_rotate_otherwise():
     class OwnAttention(transformers.models.llama.modeling_llama.LlamaAttention):
         """Rotates nothing."""

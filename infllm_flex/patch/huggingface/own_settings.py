@@ -25,8 +25,9 @@ def make_own_layer(module: nn.Module) -> PatchedLayer:
     alone = {type(module).__name__: module}  # the model is not reached from its layers
     suits = functools.partial(suits_score_dims, None, alone)
     config, origin = read_own(module.config, device, read_heads(module, module), suits)
-    check_score_dims(None, alone, config)
     skip_reason = NOT_PATCHED if is_view(module.config) else find_skip_reason(module)
+    if skip_reason is None:
+        check_score_dims(None, alone, config)
     layer = make_layer(module, config, skip_reason, origin=origin)
     set_layer(module, layer)
     if layer.skip_reason is None:
