@@ -110,7 +110,11 @@ def read_heads_of_config(model_config: object) -> Heads:
     """The heads of a model's first layer with full attention, by its config alone."""
     model_config = config_of_full_layer(model_config)
     query_heads = _first_number([model_config], _QUERY_NAMES)
-    return _heads(model_config, query_heads, _first_number([model_config], _KV_NAMES))
+    heads = _heads(model_config, query_heads, _first_number([model_config], _KV_NAMES))
+    width = _first_number([model_config], ("hidden_size",))
+    if heads.head_dim is None and query_heads and width:  # many configs leave it to their layers
+        return heads._replace(head_dim=width // query_heads)
+    return heads
 
 
 def _heads(place: object, query_heads: int | None, kv_heads: int | None) -> Heads:

@@ -15,6 +15,7 @@ from torch import nn
 
 from infllm_flex.config import InfLLMConfig
 from infllm_flex.patch import discovery
+from infllm_flex.patch.huggingface.transformers_private import set_own_implementation
 from infllm_flex.patch.rotary_layout import check_score_dims, suits_score_dims
 from infllm_flex.vllm.settings import STAY_DENSE
 
@@ -38,15 +39,25 @@ def check_rotation(text_config: Any, config: InfLLMConfig) -> None:
             f"score_dims cannot be checked: transformers makes no model of {text_config.model_type}"
             f" ({type(error).__name__}: {error}); set score_dims=0; {STAY_DENSE}"
         ) from None
+    layers = _sparse_layers(model)
+    if not layers:
+        raise ValueError(
+            f"score_dims cannot be checked: no layer of transformers' {type(model).__name__} can "
+            f"be sparse; set score_dims=0; {STAY_DENSE}"
+        )
     try:
-        check_score_dims(model, _sparse_layers(model), config)
+        check_score_dims(model, layers, config)
     except ValueError as error:
         raise ValueError(f"InfLLM-V2 in vLLM: {error}; {STAY_DENSE}") from None
 
 
 def is_known_to_suit(text_config: Any, score_dims: int) -> bool:
     """Whether a model of this config suits ``score_dims``, as far as transformers knows it."""
-    return _is_known_to_suit(_Config(text_config), score_dims)
+    try:
+        known = _Config(text_config)
+    except Exception:  # JSON has no words for some value, or the config writes its own JSON
+        return _ask_layers(text_config, score_dims)
+    return _ask_layers_once(known, score_dims)
 
 
 class _Config:
@@ -64,9 +75,13 @@ class _Config:
 
 
 @functools.lru_cache(maxsize=8)  # vLLM asks in each layer
-def _is_known_to_suit(text_config: _Config, score_dims: int) -> bool:
+def _ask_layers_once(text_config: _Config, score_dims: int) -> bool:
+    return _ask_layers(text_config.config, score_dims)
+
+
+def _ask_layers(text_config: Any, score_dims: int) -> bool:
     try:
-        model = _make_model(text_config.config)
+        model = _make_model(text_config)
     except Exception:  # whatever a model's own code raises
         return False
     return suits_score_dims(model, _sparse_layers(model), score_dims)
@@ -75,8 +90,11 @@ def _is_known_to_suit(text_config: _Config, score_dims: int) -> bool:
 def _make_model(text_config: Any) -> nn.Module:
     from transformers import AutoModelForCausalLM
 
+    config = copy.deepcopy(text_config)
+    set_own_implementation(config, None)  # the one that it names may not be installed
     with torch.device("meta"):
-        return AutoModelForCausalLM.from_config(copy.deepcopy(text_config))
+        # Without trust_remote_code=False transformers may ask on the terminal, and wait.
+        return AutoModelForCausalLM.from_config(config, trust_remote_code=False)
 
 
 def _sparse_layers(model: nn.Module) -> dict[str, nn.Module]:

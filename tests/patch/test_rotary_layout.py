@@ -229,6 +229,44 @@ def test_a_forward_in_another_file_may_rotate_otherwise():
         ifx.patch_model(model, {**SCORED, "score_dims": 8})
 
 
+class TerseConfig(transformers.LlamaConfig):
+    """Writes its JSON in its own way."""
+
+    def to_json_string(self):
+        return "{}"
+
+
+class HubConfig(transformers.PreTrainedConfig):
+    """For a model whose code lies beside its weights."""
+
+    model_type = "code_of_its_own"
+
+
+def test_serving_asks_no_one_but_transformers(monkeypatch):
+    """Odd configs are not known to rotate halves; before, they ended in errors or in a prompt."""
+    monkeypatch.setattr("builtins.input", lambda *args: pytest.fail("asked on the terminal"))
+    assert not is_known_to_suit(TerseConfig(**SIZES), 8)
+    assert not is_known_to_suit(types.SimpleNamespace(head_dim=64), 8)
+    code = {"AutoModelForCausalLM": "modeling_own.OwnForCausalLM"}
+    assert not is_known_to_suit(HubConfig(auto_map=code), 8)
+    config = config_of("Llama")
+    config.notes = {"a set has no JSON"}
+    assert is_known_to_suit(config, 8)
+
+
+def test_serving_needs_no_attention_that_a_config_names():
+    config = config_of("Llama", attn_implementation="flash_attention_2")
+    assert is_known_to_suit(config, 8)
+    check_rotation(config, ifx.InfLLMConfig(**SCORED, score_dims=8))
+
+
+def test_nothing_is_known_of_a_model_without_a_layer_that_can_be_sparse():
+    config = transformers.FalconConfig(alibi=True, num_hidden_layers=1)
+    assert not is_known_to_suit(config, 8)
+    with pytest.raises(ValueError, match=r"no layer of .* can be sparse; set score_dims=0"):
+        check_rotation(config, ifx.InfLLMConfig(**SCORED, score_dims=8))
+
+
 def test_beside_the_rules_scoring_it_may_be_named_alone():
     model = ifx.patch_model(build(), score_dims=8)
     config = model.model.layers[0].self_attn.infllm_layer.config

@@ -4,7 +4,7 @@ import functools
 from types import SimpleNamespace
 
 import pytest
-from transformers import Gemma4TextConfig, LlamaConfig, LlamaForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, Gemma4TextConfig, LlamaConfig
 
 from infllm_flex import InfLLMConfig, describe, patch_model
 from infllm_flex.vllm.announcement import describe_served
@@ -44,9 +44,19 @@ def test_given_settings_take_precedence_one_by_one():
     [{}, OWN, {"topk": 80}, {"kernel_size": 8, "kernel_stride": 4}, {"lse": "exact", "topk": 80}],
     ids=str,
 )
-@pytest.mark.parametrize(("head_dim", "kv_heads"), [(64, 1), (256, 1), (64, 2)])
-def test_given_settings_mean_what_they_mean_to_patch_model(given, head_dim, kv_heads):
-    model_config = LlamaConfig(
+@pytest.mark.parametrize(
+    ("model_type", "head_dim", "kv_heads"),
+    [
+        ("llama", 64, 1),
+        ("llama", 256, 1),
+        ("llama", 64, 2),
+        ("qwen2", 64, 1),  # its config does not name the head dim
+        ("mixtral", 256, 1),
+    ],
+)
+def test_given_settings_mean_what_they_mean_to_patch_model(given, model_type, head_dim, kv_heads):
+    model_config = AutoConfig.for_model(
+        model_type,
         vocab_size=8,
         hidden_size=2 * head_dim,
         intermediate_size=8,
@@ -54,7 +64,7 @@ def test_given_settings_mean_what_they_mean_to_patch_model(given, head_dim, kv_h
         num_attention_heads=2,
         num_key_value_heads=kv_heads,
     )
-    model = patch_model(LlamaForCausalLM(model_config), **given)
+    model = patch_model(AutoModelForCausalLM.from_config(model_config), **given)
     [patched, *_] = describe(model)
     suits = functools.partial(is_known_to_suit, model_config)
     served = read({"infllm": given}, model_config, suits_score_dims=suits)

@@ -171,8 +171,8 @@ def get_implementation(config: Any) -> Any:
     return getattr(config, "_attn_implementation", None)
 
 
-def set_own_implementation(config: Any, name: str) -> None:
-    """Set the name of a config's attention implementation, and leave its sub-configs theirs.
+def set_own_implementation(config: Any, name: str | None) -> None:
+    """Set a config's attention implementation (None: by default); leave its sub-configs theirs.
 
     API: ``PreTrainedConfig._attn_implementation_internal``, seen in 5.4 to 5.24.
     If it goes: a model that its config made sparse stays sparse when it is unpatched.
