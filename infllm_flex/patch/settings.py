@@ -94,7 +94,10 @@ def override(resolved: Resolved, overrides: Mapping[str, Any]) -> Resolved:
     config, origin = resolved
     if origin in (RULE, RULE_PART, RULE_WIDE) and any(name in overrides for name in _SCORING):
         config, origin = InfLLMConfig(dense_len=config.dense_len), GIVEN
-    return Resolved(InfLLMConfig.from_dict({**dataclasses.asdict(config), **overrides}), origin)
+    config = InfLLMConfig.from_dict({**dataclasses.asdict(config), **overrides})
+    if origin in (RULE, RULE_PART):
+        origin = RULE_PART if config.score_dims else RULE
+    return Resolved(config, origin)
 
 
 def settings_by_rule(

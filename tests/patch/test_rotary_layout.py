@@ -278,6 +278,14 @@ def test_beside_the_rules_scoring_it_may_be_named_alone():
         ifx.patch_model(wide, score_dims=8)
 
 
+def test_what_is_said_of_the_settings_follows_an_override():
+    model = AutoModelForCausalLM.from_config(config_of("Llama", **WIDER))
+    for settings, dims in (({"score_dims": 0}, 0), ({"score_dims": 8}, 8), ({}, 32)):
+        [row, _] = ifx.describe(ifx.patch_model(model, **settings))
+        assert row.config.score_dims == dims
+        assert ("in a part of the head dims" in row.origin) == (dims > 0)
+
+
 def test_code_without_source_is_refused(monkeypatch):
     made = types.ModuleType("made_at_run_time")
     made.rotate_half = transformers.models.llama.modeling_llama.rotate_half
