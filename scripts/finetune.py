@@ -20,7 +20,8 @@ from pathlib import Path
 
 from commands.messages import show_warnings
 from commands.standard_output import run_command
-from infllm_flex.strict_yaml import ConfigError, build_dataclass, load_yaml, to_yaml
+from infllm_flex.patch.settings import SCORING
+from infllm_flex.strict_yaml import ConfigError, Node, build_dataclass, load_yaml, to_yaml
 from infllm_flex.training.checkpoints import export_newest, last_step
 from infllm_flex.training.collectives import RankError
 from infllm_flex.training.loop import TrainingDivergedError, train
@@ -38,12 +39,14 @@ def main() -> int:
     resume = options.resume or was_restarted()
     show_warnings(is_first)
     try:
-        settings = build_dataclass(TrainingSettings, load_yaml(options.config, options.overrides))
+        given = load_yaml(options.config, options.overrides)
+        settings = build_dataclass(TrainingSettings, given)
         if options.export:
             return export(settings, options.export)
         if is_first:
             check_folder(settings, resume)
             warn_if_new(settings.run.folder, options.resume)
+            warn_if_scored_by_default(settings, given)
     except ConfigError as error:
         if is_first:
             print(error, file=sys.stderr)
@@ -101,6 +104,25 @@ def parse_arguments() -> argparse.Namespace:
     if options.processes is not None and options.processes < 1:
         parser.error(f"--processes must be at least 1, got {options.processes}")
     return options
+
+
+def warn_if_scored_by_default(settings: TrainingSettings, given: Node) -> None:
+    """Warn if the settings of a pretrained model do not say how blocks are scored.
+
+    Args:
+        settings: The settings.
+        given: The document that they were built from.
+    """
+    named = given.entries["attention"].entries if "attention" in given.entries else {}
+    is_sparse = any(stage.attention == "sparse" for stage in settings.stages.values())
+    if is_sparse and settings.model.tiny is None and not any(name in named for name in SCORING):
+        warnings.warn(
+            "attention: does not say how blocks are scored: means of 32 keys are, as in released "
+            "MiniCPM checkpoints. Models trained with dense attention answer more when every key "
+            "is, which patch_model(model) takes for them (docs/choosing-settings.md). Name "
+            "kernel_size, kernel_stride and pool_queries",
+            stacklevel=2,
+        )
 
 
 def export(settings: TrainingSettings, target: Path) -> int:

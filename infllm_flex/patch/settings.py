@@ -34,7 +34,7 @@ _PART = 32  # head dims that find as much as all do
 _PAYS, _PAYS_ALONE, _PAYS_WIDE = 32768, 131072, 262144
 
 # Settings of the scoring. A user who names one of them does not want the rule's scoring.
-_SCORING = ("kernel_size", "kernel_stride", "lse", "use_nope", "pool_queries", "score_dtype")
+SCORING = ("kernel_size", "kernel_stride", "lse", "use_nope", "pool_queries", "score_dtype")
 
 
 class Resolved(NamedTuple):
@@ -92,7 +92,7 @@ def override(resolved: Resolved, overrides: Mapping[str, Any]) -> Resolved:
     if not overrides:
         return resolved
     config, origin = resolved
-    if origin in (RULE, RULE_PART, RULE_WIDE) and any(name in overrides for name in _SCORING):
+    if origin in (RULE, RULE_PART, RULE_WIDE) and any(name in overrides for name in SCORING):
         config, origin = InfLLMConfig(dense_len=config.dense_len), GIVEN
     config = InfLLMConfig.from_dict({**dataclasses.asdict(config), **overrides})
     if origin in (RULE, RULE_PART):

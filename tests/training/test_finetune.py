@@ -253,3 +253,33 @@ def test_the_settings_in_a_run_folder_are_complete(tmp_path, texts):
     kept = load_yaml(tmp_path / "run" / "run.yaml")
     assert build_dataclass(TrainingSettings, kept) == run
     assert json.loads((tmp_path / "run" / "metrics.jsonl").read_text().splitlines()[0])["step"] == 1
+
+
+@pytest.mark.parametrize(
+    ("overrides", "is_warned"),
+    [
+        (["attention.topk=8"], True),
+        (["attention.topk=8", "attention.kernel_size=32"], False),
+        (
+            ["attention.pool_queries=true", "attention.kernel_size=1", "attention.kernel_stride=1"],
+            False,
+        ),
+        (["stages.long.attention=dense"], False),
+        (["model.hub=null", "model.tiny.num_layers=1"], False),  # it is not trained yet
+    ],
+)
+def test_a_pretrained_model_scored_by_default_is_warned_about(
+    finetune, tmp_path, overrides, is_warned
+):
+    config = tmp_path / "run.yaml"
+    config.write_text(
+        f"run: {{folder: {tmp_path / 'run'}}}\n"
+        "model: {hub: some/model}\n"
+        "data: {source: python_stdlib}\n"
+        "stages: {long: {max_length: 65536, batch_size: 1, steps: 1, learning_rate: 1e-4}}\n"
+    )
+    with warnings.catch_warnings():
+        warnings.simplefilter("default")
+        status, _, err = finetune("--config", config, "--print-config", *overrides)
+    assert status == 0, err
+    assert ("means of 32 keys are" in err) == is_warned
