@@ -73,7 +73,7 @@ def patch_model(
             layers. Without example inputs the code of the modules decides; where it is misleading,
             the first forward raises an UnsupportedModelError.
         overrides: Single settings by name, which take precedence over ``config``. If one of them
-            changes how blocks are scored, such as ``kernel_size``, and the model has no
+            changes what is scored, such as ``kernel_size``, and the model has no
             ``sparse_config``, all others but ``dense_len`` are the defaults of InfLLMConfig.
 
     Returns:

@@ -33,8 +33,8 @@ _PART = 32  # head dims that find as much as all do
 # one query head to a key/value head. Above a head dim of 128 it is slower up to 131072.
 _PAYS, _PAYS_ALONE, _PAYS_WIDE = 32768, 131072, 262144
 
-# Settings of the scoring. A user who names one of them does not want the rule's scoring.
-SCORING = ("kernel_size", "kernel_stride", "lse", "use_nope", "pool_queries", "score_dtype")
+# Settings that say what is scored. A user who changes one of them does not want the rule's scoring.
+SCORING = ("kernel_size", "kernel_stride", "lse", "use_nope", "pool_queries")
 
 
 class Resolved(NamedTuple):
@@ -79,8 +79,10 @@ def resolve_config(
 def override(resolved: Resolved, overrides: Mapping[str, Any]) -> Resolved:
     """Apply single settings by name.
 
-    Whoever changes how blocks are scored does not want the rule's scoring: then all settings that
-    are not named are the defaults of InfLLMConfig, but ``dense_len``, which does not depend on it.
+    Whoever changes what is scored does not want the rule's scoring: then all settings that are not
+    named are the defaults of InfLLMConfig, but ``dense_len``, which does not depend on it.
+    ``score_dtype`` and ``score_dims`` change the rule's scoring, and values that are the rule's
+    change nothing.
 
     Args:
         resolved: The settings.
@@ -92,7 +94,8 @@ def override(resolved: Resolved, overrides: Mapping[str, Any]) -> Resolved:
     if not overrides:
         return resolved
     config, origin = resolved
-    if origin in (RULE, RULE_PART, RULE_WIDE) and any(name in overrides for name in SCORING):
+    by_rule = origin in (RULE, RULE_PART, RULE_WIDE)
+    if by_rule and any(overrides.get(x, getattr(config, x)) != getattr(config, x) for x in SCORING):
         config, origin = InfLLMConfig(dense_len=config.dense_len), GIVEN
     config = InfLLMConfig.from_dict({**dataclasses.asdict(config), **overrides})
     if origin in (RULE, RULE_PART):

@@ -66,6 +66,26 @@ def test_wide_heads_score_means_of_few_keys_each(head_dim, windows):
     assert layer_config(ifx.patch_model(build(config), lse="exact")) == exact
 
 
+@pytest.mark.parametrize(
+    ("overrides", "dtype", "dims"),
+    [
+        ({"score_dtype": "float8"}, "float8", 32),
+        ({"score_dtype": "same", "score_dims": 0}, "same", 0),
+        ({"pool_queries": True, "kernel_size": 1}, None, 32),  # the rule's own values
+    ],
+)
+def test_overrides_of_the_arithmetic_keep_the_rules_scoring(overrides, dtype, dims):
+    config = LlamaConfig(
+        vocab_size=64, hidden_size=128, intermediate_size=32, num_hidden_layers=1,
+        num_attention_heads=2, num_key_value_heads=1,
+    )  # fmt: skip
+    by_rule = layer_config(ifx.patch_model(build(config)))
+    found = layer_config(ifx.patch_model(build(config), **overrides))
+    assert found.pool_queries
+    assert (found.kernel_size, found.score_dims) == (1, dims)
+    assert found.score_dtype == (dtype or by_rule.score_dtype)
+
+
 def test_overrides_go_on_top():
     config = layer_config(ifx.patch_model(build(), SETTINGS, topk=5, dense_len=-1))
     assert (config.topk, config.dense_len, config.block_size) == (5, -1, 16)
