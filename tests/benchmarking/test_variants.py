@@ -243,7 +243,8 @@ def test_the_config_that_compares_choices_is_complete(heads_and_dim):
         "forward+backward",
         "decode",
     }
-    assert {case.lengths for case in settings.cases.values()} == {(65536, 131072, 524288)}
+    asked = {65536, 131072, 524288}
+    assert all(asked <= {*case.lengths} for case in settings.cases.values())
     every_key = dataclasses.replace(settings.attention, **EVERY_KEY)
     assert settings.variants == {
         "every_key": every_key,
