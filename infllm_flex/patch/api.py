@@ -99,8 +99,8 @@ def patch_model(
     model_configs = [
         getattr(m, "config", None) for m in (model, *(f.module for f in layers.values()))
     ]
-    heads = _heads_of(model, layers, num_key_value_heads)
-    sparse = {name: found.module for name, found in layers.items() if found.skip_reason is None}
+    sparse = discovery.sparse_modules(layers)
+    heads = _heads_of(model, sparse, num_key_value_heads)
     suits = functools.partial(suits_score_dims, model, sparse)
     device = _device_of(model)
     resolved = resolve_config(config, overrides, model_configs, device, heads, suits)
@@ -114,12 +114,9 @@ def patch_model(
     return model
 
 
-def _heads_of(
-    model: nn.Module, layers: Mapping[str, AttentionModule], kv_heads: int | None
-) -> Heads:
-    """The heads of the first sparse layer that says what its head dim is, else of the first."""
-    sparse = (found.module for found in layers.values() if found.skip_reason is None)
-    all_heads = [read_heads(module, model, kv_heads) for module in sparse]
+def _heads_of(model: nn.Module, layers: Mapping[str, nn.Module], kv_heads: int | None) -> Heads:
+    """The heads of the first layer that says what its head dim is, else of the first."""
+    all_heads = [read_heads(module, model, kv_heads) for module in layers.values()]
     return next((heads for heads in all_heads if heads.head_dim is not None), all_heads[0])
 
 

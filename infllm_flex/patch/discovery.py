@@ -93,6 +93,11 @@ def find_layers(
     return found
 
 
+def sparse_modules(layers: Mapping[str, AttentionModule]) -> dict[str, nn.Module]:
+    """The layers among those found that can be sparse, by name."""
+    return {name: found.module for name, found in layers.items() if found.skip_reason is None}
+
+
 def _towers(
     model: nn.Module,
     found: Mapping[str, AttentionModule],

@@ -49,8 +49,8 @@ def resolve_config(
     overrides: Mapping[str, Any],
     model_configs: list[object],
     device: torch.device | None,
-    heads: Heads = Heads(),  # noqa: B008 (a tuple)
-    suits_score_dims: Callable[[int], bool] = lambda num_dims: False,
+    heads: Heads,
+    suits_score_dims: Callable[[int], bool],
 ) -> Resolved:
     """Read settings in any of their forms, then apply overrides by name.
 
@@ -95,7 +95,7 @@ def override(resolved: Resolved, overrides: Mapping[str, Any]) -> Resolved:
         return resolved
     config, origin = resolved
     by_rule = origin in (RULE, RULE_PART, RULE_WIDE)
-    if by_rule and any(overrides.get(x, getattr(config, x)) != getattr(config, x) for x in SCORING):
+    if by_rule and any(x in overrides and overrides[x] != getattr(config, x) for x in SCORING):
         config, origin = InfLLMConfig(dense_len=config.dense_len), GIVEN
     config = InfLLMConfig.from_dict({**dataclasses.asdict(config), **overrides})
     if origin in (RULE, RULE_PART):
@@ -120,7 +120,7 @@ def settings_by_rule(
         suits_score_dims: Asks whether the layers suit so many ``score_dims``.
     """
     length = pays_from(heads)
-    if heads.head_dim is not None and heads.head_dim > _MOST_POOLED:
+    if _is_wide(heads):
         wide = InfLLMConfig(kernel_size=8, kernel_stride=4, dense_len=length)
         return Resolved(wide, RULE_WIDE)
     dtype = "float8" if has_float8 else "same"
@@ -134,16 +134,20 @@ def settings_by_rule(
 
 def pays_from(heads: Heads) -> int:
     """Tokens from which sparse attention is measured to be faster than dense on a GPU."""
-    if heads.head_dim is not None and heads.head_dim > _MOST_POOLED:
+    if _is_wide(heads):
         return _PAYS_WIDE
     return _PAYS_ALONE if heads.per_group == 1 else _PAYS
+
+
+def _is_wide(heads: Heads) -> bool:
+    return heads.head_dim is not None and heads.head_dim > _MOST_POOLED
 
 
 def read_own(
     model_config: object,
     device: torch.device | None,
     heads: Heads,
-    suits_score_dims: Callable[[int], bool] = lambda num_dims: False,
+    suits_score_dims: Callable[[int], bool],
 ) -> Resolved:
     """The settings in a model config's ``sparse_config``, else those of the rule.
 

@@ -39,7 +39,7 @@ def check_rotation(text_config: Any, config: InfLLMConfig) -> None:
             f"score_dims cannot be checked: transformers makes no model of {text_config.model_type}"
             f" ({type(error).__name__}: {error}); set score_dims=0; {STAY_DENSE}"
         ) from None
-    layers = _sparse_layers(model)
+    layers = discovery.sparse_modules(discovery.find_layers(model))
     if not layers:
         raise ValueError(
             f"score_dims cannot be checked: no layer of transformers' {type(model).__name__} can "
@@ -84,7 +84,8 @@ def _ask_layers(text_config: Any, score_dims: int) -> bool:
         model = _make_model(text_config)
     except Exception:  # whatever a model's own code raises
         return False
-    return suits_score_dims(model, _sparse_layers(model), score_dims)
+    layers = discovery.sparse_modules(discovery.find_layers(model))
+    return suits_score_dims(model, layers, score_dims)
 
 
 def _make_model(text_config: Any) -> nn.Module:
@@ -95,8 +96,3 @@ def _make_model(text_config: Any) -> nn.Module:
     with torch.device("meta"):
         # Without trust_remote_code=False transformers may ask on the terminal, and wait.
         return AutoModelForCausalLM.from_config(config, trust_remote_code=False)
-
-
-def _sparse_layers(model: nn.Module) -> dict[str, nn.Module]:
-    found = discovery.find_layers(model).items()
-    return {name: layer.module for name, layer in found if layer.skip_reason is None}

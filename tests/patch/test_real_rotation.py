@@ -58,8 +58,7 @@ def check(model_type):
         model = build(model_type)
     except NotBuiltError as error:
         pytest.skip(str(error))
-    found = discovery.find_layers(model).items()
-    layers = {name: layer.module for name, layer in found if layer.skip_reason is None}
+    layers = discovery.sparse_modules(discovery.find_layers(model))
     together = suits_score_dims(model, layers, FEW)
     alone = all(suits_score_dims(None, {name: x}, FEW) for name, x in layers.items())
     if (together or (layers and alone)) and model_type not in RUNS_LAYERS_AGAIN:

@@ -19,7 +19,7 @@ MINICPM_SETTINGS = {
     "topk": 4,
     "dense_len": 512,
 }
-# Scored as `patch_model` scores models without a `sparse_config`.
+# The second is scored as `patch_model` scores models without a `sparse_config`.
 EVERY_KEY = {**SETTINGS, "kernel_size": 1, "kernel_stride": 1, "pool_queries": True}
 SLOWEST = {**EVERY_KEY, "score_dims": 8, "score_dtype": "float8"}
 WHOLE, CHUNKS = 8192, 200  # tokens of a step; chunks end within pages and blocks
